@@ -1,0 +1,53 @@
+"""Progress of long stages: a bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+
+from absl import logging
+import tqdm
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+class _Lines(tqdm.tqdm):
+  """A tqdm whose display is a log line every few seconds and at the end."""
+
+  def __init__(self, *args, **kwargs):
+    self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
+    super().__init__(
+      *args, mininterval=_SECONDS_BETWEEN_LINES, maxinterval=1e9, **kwargs
+    )
+
+  def display(self, msg=None, pos=None):
+    done = self.total is not None and self.n >= self.total
+    if not done and time.monotonic() < self._next_line:
+      return
+    self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
+    logging.info('%s', msg if msg is not None else str(self))
+
+  def clear(self, *args, **kwargs):
+    pass
+
+
+def bar(iterable=None, *, total=None, unit='it', desc=None):
+  """A progress bar with rate and ETA.
+
+  Args:
+    iterable: what to iterate over, or None to call `update(n)` by hand.
+    total: how many units there are; taken from the iterable where it has a
+      length.
+    unit: the unit's name, shown in the rate.
+    desc: what is being done.
+
+  Returns:
+    A tqdm object: iterate it, or use it as a context manager.
+  """
+  kind = tqdm.tqdm if sys.stderr.isatty() else _Lines
+  return kind(
+    iterable,
+    total=total,
+    unit=unit,
+    desc=desc,
+    unit_scale=True,
+    dynamic_ncols=True,
+  )
