@@ -9,6 +9,8 @@ import dataclasses
 import json
 from typing import Any, TypeVar
 
+from etils import epath
+
 _Config = TypeVar('_Config')
 
 
@@ -34,9 +36,26 @@ def check_choices(config: Any) -> None:
       )
 
 
-def to_json(config: Any) -> str:
-  """The config as indented JSON with a final newline."""
-  return json.dumps(dataclasses.asdict(config), indent=2) + '\n'
+def to_json(record: Any) -> str:
+  """A config or a mapping as indented JSON with a final newline."""
+  if dataclasses.is_dataclass(record):
+    record = dataclasses.asdict(record)
+  return json.dumps(record, indent=2) + '\n'
+
+
+def read_json(path: epath.PathLike) -> Any:
+  """Reads a JSON file.
+
+  Raises:
+    UserError: if the file is not there or not JSON.
+  """
+  path = epath.Path(path)
+  try:
+    return json.loads(path.read_text())
+  except FileNotFoundError:
+    raise UserError(f'{path} is not there') from None
+  except json.JSONDecodeError as error:
+    raise UserError(f'{path} is not JSON ({error}): it is damaged') from None
 
 
 def from_dict(kind: type[_Config], values: dict[str, Any]) -> _Config:
@@ -44,7 +63,8 @@ def from_dict(kind: type[_Config], values: dict[str, Any]) -> _Config:
 
   Args:
     kind: the dataclass.
-    values: a mapping of its field names; JSON lists become tuples.
+    values: a mapping of its field names; JSON lists become tuples and nested
+      mappings the dataclasses of their fields.
 
   Raises:
     UserError: if a field is unknown, naming it (a newer version wrote it).
@@ -56,15 +76,53 @@ def from_dict(kind: type[_Config], values: dict[str, Any]) -> _Config:
       f'{kind.__name__} has no field {", ".join(unknown)}: '
       'it was written by another version of sae_jax'
     )
+  rebuilt = {}
+  for field in dataclasses.fields(kind):
+    if field.name in values:
+      value = values[field.name]
+      if dataclasses.is_dataclass(field.type):
+        value = from_dict(field.type, value)
+      rebuilt[field.name] = tuple(value) if isinstance(value, list) else value
+  return kind(**rebuilt)
+
+
+def leaves(kind: type) -> list[dataclasses.Field]:
+  """The fields of a config, those of nested configs in their place."""
+  fields = []
+  for field in dataclasses.fields(kind):
+    nested = dataclasses.is_dataclass(field.type)
+    fields += leaves(field.type) if nested else [field]
+  return fields
+
+
+def flat(config: Any) -> dict[str, Any]:
+  """The values of `leaves` by name."""
+  values = {}
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    nested = dataclasses.is_dataclass(value)
+    values |= flat(value) if nested else {field.name: value}
+  return values
+
+
+def from_flat(kind: type[_Config], values: dict[str, Any]) -> _Config:
+  """Builds a config, nested ones included, from the values of `leaves`."""
   return kind(
-    **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+    **{
+      field.name: from_flat(field.type, values)
+      if dataclasses.is_dataclass(field.type)
+      else values[field.name]
+      for field in dataclasses.fields(kind)
+      if dataclasses.is_dataclass(field.type) or field.name in values
+    }
   )
 
 
 def differences(old: Any, new: Any) -> list[str]:
   """Fields in which two configs of one kind differ, as `name: old -> new`."""
+  before, after = flat(old), flat(new)
   return [
-    f'{f.name}: {getattr(old, f.name)!r} -> {getattr(new, f.name)!r}'
-    for f in dataclasses.fields(new)
-    if getattr(old, f.name) != getattr(new, f.name)
+    f'{name}: {before[name]!r} -> {after[name]!r}'
+    for name in after
+    if before[name] != after[name]
   ]

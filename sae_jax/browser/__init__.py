@@ -1,0 +1,1 @@
+"""The feature browser: data files and the static page that reads them."""

@@ -1,0 +1,14 @@
+"""The sparse operations of a TopK autoencoder, a folder each.
+
+`api` holds the public function with its custom VJP and the choice of
+implementation, `reference` the same in plain jax.numpy. Inside
+`jax.shard_map` every function works on one shard; `dispatch` says which
+implementation a shape gets.
+"""
+
+from sae_jax.sparse.decode.api import decode
+from sae_jax.sparse.encode_topk.api import encode_topk
+from sae_jax.sparse.top_k.api import global_top_k, top_k
+from sae_jax.sparse.weight_grad.api import weight_grad
+
+__all__ = ['decode', 'encode_topk', 'global_top_k', 'top_k', 'weight_grad']

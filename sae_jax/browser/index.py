@@ -1,0 +1,369 @@
+"""The feature index: probing's arrays as small files that a page fetches.
+
+A built folder needs no server beyond one that hands out files:
+
+  index.html *.js style.css    the page, copied from `page/`
+  data/meta.json               numbers of the whole; written last, so a folder
+                               without it is not finished
+  data/columns.json            a list per column, one entry per latent: all
+                               that sorting, filtering and searching need
+  data/previews.json           a few tokens of each latent's best example
+  data/vocabulary.json         token id -> text; all else stores token ids
+  data/features/00000.json     a shard of `features_per_shard` latents
+
+Numbers that are not finite become null; absent examples, votes and
+neighbours (-1 in the arrays) are left out.
+"""
+
+import collections
+from concurrent import futures
+import dataclasses
+import hashlib
+import json
+import math
+from typing import Any
+import zipfile
+
+from etils import epath
+import numpy as np
+
+from sae_jax import config as config_lib
+from sae_jax import progress
+
+FORMAT_VERSION = 1
+_PAGE = epath.Path(__file__).parent / 'page'
+_WRITERS = 8  # threads: a bucket's latency, not its bandwidth, is the bound
+
+_MOMENTS = ('density', 'max', 'mean', 'std', 'skew')
+_SHAPES = {
+  'latent_ids': ('N',),
+  'count': ('N',),
+  **{name: ('N',) for name in _MOMENTS},
+  'hist_edges': ('H + 1',),
+  'hist_counts': ('N', 'H'),
+  **{
+    f'{kind}_{name}': ('N', f'M {kind}', 'W')[:rank]
+    for kind in ('top', 'random')
+    for name, rank in (('tokens', 3), ('acts', 3), ('peak', 2), ('document', 2))
+  },
+  **{
+    f'vote_{way}_{name}': ('N', f'V {way}')
+    for way in ('up', 'down')
+    for name in ('ids', 'logits')
+  },
+  'neighbour_ids': ('N', 'neighbours'),
+  'neighbour_cosines': ('N', 'neighbours'),
+}
+_TOKEN_ARRAYS = ('top_tokens', 'random_tokens', 'vote_up_ids', 'vote_down_ids')
+
+
+@dataclasses.dataclass(frozen=True)
+class BrowseConfig:
+  """How the feature page is built."""
+
+  title: str = config_lib.option(
+    'Sparse autoencoder features', 'title of the page'
+  )
+  features_per_shard: int = config_lib.option(
+    64, 'latents per data file: one view fetches one file'
+  )
+  activation_digits: int = config_lib.option(
+    4, 'significant digits kept of the activations in examples'
+  )
+  label_tokens: int = config_lib.option(
+    5, 'top tokens and top votes of a latent that the list and search know'
+  )
+  preview_tokens: int = config_lib.option(
+    12, 'tokens of the best example that the list shows'
+  )
+
+
+def build_index(
+  features: dict[str, np.ndarray] | epath.PathLike,
+  report: dict[str, Any],
+  vocabulary: list[str],
+  out_url: epath.PathLike,
+  config: BrowseConfig | None = None,
+) -> str:
+  """Writes the feature page and its data.
+
+  Args:
+    features: the arrays of `features.npz`, or its path or URL.
+    report: the metrics of the autoencoder, as in `report.json`.
+    vocabulary: the readable text of each token id.
+    out_url: folder to write, local or gs://; an older index in it is replaced.
+    config: how to build; the defaults if None.
+
+  Returns:
+    The URL of index.html.
+
+  Raises:
+    UserError: if arrays are absent, disagree in shape or name tokens that the
+      vocabulary lacks, or an option is out of range.
+  """
+  config = config or BrowseConfig()
+  for field in dataclasses.fields(config):
+    value = getattr(config, field.name)
+    if isinstance(value, int) and not 1 <= value <= 100_000:
+      raise config_lib.UserError(
+        f'{field.name} is {value}: use 1 to 100000 '
+        f'(default {field.default})'
+      )
+  if not isinstance(features, dict):
+    features = read_features(features)
+  check_features(features, len(vocabulary))
+  report = _plain(report, 'report')
+
+  out = epath.Path(out_url)
+  data = out / 'data'
+  (data / 'meta.json').unlink(missing_ok=True)
+  (data / 'features').mkdir(parents=True, exist_ok=True)
+  for stale in (data / 'features').glob('*.json'):
+    stale.unlink()
+  for source in _PAGE.iterdir():
+    if source.is_file():
+      (out / source.name).write_text(source.read_text())
+
+  identity = hashlib.sha256()
+  parts = {
+    'vocabulary': vocabulary,
+    'columns': _columns(features, config),
+    'previews': _previews(features, config),
+  }
+  for name, values in parts.items():
+    identity.update(_write(data / f'{name}.json', values))
+  for digest in _write_shards(features, config, data / 'features'):
+    identity.update(digest)
+
+  alive = features['count'] > 0
+  in_use = np.flatnonzero(features['hist_counts'].sum(axis=0))
+  meta = {
+    'format_version': FORMAT_VERSION,
+    'title': config.title,
+    'build': identity.hexdigest()[:16],
+    'n_features': len(alive),
+    'n_alive': int(alive.sum()),
+    'features_per_shard': config.features_per_shard,
+    'vocabulary_size': len(vocabulary),
+    'hist_edges': _exact(features['hist_edges']),
+    'hist_bins_in_use': (
+      [int(in_use[0]), int(in_use[-1]) + 1] if in_use.size else [0, 0]
+    ),
+    'report': report,
+  }
+  _write(data / 'meta.json', meta)
+  return str(out / 'index.html')
+
+
+def read_features(url: epath.PathLike) -> dict[str, np.ndarray]:
+  """Reads features.npz; raises UserError if it is absent or is no npz."""
+  path = epath.Path(url)
+  if not path.exists():
+    raise config_lib.UserError(f'{path} does not exist: run sae-probe first')
+  try:
+    with path.open('rb') as file, np.load(file, allow_pickle=False) as arrays:
+      return {name: arrays[name] for name in arrays.files}
+  except (zipfile.BadZipFile, ValueError, EOFError, AttributeError) as error:
+    raise config_lib.UserError(
+      f'{path} is not a readable npz file: run sae-probe again'
+    ) from error
+
+
+def check_features(
+  features: dict[str, np.ndarray], vocabulary_size: int
+) -> None:
+  """Raises UserError unless the arrays fit each other and the vocabulary."""
+  missing = sorted(set(_SHAPES) - set(features))
+  if missing:
+    raise config_lib.UserError(
+      f'features lack {", ".join(missing)}: run sae-probe of this version'
+    )
+  sizes = {}
+  for name, axes in _SHAPES.items():
+    shape = np.shape(features[name])
+    if len(shape) != len(axes):
+      raise config_lib.UserError(
+        f'{name} has shape {shape}: it needs the axes ({", ".join(axes)})'
+      )
+    for axis, size in zip(axes, shape):
+      axis, size = ('H', size - 1) if axis == 'H + 1' else (axis, size)
+      if size < 1:
+        raise config_lib.UserError(
+          f'{name} is empty along {axis}: run sae-probe on more tokens'
+        )
+      known_from, known = sizes.setdefault(axis, (name, size))
+      if size != known:
+        raise config_lib.UserError(
+          f'{name} has {size} along {axis} but {known_from} has {known}: '
+          'run sae-probe again'
+        )
+  ids = features['latent_ids']
+  if len(np.unique(ids)) != len(ids):
+    raise config_lib.UserError(
+      f'latent_ids has {len(ids)} entries but only {len(np.unique(ids))} '
+      'different ones: run sae-probe again'
+    )
+  for name in _TOKEN_ARRAYS:
+    largest = int(np.max(features[name], initial=-1))
+    if largest >= vocabulary_size:
+      raise config_lib.UserError(
+        f'{name} holds token {largest} but the vocabulary ends at '
+        f'{vocabulary_size - 1}: use the vocabulary of the probed subject'
+      )
+
+
+def _columns(features, config):
+  """What list and search need: a list per column, one entry per latent."""
+  limit = config.label_tokens
+  peaks_NM = _at_peak(features['top_tokens'], features['top_peak'])
+  top = [
+    [token for token, _ in collections.Counter(row).most_common(limit)]
+    for row in _present(peaks_NM)
+  ]
+  return {
+    'latent': features['latent_ids'].tolist(),
+    'count': features['count'].tolist(),
+    **{name: _exact(features[name]) for name in _MOMENTS},
+    'top': top,
+    'votes': [row[:limit] for row in _present(features['vote_up_ids'])],
+  }
+
+
+def _previews(features, config):
+  """Tokens around the best example's peak, activations in % of the peak."""
+  width = config.preview_tokens
+  tokens, percents = [], []
+  for tokens_W, acts_W, peak in zip(
+    features['top_tokens'][:, 0],
+    features['top_acts'][:, 0],
+    features['top_peak'][:, 0],
+  ):
+    kept_W = tokens_W >= 0
+    stop = min(peak + 1 + width // 4, len(kept_W)) if peak >= 0 else 0
+    part = slice(max(0, stop - width), stop)
+    kept = kept_W[part]
+    shares = 100 * acts_W[part][kept] / max(acts_W[peak], 1e-30)
+    tokens.append(tokens_W[part][kept].tolist())
+    percents.append(np.clip(np.rint(shares), 0, 100).astype(int).tolist())
+  return {'tokens': tokens, 'percents': percents}
+
+
+def _write_shards(features, config, folder):
+  """Writes all shards; returns their digests in order."""
+  n_features, size = len(features['latent_ids']), config.features_per_shard
+
+  def write(first):
+    shard = [
+      _feature(features, row, config.activation_digits)
+      for row in range(first, min(first + size, n_features))
+    ]
+    return _write(folder / f'{first // size:05d}.json', shard)
+
+  digests = []
+  with (
+    progress.bar(total=n_features, unit='latent', desc='index') as bar,
+    futures.ThreadPoolExecutor(_WRITERS) as pool,
+  ):
+    for digest in pool.map(write, range(0, n_features, size)):
+      digests.append(digest)
+      bar.update(min(size, n_features - bar.n))
+  return digests
+
+
+def _feature(features, row, digits):
+  """One latent's entry in a shard."""
+  one = {name: features[name][row] for name in _SHAPES if name != 'hist_edges'}
+  near = one['neighbour_ids'] >= 0
+  return {
+    'latent': int(one['latent_ids']),
+    'histogram': one['hist_counts'].tolist(),
+    **{kind: _examples(one, kind, digits) for kind in ('top', 'random')},
+    **{f'votes_{way}': _votes(one, way) for way in ('up', 'down')},
+    'neighbours': {
+      'latents': one['neighbour_ids'][near].tolist(),
+      'cosines': _exact(one['neighbour_cosines'][near]),
+    },
+  }
+
+
+def _examples(one, kind, digits):
+  """Examples of one latent; `fired` are the places with an activation."""
+  examples = []
+  for tokens_W, acts_W, peak, document in zip(
+    *(one[f'{kind}_{name}'] for name in ('tokens', 'acts', 'peak', 'document'))
+  ):
+    if peak < 0:
+      continue
+    places = np.flatnonzero(tokens_W >= 0)
+    acts = acts_W[places]
+    fired = np.flatnonzero(acts)
+    examples.append(
+      {
+        'tokens': tokens_W[places].tolist(),
+        'fired': fired.tolist(),
+        'acts': _rounded(acts[fired], digits),
+        'peak': int(np.searchsorted(places, peak)),
+        'document': int(document),
+      }
+    )
+  return examples
+
+
+def _votes(one, way):
+  ids = one[f'vote_{way}_ids']
+  return {
+    'tokens': ids[ids >= 0].tolist(),
+    'logits': _exact(one[f'vote_{way}_logits'][ids >= 0]),
+  }
+
+
+def _at_peak(tokens_NMW, peak_NM):
+  """The token at each example's peak, -1 where there is no example."""
+  picked_NM1 = np.take_along_axis(
+    tokens_NMW, np.maximum(peak_NM, 0)[..., None], axis=2
+  )
+  return np.where(peak_NM >= 0, picked_NM1[..., 0], -1)
+
+
+def _present(ids_NM):
+  """Rows as lists without their -1."""
+  return [[i for i in row if i >= 0] for row in ids_NM.tolist()]
+
+
+def _exact(values):
+  """float32 as the shortest decimals that read back as the same float32."""
+  decimals = np.asarray(values, np.float32).astype(str).astype(np.float64)
+  return [v if math.isfinite(v) else None for v in decimals.tolist()]
+
+
+def _rounded(values, digits):
+  """Values with that many significant digits, null where not finite."""
+  return [
+    float(f'{v:.{digits}g}') if math.isfinite(v) else None
+    for v in values.tolist()
+  ]
+
+
+def _plain(value, name):
+  """Nested values as JSON knows them; UserError where it has no such kind."""
+  if isinstance(value, dict):
+    return {str(k): _plain(v, f'{name}.{k}') for k, v in value.items()}
+  if isinstance(value, list | tuple):
+    return [_plain(v, f'{name}[{i}]') for i, v in enumerate(value)]
+  if hasattr(value, 'tolist'):
+    return _plain(value.tolist(), name)
+  if isinstance(value, float):
+    return value if math.isfinite(value) else None
+  if value is None or isinstance(value, str | int):
+    return value
+  raise config_lib.UserError(
+    f'{name} is a {type(value).__name__}: a report holds numbers, texts, '
+    'lists and dicts'
+  )
+
+
+def _write(path, values):
+  """Writes compact ASCII JSON; returns its digest."""
+  text = json.dumps(values, separators=(',', ':'), allow_nan=False)
+  path.write_text(text)
+  return hashlib.sha256(text.encode()).digest()

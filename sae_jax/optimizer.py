@@ -1,0 +1,173 @@
+"""Adam as the paper uses it: projected decoder gradients, unit rows, EMA."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from sae_jax import autoencoder
+from sae_jax import config as config_lib
+
+# 2e-4 at 2^14 latents, and proportional to 1 / sqrt(n) elsewhere.
+_ANCHOR_RATE = 2e-4
+_ANCHOR_LATENTS = 2**14
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+  """Adam's settings (Gao et al. 2024, appendix A)."""
+
+  learning_rate: float = config_lib.option(
+    0.0, 'constant learning rate; 0 takes 2e-4 sqrt(2^14 / n_latents)'
+  )
+  warmup_steps: int = config_lib.option(
+    0, 'steps over which the learning rate rises linearly from 0'
+  )
+  decay_steps: int = config_lib.option(
+    0, 'steps at the end over which the learning rate falls linearly to 0'
+  )
+  adam_b1: float = config_lib.option(0.9, "decay of Adam's first moment")
+  adam_b2: float = config_lib.option(0.999, "decay of Adam's second moment")
+  adam_eps: float = config_lib.option(6.25e-10, "Adam's epsilon")
+  ema_decay: float = config_lib.option(
+    0.999, 'decay of the moving average of the parameters'
+  )
+
+
+class OptimizerState(NamedTuple):
+  """Moments of Adam and the moving average of the parameters.
+
+  Attributes:
+    adam: optax's state: count, mu and nu shaped as the trained parameters.
+    ema: optax's state: count and the undebiased average, shaped likewise.
+  """
+
+  adam: optax.ScaleByAdamState
+  ema: optax.EmaState
+
+
+def trained(sae: autoencoder.Sae) -> dict[str, jax.Array]:
+  """The parameters that are trained, by name."""
+  return {
+    'w_enc_ND': sae.w_enc_ND,
+    'w_dec_ND': sae.w_dec_ND,
+    'b_lat_N': sae.b_lat_N,
+    'b_pre_D': sae.b_pre_D,
+  }
+
+
+def learning_rate(
+  config: OptimizerConfig, n_latents: int, steps: int
+) -> optax.Schedule:
+  """The schedule: warm-up, constant, decay.
+
+  Args:
+    config: names the rate, or 0 for the rule 2e-4 sqrt(2^14 / n).
+    n_latents: N.
+    steps: length of the run.
+
+  Raises:
+    UserError: if warm-up and decay are longer than the run.
+  """
+  if config.warmup_steps + config.decay_steps > steps:
+    raise config_lib.UserError(
+      f'warmup_steps {config.warmup_steps} + decay_steps {config.decay_steps} '
+      f'exceed the {steps} steps of the run: use fewer'
+    )
+  rate = config.learning_rate or _ANCHOR_RATE * math.sqrt(
+    _ANCHOR_LATENTS / n_latents
+  )
+  pieces, borders = [optax.constant_schedule(rate)], []
+  if config.warmup_steps:
+    pieces.insert(
+      0,
+      optax.linear_schedule(
+        rate / config.warmup_steps, rate, max(1, config.warmup_steps - 1)
+      ),
+    )
+    borders.append(config.warmup_steps)
+  if config.decay_steps:
+    pieces.append(optax.linear_schedule(rate, 0.0, config.decay_steps))
+    borders.append(steps - config.decay_steps)
+  return optax.join_schedules(pieces, borders)
+
+
+def project_rows(grad_ND: jax.Array, unit_ND: jax.Array) -> jax.Array:
+  """The gradient without its component along each unit row.
+
+  Args:
+    grad_ND: gradient of the decoder.
+    unit_ND: the decoder, rows of unit norm.
+
+  Returns:
+    g - <g, w> w by row: to first order a step along it keeps the norms, so
+    that Adam's moments hold no motion that the renormalisation undoes.
+  """
+  return grad_ND - (grad_ND * unit_ND).sum(-1, keepdims=True) * unit_ND
+
+
+def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
+  return optax.scale_by_adam(
+    b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_eps
+  )
+
+
+def _ema(config: OptimizerConfig) -> optax.GradientTransformation:
+  return optax.ema(config.ema_decay, debias=True)
+
+
+def init(config: OptimizerConfig, sae: autoencoder.Sae) -> OptimizerState:
+  """Zero moments and a zero average."""
+  params = trained(sae)
+  return OptimizerState(
+    adam=_adam(config).init(params), ema=_ema(config).init(params)
+  )
+
+
+def update(
+  config: OptimizerConfig,
+  sae: autoencoder.Sae,
+  state: OptimizerState,
+  grads: autoencoder.Sae,
+  rate: jax.Array,
+) -> tuple[autoencoder.Sae, OptimizerState]:
+  """One step: project, Adam, unit rows, moving average.
+
+  Args:
+    config: Adam's and the average's settings.
+    sae: parameters; decoder rows of unit norm.
+    state: the optimiser's state.
+    grads: gradients, shaped as `sae`.
+    rate: this step's learning rate.
+
+  Returns:
+    The new parameters, decoder rows of unit norm again, and state.
+  """
+  gradients = trained(grads)
+  gradients['w_dec_ND'] = project_rows(gradients['w_dec_ND'], sae.w_dec_ND)
+  updates, adam = _adam(config).update(gradients, state.adam)
+  params = jax.tree.map(
+    lambda p, u: p - (rate * u).astype(p.dtype), trained(sae), updates
+  )
+  params['w_dec_ND'] = autoencoder.unit_rows(params['w_dec_ND'])
+  _, ema = _ema(config).update(params, state.ema)
+  return sae.replace(**params), OptimizerState(adam=adam, ema=ema)
+
+
+def averaged(
+  config: OptimizerConfig, sae: autoencoder.Sae, ema: optax.EmaState
+) -> autoencoder.Sae:
+  """The moving average, bias-corrected as Adam's moments are.
+
+  Args:
+    config: gives the decay.
+    sae: the current parameters; what is not trained is taken from them.
+    ema: the average's state after at least one step.
+  """
+  seen = 1 - config.ema_decay ** ema.count.astype(jnp.float32)
+  return sae.replace(
+    **jax.tree.map(lambda a: (a / seen).astype(a.dtype), ema.ema)
+  )

@@ -1,0 +1,234 @@
+"""What features that learnt nothing achieve: the marks to beat.
+
+Principal components for reconstruction, and controls for the probes.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sae_jax.config import UserError
+from sae_jax.probing import probes
+
+
+class PcaState(NamedTuple):
+  """Rows seen so far: their number, mean and scatter about that mean.
+
+  All float64 on the host: over millions of rows a float32 scatter loses the
+  small eigenvalues, which are what a high-rank reconstruction is about.
+  """
+
+  count: int
+  mean_D: np.ndarray
+  scatter_DD: np.ndarray
+
+
+class Pca(NamedTuple):
+  """Principal components, strongest first.
+
+  Attributes:
+    mean_D: float64 mean of the rows.
+    components_KD: float64 orthonormal rows.
+    variance_K: float64 variance of the rows along each component.
+    total_variance: variance summed over all D directions, kept or not.
+  """
+
+  mean_D: np.ndarray
+  components_KD: np.ndarray
+  variance_K: np.ndarray
+  total_variance: float
+
+
+def empty_state(d_model: int) -> PcaState:
+  """The state before any row."""
+  return PcaState(0, np.zeros(d_model), np.zeros((d_model, d_model)))
+
+
+def accumulate(state: PcaState, x_BD) -> PcaState:
+  """The state with the rows of one batch added.
+
+  Each batch is centred on its own mean before its squares are summed (Chan,
+  Golub and LeVeque 1983), so a mean far larger than the spread costs nothing.
+
+  Raises:
+    UserError: if the batch has another width or a value is not finite.
+  """
+  x_BD = np.asarray(x_BD, np.float64)
+  d_model = state.mean_D.shape[0]
+  if x_BD.ndim != 2 or x_BD.shape[1] != d_model:
+    raise UserError(
+      f'a batch for PCA has shape {x_BD.shape}: give rows of width {d_model}'
+    )
+  if not len(x_BD):
+    return state
+  mean_D = x_BD.mean(0)
+  if not np.isfinite(mean_D).all():
+    raise UserError(
+      f'{np.count_nonzero(~np.isfinite(x_BD).all(1))} of {len(x_BD)} rows for '
+      'PCA hold values that are not finite: mask them first'
+    )
+  x_BD = x_BD - mean_D
+  count = state.count + len(x_BD)
+  shift_D = mean_D - state.mean_D
+  weight = state.count * len(x_BD) / count
+  return PcaState(
+    count,
+    state.mean_D + shift_D * (len(x_BD) / count),
+    state.scatter_DD + x_BD.T @ x_BD + weight * np.outer(shift_D, shift_D),
+  )
+
+
+def fit_pca(batches: Iterable, n_components: int | None = None) -> Pca:
+  """Principal components of a stream of batches, in one pass.
+
+  Args:
+    batches: arrays [B, D] of any float type, B may vary.
+    n_components: how many to keep; None keeps all that the rows span.
+
+  Raises:
+    UserError: if there are fewer than two rows, or `n_components` is more
+      than the rows can span.
+  """
+  state = None
+  for x_BD in batches:
+    if state is None:
+      state = empty_state(np.shape(x_BD)[-1])
+    state = accumulate(state, x_BD)
+  count = state.count if state else 0
+  if count < 2:
+    raise UserError(f'PCA of {count} rows: give at least 2')
+  most = min(count - 1, len(state.mean_D))
+  n_components = most if n_components is None else n_components
+  if not 0 < n_components <= most:
+    raise UserError(
+      f'n_components {n_components} must be from 1 to {most} for {count} rows '
+      f'of width {len(state.mean_D)}'
+    )
+  variance_D, vectors_DD = np.linalg.eigh(state.scatter_DD / count)
+  # Rounding leaves eigenvalues a little below zero where there is no variance.
+  variance_D = np.maximum(variance_D[::-1], 0.0)
+  return Pca(
+    mean_D=state.mean_D,
+    components_KD=vectors_DD.T[::-1][:n_components],
+    variance_K=variance_D[:n_components],
+    total_variance=float(variance_D.sum()),
+  )
+
+
+@jax.jit
+def pca_reconstruct(mean_D, components_KD, x_BD) -> jax.Array:
+  """Projects rows on the span of some components: float32 [B, D].
+
+  Args:
+    mean_D: as in `Pca`.
+    components_KD: the components to keep, `pca.components_KD[:k]`.
+    x_BD: rows.
+  """
+  mean_D, components_KD, x_BD = (
+    jnp.asarray(a, jnp.float32) for a in (mean_D, components_KD, x_BD)
+  )
+  # A TPU multiplies float32 in bfloat16 by default: FVU would show it.
+  code_BK = jnp.matmul(
+    x_BD - mean_D, components_KD.T, precision=jax.lax.Precision.HIGHEST
+  )
+  return mean_D + jnp.matmul(
+    code_BK, components_KD, precision=jax.lax.Precision.HIGHEST
+  )
+
+
+def pca_fvu(pca: Pca, batches: Iterable) -> np.ndarray:
+  """Fraction of variance unexplained on some rows, for every number kept.
+
+  FVU is the squared error over these rows' own variance: 1 for always
+  predicting their mean. On rows the components were not fitted on, the entry
+  for 0 components is a little over 1 because the fitted mean is not theirs.
+
+  Args:
+    pca: from `fit_pca`.
+    batches: arrays [B, D] of the rows to score, held out from the fit.
+
+  Returns:
+    float64 [K + 1]: entry k is the FVU with the first k components.
+
+  Raises:
+    UserError: if the rows are fewer than two or all alike.
+  """
+  seen = empty_state(len(pca.mean_D))
+  for x_BD in batches:
+    seen = accumulate(seen, x_BD)
+  variance = np.trace(seen.scatter_DD)
+  if not variance > 0:
+    raise UserError(
+      f'FVU of {seen.count} rows without variance: give at least 2 that differ'
+    )
+  # Squared distances from the fitted mean, along each component and in all,
+  # follow from the scatter, so the rows need not be kept.
+  shift_D = seen.mean_D - pca.mean_D
+  along_K = np.einsum(
+    'kd,kd->k', pca.components_KD @ seen.scatter_DD, pca.components_KD
+  )
+  along_K += seen.count * (pca.components_KD @ shift_D) ** 2
+  error = variance + seen.count * shift_D @ shift_D
+  error_K1 = error - np.concatenate([[0.0], np.cumsum(along_K)])
+  return np.maximum(error_K1, 0.0) / variance
+
+
+def controls(
+  train_feature_PN,
+  train_resid_PD,
+  train_labels_P,
+  test_feature_PN,
+  test_resid_PD,
+  test_labels_P,
+  n_resamples: int = 1000,
+  seed: int = 0,
+) -> dict[str, probes.TaskScore]:
+  """Scores a task as `probes.score_task` does, from features nothing was learnt for.
+
+  A probe is blind to a feature's scale and offset, so a random direction
+  stands for a random latent's pre-activation, whatever its norm and bias.
+
+  Args:
+    train_feature_PN, test_feature_PN: the autoencoder's latents.
+    train_resid_PD, test_resid_PD: the activations it read, on the same
+      prompts and preprocessed as it does.
+    train_labels_P, test_labels_P: 0 or 1.
+    n_resamples, seed: as in `probes.score_task`; the seed also decides the
+      permutations and directions.
+
+  Returns:
+    Scores by name: `permuted` (the same latents, labels shuffled within each
+    side of the split), `random` (as many random directions as latents),
+    `channel` (single channels of the activations), `pca` (principal
+    directions of the training prompts).
+  """
+  label_rng, direction_rng = np.random.default_rng(seed).spawn(2)
+  train_resid_PD = np.asarray(train_resid_PD, np.float32)
+  test_resid_PD = np.asarray(test_resid_PD, np.float32)
+  n_latents, d_model = np.shape(train_feature_PN)[1], train_resid_PD.shape[1]
+  random_ND = direction_rng.standard_normal((n_latents, d_model), np.float32)
+  pca = fit_pca([train_resid_PD])
+  # Centred first: float32 would lose the signal under a large common mean.
+  train_PD, test_PD = (
+    (x_PD - pca.mean_D).astype(np.float32)
+    for x_PD in (train_resid_PD, test_resid_PD)
+  )
+  components_KD = pca.components_KD.astype(np.float32)
+  pairs = {
+    'permuted': (train_feature_PN, test_feature_PN),
+    'random': (train_PD @ random_ND.T, test_PD @ random_ND.T),
+    'channel': (train_resid_PD, test_resid_PD),
+    'pca': (train_PD @ components_KD.T, test_PD @ components_KD.T),
+  }
+  scores = {}
+  for name, (train_PN, test_PN) in pairs.items():
+    train, test = train_labels_P, test_labels_P
+    if name == 'permuted':
+      train, test = label_rng.permutation(train), label_rng.permutation(test)
+    scores[name] = probes.score_task(
+      train_PN, train, test_PN, test, n_resamples, seed
+    )
+  return scores

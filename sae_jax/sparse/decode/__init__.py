@@ -1,0 +1,1 @@
+"""Weighted sums of decoder rows, and the gradient of the weights."""

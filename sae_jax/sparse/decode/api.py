@@ -1,0 +1,64 @@
+"""`decode`: the reconstruction from sparse codes."""
+
+import functools
+
+import jax
+import numpy as np
+
+from sae_jax.sparse import dispatch, varying
+from sae_jax.sparse.decode import reference
+from sae_jax.sparse.weight_grad import api as weight_grad_api
+
+
+def decode(
+  vals_BK: jax.Array,
+  idx_BK: jax.Array,
+  w_dec_ND: jax.Array,
+  *,
+  implementation: str | None = None,
+) -> jax.Array:
+  """Sums decoder rows, weighted by the active latents' values.
+
+  Computes sum_k vals[b, k] w_dec[idx[b, k]] (Gao et al. 2024, section 2.2,
+  without the bias). Both gradients are sparse: <g, w_dec[idx]> for the values
+  and a segment sum of vals * g for the decoder.
+
+  Args:
+    vals_BK: values of the active latents; a zero adds nothing.
+    idx_BK: their rows in w_dec_ND; repeated rows add up.
+    w_dec_ND: a row per latent.
+    implementation: 'gather', 'dense', or None to choose by device and shape.
+
+  Returns:
+    The sum, [B, D].
+  """
+  name = dispatch.choose(w_dec_ND.shape[0], idx_BK.shape[1], implementation)
+  return _decode(name, vals_BK, idx_BK, varying.match(w_dec_ND, vals_BK))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _decode(name, vals_BK, idx_BK, w_dec_ND):
+  total = {'gather': reference.gather_sum, 'dense': reference.dense_sum}[name]
+  return total(vals_BK, idx_BK, w_dec_ND)
+
+
+def _forward(name, vals_BK, idx_BK, w_dec_ND):
+  return _decode(name, vals_BK, idx_BK, w_dec_ND), (vals_BK, idx_BK, w_dec_ND)
+
+
+def _backward(name, saved, g_BD):
+  vals_BK, idx_BK, w_dec_ND = saved
+  products = {
+    'gather': reference.sampled_products,
+    'dense': reference.dense_products,
+  }[name]
+  return (
+    products(g_BD, idx_BK, w_dec_ND),
+    np.zeros(idx_BK.shape, jax.dtypes.float0),
+    weight_grad_api.weight_grad(
+      vals_BK, idx_BK, g_BD, w_dec_ND.shape[0], implementation=name
+    ),
+  )
+
+
+_decode.defvjp(_forward, _backward)

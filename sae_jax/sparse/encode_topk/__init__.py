@@ -1,0 +1,1 @@
+"""The encoder's product with an exact top-k of its pre-activations."""

@@ -1,0 +1,87 @@
+"""`encode_topk`: the active latents of each token."""
+
+import functools
+
+import jax
+import numpy as np
+
+from sae_jax.sparse import dispatch, varying
+from sae_jax.sparse.decode import reference as decode_reference
+from sae_jax.sparse.encode_topk import reference
+from sae_jax.sparse.weight_grad import api as weight_grad_api
+
+
+def encode_topk(
+  x_BD: jax.Array,
+  w_enc_ND: jax.Array,
+  b_lat_N: jax.Array,
+  k: int,
+  *,
+  mask_N: jax.Array | None = None,
+  implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """The k largest pre-activations of each token and their latents.
+
+  Computes TopK(W_enc x + b_lat) (Gao et al. 2024, equation 1; x has had b_pre
+  subtracted), exactly, ties to the lowest latent. The gradients with respect
+  to x, w_enc and b_lat are sparse products over the selected pairs.
+
+  Args:
+    x_BD: inputs, preprocessed and minus b_pre.
+    w_enc_ND: a row per latent.
+    b_lat_N: latent bias.
+    k: active latents of a token.
+    mask_N: only latents where this is true may be chosen (AuxK's dead ones).
+      Where fewer than k are, the rest of a row has the value -inf.
+    implementation: of the gradients' products: 'gather', 'dense', or None to
+      choose by device and shape.
+
+  Returns:
+    vals_BK, descending, before any ReLU, and idx_BK int32.
+
+  Raises:
+    UserError: if k exceeds N.
+  """
+  name = dispatch.choose(w_enc_ND.shape[0], k, implementation)
+  x_BD = varying.match(x_BD, w_enc_ND)
+  return _encode_topk(
+    name,
+    k,
+    mask_N,
+    x_BD,
+    varying.match(w_enc_ND, x_BD),
+    varying.match(b_lat_N, x_BD),
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _encode_topk(name, k, mask_N, x_BD, w_enc_ND, b_lat_N):
+  return reference.encode_topk(x_BD, w_enc_ND, b_lat_N, mask_N, k)
+
+
+def _forward(name, k, mask_N, x_BD, w_enc_ND, b_lat_N):
+  vals_BK, idx_BK = reference.encode_topk(x_BD, w_enc_ND, b_lat_N, mask_N, k)
+  return (vals_BK, idx_BK), (mask_N, x_BD, w_enc_ND, idx_BK)
+
+
+def _backward(name, k, saved, cotangents):
+  mask_N, x_BD, w_enc_ND, idx_BK = saved
+  g_BK, _ = cotangents
+  n = w_enc_ND.shape[0]
+  total = {
+    'gather': decode_reference.gather_sum,
+    'dense': decode_reference.dense_sum,
+  }[name]
+  bias_grad_N = varying.zeros((n,), g_BK.dtype, g_BK)
+  mask_grad = (
+    None if mask_N is None else np.zeros(mask_N.shape, jax.dtypes.float0)
+  )
+  return (
+    mask_grad,
+    total(g_BK, idx_BK, w_enc_ND),
+    weight_grad_api.weight_grad(g_BK, idx_BK, x_BD, n, implementation=name),
+    bias_grad_N.at[idx_BK.reshape(-1)].add(g_BK.reshape(-1)),
+  )
+
+
+_encode_topk.defvjp(_forward, _backward)

@@ -1,0 +1,1 @@
+"""Gradients of encoder and decoder rows: sums over the pairs of a latent."""

@@ -1,0 +1,251 @@
+"""One training step: its config, its state, and the step under jit."""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+import numpy as np
+
+from sae_jax import autoencoder, metrics, objective, optimizer
+from sae_jax import config as config_lib
+from sae_jax import mesh as mesh_lib
+from sae_jax.autoencoder import SaeConfig
+from sae_jax.objective import ObjectiveConfig
+from sae_jax.optimizer import OptimizerConfig, OptimizerState
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+  """One training run."""
+
+  sae: SaeConfig = dataclasses.field(default_factory=SaeConfig)
+  objective: ObjectiveConfig = dataclasses.field(
+    default_factory=ObjectiveConfig
+  )
+  optimizer: OptimizerConfig = dataclasses.field(
+    default_factory=OptimizerConfig
+  )
+  batch_size: int = config_lib.option(2048, 'tokens per step')
+  steps: int = config_lib.option(1000, 'steps of the run')
+  seed: int = config_lib.option(0, 'of the initial weights and of the order')
+  sample_rows: int = config_lib.option(
+    32_768, "rows that the median and NMSE's constant are taken from"
+  )
+  window_chunks: int = config_lib.option(
+    64, 'chunks of the store whose rows are mixed'
+  )
+  log_every: int = config_lib.option(10, 'steps between lines of metrics')
+  eval_every: int = config_lib.option(
+    0, 'steps between evaluations on held-out rows; 0 for the end only'
+  )
+  eval_rows: int = config_lib.option(
+    65_536, 'held-out rows of an evaluation, at most'
+  )
+  checkpoint_every: int = config_lib.option(500, 'steps between checkpoints')
+  checkpoint_keep: int = config_lib.option(2, 'checkpoints that are kept')
+  mesh_data: int = config_lib.option(0, 'shards of the batch; 0 for the rest')
+  mesh_latent: int = config_lib.option(1, 'shards of the latents')
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything a step reads and writes.
+
+  Attributes:
+    sae: parameters.
+    optimizer: moments and moving average.
+    silent_N: tokens since each latent last fired, over the global batch.
+    mse_of_mean: the constant that NMSE divides by.
+    step: steps done.
+  """
+
+  sae: autoencoder.Sae
+  optimizer: OptimizerState
+  silent_N: jax.Array
+  mse_of_mean: jax.Array
+  step: jax.Array
+
+
+# Fields whose names do not end in their axes.
+_SCALARS = ('data_scale', 'mse_of_mean', 'step', 'count')
+
+
+def _letters(path: tuple[Any, ...]) -> str:
+  """The axes of a leaf of the state, from its name."""
+  key = path[-1]
+  name = str(getattr(key, 'name', getattr(key, 'key', key)))
+  return '' if name in _SCALARS else name.rsplit('_', 1)[1]
+
+
+def _specs(tree: Any) -> Any:
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: mesh_lib.RULES.spec(_letters(path)), tree
+  )
+
+
+def _shardings(tree: Any, mesh: Mesh) -> Any:
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: mesh_lib.sharding(mesh, _letters(path)), tree
+  )
+
+
+def _abstract_sae(config: autoencoder.SaeConfig) -> autoencoder.Sae:
+  return jax.eval_shape(
+    lambda: autoencoder.init_weights(config, jax.random.key(0))
+  )
+
+
+def init_state(
+  config: TrainConfig, mesh: Mesh, sample_BD: np.ndarray
+) -> TrainState:
+  """A fresh state, made shard by shard on the mesh.
+
+  Args:
+    config: the run.
+    mesh: where the state lies; its values do not depend on it.
+    sample_BD: raw activations from the start of the run.
+  """
+  sae_config = config.sae
+
+  def weights(key):
+    return autoencoder.init_weights(sae_config, key)
+
+  sae_shapes = _abstract_sae(sae_config)
+  sae = jax.jit(weights, out_shardings=_shardings(sae_shapes, mesh))(
+    jax.random.key(config.seed)
+  )
+  specs = _specs(sae_shapes)
+  fit = jax.shard_map(
+    lambda sae, sample_BD: autoencoder.fit_inputs(
+      sae_config, sae, sample_BD, axis='latent'
+    ),
+    mesh=mesh,
+    in_specs=(specs, PartitionSpec()),
+    out_specs=(specs, PartitionSpec()),
+  )
+
+  def build(sae, sample_BD):
+    sae, mse_of_mean = fit(sae, sample_BD)
+    return TrainState(
+      sae=sae,
+      optimizer=optimizer.init(config.optimizer, sae),
+      silent_N=jnp.zeros((sae_config.n_latents,), jnp.int32),
+      mse_of_mean=mse_of_mean,
+      step=jnp.zeros((), jnp.int32),
+    )
+
+  out = _shardings(jax.eval_shape(build, sae, sample_BD), mesh)
+  return jax.jit(build, out_shardings=out)(sae, sample_BD)
+
+
+def make_step(
+  config: TrainConfig, mesh: Mesh, implementation: str | None = None
+) -> Callable[[TrainState, jax.Array], tuple[TrainState, dict]]:
+  """The jitted training step.
+
+  Args:
+    config: the run.
+    mesh: axes ("data", "latent").
+    implementation: of the sparse products, see `sparse.decode`.
+
+  Returns:
+    A function of a state, which is donated, and raw_BD sharded over "data",
+    to the new state and a dict of scalars: loss, nmse, aux, l0,
+    dead_fraction, learning_rate.
+  """
+  schedule = optimizer.learning_rate(
+    config.optimizer, config.sae.n_latents, config.steps
+  )
+  specs = _specs(_abstract_sae(config.sae))
+  latents, tokens = mesh_lib.RULES.spec('N'), mesh_lib.RULES.spec('BD')
+  terms_specs = objective.Terms(
+    nmse=PartitionSpec(),
+    aux=PartitionSpec(),
+    l0=PartitionSpec(),
+    fired_N=latents,
+  )
+
+  def shard_gradients(sae, x_BD, dead_N, mse_of_mean):
+    return jax.value_and_grad(objective.loss, has_aux=True)(
+      sae,
+      x_BD,
+      dead_N,
+      mse_of_mean,
+      config.sae,
+      config.objective,
+      data_axis='data',
+      latent_axis='latent',
+      implementation=implementation,
+    )
+
+  gradients = jax.shard_map(
+    shard_gradients,
+    mesh=mesh,
+    in_specs=(specs, tokens, latents, PartitionSpec()),
+    out_specs=((PartitionSpec(), terms_specs), specs),
+  )
+
+  def step(state: TrainState, raw_BD: jax.Array):
+    x_BD, _ = autoencoder.preprocess(config.sae, state.sae, raw_BD)
+    dead_N = state.silent_N >= config.objective.dead_after_tokens
+    (loss, terms), grads = gradients(state.sae, x_BD, dead_N, state.mse_of_mean)
+    rate = jnp.asarray(schedule(state.step), loss.dtype)
+    sae, optimizer_state = optimizer.update(
+      config.optimizer, state.sae, state.optimizer, grads, rate
+    )
+    # Saturates, so that a latent which is silent for long stays dead.
+    silent_N = jnp.minimum(state.silent_N, 2**31 - 1 - raw_BD.shape[0])
+    silent_N = jnp.where(terms.fired_N, 0, silent_N + raw_BD.shape[0])
+    values = {
+      'loss': loss,
+      'nmse': terms.nmse,
+      'aux': terms.aux,
+      'l0': terms.l0,
+      'dead_fraction': dead_N.mean(),
+      'learning_rate': rate,
+    }
+    new_state = TrainState(
+      sae=sae,
+      optimizer=optimizer_state,
+      silent_N=silent_N,
+      mse_of_mean=state.mse_of_mean,
+      step=state.step + 1,
+    )
+    return new_state, values
+
+  return jax.jit(step, donate_argnums=0)
+
+
+def make_evaluation(
+  config: TrainConfig, mesh: Mesh
+) -> Callable[[TrainState, jax.Array], metrics.Sums]:
+  """The jitted sums of one held-out batch under the averaged weights."""
+  specs = _specs(_abstract_sae(config.sae))
+  none = PartitionSpec()
+  out = metrics.Sums(
+    tokens=none,
+    error=none,
+    x_D=none,
+    square_D=none,
+    cosine=none,
+    active=none,
+    fired_N=mesh_lib.RULES.spec('N'),
+  )
+  sums = jax.shard_map(
+    lambda sae, raw_BD: metrics.evaluate_batch(
+      config.sae, sae, raw_BD, data_axis='data', latent_axis='latent'
+    ),
+    mesh=mesh,
+    in_specs=(specs, mesh_lib.RULES.spec('BD')),
+    out_specs=out,
+  )
+
+  def evaluate(state: TrainState, raw_BD: jax.Array) -> metrics.Sums:
+    sae = optimizer.averaged(config.optimizer, state.sae, state.optimizer.ema)
+    return sums(sae, raw_BD)
+
+  return jax.jit(evaluate)
