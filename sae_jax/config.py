@@ -43,6 +43,11 @@ def to_json(record: Any) -> str:
   return json.dumps(record, indent=2) + '\n'
 
 
+def through_json(record: Any) -> Any:
+  """The record as it reads back from JSON: tuples as lists."""
+  return json.loads(json.dumps(record))
+
+
 def read_json(path: epath.PathLike) -> Any:
   """Reads a JSON file.
 

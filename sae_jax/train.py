@@ -135,12 +135,7 @@ def train(config: TrainConfig, store_url: str, workdir: str) -> TrainState:
       return state
     if start:
       logging.info('%s resumes after step %d', workdir, start)
-    order = feed.Order(
-      seed=config.seed,
-      n_rows=data.n_train,
-      chunk_rows=data.manifest.chunk_rows,
-      window_chunks=config.window_chunks,
-    )
+    order = feed.train_order(data, config.seed, config.window_chunks)
     batches = feed.Feed(data, order, config.batch_size).iterate(
       start, config.steps
     )

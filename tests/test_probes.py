@@ -53,7 +53,7 @@ def _bfgs(x_P, y_P):
   return weight / std, bias - weight * mean / std
 
 
-def _plain_newton(x_P, y_P, steps=30):
+def _plain_newton(x_P, y_P, steps=60):
   """Newton-Raphson as in a textbook, without any safeguard, float64."""
   design_P2 = np.stack([x_P, np.ones_like(x_P)], 1)
   theta = np.zeros(2)
@@ -104,10 +104,12 @@ def test_the_gradient_vanishes_at_the_fit():
   found = probes.fit_probes(x_PN, y_P)
   for n in range(x_PN.shape[1]):
     at = found.weight_N[n], found.bias_N[n]
-    assert np.abs(_gradient(*at, x_PN[:, n], y_P)).max() < 2e-6
+    # The last column's intercept is near 600: its own rounding shows.
+    bound = 5e-8 + np.spacing(np.abs(at[1])) / 4
+    assert np.abs(_gradient(*at, x_PN[:, n], y_P)).max() < bound
     # The check can fail: a weight 1 % off shows.
     off = at[0] + 0.01 / x_PN[:, n].std(dtype=np.float64), at[1]
-    assert np.abs(_gradient(*off, x_PN[:, n], y_P)).max() > 2e-5
+    assert np.abs(_gradient(*off, x_PN[:, n], y_P)).max() > 2e-4
 
 
 def test_a_separating_feature_gets_a_finite_fit():
@@ -244,12 +246,10 @@ def test_auc_counts_pairs():
   expected = [_count_pairs(x_P, y_P) for x_P in x_PN.T]
   np.testing.assert_array_equal(expected[3:6], [0.5, 1.0, 0.0])
   np.testing.assert_allclose(probes.auc(x_PN, y_P), expected, rtol=1e-14)
-  # Ranks without averaged ties are a different number on the second column.
-  rank_P = np.empty(57)
-  rank_P[np.argsort(x_PN[:, 1], kind='stable')] = np.arange(1, 58)
+  # Ranks without averaged ties give another number where all are tied.
   ones = y_P.sum()
-  naive = rank_P[y_P == 1].sum() - ones * (ones + 1) / 2
-  assert abs(naive / (ones * (57 - ones)) - expected[1]) > 0.01
+  naive = np.arange(1, 58)[y_P == 1].sum() - ones * (ones + 1) / 2
+  assert abs(naive / (ones * (57 - ones)) - expected[3]) > 0.01
   assert np.isnan(probes.auc([[np.nan], [1.0]], [0, 1]))
 
 

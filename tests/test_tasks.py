@@ -10,8 +10,7 @@ import pytest
 import zstandard
 
 from sae_jax.config import UserError
-from sae_jax.probing import probes
-from sae_jax.probing import tasks
+from sae_jax.probing import probes, tasks
 
 pytestmark = pytest.mark.fast
 
@@ -57,15 +56,15 @@ def _shared(prompts, train_idx, test_idx):
 
 
 def test_reads_labels_in_sorted_order_without_importing(folder):
-  rows = [(f'zero {i}', 'False') for i in range(20)]
-  rows += [(f'one {i}', 'True') for i in range(20)]
+  rows = [(f'nay {i}', 'False') for i in range(20)]
+  rows += [(f'yea {i}', 'True') for i in range(20)]
   _write(folder, '7_truth', rows)
   (task,) = tasks.load_tasks(['7_truth'], n_prompts=30)
   assert task.name == '7_truth'
   assert task.classes == ('False', 'True')
   assert len(task.prompts) == 30 and task.labels_P.sum() == 15
   for prompt, label in zip(task.prompts, task.labels_P):
-    assert prompt.startswith('one' if label else 'zero')
+    assert prompt.startswith('yea' if label else 'nay')
   assert 'sae_probes' not in sys.modules
 
 
@@ -123,7 +122,7 @@ def test_long_prompts_are_left_out(folder):
   _write(folder, '1_long', rows)
   (task,) = tasks.load_tasks(['1_long'], n_prompts=20, max_chars=30)
   assert max(map(len, task.prompts)) <= 30
-  with pytest.raises(UserError, match='20 prompts of at most 30 .* is 22'):
+  with pytest.raises(UserError, match=r'20 prompts of at most 30 .* is 22'):
     tasks.load_tasks(['1_long'], n_prompts=22, max_chars=30)
 
 
@@ -185,7 +184,7 @@ def test_errors_name_the_numbers_and_the_remedy(folder, monkeypatch):
     tasks.load_tasks(['??'])
   with pytest.raises(UserError, match='10_nyc_borough is not a binary task'):
     tasks.load_tasks(['10_nyc_borough'])
-  with pytest.raises(UserError, match='n_prompts 11 must be an even .* use 12'):
+  with pytest.raises(UserError, match=r'n_prompts 11 must be .* use 12'):
     tasks.load_tasks(['5_age'], n_prompts=11)
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(UserError, match='pip install --no-deps sae-probes'):

@@ -106,8 +106,7 @@ def build_index(
     value = getattr(config, field.name)
     if isinstance(value, int) and not 1 <= value <= 100_000:
       raise config_lib.UserError(
-        f'{field.name} is {value}: use 1 to 100000 '
-        f'(default {field.default})'
+        f'{field.name} is {value}: use 1 to 100000 (default {field.default})'
       )
   if not isinstance(features, dict):
     features = read_features(features)

@@ -186,7 +186,7 @@ def controls(
   n_resamples: int = 1000,
   seed: int = 0,
 ) -> dict[str, probes.TaskScore]:
-  """Scores a task as `probes.score_task` does, from features nothing was learnt for.
+  """Scores a task by `probes.score_task` on features that learnt nothing.
 
   A probe is blind to a feature's scale and offset, so a random direction
   stands for a random latent's pre-activation, whatever its norm and bias.

@@ -107,6 +107,7 @@ def load_tasks(
     if n_tasks and len(tasks) == n_tasks:
       break
     try:
+      _check_known(name, known)
       tasks.append(_load(folder, name, n_prompts, max_chars, seed))
     except UserError as error:
       logging.info('Skipped a probe task: %s', error)

@@ -43,7 +43,7 @@ def open_gguf(url: str | os.PathLike[str]) -> GgufFile:
   """
   url = os.fspath(url)
   scheme = url.partition('://')[0] if '://' in url else ''
-  if scheme not in ('', 'gs', 's3'):
+  if scheme not in ('', 'gs'):
     raise config_lib.UserError(
       f'{url} cannot be opened in place: download it and give its path'
     )

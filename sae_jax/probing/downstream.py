@@ -1,0 +1,192 @@
+"""What the subject loses when it reads reconstructions."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sae_jax import autoencoder, progress
+from sae_jax.activations import store as store_lib
+from sae_jax.checkpoint import Trained
+from sae_jax.subject import capture, splice, Subject
+
+VARIANTS = ('spliced', 'zero', 'mean')
+_RESAMPLES = 1000
+
+
+@dataclasses.dataclass(frozen=True)
+class Downstream:
+  """Next-token losses with and without the autoencoder, in nats.
+
+  Attributes:
+    ce: cross-entropy of the subject as it is.
+    ce_spliced: with reconstructions in place of the activations.
+    ce_zero: with zeros in their place.
+    ce_mean: with the mean activation in their place.
+    delta_ce: ce_spliced - ce.
+    delta_ce_low: lower end of its 95 % interval, bootstrap over contexts.
+    delta_ce_high: upper end.
+    kl: mean KL(original || spliced) of the next-token distributions.
+    ce_recovered: 1 - delta_ce / (ce_zero - ce).
+    ce_recovered_mean: the same against ce_mean.
+    tokens: how many next-token predictions were scored.
+    contexts: in how many contexts.
+  """
+
+  ce: float
+  ce_spliced: float
+  ce_zero: float
+  ce_mean: float
+  delta_ce: float
+  delta_ce_low: float
+  delta_ce_high: float
+  kl: float
+  ce_recovered: float
+  ce_recovered_mean: float
+  tokens: int
+  contexts: int
+
+
+def heldout_contexts(
+  store: store_lib.Store, n_tokens: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Whole held-out contexts from a store's token stream.
+
+  Args:
+    store: the activations.
+    n_tokens: contexts are taken, in the stream's order, until they hold this
+      many tokens or there are no more.
+
+  Returns:
+    tokens_CT int32, padded on the right with 0; length_C; kept_CT, true where
+    the store holds the token's activation (it was not masked).
+  """
+  stream = store.stream_index()
+  positions = store.positions()
+  first = stream[store.n_train]
+  first -= positions[first]
+  starts = first + np.flatnonzero(positions[first:] == 0)
+  ends = np.append(starts[1:], len(positions))
+  enough = np.searchsorted(np.cumsum(ends - starts), n_tokens) + 1
+  starts, ends = starts[:enough], ends[:enough]
+  kept = np.zeros(len(positions), bool)
+  kept[stream] = True
+  width = store.manifest.context_length
+  shape = (len(starts), width)
+  tokens_CT, kept_CT = np.zeros(shape, np.int32), np.zeros(shape, bool)
+  for row, (start, end) in enumerate(zip(starts, ends)):
+    tokens_CT[row, : end - start] = store.tokens()[start:end]
+    kept_CT[row, : end - start] = kept[start:end]
+  return tokens_CT, ends - starts, kept_CT
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _losses(
+  subject_config, site, sae_config, params, sae, mean_D, tokens_BT, kept_BT
+):
+  """Cross-entropies [variant, B, T-1] and KL [B, T-1] of a few contexts."""
+  resid_BTD = capture.capture(subject_config, params, tokens_BT, site)
+  flat_BD = resid_BTD.reshape(-1, resid_BTD.shape[-1])
+  spliced_BTD = autoencoder.reconstruct(sae_config, sae, flat_BD).reshape(
+    resid_BTD.shape
+  )
+
+  def log_probs(replacement_BTD):
+    mixed_BTD = jnp.where(kept_BT[:, :, None], replacement_BTD, resid_BTD)
+    logits = splice.resume(subject_config, params, mixed_BTD, site)
+    return jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
+
+  def cross_entropy(log_p):
+    return -jnp.take_along_axis(log_p, tokens_BT[:, 1:, None], axis=2)[..., 0]
+
+  original = log_probs(resid_BTD)
+  spliced = log_probs(spliced_BTD)
+  kl = (jnp.exp(original) * (original - spliced)).sum(-1)
+  ce = [cross_entropy(original), cross_entropy(spliced)]
+  ce.append(cross_entropy(log_probs(jnp.zeros_like(resid_BTD))))
+  mean_BTD = jnp.broadcast_to(mean_D, resid_BTD.shape)
+  ce.append(cross_entropy(log_probs(mean_BTD)))
+  return jnp.stack(ce), kl
+
+
+def measure(
+  trained: Trained,
+  subject: Subject,
+  store: store_lib.Store,
+  n_tokens: int,
+  mean_D: np.ndarray,
+  batch_contexts: int = 4,
+  seed: int = 0,
+) -> Downstream:
+  """Splices reconstructions into the subject on held-out text.
+
+  Only activations that the store keeps are replaced: position 0 and other
+  attention sinks stay as they are, for all variants alike. Every next-token
+  prediction of a context is scored, whether its own token was replaced or not.
+
+  Args:
+    trained: the autoencoder.
+    subject: the model that the store was harvested from.
+    store: tells the held-out text and the masked tokens.
+    n_tokens: how much text, at least, while there is so much.
+    mean_D: the mean raw activation, for mean-ablation.
+    batch_contexts: contexts in one forward pass.
+    seed: of the bootstrap.
+  """
+  site = capture.parse_site(store.manifest.site)
+  tokens_CT, length_C, kept_CT = heldout_contexts(store, n_tokens)
+  sums, counts = [], []
+  with progress.bar(
+    total=int(length_C.sum()), unit='tok', desc='splice'
+  ) as bar:
+    for start in range(0, len(tokens_CT), batch_contexts):
+      take = slice(start, start + batch_contexts)
+      # One compiled shape: a last short batch is filled up with empty rows.
+      short = batch_contexts - len(tokens_CT[take])
+      fill = ((0, short), (0, 0))
+      length_B = np.pad(length_C[take], (0, short))
+      ce, kl = _losses(
+        subject.config,
+        site,
+        trained.config,
+        subject.params,
+        trained.sae,
+        jnp.asarray(mean_D, jnp.float32),
+        np.pad(tokens_CT[take], fill),
+        np.pad(kept_CT[take], fill),
+      )
+      scored_BT = np.arange(1, tokens_CT.shape[1]) < length_B[:, None]
+      values = np.concatenate([np.asarray(ce), np.asarray(kl)[None]])
+      values = np.where(scored_BT, values.astype(np.float64), 0).sum(-1)
+      sums.append(values[:, : len(tokens_CT[take])])
+      counts.append(scored_BT.sum(-1)[: len(tokens_CT[take])])
+      bar.update(int(length_B.sum()))
+  return _summary(np.concatenate(sums, axis=1), np.concatenate(counts), seed)
+
+
+def _summary(sums_XC: np.ndarray, count_C: np.ndarray, seed: int) -> Downstream:
+  """From each context's sums of (original, spliced, zero, mean, KL)."""
+  tokens = int(count_C.sum())
+  ce, spliced, zero, mean, kl = (sums_XC.sum(1) / tokens).tolist()
+  draws = np.random.default_rng(seed).integers(
+    0, len(count_C), (_RESAMPLES, len(count_C))
+  )
+  change_C = sums_XC[1] - sums_XC[0]
+  resampled = change_C[draws].sum(1) / count_C[draws].sum(1)
+  low, high = np.quantile(resampled, [0.025, 0.975]).tolist()
+  return Downstream(
+    ce=ce,
+    ce_spliced=spliced,
+    ce_zero=zero,
+    ce_mean=mean,
+    delta_ce=spliced - ce,
+    delta_ce_low=low,
+    delta_ce_high=high,
+    kl=kl,
+    ce_recovered=1 - (spliced - ce) / (zero - ce),
+    ce_recovered_mean=1 - (spliced - ce) / (mean - ce),
+    tokens=tokens,
+    contexts=len(count_C),
+  )

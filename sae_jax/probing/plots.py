@@ -1,0 +1,92 @@
+"""Figures of a report, as PNG files."""
+
+import io
+from typing import Any
+
+from etils import epath
+from matplotlib.backends import backend_agg
+from matplotlib.figure import Figure
+import numpy as np
+
+from sae_jax import files, metrics
+
+
+def _write(path: epath.PathLike, figure: Figure) -> None:
+  backend_agg.FigureCanvasAgg(figure)
+  buffer = io.BytesIO()
+  figure.savefig(buffer, format='png', dpi=120, bbox_inches='tight')
+  files.write_bytes(path, buffer.getvalue())
+
+
+def density(density_N: np.ndarray) -> Figure:
+  """Histogram of log10 density; silent latents are named, not drawn."""
+  counts, silent = metrics.density_histogram(density_N)
+  figure = Figure(figsize=(6, 3.2))
+  axes = figure.subplots()
+  edges = metrics.DENSITY_EDGES
+  axes.bar(edges[:-1], counts, np.diff(edges), align='edge', color='#4669a8')
+  axes.set_xlabel('log10 of the share of held-out tokens a latent fires on')
+  axes.set_ylabel('latents')
+  axes.set_title(f'{len(density_N):,} latents, {silent:,} silent')
+  return figure
+
+
+def reconstruction(report: dict[str, Any]) -> Figure:
+  """FVU of the autoencoder beside its two controls."""
+  names = ['autoencoder', f'PCA, {report["k"]} components', 'untrained']
+  values = [report['fvu'], report['fvu_pca'], report['fvu_untrained']]
+  figure = Figure(figsize=(6, 2.2))
+  axes = figure.subplots()
+  bars = axes.barh(names, values, color=['#4669a8', '#b9bec8', '#b9bec8'])
+  axes.bar_label(bars, fmt='%.3f', padding=3)
+  axes.invert_yaxis()
+  axes.set_xlim(0, 1.15 * max(values))
+  axes.set_xlabel('fraction of held-out variance unexplained')
+  return figure
+
+
+def probe_aucs(report: dict[str, Any]) -> Figure:
+  """Held-out AUC of each task's best latent, 95 % interval, and controls."""
+  tasks = list(report['probes'])
+  figure = Figure(figsize=(6, 1 + 0.6 * len(tasks)))
+  axes = figure.subplots()
+  for place, task in enumerate(tasks):
+    found = report['probes'][task]
+    score = found['latent']
+    spread = [
+      [score['test_auc'] - score['test_auc_low']],
+      [score['test_auc_high'] - score['test_auc']],
+    ]
+    label = 'best latent' if place == 0 else None
+    axes.errorbar(
+      score['test_auc'], place, xerr=spread, fmt='o', color='#4669a8',
+      capsize=3, label=label,
+    )  # fmt: skip
+    for (name, control), marker in zip(found['controls'].items(), 'x+v^'):
+      axes.plot(
+        control['test_auc'], place, marker, color='#8a909c',
+        label=name if place == 0 else None,
+      )  # fmt: skip
+  axes.axvline(0.5, color='#b9bec8', linewidth=0.8)
+  axes.set_yticks(range(len(tasks)), tasks)
+  axes.invert_yaxis()
+  axes.set_xlabel('held-out AUC')
+  axes.legend(loc='center left', bbox_to_anchor=(1, 0.5))
+  return figure
+
+
+def save(
+  folder: epath.PathLike, report: dict[str, Any], table: dict[str, np.ndarray]
+) -> None:
+  """Writes density.png, reconstruction.png and probes.png.
+
+  Args:
+    folder: where to.
+    report: from `report.probe`.
+    table: from `features.build`; gives the density.
+  """
+  folder = epath.Path(folder)
+  _write(folder / 'density.png', density(table['density']))
+  _write(folder / 'reconstruction.png', reconstruction(report))
+  if report['probes']:
+    _write(folder / 'probes.png', probe_aucs(report))

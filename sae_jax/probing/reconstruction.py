@@ -1,0 +1,109 @@
+"""How well held-out activations are reconstructed, and by what else."""
+
+from collections.abc import Iterator
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sae_jax import autoencoder, metrics, progress
+from sae_jax.activations import store as store_lib
+from sae_jax.checkpoint import Trained
+from sae_jax.probing import baselines
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _sums(config, sae, raw_BD):
+  return metrics.evaluate_batch(config, sae, raw_BD)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _preprocessed(config, sae, raw_BD):
+  return autoencoder.preprocess(config, sae, raw_BD)[0]
+
+
+def batches(
+  store: store_lib.Store, start: int, stop: int, batch_rows: int
+) -> Iterator[np.ndarray]:
+  """Rows start to stop as raw_BD of at most batch_rows, in order."""
+  for row in range(start, stop, batch_rows):
+    yield store.read_rows(row, min(stop, row + batch_rows))
+
+
+def measure(
+  trained: Trained,
+  store: store_lib.Store,
+  start: int,
+  stop: int,
+  batch_rows: int,
+  desc: str,
+) -> metrics.Metrics:
+  """Metrics of an autoencoder on rows of a store.
+
+  Args:
+    trained: the autoencoder with its config and NMSE's constant.
+    store: the activations.
+    start: first row.
+    stop: one past the last row.
+    batch_rows: rows at a time.
+    desc: what the progress bar says.
+  """
+  total = None
+  with progress.bar(total=stop - start, unit='tok', desc=desc) as bar:
+    for raw_BD in batches(store, start, stop, batch_rows):
+      sums = _sums(trained.config, trained.sae, raw_BD)
+      total = metrics.add_sums(total, sums)
+      bar.update(len(raw_BD))
+  return metrics.summarise(total, trained.mse_of_mean)
+
+
+def untrained(
+  config: autoencoder.SaeConfig, sample_BD: np.ndarray, seed: int
+) -> Trained:
+  """A control: a fresh autoencoder fitted to the inputs, before any step.
+
+  Args:
+    config: the trained one's config.
+    sample_BD: raw training activations.
+    seed: of its weights.
+  """
+
+  @jax.jit
+  def make(key, sample_BD):
+    sae = autoencoder.init_weights(config, key)
+    return autoencoder.fit_inputs(config, sae, sample_BD)
+
+  sae, mse_of_mean = make(jax.random.key(seed), jnp.asarray(sample_BD))
+  return Trained(config, sae, float(mse_of_mean), 0, {})
+
+
+def pca_fvu(
+  trained: Trained,
+  store: store_lib.Store,
+  start: int,
+  stop: int,
+  n_components: int,
+  batch_rows: int,
+) -> float:
+  """FVU of the best linear code with as many numbers per token.
+
+  Principal components are fitted on the training rows and applied to the
+  given ones, after the autoencoder's own preprocessing.
+
+  Args:
+    trained: gives the preprocessing.
+    store: the activations.
+    start: first row that is scored.
+    stop: one past the last.
+    n_components: how many components are kept; k makes the count of numbers
+      per token equal.
+    batch_rows: rows at a time.
+  """
+
+  def rows(start, stop):
+    for raw_BD in batches(store, start, stop, batch_rows):
+      yield np.asarray(_preprocessed(trained.config, trained.sae, raw_BD))
+
+  pca = baselines.fit_pca(rows(0, store.n_train), n_components)
+  return float(baselines.pca_fvu(pca, rows(start, stop))[-1])

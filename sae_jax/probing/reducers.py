@@ -1,0 +1,121 @@
+"""Per-latent statistics and examples, accumulated over a stream of codes."""
+
+import numpy as np
+
+# Twenty bins per decade of activation; values beyond count in the end bins.
+HISTOGRAM_EDGES = np.logspace(-5, 3, 161)
+
+
+class LatentStats:
+  """Counts, moments and histograms of each latent's positive activations."""
+
+  def __init__(self, n_latents: int):
+    bins = len(HISTOGRAM_EDGES) - 1
+    self.tokens = 0
+    self.count_N = np.zeros(n_latents, np.int64)
+    self.max_N = np.zeros(n_latents)
+    self._power_XN = np.zeros((3, n_latents))
+    self.hist_NH = np.zeros((n_latents, bins), np.int64)
+
+  def update(self, vals_BK: np.ndarray, idx_BK: np.ndarray) -> None:
+    """Adds a batch of codes; values that are not positive do not count."""
+    n_latents, bins = self.hist_NH.shape
+    active = vals_BK > 0
+    values, latents = vals_BK[active].astype(np.float64), idx_BK[active]
+    self.tokens += len(vals_BK)
+    self.count_N += np.bincount(latents, minlength=n_latents)
+    np.maximum.at(self.max_N, latents, values)
+    for power in range(3):
+      self._power_XN[power] += np.bincount(
+        latents, values ** (power + 1), n_latents
+      )
+    place = np.searchsorted(HISTOGRAM_EDGES, values, side='right') - 1
+    place = np.clip(place, 0, bins - 1)
+    self.hist_NH += np.bincount(
+      latents * bins + place, minlength=n_latents * bins
+    ).reshape(n_latents, bins)
+
+  def moments(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Mean, standard deviation and skewness of the positive activations.
+
+    All are over the tokens on which the latent fired (population moments); 0
+    for a latent that never did, and a skewness of 0 where all values agree.
+    """
+    count_N = np.maximum(self.count_N, 1)
+    mean_N, square_N, cube_N = self._power_XN / count_N
+    variance_N = np.maximum(square_N - mean_N**2, 0)
+    # Differences of equal values are rounding, not spread.
+    variance_N[variance_N < 1e-12 * square_N] = 0
+    third_N = cube_N - 3 * mean_N * square_N + 2 * mean_N**3
+    std_N = np.sqrt(variance_N)
+    skew_N = np.divide(
+      third_N, std_N**3, out=np.zeros_like(std_N), where=std_N > 0
+    )
+    return mean_N, std_N, skew_N
+
+
+class TopExamples:
+  """The M highest-scoring tokens of each latent, one from each group."""
+
+  def __init__(self, n_latents: int, n_examples: int):
+    shape = (n_latents, n_examples)
+    self.score_NM = np.full(shape, -np.inf)
+    self.row_NM = np.full(shape, -1, np.int64)
+    self._group_NM = np.full(shape, -1, np.int64)
+
+  def update(
+    self,
+    latents: np.ndarray,
+    scores: np.ndarray,
+    rows: np.ndarray,
+    groups: np.ndarray,
+  ) -> None:
+    """Offers tokens to latents; the result does not depend on batching.
+
+    Args:
+      latents: latent of each offer, a flat array, as are the others.
+      scores: the higher the better; ties go to the lower row.
+      rows: row of the store.
+      groups: of equal groups (documents, say) a latent keeps the best only.
+    """
+    if not self.score_NM.shape[1]:
+      return
+    # What cannot displace a latent's worst example need not be sorted.
+    hopeful = scores >= self.score_NM[:, -1][latents]
+    held = self.row_NM >= 0
+    latents = np.concatenate([latents[hopeful], np.nonzero(held)[0]])
+    scores = np.concatenate([scores[hopeful], self.score_NM[held]])
+    rows = np.concatenate([rows[hopeful], self.row_NM[held]])
+    groups = np.concatenate([groups[hopeful], self._group_NM[held]])
+
+    best = np.lexsort((rows, -scores, groups, latents))
+    first = np.ones(len(best), bool)
+    first[1:] = (np.diff(latents[best]) != 0) | (np.diff(groups[best]) != 0)
+    best = best[first]
+    best = best[np.lexsort((rows[best], -scores[best], latents[best]))]
+    starts = np.searchsorted(latents[best], latents[best])
+    rank = np.arange(len(best)) - starts
+    best, rank = (
+      best[rank < self.score_NM.shape[1]],
+      rank[rank < self.score_NM.shape[1]],
+    )
+    self.score_NM[latents[best], rank] = scores[best]
+    self.row_NM[latents[best], rank] = rows[best]
+    self._group_NM[latents[best], rank] = groups[best]
+
+
+def random_scores(
+  rows: np.ndarray, latents: np.ndarray, seed: int
+) -> np.ndarray:
+  """A pseudo-random score in [0, 1) for each pair of row and latent.
+
+  Highest scores of a stream are a uniform sample of it, whatever its order
+  and batching. The hash is SplitMix64's finaliser.
+  """
+  x = rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+  x ^= latents.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03)
+  x += np.uint64(seed) * np.uint64(0x8CB92BA72F3D8DD7)
+  x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+  x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+  x ^= x >> np.uint64(31)
+  return (x >> np.uint64(11)).astype(np.float64) / 2**53

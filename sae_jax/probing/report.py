@@ -1,0 +1,247 @@
+"""The whole evaluation of a checkpoint: report.json, features.npz, plots."""
+
+import dataclasses
+from typing import Any
+
+from absl import logging
+from etils import epath
+import numpy as np
+
+from sae_jax import checkpoint as checkpoint_lib
+from sae_jax import config as config_lib
+from sae_jax import files
+from sae_jax import subject as subject_lib
+from sae_jax.activations import store as store_lib
+from sae_jax.probing import (
+  baselines,
+  downstream,
+  features,
+  plots,
+  pooled,
+  probes,
+  reconstruction,
+  tasks,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class ProbeConfig:
+  """What is evaluated."""
+
+  features: features.FeatureConfig = dataclasses.field(
+    default_factory=features.FeatureConfig
+  )
+  subject: str = config_lib.option(
+    '', "the subject model; empty for the store's own"
+  )
+  average: bool = config_lib.option(
+    True, 'evaluate the moving average of the weights, not the last ones'
+  )
+  eval_rows: int = config_lib.option(
+    1_000_000, 'held-out rows for NMSE, FVU, L0 and density, at most'
+  )
+  batch_rows: int = config_lib.option(4096, 'rows at a time')
+  downstream_tokens: int = config_lib.option(
+    4096, 'held-out tokens that reconstructions are spliced into'
+  )
+  task_names: tuple[str, ...] = config_lib.option(
+    (), 'probe tasks by name; empty for the first n_tasks'
+  )
+  n_tasks: int = config_lib.option(4, 'probe tasks; 0 for all that are sound')
+  task_prompts: int = config_lib.option(200, 'prompts of each task, even')
+  task_chars: int = config_lib.option(100, 'the longest prompt, in characters')
+  task_tokens: int = config_lib.option(64, 'tokens read of a prompt, at most')
+  pooling: str = config_lib.option(
+    'mean', "over a prompt's tokens", pooled.POOLING
+  )
+  seed: int = config_lib.option(0, 'of splits, controls and intervals')
+
+  def __post_init__(self):
+    config_lib.check_choices(self)
+
+
+def probe(
+  config: ProbeConfig,
+  checkpoint: str,
+  store_url: str,
+  workdir: str,
+  subject: subject_lib.Subject | None = None,
+) -> dict[str, Any]:
+  """Evaluates an autoencoder and writes what it found.
+
+  The workdir gets report.json (last, so that it is there when all is),
+  features.npz (see `features.build`) and plots/. Where they are there already
+  for the same checkpoint, store and config they are reused.
+
+  Args:
+    config: what is evaluated.
+    checkpoint: the workdir of a training run, local path or gs:// URL.
+    store_url: the activations; the held-out split is what is scored.
+    workdir: where the results go.
+    subject: the subject model, if it is loaded already.
+
+  Returns:
+    The report: nmse, fvu, fvu_pca, fvu_untrained, l0, dead_fraction,
+    delta_ce, kl and more at its top level, and `probes` by task.
+
+  Raises:
+    UserError: if checkpoint, store and subject do not fit each other.
+  """
+  store = store_lib.open_store(store_url)
+  trained = checkpoint_lib.load(checkpoint, average=config.average)
+  made_from = {
+    'step': trained.step,
+    'checkpoint_dataset': trained.about['dataset']['identity'],
+    'train_config': trained.about['train_config'],
+    'store': store.manifest.identity,
+    'probe_config': dataclasses.asdict(config),
+  }
+  path = epath.Path(workdir) / 'report.json'
+  # Through JSON, which turns tuples into lists.
+  made_from = config_lib.through_json(made_from)
+  if path.exists():
+    report = config_lib.read_json(path)
+    if report.get('made_from') == made_from:
+      logging.info('%s is finished: reused', workdir)
+      return report
+  check(trained, store)
+  subject = subject or subject_lib.load(
+    config.subject or store.manifest.subject
+  )
+  check_subject(subject, store)
+
+  report = scores(config, trained, subject, store)
+  table = features.build(
+    config.features, trained, subject, store, config.batch_rows, config.seed
+  )
+  report = config_lib.through_json(
+    report
+    | {
+      'subject': store.manifest.subject,
+      'site': store.manifest.site,
+      'n_latents': trained.config.n_latents,
+      'k': trained.config.k,
+      'd_model': trained.config.d_model,
+      'preprocessing': trained.config.preprocessing,
+      'n_tokens': min(store.manifest.n_rows, config.features.feature_rows),
+      'mask': store.manifest.mask,
+      'metric_definitions': checkpoint_lib.METRIC_DEFINITIONS,
+      'made_from': made_from,
+    }
+  )
+  features.save(epath.Path(workdir) / 'features.npz', table)
+  plots.save(epath.Path(workdir) / 'plots', report, table)
+  files.write_text(path, config_lib.to_json(report))
+  return report
+
+
+def check(trained: checkpoint_lib.Trained, store: store_lib.Store) -> None:
+  """Raises UserError if the store is not one the autoencoder can read."""
+  if trained.config.d_model != store.manifest.d_model:
+    raise config_lib.UserError(
+      f'the checkpoint reads activations of width {trained.config.d_model}, '
+      f'the store holds {store.manifest.d_model}: give the store it was '
+      'trained on'
+    )
+  if not store.manifest.holdout_rows:
+    raise config_lib.UserError(
+      'the store has no held-out rows to score: harvest with a '
+      'holdout_fraction above 0'
+    )
+
+
+def check_subject(subject: subject_lib.Subject, store: store_lib.Store) -> None:
+  """Raises UserError if the store was not harvested from this subject."""
+  if subject.weights_sha256 != store.manifest.weights_sha256:
+    raise config_lib.UserError(
+      f'subject {subject.name} is not the model the store was harvested from: '
+      f'use {store.manifest.subject}'
+    )
+
+
+def scores(
+  config: ProbeConfig,
+  trained: checkpoint_lib.Trained,
+  subject: subject_lib.Subject,
+  store: store_lib.Store,
+) -> dict[str, Any]:
+  """All scores of an autoencoder with their controls, as JSON-able values."""
+  start = store.n_train
+  stop = min(store.manifest.n_rows, start + config.eval_rows)
+  rows = (start, stop, config.batch_rows)
+  found = reconstruction.measure(trained, store, *rows, 'held-out')
+  sample_rows = trained.about['train_config']['sample_rows']
+  sample_BD = store.read_rows(0, min(store.n_train, sample_rows))
+  fresh = reconstruction.untrained(trained.config, sample_BD, config.seed + 1)
+  control = reconstruction.measure(fresh, store, *rows, 'untrained')
+  k = min(trained.config.k, trained.config.d_model)
+  fvu_pca = reconstruction.pca_fvu(trained, store, *rows[:2], k, rows[2])
+  losses = downstream.measure(
+    trained,
+    subject,
+    store,
+    config.downstream_tokens,
+    sample_BD.mean(0),
+    seed=config.seed,
+  )
+  return {
+    **found.scalars(),
+    'fvu_pca': fvu_pca,
+    'fvu_untrained': control.fvu,
+    **dataclasses.asdict(losses),
+    'density_N': found.density_N.tolist(),
+    'probes': probe_tasks(config, trained, subject, store.manifest.site),
+  }
+
+
+def probe_tasks(
+  config: ProbeConfig,
+  trained: checkpoint_lib.Trained,
+  subject: subject_lib.Subject,
+  site: str,
+) -> dict[str, Any]:
+  """1-d probes of every latent on every task, with controls.
+
+  Returns:
+    task -> score of the latent chosen on the training prompts (`latent`) and
+    of each control, as `probes.TaskScore` fields.
+  """
+  chosen = tasks.load_tasks(
+    config.task_names or None,
+    config.n_tasks,
+    config.task_prompts,
+    config.task_chars,
+    config.seed,
+  )
+  out = {}
+  for task in chosen:
+    x_PD = pooled.pooled_inputs(
+      trained,
+      subject,
+      site,
+      list(task.prompts),
+      config.task_tokens,
+      config.pooling,
+      task.name,
+    )
+    pre_PN = pooled.pre_activations(trained, x_PD)
+    train, test = tasks.split(task, config.seed)
+    labels = np.asarray(task.labels_P)
+    score = probes.score_task(
+      pre_PN[train], labels[train], pre_PN[test], labels[test]
+    )
+    controls = baselines.controls(
+      pre_PN[train],
+      x_PD[train],
+      labels[train],
+      pre_PN[test],
+      x_PD[test],
+      labels[test],
+    )
+    out[task.name] = {
+      'classes': list(task.classes),
+      'prompts': len(labels),
+      'latent': score._asdict(),
+      'controls': {name: s._asdict() for name, s in controls.items()},
+    }
+  return out

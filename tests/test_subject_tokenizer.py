@@ -1,0 +1,159 @@
+"""Tokenizers from GGUF metadata: a small one, and the packaged model's."""
+
+import inspect
+import json
+import random
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+import pytest
+from tokenizers import pre_tokenizers
+
+from sae_jax import config as config_lib
+from sae_jax import subject
+from sae_jax.subject import tokenizer as tokenizer_lib
+from sae_jax.subject import weights
+
+
+def small_metadata(**changes):
+  """One token a byte, a few merges, a control and a user's token.
+
+  In byte-level BPE 'Ġ' spells a space and 'Ã©' the two bytes of 'é'.
+  """
+  letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+  merges = ['Ġ t', 'h e', 'Ġt he', '1 2', 'Ã ©', 'ã ģ', 'Ġ Ã']
+  merged = [merge.replace(' ', '') for merge in merges]
+  tokens = ['<|end|>', '<user>', *letters, *merged]
+  return {
+    'tokenizer.ggml.model': 'gpt2',
+    'tokenizer.ggml.pre': 'smollm',
+    'tokenizer.ggml.tokens': tokens,
+    'tokenizer.ggml.merges': merges,
+    'tokenizer.ggml.token_type': [3, 4] + [1] * (len(tokens) - 2),
+  } | changes
+
+
+SMALL = tokenizer_lib.from_metadata(small_metadata())
+
+
+def pieces(tokenizer, text):
+  strings = tokenizer_lib.token_strings(tokenizer)
+  return [strings[i] for i in tokenizer_lib.encode(tokenizer, text)]
+
+
+@pytest.mark.fast
+@settings(deadline=None, max_examples=100)
+@given(st.text())
+def test_any_text_round_trips(text):
+  tokens = tokenizer_lib.encode(SMALL, text)
+  assert tokenizer_lib.decode(SMALL, tokens) == text
+
+
+@pytest.mark.fast
+def test_merges_and_digits():
+  assert pieces(SMALL, 'a the 1212') == ['a', ' the', ' ', '1', '2', '1', '2']
+  whole = tokenizer_lib.from_metadata(
+    small_metadata(**{'tokenizer.ggml.pre': 'gpt-2'})
+  )
+  assert pieces(whole, 'a the 1212') == ['a', ' the', ' ', '12', '12']
+
+
+@pytest.mark.fast
+def test_tokens_are_shown_as_text_and_broken_characters_as_bytes():
+  assert pieces(SMALL, 'é') == ['é']
+  assert pieces(SMALL, 'は') == ['\\xe3\\x81', '\\xaf']
+  assert pieces(SMALL, ' ô') == [' \\xc3', '\\xb4']
+  assert pieces(SMALL, '\n\t\x00') == ['\n', '\t', '\x00']
+
+
+@pytest.mark.fast
+def test_every_byte_has_its_own_token_string():
+  strings = tokenizer_lib.token_strings(SMALL)
+  assert len(strings) == SMALL.get_vocab_size()
+  shown = {chr(i) if i < 128 else f'\\x{i:02x}' for i in range(256)}
+  assert set(strings[2:258]) == shown
+
+
+@pytest.mark.fast
+def test_control_tokens_in_a_text_are_text():
+  tokens = tokenizer_lib.encode(SMALL, 'a<|end|>b')
+  assert 0 not in tokens
+  assert tokenizer_lib.decode(SMALL, tokens) == 'a<|end|>b'
+  # The token itself exists, is shown by its name and kept when decoding.
+  assert tokenizer_lib.token_strings(SMALL)[0] == '<|end|>'
+  assert tokenizer_lib.decode(SMALL, [0]) == '<|end|>'
+  assert tokenizer_lib.encode(SMALL, 'a<user>b')[1] == 1
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+  'metadata, message',
+  [
+    (
+      small_metadata(**{'tokenizer.ggml.model': 'llama'}),
+      "tokenizer 'llama' with pre-tokenizer 'smollm' is not supported: "
+      "use a GGUF file with 'gpt2' and one of smollm, gpt-2",
+    ),
+    (
+      small_metadata(**{'tokenizer.ggml.pre': 'qwen2'}),
+      "tokenizer 'gpt2' with pre-tokenizer 'qwen2' is not supported: "
+      "use a GGUF file with 'gpt2' and one of smollm, gpt-2",
+    ),
+    (
+      {
+        key: value
+        for key, value in small_metadata().items()
+        if key != 'tokenizer.ggml.merges'
+      },
+      'the GGUF file does not hold tokenizer.ggml.merges: '
+      'convert the model again',
+    ),
+  ],
+)
+def test_an_unknown_tokenizer_is_refused(metadata, message):
+  with pytest.raises(config_lib.UserError) as error:
+    tokenizer_lib.from_metadata(metadata)
+  assert str(error.value) == message
+
+
+@pytest.fixture(scope='module')
+def packaged():
+  file = weights.open_gguf(subject.find('smollm2-135m'))
+  return tokenizer_lib.from_metadata(file.metadata)
+
+
+@pytest.mark.slow
+def test_packaged_token_ids(packaged):
+  # Recorded from another implementation on the same file.
+  text = 'The capital of France is'
+  assert tokenizer_lib.encode(packaged, text) == [504, 3575, 282, 4649, 314]
+  tokens = [254, 216, 33, 40, 38, 35, 15486, 46494]
+  assert tokenizer_lib.encode(packaged, 'in 1863 naïve') == tokens
+  assert pieces(packaged, 'in 1863 naïve') == (
+    ['in', ' ', '1', '8', '6', '3', ' na', 'ïve']
+  )
+
+
+@pytest.mark.slow
+def test_packaged_round_trip(packaged):
+  source = inspect.getsource(json)
+  for text in (source, 'naïve 日本語 🙂 x=12345 \t\r\n  end', '<|im_start|>'):
+    tokens = tokenizer_lib.encode(packaged, text)
+    assert tokenizer_lib.decode(packaged, tokens) == text
+  # A different cut of the text must not decode to it.
+  assert tokenizer_lib.decode(packaged, tokens[1:]) != text
+
+
+@pytest.mark.slow
+def test_packaged_token_strings_equal_decoding_one_token(packaged):
+  strings = tokenizer_lib.token_strings(packaged)
+  assert len(strings) == 49_152
+  broken = 0
+  for i in random.Random(0).sample(range(49_152), 5_000):
+    decoded = tokenizer_lib.decode(packaged, [i])
+    if '\ufffd' in decoded:
+      broken += 1
+      assert '\\x' in strings[i]
+    else:
+      assert strings[i] == decoded
+  assert broken > 10
