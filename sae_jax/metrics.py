@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 from etils import epath
 import flax.struct
@@ -149,6 +150,16 @@ def density_histogram(density_N: np.ndarray) -> tuple[np.ndarray, int]:
   logs = np.clip(np.log10(live), DENSITY_EDGES[0], DENSITY_EDGES[-1])
   counts, _ = np.histogram(logs, DENSITY_EDGES)
   return counts, int((density_N == 0).sum())
+
+
+def density_record(density_N: np.ndarray) -> dict[str, Any]:
+  """`density_histogram` by name, as JSON has it."""
+  counts, silent = density_histogram(density_N)
+  return {
+    'log10_edges': DENSITY_EDGES.tolist(),
+    'latents': counts.tolist(),
+    'silent': silent,
+  }
 
 
 def evaluate_batch(

@@ -25,7 +25,7 @@ def density(density_N: np.ndarray) -> Figure:
   axes = figure.subplots()
   edges = metrics.DENSITY_EDGES
   axes.bar(edges[:-1], counts, np.diff(edges), align='edge', color='#4669a8')
-  axes.set_xlabel('log10 of the share of held-out tokens a latent fires on')
+  axes.set_xlabel('log10 of the share of tokens a latent fires on')
   axes.set_ylabel('latents')
   axes.set_title(f'{len(density_N):,} latents, {silent:,} silent')
   return figure

@@ -18,9 +18,9 @@ from sae_jax.config import UserError
 
 _HESSIAN_FLOOR = 1e-4
 _MAX_STEPS = 64
+_TINY = 1e-20
 # The trust region bounds how far any prompt's logit moves in one step.
 _FIRST_RADIUS = 4.0
-_MAX_RADIUS = 8.0
 # The predicted gain in nats below which a Newton step changes nothing.
 _CONVERGED = 1e-12
 # A rise in loss that float32 rounding alone can cause.
@@ -306,21 +306,27 @@ def _fit_one(x_P, y_P):
     return _cross_entropy(weight * z_P + bias, y_P).mean()
 
   def newton_step(weight, bias):
-    p_P = jax.nn.sigmoid(weight * z_P + bias)
-    error_P = p_P - y_P
-    curvature_P = p_P * (1 - p_P)
-    # About the curvature's own centre the Hessian is diagonal: each entry has
-    # its floor, and no determinant cancels for a latent that hardly fires.
-    total = jnp.maximum(curvature_P.mean(), jnp.finfo(jnp.float32).tiny)
-    centre = (curvature_P * z_P).mean() / total
+    logit_P = weight * z_P + bias
+    p_P, q_P = jax.nn.sigmoid(logit_P), jax.nn.sigmoid(-logit_P)
+    # Not p - y and p (1 - p), which round to 0 where p is close to 1.
+    error_P = jnp.where(y_P == 1, -q_P, p_P)
+    curvature_P = p_P * q_P
+    # About the curvature's own centre the Hessian is diagonal, and no
+    # determinant cancels for a latent that hardly fires. The floor is on the
+    # mean curvature, in the spread of the prompts that still count: on the
+    # entry itself it would stall a latent with one outlying value.
+    total = curvature_P.mean()
+    share_P = curvature_P / jnp.maximum(curvature_P.sum(), _TINY)
+    centre = (share_P * z_P).sum()
     away_P = z_P - centre
+    spread = jnp.maximum((share_P * away_P**2).sum(), _TINY)
+    hess_bias = jnp.maximum(total, _HESSIAN_FLOOR)
     grad_weight, grad_bias = (error_P * away_P).mean(), error_P.mean()
-    hess_weight = jnp.maximum((curvature_P * away_P**2).mean(), _HESSIAN_FLOOR)
-    hess_bias = jnp.maximum(curvature_P.mean(), _HESSIAN_FLOOR)
-    step_weight, step_bias = -grad_weight / hess_weight, -grad_bias / hess_bias
-    gain = grad_weight**2 / hess_weight + grad_bias**2 / hess_bias
+    step_weight = -grad_weight / hess_bias / spread
+    step_bias = -grad_bias / hess_bias
+    gain = -(grad_weight * step_weight + grad_bias * step_bias) / 2
     reach = jnp.abs(step_weight * away_P + step_bias).max()
-    return step_weight, step_bias - step_weight * centre, reach, gain / 2
+    return step_weight, step_bias - step_weight * centre, reach, gain
 
   def improve(state):
     step, weight, bias, ce, radius, _ = state
@@ -336,7 +342,7 @@ def _fit_one(x_P, y_P):
       jnp.where(accept, new_weight, weight),
       jnp.where(accept, new_bias, bias),
       jnp.where(accept, new_ce, ce),
-      jnp.where(accept, jnp.minimum(2 * radius, _MAX_RADIUS), radius / 4),
+      jnp.where(accept, 2 * radius, radius / 4),
       gain,
     )
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from sae_jax import checkpoint as checkpoint_lib
 from sae_jax import config as config_lib
-from sae_jax import files
+from sae_jax import files, metrics
 from sae_jax import subject as subject_lib
 from sae_jax.activations import store as store_lib
 from sae_jax.probing import (
@@ -189,7 +189,7 @@ def scores(
     'fvu_pca': fvu_pca,
     'fvu_untrained': control.fvu,
     **dataclasses.asdict(losses),
-    'density_N': found.density_N.tolist(),
+    'density': metrics.density_record(found.density_N),
     'probes': probe_tasks(config, trained, subject, store.manifest.site),
   }
 
@@ -244,4 +244,28 @@ def probe_tasks(
       'latent': score._asdict(),
       'controls': {name: s._asdict() for name, s in controls.items()},
     }
+  return out
+
+
+def lines(report: dict[str, Any]) -> list[str]:
+  """The report in a few lines for a person."""
+  out = [
+    'NMSE {nmse:.4f}  FVU {fvu:.4f}  (PCA with {k} components {fvu_pca:.4f}, '
+    'untrained {fvu_untrained:.4f})',
+    'L0 {l0:.2f}  silent on the held-out tokens {dead_fraction:.2%}',
+    'delta CE {delta_ce:.4f} nats [{delta_ce_low:.4f}, {delta_ce_high:.4f}] '
+    'from {ce:.4f}, recovered {ce_recovered:.3f} of zero-ablation, '
+    'KL {kl:.4f}',
+  ]
+  out = [line.format(**report) for line in out]
+  for task, found in report['probes'].items():
+    score = found['latent']
+    control = found['controls']
+    out.append(
+      f'{task}: AUC {score["test_auc"]:.3f} '
+      f'[{score["test_auc_low"]:.3f}, {score["test_auc_high"]:.3f}] '
+      f'by latent {score["best_latent"]}  ('
+      + ', '.join(f'{n} {c["test_auc"]:.3f}' for n, c in control.items())
+      + ')'
+    )
   return out

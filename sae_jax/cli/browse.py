@@ -1,0 +1,32 @@
+"""sae-browse: probing's results -> a static page of all features."""
+
+from absl import logging
+
+from sae_jax.browser import browse, index
+from sae_jax.cli import flags
+
+
+def define() -> None:
+  """Defines this binary's flags."""
+  flags.define(index.BrowseConfig)
+  flags.define_url('probe', 'the workdir of sae-probe')
+  flags.define_url('workdir', 'where the page goes')
+
+
+def work() -> None:
+  """Builds the page as the flags say."""
+  page = browse.browse(
+    flags.read(index.BrowseConfig), flags.url('probe'), flags.url('workdir')
+  )
+  logging.info('%s', page)
+  logging.info('serve it: python -m http.server -d %s', flags.url('workdir'))
+
+
+def main() -> None:
+  """Entry point of the console script."""
+  define()
+  flags.run(work, __doc__)
+
+
+if __name__ == '__main__':
+  main()

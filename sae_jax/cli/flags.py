@@ -1,0 +1,118 @@
+"""Config dataclasses as absl flags, and the frame of every binary."""
+
+from collections.abc import Callable
+import os
+import sys
+from typing import Any, TypeVar
+
+from absl import app, flags, logging
+import jax
+
+from sae_jax import config as config_lib
+
+_Config = TypeVar('_Config')
+_USER_ERROR = 2
+
+
+def define(kind: type) -> None:
+  """Defines a flag for every field of a config, nested ones included."""
+  for field in config_lib.leaves(kind):
+    text = field.metadata['help']
+    choices = field.metadata.get('choices')
+    if choices:
+      flag = flags.DEFINE_enum(field.name, field.default, choices, text)
+    elif isinstance(field.default, bool):
+      flag = flags.DEFINE_bool(field.name, field.default, text)
+    elif isinstance(field.default, int):
+      flag = flags.DEFINE_integer(field.name, field.default, text)
+    elif isinstance(field.default, float):
+      flag = flags.DEFINE_float(field.name, field.default, text)
+    elif isinstance(field.default, tuple):
+      flag = flags.DEFINE_list(field.name, list(field.default), text)
+    else:
+      flag = flags.DEFINE_string(field.name, field.default, text)
+    _show(flag)
+
+
+def define_url(name: str, text: str) -> None:
+  """Defines a required flag for a local path or gs:// URL."""
+  _show(
+    flags.DEFINE_string(
+      name, None, f'{text}, a local path or gs:// URL', required=True
+    )
+  )
+
+
+def _show(flag: flags.FlagHolder) -> None:
+  """Makes --help list the flag, whichever module defined it."""
+  flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
+
+
+_show(flags.DEFINE_bool('debug', False, 'show the traceback of an error'))
+
+
+def read(kind: type[_Config]) -> _Config:
+  """The config that the parsed flags give.
+
+  Raises:
+    UserError: if a value is not allowed.
+  """
+  values = {}
+  for field in config_lib.leaves(kind):
+    value = flags.FLAGS[field.name].value
+    values[field.name] = tuple(value) if isinstance(value, list) else value
+  return config_lib.from_flat(kind, values)
+
+
+def url(name: str) -> str:
+  """A URL flag's value; local paths are made absolute."""
+  value = flags.FLAGS[name].value
+  return value if '://' in value else os.path.abspath(value)
+
+
+def run(main: Callable[[], Any], description: str) -> None:
+  """Runs a binary: parses flags, calls main, turns errors into one line.
+
+  Exit codes: 0, 2 for what the user can mend (wrong flags, missing files,
+  shapes that do not fit), 1 for everything else.
+
+  Args:
+    main: the binary's work; reads its flags by `read` and `url`.
+    description: what --help says first.
+  """
+
+  def parse(argv: list[str]) -> list[str]:
+    # absl's own --help exits with 1 and knows the flags of __main__ only.
+    if '--help' in argv[1:]:
+      print(f'{description}\n{flags.FLAGS.main_module_help()}')
+      sys.exit(0)
+    try:
+      rest = flags.FLAGS(argv)
+    except flags.Error as error:
+      _fail(f'{error}; --help lists the flags', _USER_ERROR)
+    if len(rest) > 1:
+      _fail(f'{rest[1]!r} is not a flag: write --name=value', _USER_ERROR)
+    return rest
+
+  def guarded(_) -> None:
+    if not sys.stderr.isatty():
+      logging.set_verbosity(logging.INFO)
+    logging.set_stderrthreshold('info')
+    try:
+      main()
+    except config_lib.UserError as error:
+      if flags.FLAGS.debug:
+        raise
+      _fail(str(error), _USER_ERROR)
+    except (FloatingPointError, OSError, jax.errors.JaxRuntimeError) as error:
+      if flags.FLAGS.debug:
+        raise
+      _fail(f'{error} (--debug shows where)', 1)
+
+  app.run(guarded, flags_parser=parse)
+
+
+def _fail(message: str, code: int) -> None:
+  print('error: ' + ' '.join(message.split()), file=sys.stderr)
+  sys.stderr.flush()
+  sys.exit(code)

@@ -1,0 +1,36 @@
+"""sae-probe: a checkpoint and a store -> report.json, features.npz, plots."""
+
+from absl import logging
+
+from sae_jax.cli import flags
+from sae_jax.probing import report
+
+
+def define() -> None:
+  """Defines this binary's flags."""
+  flags.define(report.ProbeConfig)
+  flags.define_url('checkpoint', 'the workdir of sae-train')
+  flags.define_url('store', 'the store of activations it was trained on')
+  flags.define_url('workdir', 'where the results go')
+
+
+def work() -> None:
+  """Evaluates as the flags say."""
+  found = report.probe(
+    flags.read(report.ProbeConfig),
+    flags.url('checkpoint'),
+    flags.url('store'),
+    flags.url('workdir'),
+  )
+  for line in report.lines(found):
+    logging.info('%s', line)
+
+
+def main() -> None:
+  """Entry point of the console script."""
+  define()
+  flags.run(work, __doc__)
+
+
+if __name__ == '__main__':
+  main()
