@@ -239,7 +239,7 @@ def with_token(made, matches, where):
 
 def test_search_finds_what_a_scan_finds(page, made):
   for where in ('top', 'votes', 'both'):
-    for text in ('minister', 'ten', 'the'):
+    for text in ('ten', 'the', 'ing'):
       expected = with_token(made, lambda t, s=text: s in t.lower(), where)
       assert sorted(search(page, text, where)) == expected, (text, where)
       assert expected
@@ -284,6 +284,8 @@ def check_contexts(found, features, vocabulary, latent, kind):
     ]
     if shown['texts'] != seen:
       wrong.append(f'texts of example {row}')
+    if len(shown['texts']) != len(seen):
+      continue
     share = acts / features['max'][latent]
     expected = np.where(acts > 0, 0.08 + 0.77 * share, 0)
     if np.abs(alphas(shown['colors']) - expected).max() > 0.004:
@@ -436,26 +438,26 @@ FOREIGN = """() => [...document.querySelectorAll(
 
 
 def walk_hostile(page):
-  """Shows the hostile tokens everywhere; returns elements they became."""
+  """Shows the hostile tokens; returns their text and elements they became."""
   open_latent(page, HOSTILE_LATENT)
   page.keyboard.press('w')
   spans = page.locator('.context .token')
   for i in range(0, spans.count(), 3):
     spans.nth(i).dispatch_event('pointerover')
   foreign = page.evaluate(FOREIGN)
-  for text in ('<img', 'script', 'onload', 'style'):
+  texts = spans.all_text_contents()
+  for text in ('<img', 'script', 'onload', 'style', '&lt'):
     search(page, text)
     foreign += page.evaluate(FOREIGN)
+    texts += page.locator('#rows .chip').all_text_contents()
+    texts += page.locator('#rows .token').all_text_contents()
   page.wait_for_timeout(100)
-  return foreign
+  return ' '.join(texts), foreign
 
 
-def test_hostile_tokens_stay_text(page, made):
-  features, _, vocabulary = made
-  assert walk_hostile(page) == []
-  texts = page.locator('.context .token').all_text_contents()
-  texts += page.locator('#rows .chip').all_text_contents()
-  shown = ' '.join(texts)
+def test_hostile_tokens_stay_text(page):
+  shown, foreign = walk_hostile(page)
+  assert foreign == []
   assert "<img src=x onerror=alert('token')>" in shown
   assert '</script><script>alert(1)</script>' in shown
   assert '&lt;b&gt;' in shown
@@ -485,9 +487,11 @@ def test_hostile_check_sees_an_injection(folder, tmp_path, chromium, policy):
       assert any('TrustedHTML' in p for p in problems)
       assert page.evaluate(FOREIGN) == []
     else:
-      page.wait_for_selector('#rows .token')
-      assert walk_hostile(page) != []
+      page.wait_for_selector('#rows .token', state='attached')
+      page.evaluate(f"location.hash = '#/latent/{HOSTILE_LATENT}'")
+      page.wait_for_selector('.context', state='attached')
       page.wait_for_timeout(200)
+      assert page.evaluate(FOREIGN) != []
       assert any(p.startswith('dialog') for p in problems)
     dialogs = [p for p in problems if p.startswith('dialog')]
     assert bool(dialogs) == (not policy)
@@ -723,9 +727,8 @@ def test_missing_shard_can_be_tried_again(folder, tmp_path, chromium):
     shard.write_text(kept)
     page.click('text=Try again')
     page.wait_for_selector('.feature .context')
-    swapped = json.loads(kept)[::-1]
-    shard.write_text(json.dumps(swapped))
-    page.reload()
+  shard.write_text(json.dumps(json.loads(kept)[::-1]))
+  with serve(out) as url, visit(chromium, url + '#/latent/70') as (page, _):
     page.wait_for_selector('text=does not hold latent 70')
 
 

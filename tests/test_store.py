@@ -1,6 +1,7 @@
 """The store: round trips, splits of appends, damage, leftovers, gs://."""
 
 import dataclasses
+import itertools
 import json
 import shutil
 
@@ -47,7 +48,7 @@ def _write(url, data, dtype='float32', cuts=(), finish=True, **fields):
   with store.StoreWriter(url, D, dtype, CHUNK, SHARD) as writer:
     edges = [0, *cuts, len(data['tokens'])]
     row = 0
-    for start, stop in zip(edges[:-1], edges[1:]):
+    for start, stop in itertools.pairwise(edges):
       part = {k: v[start:stop] for k, v in data.items() if k != 'resid_kept'}
       rows = part['keep_mask'].sum()
       writer.append(**part, resid_kept=data['resid_kept'][row : row + rows])

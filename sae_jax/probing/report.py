@@ -22,15 +22,14 @@ from sae_jax.probing import (
   reconstruction,
   tasks,
 )
+from sae_jax.probing.features import FeatureConfig
 
 
 @dataclasses.dataclass(frozen=True)
 class ProbeConfig:
   """What is evaluated."""
 
-  features: features.FeatureConfig = dataclasses.field(
-    default_factory=features.FeatureConfig
-  )
+  features: FeatureConfig = dataclasses.field(default_factory=FeatureConfig)
   subject: str = config_lib.option(
     '', "the subject model; empty for the store's own"
   )

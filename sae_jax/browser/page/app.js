@@ -153,7 +153,8 @@ async function start() {
   window.addEventListener('resize', recentre);
   document.addEventListener('keydown', onKey);
   byId('help').addEventListener('click', () => byId('keys').showModal());
-  byId('controls').addEventListener('submit', (event) => {
+  byId('search').addEventListener('keydown', (event) => {
+    if (event.key !== 'Enter') return;
     event.preventDefault();
     list.update();
     byId('search').blur();
