@@ -167,7 +167,7 @@ def averaged(
     sae: the current parameters; what is not trained is taken from them.
     ema: the average's state after at least one step.
   """
-  seen = 1 - config.ema_decay ** ema.count.astype(jnp.float32)
+  seen = 1 - config.ema_decay ** ema.count.astype(jnp.result_type(float))
   return sae.replace(
     **jax.tree.map(lambda a: (a / seen).astype(a.dtype), ema.ema)
   )

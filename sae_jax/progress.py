@@ -10,23 +10,29 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class _Lines(tqdm.tqdm):
-  """A tqdm whose display is a log line every few seconds and at the end."""
+  """A tqdm that is shown as a log line every few seconds and when done."""
 
   def __init__(self, *args, **kwargs):
     self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
+    self._last_shown = None
     super().__init__(
       *args, mininterval=_SECONDS_BETWEEN_LINES, maxinterval=1e9, **kwargs
     )
 
   def display(self, msg=None, pos=None):
     done = self.total is not None and self.n >= self.total
-    if not done and time.monotonic() < self._next_line:
+    if self.n == self._last_shown or (
+      not done and time.monotonic() < self._next_line
+    ):
       return
+    self._last_shown = self.n
     self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
-    logging.info('%s', msg if msg is not None else str(self))
+    logging.info('%s', msg or str(self))
 
-  def clear(self, *args, **kwargs):
-    pass
+  def close(self):
+    if not self.disable:
+      self.display()
+    super().close()
 
 
 def bar(iterable=None, *, total=None, unit='it', desc=None):

@@ -144,6 +144,9 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
     unquote = urllib.parse.unquote
     self.gcs.log.append((self.command, self.path, self.headers.get('Range')))
+    buckets = re.findall('/b/([^/]+)', url.path)
+    if not {unquote(bucket) for bucket in buckets} <= self.gcs.objects.keys():
+      return self._error(404)
     if m := re.fullmatch(
       r'/(?:resumable/)?upload/storage/v1/b/([^/]+)/o', url.path
     ):
@@ -165,8 +168,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       return self._compose(unquote(m[1]), unquote(m[2]), query, body)
     if m := re.fullmatch(r'/storage/v1/b/([^/]+)', url.path):
       name = unquote(m[1])
-      if name not in self.gcs.objects:
-        return self._error(404)
       return self._reply(
         200,
         {
@@ -195,7 +196,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if self.command == 'DELETE':
       status = self.gcs.delete(bucket, name, query)
       return self._reply(204) if status == 204 else self._error(status)
-    obj = self.gcs.objects.get(bucket, {}).get(name)
+    obj = self.gcs.objects[bucket].get(name)
     if obj is None:
       if query.get('ifGenerationMatch', '0') != '0':
         return self._error(412)
@@ -233,8 +234,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     self._reply(206, obj.data[start:stop], headers)
 
   def _list(self, bucket, query):
-    if bucket not in self.gcs.objects:
-      return self._error(404)
     prefix, delimiter = query.get('prefix', ''), query.get('delimiter')
     first = max(query.get('startOffset', ''), query.get('pageToken', ''))
     last = query.get('endOffset')
@@ -268,8 +267,6 @@ class _Handler(http.server.BaseHTTPRequestHandler):
   def _store(
     self, bucket, name, data, query, content_type='application/octet-stream'
   ):
-    if bucket not in self.gcs.objects:
-      return self._error(404)
     obj = self.gcs.put(bucket, name, data, query, content_type)
     if obj is None:
       return self._error(412, 'conditionNotMet')

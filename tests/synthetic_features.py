@@ -215,6 +215,9 @@ def _report(n_latents, n_tokens, dead_N):
     'l0': 31.6,
     'dead_fraction': float(dead_N.mean()),
     'delta_ce': 0.2134,
+    'delta_ce_low': 0.1871,
+    'delta_ce_high': 0.2402,
+    'ce_recovered': 0.9731,
     'kl': 0.2209,
     'subject': 'smollm2-135m',
     'site': 'blocks.14.resid_post',
@@ -222,7 +225,32 @@ def _report(n_latents, n_tokens, dead_N):
     'k': 32,
     'n_tokens': n_tokens,
     'probes': {
-      'sentiment of reviews': {'auc': 0.871, 'loss': 0.447, 'latent': 12},
-      'is it source code': {'auc': 0.993, 'loss': 0.081, 'latent': 45},
+      'sentiment of reviews': _probe(('negative', 'positive'), 12, 0.871),
+      'kind of text': _probe(('prose', 'source code'), 45, 0.993),
+    },
+  }
+
+
+def _probe(classes, latent, auc):
+  def score(auc):
+    return {
+      'best_latent': latent,
+      'train_ce': 0.402,
+      'test_ce': 0.447,
+      'test_auc': auc,
+      'test_auc_low': auc - 0.04,
+      'test_auc_high': min(1, auc + 0.03),
+      'prevalence_ce': 0.693,
+    }
+
+  return {
+    'classes': list(classes),
+    'prompts': 200,
+    'latent': score(auc),
+    'controls': {
+      'permuted': score(0.512),
+      'random': score(0.664),
+      'channel': score(0.707),
+      'pca': score(0.741),
     },
   }

@@ -642,8 +642,11 @@ def test_overview_tells_the_report(page, made):
   )
   for task, probe in report['probes'].items():
     row = page.locator('tr', has_text=task).locator('td').all_inner_texts()
-    assert float(row[0]) == pytest.approx(probe['auc'], abs=6e-4)
-    assert row[2] == f'#{probe["latent"]}'
+    assert row[0] == f'#{probe["latent"]["best_latent"]}'
+    auc, low, _, high = row[1].split()
+    assert float(auc) == pytest.approx(probe['latent']['test_auc'], abs=6e-4)
+    assert float(low) < float(auc) < float(high)
+    assert [float(text) for text in row[2:]] == [0.664, 0.707, 0.741, 0.512]
 
   labels = page.locator('.overview .bar').evaluate_all(
     'bars => bars.map((bar) => bar.ariaLabel)'

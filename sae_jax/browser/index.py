@@ -28,7 +28,7 @@ from etils import epath
 import numpy as np
 
 from sae_jax import config as config_lib
-from sae_jax import progress
+from sae_jax import files, progress
 
 FORMAT_VERSION = 1
 _PAGE = epath.Path(__file__).parent / 'page'
@@ -121,7 +121,7 @@ def build_index(
     stale.unlink()
   for source in _PAGE.iterdir():
     if source.is_file():
-      (out / source.name).write_text(source.read_text())
+      files.write_text(out / source.name, source.read_text())
 
   identity = hashlib.sha256()
   parts = {
@@ -364,5 +364,5 @@ def _plain(value, name):
 def _write(path, values):
   """Writes compact ASCII JSON; returns its digest."""
   text = json.dumps(values, separators=(',', ':'), allow_nan=False)
-  path.write_text(text)
+  files.write_text(path, text)
   return hashlib.sha256(text.encode()).digest()

@@ -5,7 +5,7 @@ import { announce, el, hideTip, showTip, term, tip } from './dom.js';
 import { integer, number, percent } from './numbers.js';
 import { alone, chip, shade, tokenSpan } from './tokens.js';
 
-const PEAK_AT = 0.55; // of a line's width, as its padding in style.css
+const PEAK_AT = 0.62; // of a line's width, as its padding in style.css
 const WRAPPED = 'sae-browser-wrapped';
 const MEANING = {
   density: ['density', 'Share of the probed tokens on which this latent fires.'],
@@ -236,8 +236,8 @@ export function featureView(data, place, { previous, next, random }) {
     const side = el('aside', { 'aria-label': 'Activations and votes' });
     side.append(...[
       chart(data, place, feature),
-      votes(data, 'Votes up', 'Tokens whose logits its decoder direction raises most, read straight through the unembedding (logit lens).', up, largest),
-      votes(data, 'Votes down', 'Tokens whose logits its decoder direction lowers most, read straight through the unembedding (logit lens).', down, largest),
+      votes(data, 'Votes up', 'Tokens whose logits its decoder direction raises most, read straight through the final norm’s weights and the unembedding (logit lens), the mean over all tokens removed.', up, largest),
+      votes(data, 'Votes down', 'Tokens whose logits its decoder direction lowers most, read straight through the final norm’s weights and the unembedding (logit lens), the mean over all tokens removed.', down, largest),
       neighbours(data, feature.neighbours),
     ].filter(Boolean));
     body.replaceChildren(main, side);

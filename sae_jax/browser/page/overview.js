@@ -5,24 +5,31 @@ import { el, term } from './dom.js';
 import { integer, number, percent } from './numbers.js';
 
 const MEANING = {
-  nmse: ['NMSE', 'Normalised mean squared error: the reconstruction’s squared error divided by that of always predicting the mean activation. 0 is perfect, 1 is no better than the mean.'],
+  nmse: ['NMSE', 'Normalised mean squared error: the reconstruction’s squared error divided by that of always predicting the mean activation of a sample taken before training. 0 is perfect, 1 is no better than the mean.'],
   l0: ['L0', 'How many latents are active on a token, on average.'],
-  dead_fraction: ['dead', 'Share of latents that did not fire once on the probed tokens.'],
-  delta_ce: ['Δ cross-entropy', 'How much the language model’s next-token loss rises, in nats per token, when the reconstruction takes the activation’s place.'],
+  dead_fraction: ['dead', 'Share of latents that were silent on all held-out tokens.'],
+  delta_ce: ['Δ cross-entropy', 'How much the language model’s next-token loss rises, in nats per token, when the reconstruction takes the activation’s place; below it the 95 % interval.'],
   kl: ['KL', 'Kullback–Leibler divergence, in nats per token, from the model’s own next-token distribution to the one with the reconstruction in place.'],
+  ce_recovered: ['loss recovered', 'Of the loss that zeros in the activation’s place would cost, the share that the reconstruction wins back.'],
 };
 const VARIANCE = [
-  ['fvu', 'this autoencoder', 'Fraction of variance unexplained on held-out activations: squared error over the variance of the evaluation set. Lower is better.'],
+  ['fvu', 'this autoencoder', 'Fraction of variance unexplained: squared error of the reconstruction over the squared distance from the mean of the same held-out tokens, after preprocessing.'],
   ['fvu_pca', 'PCA', 'The same for a projection onto the leading principal components, as many as a token has active latents.'],
   ['fvu_untrained', 'untrained', 'The same for an autoencoder at its initialisation: what training is worth.'],
 ];
+const CONTROLS = {
+  random: 'The best of as many random directions as there are latents.',
+  channel: 'The best single channel of the activation.',
+  pca: 'The best principal direction of the prompts’ activations.',
+  permuted: 'The best latent after the labels were shuffled: what chance gives.',
+};
 const ELSEWHERE = new Set([...Object.keys(MEANING),
   ...VARIANCE.map(([key]) => key), 'probes', 'n_latents', 'k', 'subject',
-  'site', 'n_tokens']);
+  'site', 'n_tokens', 'delta_ce_low', 'delta_ce_high']);
 
 function value(key, figure) {
   if (typeof figure !== 'number') return String(figure ?? '–');
-  if (/fraction$|share$/.test(key)) return percent(figure);
+  if (/fraction$|recovered/.test(key)) return percent(figure);
   return Number.isInteger(figure) ? integer(figure) : number(figure);
 }
 
@@ -59,35 +66,43 @@ function variance(report) {
 function metrics(report) {
   const present = Object.keys(MEANING).filter((key) => key in report);
   if (!present.length) return null;
+  const { delta_ce_low: low, delta_ce_high: high } = report;
+  const under = low === undefined ? {}
+    : { delta_ce: `${number(low)} – ${number(high)}` };
   return el('dl', { class: 'tiles' }, present.map((key) => el('div', {},
     el('dt', {}, term(...MEANING[key])),
-    el('dd', { 'data-metric': key }, value(key, report[key])))));
+    el('dd', {}, el('span', { 'data-metric': key }, value(key, report[key])),
+      under[key] ? el('small', {}, under[key]) : null))));
 }
 
 function probes(report) {
-  const rows = Array.isArray(report.probes)
-    ? report.probes.map((row, i) => [row.task ?? row.name ?? `task ${i}`, row])
-    : Object.entries(report.probes ?? {});
-  if (!rows.length) return null;
-  const cells = rows.map(([task, row]) => [task,
-    row !== null && typeof row === 'object' ? row : { value: row }]);
-  const keys = [...new Set(cells.flatMap(([, row]) => Object.keys(row)
-    .filter((key) => row[key] === null || typeof row[key] !== 'object')))]
-    .filter((key) => key !== 'task' && key !== 'name');
-  const cell = (key, row) => (key === 'latent' && row[key] != null
-    ? el('a', { href: `#/latent/${row[key]}` }, `#${row[key]}`)
-    : value(key, row[key]));
+  const tasks = Object.entries(report.probes ?? {});
+  if (!tasks.length) return null;
+  const controls = Object.keys(CONTROLS).filter(
+    (name) => tasks.every(([, { controls: found }]) => found?.[name]));
+  const auc = (score) => number(score.test_auc);
+  const between = (score) => (score.test_auc_low === undefined ? null
+    : el('small', {}, `${number(score.test_auc_low)} – ${
+      number(score.test_auc_high)}`));
   return el('section', { class: 'card wide' },
-    el('h2', {}, term('Probes', 'For each task the single latent whose activation best separates its two classes, by a one-dimensional logistic fit.')),
+    el('h2', {}, term('Probes', 'For each task the one latent whose pre-activation, by a one-dimensional logistic fit, separates the two classes best on the training prompts.')),
     el('div', { class: 'scroll', tabindex: 0, role: 'region',
       'aria-label': 'Probe results' },
     el('table', {},
-      el('thead', {}, el('tr', {}, el('th', { scope: 'col' }, 'task'),
-        keys.map((key) => el('th', { scope: 'col' },
-          key.replaceAll('_', ' '))))),
-      el('tbody', {}, cells.map(([task, row]) => el('tr', {},
-        el('th', { scope: 'row' }, task),
-        keys.map((key) => el('td', {}, cell(key, row)))))))));
+      el('thead', {}, el('tr', {},
+        el('th', { scope: 'col' }, 'task'),
+        el('th', { scope: 'col' }, 'latent'),
+        el('th', { scope: 'col' }, term('AUC', 'Area under the ROC curve on held-out prompts, with its 95 % interval: 0.5 is chance, 1 is perfect.')),
+        controls.map((name) => el('th', { scope: 'col' },
+          term(name, `AUC of a control. ${CONTROLS[name]}`))))),
+      el('tbody', {}, tasks.map(([task, found]) => el('tr', {},
+        el('th', { scope: 'row' }, task,
+          el('small', {}, (found.classes ?? []).join(' or '))),
+        el('td', {}, el('a', { href: `#/latent/${found.latent.best_latent}` },
+          `#${found.latent.best_latent}`)),
+        el('td', {}, el('b', {}, auc(found.latent)), between(found.latent)),
+        controls.map((name) => el('td', {},
+          auc(found.controls[name])))))))));
 }
 
 export function densityBars(columns, pick) {
@@ -124,7 +139,7 @@ function density(data, pick) {
     el('h2', {}, term('Density of the latents', 'Density: the share of the probed tokens on which a latent fires.')),
     box,
     el('p', { class: 'note' },
-      found.silent ? `${integer(found.silent)} that never fired are not drawn. ` : '',
+      found.silent ? `${integer(found.silent)} that fired on none of the probed tokens are not drawn. ` : '',
       'Choose a bar to list its latents.'));
 }
 

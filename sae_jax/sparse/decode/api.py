@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sae_jax.sparse import dispatch, varying
@@ -33,6 +34,7 @@ def decode(
     The sum, [B, D].
   """
   name = dispatch.choose(w_dec_ND.shape[0], idx_BK.shape[1], implementation)
+  vals_BK, idx_BK, w_dec_ND = map(jnp.asarray, (vals_BK, idx_BK, w_dec_ND))
   return _decode(name, vals_BK, idx_BK, varying.match(w_dec_ND, vals_BK))
 
 

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sae_jax.sparse import dispatch, varying
@@ -43,6 +44,7 @@ def encode_topk(
     UserError: if k exceeds N.
   """
   name = dispatch.choose(w_enc_ND.shape[0], k, implementation)
+  x_BD, w_enc_ND, b_lat_N = map(jnp.asarray, (x_BD, w_enc_ND, b_lat_N))
   x_BD = varying.match(x_BD, w_enc_ND)
   return _encode_topk(
     name,

@@ -25,6 +25,7 @@ def top_k(x_BN: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
   Raises:
     UserError: if k exceeds N.
   """
+  x_BN = jnp.asarray(x_BN)
   n = x_BN.shape[-1]
   if k > n:
     raise UserError(f'k {k} exceeds the {n} latents: use k <= {n}')

@@ -1,6 +1,7 @@
 """`weight_grad`: the one segment sum behind both weight gradients."""
 
 import jax
+import jax.numpy as jnp
 
 from sae_jax.sparse import dispatch
 from sae_jax.sparse.weight_grad import reference
@@ -31,4 +32,5 @@ def weight_grad(
   """
   name = dispatch.choose(n_latents, idx_BK.shape[1], implementation)
   total = {'gather': reference.scatter_rows, 'dense': reference.dense_outer}
-  return total[name](vals_BK, idx_BK, g_BD, n_latents)
+  arrays = map(jnp.asarray, (vals_BK, idx_BK, g_BD))
+  return total[name](*arrays, n_latents)

@@ -1,0 +1,19 @@
+"""Settings every test shares, made before JAX starts."""
+
+import os
+import pathlib
+import tempfile
+
+# Eight devices, so that meshes up to 2x4 are real here.
+os.environ['XLA_FLAGS'] = (
+  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
+)
+os.environ.setdefault('JAX_PLATFORMS', 'cpu')
+# Programs compiled by one test run are there for the next and for the
+# processes that tests start.
+os.environ.setdefault(
+  'JAX_COMPILATION_CACHE_DIR',
+  str(pathlib.Path(tempfile.gettempdir()) / 'sae_jax_test_compilation_cache'),
+)
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES', 'none')

@@ -1,0 +1,52 @@
+"""Meshes, rules and their errors."""
+
+import jax
+from jax.sharding import PartitionSpec as P
+import pytest
+
+from sae_jax import mesh
+from sae_jax.config import UserError
+
+pytestmark = pytest.mark.fast
+
+
+def test_mesh_has_the_axes_and_all_devices():
+  made = mesh.make_mesh(2, 4)
+  assert made.axis_names == mesh.AXES
+  assert dict(made.shape) == {'data': 2, 'latent': 4}
+  assert set(made.devices.flat) == set(jax.devices())
+  assert dict(mesh.make_mesh(0, 8).shape) == {'data': 1, 'latent': 8}
+
+
+def test_rules_translate_letters():
+  assert mesh.RULES.spec('BD') == P('data', None)
+  assert mesh.RULES.spec('ND') == P('latent', None)
+  assert mesh.RULES.spec('') == P()
+  other = mesh.ShardingRules(D='latent', N=None)
+  assert other.spec('ND') == P(None, 'latent')
+  made = mesh.make_mesh(2, 4)
+  assert mesh.sharding(made, 'N').shard_shape((16,)) == (4,)
+
+
+@pytest.mark.parametrize(
+  ('shape', 'message'),
+  [
+    ((0, 3), r'mesh_latent 3 does not divide the 8 devices'),
+    ((3, 2), r'mesh 3x2 needs 6 devices, there are 8: use mesh_data 4'),
+    ((0, 0), r'mesh_latent 0 does not divide'),
+  ],
+)
+def test_meshes_that_do_not_fit_are_refused(shape, message):
+  with pytest.raises(UserError, match=message):
+    mesh.make_mesh(*shape)
+
+
+def test_sizes_that_do_not_divide_name_the_next_one():
+  made = mesh.make_mesh(1, 8)
+  mesh.check_divides('n_latents', 64, made, 'latent')
+  with pytest.raises(
+    UserError,
+    match=r'n_latents 1001 must be a multiple of the latent axis \(8\): '
+    'use 1008',
+  ):
+    mesh.check_divides('n_latents', 1001, made, 'latent')

@@ -1,0 +1,252 @@
+"""The sparse operations against dense ones: values, gradients, ties, shards."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+from sae_jax import config, sparse
+from sae_jax.sparse import dispatch
+from sae_jax.sparse.top_k import reference as top_k_reference
+
+pytestmark = pytest.mark.fast
+
+# B, N, K, D: plain, one latent active, all active, D odd.
+SHAPES = [(6, 40, 5, 16), (3, 7, 1, 4), (4, 6, 6, 3), (1, 64, 9, 17)]
+
+
+def arrays(shape, seed=0):
+  batch, n, k, d = shape
+  rng = np.random.default_rng(seed)
+  return {
+    'x_BD': rng.standard_normal((batch, d)),
+    'w_ND': rng.standard_normal((n, d)),
+    'b_N': rng.standard_normal(n),
+    'vals_BK': rng.standard_normal((batch, k)),
+    'idx_BK': rng.integers(0, n, (batch, k)).astype(np.int32),
+    'g_BD': rng.standard_normal((batch, d)),
+    'g_BK': rng.standard_normal((batch, k)),
+  }
+
+
+def dense_codes(vals_BK, idx_BK, n):
+  return (vals_BK[:, :, None] * jax.nn.one_hot(idx_BK, n)).sum(1)
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize('implementation', dispatch.IMPLEMENTATIONS)
+def test_decode_and_its_gradients_equal_the_dense_product(
+  shape, implementation
+):
+  with jax.enable_x64(True):
+    a = arrays(shape)
+    n = shape[1]
+    # A repeated index must add up, not overwrite.
+    a['idx_BK'][:, -1] = a['idx_BK'][:, 0]
+
+    def sparse_total(vals_BK, w_ND):
+      out_BD = sparse.decode(
+        vals_BK, a['idx_BK'], w_ND, implementation=implementation
+      )
+      return (out_BD * a['g_BD']).sum()
+
+    def dense_total(vals_BK, w_ND):
+      return (dense_codes(vals_BK, a['idx_BK'], n) @ w_ND * a['g_BD']).sum()
+
+    args = a['vals_BK'], a['w_ND']
+    got = jax.value_and_grad(sparse_total, (0, 1))(*args)
+    want = jax.value_and_grad(dense_total, (0, 1))(*args)
+    jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-11),
+      got,
+      want,
+    )
+
+
+@pytest.mark.parametrize('shape', SHAPES)
+@pytest.mark.parametrize('implementation', dispatch.IMPLEMENTATIONS)
+@pytest.mark.parametrize('masked', [False, True])
+def test_encode_topk_and_its_gradients_equal_the_dense_ones(
+  shape, implementation, masked
+):
+  with jax.enable_x64(True):
+    a = arrays(shape)
+    k = shape[2]
+    mask_N = np.arange(shape[1]) % 2 == 0 if masked else None
+    k = min(k, mask_N.sum()) if masked else k
+    g_BK = a['g_BK'][:, :k]
+
+    def sparse_total(x_BD, w_ND, b_N):
+      vals_BK, idx_BK = sparse.encode_topk(
+        x_BD, w_ND, b_N, k, mask_N=mask_N, implementation=implementation
+      )
+      return (vals_BK * g_BK).sum(), (vals_BK, idx_BK)
+
+    def dense_total(x_BD, w_ND, b_N):
+      pre_BN = x_BD @ w_ND.T + b_N
+      if masked:
+        pre_BN = jnp.where(mask_N, pre_BN, -1e9)
+      order_BN = jnp.argsort(-pre_BN, axis=1, stable=True)
+      idx_BK = order_BN[:, :k]
+      vals_BK = jnp.take_along_axis(pre_BN, idx_BK, 1)
+      return (vals_BK * g_BK).sum(), (vals_BK, idx_BK)
+
+    args = a['x_BD'], a['w_ND'], a['b_N']
+    got = jax.value_and_grad(sparse_total, (0, 1, 2), has_aux=True)(*args)
+    want = jax.value_and_grad(dense_total, (0, 1, 2), has_aux=True)(*args)
+    jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-11),
+      got,
+      want,
+    )
+
+
+def test_a_mask_with_too_few_latents_fills_with_minus_infinity():
+  a = arrays((4, 12, 5, 8))
+  mask_N = np.zeros(12, bool)
+  mask_N[[3, 7]] = True
+  vals_BK, idx_BK = sparse.encode_topk(
+    a['x_BD'], a['w_ND'], a['b_N'], 5, mask_N=mask_N
+  )
+  assert np.isneginf(vals_BK[:, 2:]).all()
+  assert np.isfinite(vals_BK[:, :2]).all()
+  assert set(np.unique(idx_BK[:, :2])) == {3, 7}
+
+
+def stable_top_k(x_BN, k):
+  idx_BK = np.argsort(-x_BN, axis=1, kind='stable')[:, :k]
+  return np.take_along_axis(x_BN, idx_BK, 1), idx_BK
+
+
+ADVERSARIAL = {
+  'random': lambda rng: rng.standard_normal((5, 64)),
+  'all equal': lambda rng: np.zeros((5, 64)),
+  'few values': lambda rng: rng.integers(0, 3, (5, 64)).astype(float),
+  'ascending': lambda rng: np.tile(np.arange(64.0), (5, 1)),
+  'descending': lambda rng: np.tile(-np.arange(64.0), (5, 1)),
+  'one bucket': lambda rng: (
+    np.where(np.arange(64) // 4 == 5, 9.0, 1.0) + np.zeros((5, 1))
+  ),
+  'minus infinity': lambda rng: np.where(
+    np.arange(64) < 60, -np.inf, rng.standard_normal((5, 64))
+  ),
+}
+
+
+@pytest.mark.parametrize('name', ADVERSARIAL)
+@pytest.mark.parametrize('k', [1, 7, 16])
+def test_bucketed_top_k_equals_a_stable_sort(name, k):
+  x_BN = ADVERSARIAL[name](np.random.default_rng(1)).astype(np.float32)
+  want_vals, want_idx = stable_top_k(x_BN, k)
+  for got in (
+    top_k_reference.bucketed_top_k(jnp.asarray(x_BN), k, 16),
+    top_k_reference.sorted_top_k(x_BN, k),
+    sparse.top_k(x_BN, k),
+  ):
+    np.testing.assert_array_equal(got[0], want_vals)
+    np.testing.assert_array_equal(got[1], want_idx)
+
+
+def test_top_k_takes_buckets_for_wide_rows_with_the_same_result():
+  x_BN = np.random.default_rng(2).integers(0, 50, (3, 16_384))
+  x_BN = x_BN.astype(np.float32)
+  got = sparse.top_k(x_BN, 32)
+  want = stable_top_k(x_BN, 32)
+  np.testing.assert_array_equal(got[0], want[0])
+  np.testing.assert_array_equal(got[1], want[1])
+
+
+def strided_top_k(x_BN, k, n_buckets):
+  """A plausible mistake: buckets of every n_buckets-th entry."""
+  batch, n = x_BN.shape
+  x_BGW = x_BN.reshape(batch, n // n_buckets, n_buckets).transpose(0, 2, 1)
+  _, bucket = jax.lax.top_k(x_BGW.max(-1), k)
+  bucket = jnp.sort(bucket, axis=-1)
+  near = jnp.take_along_axis(x_BGW, bucket[:, :, None], 1)
+  vals, place = jax.lax.top_k(near.reshape(batch, -1), k)
+  width = n // n_buckets
+  chosen = jnp.take_along_axis(bucket, place // width, 1)
+  return vals, place % width * n_buckets + chosen
+
+
+def test_control_strided_buckets_break_ties_wrongly():
+  x_BN = ADVERSARIAL['few values'](np.random.default_rng(1))
+  assert (
+    strided_top_k(jnp.asarray(x_BN), 7, 16)[1] != stable_top_k(x_BN, 7)[1]
+  ).any()
+
+
+def sharded_winners(x_BN, k, shards, select):
+  """Top-k over a sharded axis as a dense row of winners' values."""
+  line = jax.make_mesh(
+    (shards,),
+    ('latent',),
+    axis_types=(jax.sharding.AxisType.Auto,),
+    devices=jax.devices()[:shards],
+  )
+
+  @functools.partial(
+    jax.shard_map,
+    mesh=line,
+    in_specs=P(None, 'latent'),
+    out_specs=P(None, 'latent'),
+  )
+  def run(x_BS):
+    vals_BK, idx_BK = sparse.top_k(x_BS, min(k, x_BS.shape[1]))
+    vals_BK = select(vals_BK, 'latent', k, -jnp.inf)
+    rows_B1 = jnp.arange(x_BS.shape[0])[:, None]
+    empty = jnp.full_like(x_BS, -jnp.inf)
+    return empty.at[rows_B1, idx_BK].set(vals_BK)
+
+  return np.asarray(jax.jit(run)(x_BN))
+
+
+def capacity_limited(vals_BK, axis, k, empty):
+  """A plausible mistake: every shard may win k / shards places at most."""
+  most = k // jax.lax.axis_size(axis)
+  return jnp.where(jnp.arange(vals_BK.shape[1]) < most, vals_BK, empty)
+
+
+def unsharded_winners(x_BN, k):
+  vals, idx = stable_top_k(x_BN, k)
+  want = np.full_like(x_BN, -np.inf)
+  np.put_along_axis(want, idx, vals, 1)
+  return want
+
+
+@pytest.mark.parametrize('name', ADVERSARIAL)
+@pytest.mark.parametrize('k', [1, 7, 24])
+def test_top_k_over_shards_equals_one_stable_sort(name, k):
+  x_BN = ADVERSARIAL[name](np.random.default_rng(3)).astype(np.float32)
+  got = sharded_winners(x_BN, k, 8, sparse.global_top_k)
+  np.testing.assert_array_equal(got, unsharded_winners(x_BN, k))
+
+
+def test_top_k_over_shards_keeps_winners_that_crowd_one_shard():
+  x_BN = np.random.default_rng(4).standard_normal((5, 64)).astype(np.float32)
+  x_BN[:, 16:24] += 100
+  want = unsharded_winners(x_BN, 8)
+  got = sharded_winners(x_BN, 8, 8, sparse.global_top_k)
+  np.testing.assert_array_equal(got, want)
+  # Control: a capacity factor loses them.
+  limited = sharded_winners(x_BN, 8, 8, capacity_limited)
+  assert (limited != want).any()
+
+
+def test_errors_say_what_to_do():
+  with pytest.raises(config.UserError, match=r'k 9 exceeds the 8 latents'):
+    sparse.top_k(np.zeros((1, 8)), 9)
+  with pytest.raises(config.UserError, match=r"'fast' is not known: use one"):
+    sparse.decode(
+      np.zeros((1, 1)), np.zeros((1, 1), int), np.zeros((4, 2)),
+      implementation='fast',
+    )  # fmt: skip
+
+
+def test_dispatch_follows_the_ratio_of_latents_to_active_ones():
+  assert dispatch.choose(4096, 32, None) == 'gather'
+  assert dispatch.choose(4096, 256, None) == 'dense'
+  assert dispatch.choose(4096, 256, 'gather') == 'gather'
