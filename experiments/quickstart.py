@@ -10,8 +10,6 @@ import dataclasses
 import os
 import time
 
-from absl import logging
-
 from sae_jax import config as config_lib
 from sae_jax import train as train_lib
 from sae_jax.activations.harvest import harvest, HarvestConfig
@@ -86,13 +84,12 @@ def quickstart(config: QuickstartConfig, workdir: str) -> dict:
     probing, place['train'], place['store'], place['probe']
   )
   page = browse(browsing, place['probe'], place['browser'])
-  for line in report_lib.lines(report):
-    logging.info('%s', line)
-  logging.info('took %.0f s', time.monotonic() - began)
+  print('\n' + '\n'.join(report_lib.lines(report)))
+  print(f'\ntook {time.monotonic() - began:.0f} s')
   for name, url in place.items():
-    logging.info('%-8s %s', name, url)
-  logging.info('open the page: python -m http.server -d %s', place['browser'])
-  logging.info('(%s)', page)
+    print(f'  {name:8} {url}')
+  print(f'open the page: python -m http.server -d {place["browser"]}')
+  print(f'then http://localhost:8000 in a browser ({page})')
   return report
 
 

@@ -48,14 +48,6 @@ def open_checkpointer(
   )
 
 
-def abstract(tree: Any) -> Any:
-  """Shapes, dtypes and shardings of a tree of arrays."""
-  return jax.tree.map(
-    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding),
-    tree,
-  )
-
-
 @dataclasses.dataclass(frozen=True)
 class Trained:
   """An autoencoder read from a checkpoint.

@@ -1,5 +1,6 @@
 """Progress of long stages: a bar on a terminal, plain lines elsewhere."""
 
+import io
 import sys
 import time
 
@@ -15,8 +16,13 @@ class _Lines(tqdm.tqdm):
   def __init__(self, *args, **kwargs):
     self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
     self._last_shown = None
+    # What tqdm itself writes, line ends, goes nowhere.
     super().__init__(
-      *args, mininterval=_SECONDS_BETWEEN_LINES, maxinterval=1e9, **kwargs
+      *args,
+      file=io.StringIO(),
+      mininterval=_SECONDS_BETWEEN_LINES,
+      maxinterval=1e9,
+      **kwargs,
     )
 
   def display(self, msg=None, pos=None):
@@ -35,7 +41,7 @@ class _Lines(tqdm.tqdm):
     super().close()
 
 
-def bar(iterable=None, *, total=None, unit='it', desc=None):
+def bar(iterable=None, *, total=None, unit='it', desc=None, initial=0):
   """A progress bar with rate and ETA.
 
   Args:
@@ -44,6 +50,7 @@ def bar(iterable=None, *, total=None, unit='it', desc=None):
       length.
     unit: the unit's name, shown in the rate.
     desc: what is being done.
+    initial: units done before this stage started; the rate leaves them out.
 
   Returns:
     A tqdm object: iterate it, or use it as a context manager.
@@ -54,6 +61,7 @@ def bar(iterable=None, *, total=None, unit='it', desc=None):
     total=total,
     unit=unit,
     desc=desc,
+    initial=initial,
     unit_scale=True,
     dynamic_ncols=True,
   )

@@ -142,6 +142,27 @@ def init_state(
   return jax.jit(build, out_shardings=out)(sae, sample_BD)
 
 
+def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
+  """Shapes, dtypes and shardings of a state, without making one."""
+
+  def build():
+    sae = autoencoder.init_weights(config.sae, jax.random.key(0))
+    return TrainState(
+      sae=sae,
+      optimizer=optimizer.init(config.optimizer, sae),
+      silent_N=jnp.zeros((config.sae.n_latents,), jnp.int32),
+      mse_of_mean=jnp.zeros((), jnp.float32),
+      step=jnp.zeros((), jnp.int32),
+    )
+
+  shapes = jax.eval_shape(build)
+  return jax.tree.map(
+    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+    shapes,
+    _shardings(shapes, mesh),
+  )
+
+
 def make_step(
   config: TrainConfig, mesh: Mesh, implementation: str | None = None
 ) -> Callable[[TrainState, jax.Array], tuple[TrainState, dict]]:

@@ -16,6 +16,7 @@ from sae_jax import config as config_lib
 from sae_jax import mesh as mesh_lib
 from sae_jax.activations import feed, store
 from sae_jax.step import (
+  abstract_state,
   init_state,
   make_evaluation,
   make_step,
@@ -122,13 +123,14 @@ def train(config: TrainConfig, store_url: str, workdir: str) -> TrainState:
   mesh_lib.log_devices(workdir)
   _claim_workdir(config, workdir, data.manifest.identity)
 
-  sample_BD = data.read_rows(0, min(config.sample_rows, data.n_train))
-  state = init_state(config, mesh, sample_BD)
   with checkpoint.open_checkpointer(
     workdir, config.checkpoint_every, config.checkpoint_keep
   ) as checkpointer:
     if checkpointer.latest is not None:
-      state = _restore(checkpointer, state)
+      state = _restore(checkpointer, abstract_state(config, mesh))
+    else:
+      sample_BD = data.read_rows(0, min(config.sample_rows, data.n_train))
+      state = init_state(config, mesh, sample_BD)
     start = int(state.step)
     if start >= config.steps:
       logging.info('%s is finished: step %d', workdir, start)
@@ -158,9 +160,11 @@ def _loop(config, mesh, state, data, batches, checkpointer, writer):
   }
   start, pending, began = int(state.step), None, time.monotonic()
   with progress.bar(
-    total=config.steps * config.batch_size, unit='tok', desc='train'
+    total=config.steps * config.batch_size,
+    unit='tok',
+    desc='train',
+    initial=start * config.batch_size,
   ) as bar:
-    bar.update(start * config.batch_size)
 
     def read(pending):
       done, values = pending
@@ -185,13 +189,16 @@ def _loop(config, mesh, state, data, batches, checkpointer, writer):
         read(pending)
       pending = (done, values)
       last = done == config.steps
-      if last or (config.eval_every and done % config.eval_every == 0):
-        found = evaluate(config, mesh, state, data, evaluation).scalars()
-        writer.write(done, {f'heldout_{n}': v for n, v in found.items()})
-      if last or checkpointer.should_save(done):
-        # What the log holds must not lag behind what resume starts from.
+      scored = last or (config.eval_every and done % config.eval_every == 0)
+      saved = last or checkpointer.should_save(done)
+      if scored or saved:
+        # The log must not lag behind what resume starts from.
         read(pending)
         pending = None
+      if scored:
+        found = evaluate(config, mesh, state, data, evaluation).scalars()
+        writer.write(done, {f'heldout_{n}': v for n, v in found.items()})
+      if saved:
         writer.flush()
         _save(checkpointer, state, done, about)
   return state
@@ -216,10 +223,8 @@ def _save(checkpointer, state, step, about):
   )
 
 
-def _restore(checkpointer, state: TrainState) -> TrainState:
-  parts = checkpointer.load_checkpointables(
-    None, checkpoint.abstract(_parts(state))
-  )
+def _restore(checkpointer, wanted: TrainState) -> TrainState:
+  parts = checkpointer.load_checkpointables(None, _parts(wanted))
   return TrainState(
     sae=parts['sae'],
     optimizer=optimizer.OptimizerState(adam=parts['adam'], ema=parts['ema']),

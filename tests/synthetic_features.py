@@ -64,6 +64,7 @@ HOSTILE = (
   '    ',
   '{{7*7}}',
   'javascript:alert(3)',
+  '\n\n        ',
 )
 N_HOSTILE_LATENT = 7
 

@@ -3,12 +3,13 @@
 import collections
 import json
 
+import gcsfs
 import numpy as np
 import pytest
-import synthetic_features
 
 from sae_jax import config as config_lib
 from sae_jax.browser import index
+from tests import fake_gcs, synthetic_features
 
 pytestmark = pytest.mark.fast
 
@@ -244,6 +245,27 @@ def test_interrupted_build_leaves_no_index(made, tmp_path, monkeypatch):
   assert not (tmp_path / 'data' / 'meta.json').exists()
   index.build_index(*made, tmp_path)
   assert len(read_shards(tmp_path)) == 1
+
+
+def test_a_bucket_holds_the_same_bytes_as_a_folder(made, tmp_path, monkeypatch):
+  index.build_index(*made, tmp_path)
+  server = fake_gcs.FakeGcs(['bucket'])
+  with server as url:
+    monkeypatch.setenv('STORAGE_EMULATOR_HOST', url)
+    # File systems are kept by their arguments, which do not name the server.
+    gcsfs.GCSFileSystem.clear_instance_cache()
+    small = index.BrowseConfig(features_per_shard=7)
+    index.build_index(*made, 'gs://bucket/some/page', small)
+    page = index.build_index(*made, 'gs://bucket/some/page')
+    gcsfs.GCSFileSystem.clear_instance_cache()
+  assert page == 'gs://bucket/some/page/index.html'
+  objects = {
+    name.removeprefix('some/page/'): o.data
+    for name, o in server.objects['bucket'].items()
+  }
+  assert objects == {
+    str(p.relative_to(tmp_path)): p.read_bytes() for p in tmp_path.rglob('*.*')
+  }
 
 
 def damaged(made, name, change):

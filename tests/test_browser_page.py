@@ -1,48 +1,21 @@
-"""The page in a real browser, over an index of synthetic features."""
+"""The views of the page: latents, overview, keyboard, phone."""
 
-import contextlib
-import functools
-import http.server
-import json
-import os
 import re
-import shutil
-import threading
 
 import numpy as np
-from playwright import sync_api
 import pytest
-import synthetic_features
 
-from sae_jax.browser import index
+from tests import synthetic_features
+from tests.browser_pages import (
+  expected_order,
+  listed,
+  open_latent,
+  ordinary_latents,
+  visit,
+)
 
 pytestmark = pytest.mark.slow
-
-N_LATENTS = 120
-FLAGS = (
-  '--no-sandbox',
-  '--disable-gpu',
-  '--no-first-run',
-  '--disable-background-networking',
-  '--disable-component-update',
-  '--disable-sync',
-)
-HOSTILE_LATENT = synthetic_features.N_HOSTILE_LATENT
-
-LISTED = """async () => {
-  const scroller = document.getElementById('scroller');
-  const total = parseInt(document.getElementById('rows').style.height) / 62;
-  const found = [];
-  for (let top = 0; top <= total * 62; top += 500) {
-    scroller.scrollTop = top;
-    await new Promise(requestAnimationFrame);
-    await new Promise(requestAnimationFrame);
-    for (const row of document.querySelectorAll('#rows li')) {
-      found[row.ariaPosInSet - 1] = Number(row.dataset.latent);
-    }
-  }
-  return found;
-}"""
+pytest_plugins = ('tests.browser_fixtures',)
 
 CONTEXTS = """(kind) => [...document.querySelectorAll(
   `.examples.${kind} .context`)].map((line) => ({
@@ -54,218 +27,10 @@ CONTEXTS = """(kind) => [...document.querySelectorAll(
   }))"""
 
 
-@pytest.fixture(scope='module')
-def made():
-  return synthetic_features.make(
-    n_latents=N_LATENTS, n_examples=5, window=32, n_tokens=8000
-  )
-
-
-@pytest.fixture(scope='module')
-def folder(made, tmp_path_factory):
-  out = tmp_path_factory.mktemp('page')
-  index.build_index(*made, out, index.BrowseConfig(title='A test of features'))
-  return out
-
-
-@contextlib.contextmanager
-def serve(folder):
-  class Quiet(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *args):
-      pass
-
-  handler = functools.partial(Quiet, directory=str(folder))
-  server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), handler)
-  threading.Thread(target=server.serve_forever, daemon=True).start()
-  yield f'http://127.0.0.1:{server.server_port}/'
-  server.shutdown()
-  server.server_close()
-
-
-@pytest.fixture(scope='module')
-def url(folder):
-  with serve(folder) as url:
-    yield url
-
-
-@pytest.fixture(scope='module')
-def chromium():
-  path = shutil.which('chromium')
-  if path is None:
-    reason = 'no chromium on the PATH: apt-get install chromium'
-    if os.environ.get('CI'):
-      pytest.fail(reason)
-    pytest.skip(reason)
-  with sync_api.sync_playwright() as playwright:
-    browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
-    yield browser
-    browser.close()
-
-
-@contextlib.contextmanager
-def visit(chromium, url, **context):
-  """A page, and the list of all that a sound page never does."""
-  context.setdefault('viewport', {'width': 1400, 'height': 800})
-  opened = chromium.new_context(**context)
-  page = opened.new_page()
-  page.set_default_timeout(10_000)
-  problems = []
-
-  def on_dialog(dialog):
-    problems.append(f'dialog {dialog.message}')
-    dialog.dismiss()
-
-  def on_console(message):
-    if message.type in ('error', 'warning'):
-      problems.append(f'console {message.text}')
-
-  def on_request(request):
-    if not request.url.startswith(url.split('#')[0].rsplit('/', 1)[0]):
-      problems.append(f'request {request.url}')
-
-  page.on('dialog', on_dialog)
-  page.on('console', on_console)
-  page.on('pageerror', lambda error: problems.append(f'error {error}'))
-  page.on('request', on_request)
-  page.goto(url)
-  yield page, problems
-  opened.close()
-
-
-@pytest.fixture
-def page(chromium, url):
-  with visit(chromium, url) as (page, problems):
-    page.wait_for_selector('#rows .preview .token')
-    yield page
-    page.wait_for_timeout(50)
-    assert problems == []
-
-
-def listed(page):
-  return page.evaluate(LISTED)
-
-
-def open_latent(page, latent):
-  page.evaluate('(latent) => { location.hash = `#/latent/${latent}` }', latent)
-  page.wait_for_selector(
-    f'.feature[data-latent="{latent}"] .columns:not([aria-busy])'
-  )
-
-
-def search(page, text, where='both'):
-  page.select_option('#where', where)
-  page.fill('#search', text)
-  page.dispatch_event('#where', 'change')
-  return listed(page)
-
-
 def alphas(colors):
   """Opacities of computed colours; opaque ones are written rgb(r, g, b)."""
   found = [re.findall(r'[\d.]+', color) for color in colors]
   return np.array([float(f[3]) if len(f) == 4 else 1.0 for f in found])
-
-
-def expected_order(features, key, ascending):
-  """Live latents by (value, number); silent ones behind, by number."""
-  values = features['latent_ids' if key == 'latent' else key].astype(float)
-  keys = values if ascending else -values
-  silent = features['count'] == 0
-  if key == 'latent':
-    silent = np.zeros_like(silent)
-  keys = np.where(silent, 0, keys)
-  return np.lexsort((features['latent_ids'], keys, silent)).tolist()
-
-
-def test_list_sorts_by_each_key_as_numpy_does(page, made):
-  features, _, _ = made
-  orders = {}
-  for key in ('max', 'mean', 'std', 'skew', 'latent', 'density'):
-    page.select_option('#sort', key)
-    first = key == 'latent'
-    for ascending in (first, not first):
-      orders[key, ascending] = listed(page)
-      page.click('#direction')
-    for ascending in (True, False):
-      assert orders[key, ascending] == expected_order(features, key, ascending)
-  assert len({tuple(order) for order in orders.values()}) == 12
-
-
-def test_random_order_is_a_permutation_and_shuffles_again(page):
-  page.select_option('#sort', 'random')
-  once = listed(page)
-  page.click('#direction')
-  again = listed(page)
-  assert sorted(once) == sorted(again) == list(range(N_LATENTS))
-  assert once != again
-  assert once != sorted(once)
-
-
-def test_filters_keep_what_they_say(page, made):
-  features, _, _ = made
-  alive = np.flatnonzero(features['count'])
-  page.check('#alive')
-  assert sorted(listed(page)) == alive.tolist()
-  low, high = 0.3, 1.1
-  page.fill('#density-min', str(low))
-  page.fill('#density-max', str(high))
-  page.dispatch_event('#density-max', 'change')
-  percents = 100 * features['density'].astype(float)
-  inside = np.flatnonzero((percents >= low) & (percents <= high))
-  assert 5 < len(inside) < len(alive)
-  assert sorted(listed(page)) == inside.tolist()
-  found = page.text_content('#found')
-  assert found == f'{len(inside)} of {N_LATENTS} latents'
-  page.click('#reset')
-  assert len(listed(page)) == N_LATENTS
-
-
-def with_token(made, matches, where):
-  """Latents with a matching token in their top tokens or first votes."""
-  features, _, vocabulary = made
-  found = []
-  for latent in range(N_LATENTS):
-    tokens = set()
-    if where in ('both', 'top'):
-      for row, peak in zip(
-        features['top_tokens'][latent], features['top_peak'][latent]
-      ):
-        tokens |= {int(row[peak])} if peak >= 0 else set()
-    if where in ('both', 'votes'):
-      tokens |= set(features['vote_up_ids'][latent, :5].tolist())
-    if any(matches(vocabulary[t]) for t in tokens):
-      found.append(latent)
-  return found
-
-
-def test_search_finds_what_a_scan_finds(page, made):
-  for where in ('top', 'votes', 'both'):
-    for text in ('ten', 'the', 'ing'):
-      expected = with_token(made, lambda t, s=text: s in t.lower(), where)
-      assert sorted(search(page, text, where)) == expected, (text, where)
-      assert expected
-  short = with_token(made, lambda t: t.strip().lower() == 'of', 'both')
-  assert sorted(search(page, 'of')) == short
-  exact = with_token(made, lambda t: t.strip() == 'The', 'both')
-  assert sorted(search(page, '"The"')) == exact
-  assert exact != with_token(made, lambda t: 'the' in t.lower(), 'both')
-  both = set(with_token(made, lambda t: 'the' in t.lower(), 'both'))
-  both &= set(with_token(made, lambda t: 'ten' in t.lower(), 'both'))
-  assert sorted(search(page, 'the ten')) == sorted(both)
-  assert search(page, 'nowhere to be found') == []
-  assert page.text_content('#found') == f'0 of {N_LATENTS} latents'
-
-
-def test_search_marks_the_token_it_found(page):
-  search(page, 'minister', 'votes')
-  marked = page.locator('#rows .chip.marked').all_text_contents()
-  assert marked and set(marked) == {'·Minister'}
-
-
-def test_search_jumps_to_a_number(page):
-  for text, latent in (('#33', 33), ('57', 57)):
-    page.fill('#search', text)
-    page.press('#search', 'Enter')
-    page.wait_for_selector(f'.feature[data-latent="{latent}"]')
 
 
 def check_contexts(found, features, vocabulary, latent, kind):
@@ -295,21 +60,14 @@ def check_contexts(found, features, vocabulary, latent, kind):
   return wrong
 
 
-def ordinary_latents(made, wanted):
-  """Live latents whose contexts hold no hostile token."""
-  features, _, _ = made
-  lowest = np.where(
-    features['top_tokens'] < 0, 9999, features['top_tokens']
-  ).min((1, 2))
-  lowest = np.minimum(
-    lowest,
-    np.where(
-      features['random_tokens'] < 0, 9999, features['random_tokens']
-    ).min((1, 2)),
-  )
-  clean = (lowest >= len(synthetic_features.HOSTILE)) & (features['count'] > 20)
-  assert clean.sum() >= wanted
-  return np.flatnonzero(clean)[:wanted].tolist()
+# Newlines whose next token is not further down and further left.
+INDENTED = """() => [...document.querySelectorAll('.example.open .token')]
+  .filter((token) => token.textContent === '↵' && token.nextSibling)
+  .filter((token) => {
+    const here = token.getClientRects()[0];
+    const next = token.nextSibling.getClientRects()[0];
+    return !(next.top > here.top + 10 && next.left < here.right);
+  }).map((token) => token.nextSibling.textContent)"""
 
 
 @pytest.mark.parametrize('scheme', ['light', 'dark'])
@@ -432,82 +190,6 @@ def test_votes_and_neighbours(page, made):
   page.wait_for_selector(f'.feature[data-latent="{neighbours[2]}"]')
 
 
-FOREIGN = """() => [...document.querySelectorAll(
-  'img, style, iframe, object, embed, body script, [onload], [onerror], b i')]
-  .map((node) => node.outerHTML)"""
-
-
-def walk_hostile(page):
-  """Shows the hostile tokens; returns their text and elements they became."""
-  open_latent(page, HOSTILE_LATENT)
-  page.keyboard.press('w')
-  spans = page.locator('.context .token')
-  for i in range(0, spans.count(), 3):
-    spans.nth(i).dispatch_event('pointerover')
-  foreign = page.evaluate(FOREIGN)
-  texts = spans.all_text_contents()
-  for text in ('<img', 'script', 'onload', 'style', '&lt'):
-    search(page, text)
-    foreign += page.evaluate(FOREIGN)
-    texts += page.locator('#rows .chip').all_text_contents()
-    texts += page.locator('#rows .token').all_text_contents()
-  page.wait_for_timeout(100)
-  return ' '.join(texts), foreign
-
-
-def test_hostile_tokens_stay_text(page):
-  shown, foreign = walk_hostile(page)
-  assert foreign == []
-  assert "<img src=x onerror=alert('token')>" in shown
-  assert '</script><script>alert(1)</script>' in shown
-  assert '&lt;b&gt;' in shown
-  for hidden in ('\u202e', '\u200f', '\x00', '\x1b', '\u2028', '\r'):
-    assert hidden not in shown
-  assert '⟨202E⟩right to left' in shown
-  assert page.locator('#home').is_visible()
-
-
-@pytest.mark.parametrize('policy', [True, False])
-def test_hostile_check_sees_an_injection(folder, tmp_path, chromium, policy):
-  """A page that writes tokens as HTML is caught; its policy still blocks."""
-  out = tmp_path / 'planted'
-  shutil.copytree(folder, out)
-  for name in ('tokens.js', 'dom.js'):
-    text = (out / name).read_text()
-    planted = text.replace('.textContent = ', '.innerHTML = ')
-    (out / name).write_text(planted)
-  assert '.innerHTML = visible(text)' in (out / 'tokens.js').read_text()
-  html = (out / 'index.html').read_text()
-  if not policy:
-    html = re.sub(r'<meta http-equiv="Content-Security[^>]*>', '', html)
-    (out / 'index.html').write_text(html)
-  with serve(out) as url, visit(chromium, url) as (page, problems):
-    if policy:
-      page.wait_for_timeout(500)
-      assert any('TrustedHTML' in p for p in problems)
-      assert page.evaluate(FOREIGN) == []
-    else:
-      page.wait_for_selector('#rows .token', state='attached')
-      page.evaluate(f"location.hash = '#/latent/{HOSTILE_LATENT}'")
-      page.wait_for_selector('.context', state='attached')
-      page.wait_for_timeout(200)
-      assert page.evaluate(FOREIGN) != []
-      assert any(p.startswith('dialog') for p in problems)
-    dialogs = [p for p in problems if p.startswith('dialog')]
-    assert bool(dialogs) == (not policy)
-
-
-def test_requests_to_elsewhere_are_refused_and_seen(chromium, url):
-  with visit(chromium, url) as (page, problems):
-    page.wait_for_selector('#rows .token')
-    assert problems == []
-    refused = page.evaluate(
-      "fetch('http://127.0.0.2:9/').then(() => false, () => true)"
-    )
-    assert refused
-    assert any('Content Security Policy' in p for p in problems)
-
-
 def test_deep_link_back_and_unknown(chromium, url):
   with visit(chromium, url + '#/latent/42') as (page, problems):
     page.wait_for_selector('.feature[data-latent="42"] .columns > *')
@@ -563,20 +245,6 @@ def test_keyboard(page, made):
   assert not page.locator('#keys').is_visible()
 
 
-def test_next_and_random_stay_within_the_list(page, made):
-  found = search(page, 'the', 'top')
-  assert 2 < len(found) < N_LATENTS / 2
-  open_latent(page, found[0])
-  page.click('button[aria-label^=Next]')
-  page.wait_for_selector(f'.feature[data-latent="{found[1]}"]')
-  for _ in range(4):
-    before = page.locator('.feature').get_attribute('data-latent')
-    page.click('.feature button[aria-label^=Random]')
-    page.wait_for_selector(f'.feature:not([data-latent="{before}"])')
-    now = int(page.locator('.feature').get_attribute('data-latent'))
-    assert now in found
-
-
 def test_contexts_open_and_line_up(page, made):
   latent = ordinary_latents(made, 1)[0]
   open_latent(page, latent)
@@ -593,6 +261,7 @@ def test_contexts_open_and_line_up(page, made):
   opened = page.evaluate(heights)
   assert opened[1] > flat[1] and opened[0] == flat[0]
   page.click('#wrap')
+  assert page.evaluate(INDENTED) == []
   assert sum(page.evaluate(heights)) > sum(opened)
   assert max(page.evaluate(middles)) - min(page.evaluate(middles)) > 20
 
@@ -690,54 +359,3 @@ def test_phone(chromium, url, made):
     assert row.is_visible()
     assert page.evaluate('scrollY') > 100
     assert problems == []
-
-
-@pytest.mark.parametrize(
-  'name, content, words',
-  [
-    ('meta.json', None, 'data/meta.json is missing (HTTP 404)'),
-    ('columns.json', None, 'data/columns.json is missing'),
-    ('columns.json', '{"latent": [1, 2', 'data/columns.json is not valid JSON'),
-    ('columns.json', '{"latent": [1]}', '1 entries of latent, not 120'),
-    ('columns.json', '{}', 'not what this page expects'),
-    ('vocabulary.json', '[]', 'has 0 tokens, not'),
-    ('meta.json', '{"format_version": 99}', 'has format 99'),
-    ('meta.json', 'null', 'has format undefined'),
-  ],
-)
-def test_broken_data_is_named(folder, tmp_path, chromium, name, content, words):
-  out = tmp_path / 'broken'
-  shutil.copytree(folder, out)
-  (out / 'data' / name).unlink()
-  if content is not None:
-    (out / 'data' / name).write_text(content)
-  with serve(out) as url, visit(chromium, url) as (page, _):
-    page.wait_for_selector('main [role=alert]')
-    message = page.locator('main [role=alert]').inner_text()
-    assert words in message
-    assert 'Run sae-browse again' in message
-    assert not page.locator('#index').is_visible()
-
-
-def test_missing_shard_can_be_tried_again(folder, tmp_path, chromium):
-  out = tmp_path / 'gap'
-  shutil.copytree(folder, out)
-  shard = out / 'data' / 'features' / '00001.json'
-  kept = shard.read_text()
-  shard.unlink()
-  with serve(out) as url, visit(chromium, url + '#/latent/70') as (page, _):
-    page.wait_for_selector('text=data/features/00001.json is missing')
-    shard.write_text(kept)
-    page.click('text=Try again')
-    page.wait_for_selector('.feature .context')
-  shard.write_text(json.dumps(json.loads(kept)[::-1]))
-  with serve(out) as url, visit(chromium, url + '#/latent/70') as (page, _):
-    page.wait_for_selector('text=does not hold latent 70')
-
-
-def test_opened_as_a_file_it_asks_for_a_server(folder, chromium):
-  with visit(chromium, f'file://{folder}/index.html') as (page, _):
-    page.wait_for_timeout(1600)
-    boot = page.locator('#boot')
-    assert 'python -m http.server' in boot.inner_text()
-    assert float(boot.evaluate('node => getComputedStyle(node).opacity')) == 1

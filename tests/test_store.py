@@ -5,13 +5,13 @@ import itertools
 import json
 import shutil
 
-import fake_gcs
 import ml_dtypes
 import numpy as np
 import pytest
 
 from sae_jax import config
 from sae_jax.activations import layout, store
+from tests import fake_gcs
 
 pytestmark = pytest.mark.fast
 

@@ -1,7 +1,5 @@
 """sae-browse: probing's results -> a static page of all features."""
 
-from absl import logging
-
 from sae_jax.browser import browse, index
 from sae_jax.cli import flags
 
@@ -18,8 +16,7 @@ def work() -> None:
   page = browse.browse(
     flags.read(index.BrowseConfig), flags.url('probe'), flags.url('workdir')
   )
-  logging.info('%s', page)
-  logging.info('serve it: python -m http.server -d %s', flags.url('workdir'))
+  print(f'{page}\nserve it: python -m http.server -d {flags.url("workdir")}')
 
 
 def main() -> None:

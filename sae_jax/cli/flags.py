@@ -1,6 +1,7 @@
 """Config dataclasses as absl flags, and the frame of every binary."""
 
 from collections.abc import Callable
+import logging as python_logging
 import os
 import sys
 from typing import Any, TypeVar
@@ -95,9 +96,7 @@ def run(main: Callable[[], Any], description: str) -> None:
     return rest
 
   def guarded(_) -> None:
-    if not sys.stderr.isatty():
-      logging.set_verbosity(logging.INFO)
-    logging.set_stderrthreshold('info')
+    logging.get_absl_handler().addFilter(_own_or_important)
     try:
       main()
     except config_lib.UserError as error:
@@ -110,6 +109,14 @@ def run(main: Callable[[], Any], description: str) -> None:
       _fail(f'{error} (--debug shows where)', 1)
 
   app.run(guarded, flags_parser=parse)
+
+
+def _own_or_important(record: python_logging.LogRecord) -> bool:
+  """Libraries' INFO lines are left out; ours and all warnings are shown."""
+  own = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+  return record.levelno >= python_logging.WARNING or (
+    record.pathname.startswith((own, os.path.abspath(sys.argv[0])))
+  )
 
 
 def _fail(message: str, code: int) -> None:

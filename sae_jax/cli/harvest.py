@@ -1,7 +1,5 @@
 """sae-harvest: text -> activations of a language model -> a store."""
 
-from absl import logging
-
 from sae_jax.activations import harvest as harvest_lib
 from sae_jax.cli import flags
 
@@ -16,12 +14,9 @@ def work() -> None:
   """Harvests as the flags say."""
   store = flags.url('store')
   manifest = harvest_lib.harvest(flags.read(harvest_lib.HarvestConfig), store)
-  logging.info(
-    '%s: %d rows of width %d, %d held out',
-    store,
-    manifest.n_rows,
-    manifest.d_model,
-    manifest.holdout_rows,
+  print(
+    f'{store}: {manifest.n_rows} rows of width {manifest.d_model}, '
+    f'{manifest.holdout_rows} held out'
   )
 
 

@@ -1,7 +1,5 @@
 """sae-probe: a checkpoint and a store -> report.json, features.npz, plots."""
 
-from absl import logging
-
 from sae_jax.cli import flags
 from sae_jax.probing import report
 
@@ -23,7 +21,7 @@ def work() -> None:
     flags.url('workdir'),
   )
   for line in report.lines(found):
-    logging.info('%s', line)
+    print(line)
 
 
 def main() -> None:

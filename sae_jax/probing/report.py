@@ -227,7 +227,7 @@ def probe_tasks(
     train, test = tasks.split(task, config.seed)
     labels = np.asarray(task.labels_P)
     score = probes.score_task(
-      pre_PN[train], labels[train], pre_PN[test], labels[test]
+      pre_PN[train], labels[train], pre_PN[test], labels[test], seed=config.seed
     )
     controls = baselines.controls(
       pre_PN[train],
@@ -236,6 +236,7 @@ def probe_tasks(
       pre_PN[test],
       x_PD[test],
       labels[test],
+      seed=config.seed,
     )
     out[task.name] = {
       'classes': list(task.classes),

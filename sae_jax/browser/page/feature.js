@@ -129,7 +129,6 @@ function example({ vocabulary }, found, rank, largest) {
     const text = vocabulary[token];
     const span = tokenSpan(text, shade(acts[i], largest));
     if (i === found.peak) span.classList.add('peak');
-    if (text.includes('\n')) span.classList.add('newline');
     span.dataset.said =
       `${alone(text)}, activation ${number(acts[i], 4)}`;
     return tip(span, () => [alone(text),

@@ -97,7 +97,8 @@ function probes(report) {
           term(name, `AUC of a control. ${CONTROLS[name]}`))))),
       el('tbody', {}, tasks.map(([task, found]) => el('tr', {},
         el('th', { scope: 'row' }, task,
-          el('small', {}, (found.classes ?? []).join(' or '))),
+          el('small', {}, (found.classes ?? [])
+            .filter((name) => !/^\d+$/.test(name)).join(' or '))),
         el('td', {}, el('a', { href: `#/latent/${found.latent.best_latent}` },
           `#${found.latent.best_latent}`)),
         el('td', {}, el('b', {}, auc(found.latent)), between(found.latent)),

@@ -5,8 +5,10 @@ const UNSEEN = /[\p{C}\p{Z}]/u;
 const SMALLEST_SHADE = 0.08;
 const LARGEST_SHADE = 0.85;
 
-export function visible(text) {
-  if (text === '') return '∅';
+// A token's text in lines, each but the last with its newline.
+const lines = (text) => text.split(/(?<=\n)/);
+
+function visibleLine(text) {
   if (/^ +$/.test(text)) return '·'.repeat(text.length);
   let shown = /^\p{M}/u.test(text) ? '◌' : '';
   for (const character of text) {
@@ -17,6 +19,10 @@ export function visible(text) {
     } else shown += character;
   }
   return shown;
+}
+
+export function visible(text) {
+  return text === '' ? '∅' : lines(text).map(visibleLine).join('');
 }
 
 // For a token standing alone, where a leading space would not be seen.
@@ -39,7 +45,13 @@ export function tokenSpan(text, alpha) {
   span.className = 'token';
   span.classList.toggle('blank', !text.trim());
   span.classList.toggle('spaced', text.startsWith(' '));
-  span.textContent = visible(text);
+  if (text.includes('\n')) {
+    // The breaks are shown in full contexts only, before any indentation.
+    for (const line of lines(text)) {
+      span.append(visibleLine(line));
+      if (line.endsWith('\n')) span.append(document.createElement('br'));
+    }
+  } else span.textContent = visible(text);
   if (alpha) {
     span.classList.add('on');
     span.style.setProperty('--shade', alpha.toFixed(4));

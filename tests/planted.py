@@ -1,0 +1,86 @@
+"""A store of activations made of known directions, and small runs on it."""
+
+import numpy as np
+
+from sae_jax.activations import store
+from sae_jax.autoencoder import SaeConfig
+from sae_jax.objective import ObjectiveConfig
+from sae_jax.optimizer import OptimizerConfig
+from sae_jax.step import TrainConfig
+
+D_MODEL, DIRECTIONS, ACTIVE = 16, 32, 3
+
+
+def activations(n_rows, seed=0):
+  """Sums of ACTIVE of DIRECTIONS unit vectors, plus a mean and noise."""
+  rng = np.random.default_rng(seed)
+  dictionary = rng.standard_normal((DIRECTIONS, D_MODEL))
+  dictionary /= np.linalg.norm(dictionary, axis=1, keepdims=True)
+  chosen = np.argsort(rng.random((n_rows, DIRECTIONS)), axis=1)[:, :ACTIVE]
+  weight = rng.uniform(1, 3, (n_rows, ACTIVE))
+  out = (weight[:, :, None] * dictionary[chosen]).sum(1)
+  out += 0.5 + 0.02 * rng.standard_normal(out.shape)
+  return out.astype(np.float32)
+
+
+def write_store(
+  url,
+  n_rows=2000,
+  context=20,
+  contexts_per_document=5,
+  holdout_documents=3,
+  subject='planted',
+  weights_sha256='0' * 64,
+  rows_RD=None,
+  vocabulary=50,
+  site='blocks.0.resid_post',
+):
+  """A finished store; position 0 of each context is masked."""
+  rng = np.random.default_rng(1)
+  per_document = (context - 1) * contexts_per_document
+  documents = -(-n_rows // per_document)
+  n_rows = documents * per_document
+  rows_RD = activations(n_rows) if rows_RD is None else rows_RD
+  with store.StoreWriter(url, rows_RD.shape[1], 'float32', 64, 256) as writer:
+    for document in range(documents):
+      length = context * contexts_per_document
+      positions = np.tile(np.arange(context), contexts_per_document)
+      first = document * per_document
+      writer.append(
+        rng.integers(0, vocabulary, length),
+        np.full(length, document),
+        positions,
+        positions > 0,
+        rows_RD[first : first + per_document],
+      )
+    return writer.finish(
+      subject=subject,
+      weights_sha256=weights_sha256,
+      site=site,
+      holdout_rows=holdout_documents * per_document,
+      context_length=context,
+      sources=('made',),
+      source_rows={'made': n_rows},
+      seed=0,
+      mask={'rule': 'position 0'},
+      config={},
+      software={},
+    )
+
+
+def train_config(**kwargs):
+  """A run of seconds; keyword arguments replace TrainConfig's fields."""
+  values = {
+    'sae': SaeConfig(d_model=D_MODEL, n_latents=64, k=4),
+    'objective': ObjectiveConfig(k_aux=8, dead_after_tokens=600),
+    'optimizer': OptimizerConfig(learning_rate=3e-3, ema_decay=0.9),
+    'batch_size': 64,
+    'steps': 30,
+    'sample_rows': 500,
+    'window_chunks': 4,
+    'log_every': 1,
+    'checkpoint_every': 10,
+    'mesh_data': 1,
+    'mesh_latent': 8,
+  }
+  return TrainConfig(**(values | kwargs))
