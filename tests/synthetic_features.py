@@ -78,7 +78,7 @@ def make(
 ) -> tuple[dict[str, np.ndarray], dict, list[str]]:
   """Returns features, report and vocabulary; some latents never fire.
 
-  Latent `N_HOSTILE_LATENT` fires on hostile tokens.
+  Latent `N_HOSTILE_LATENT` fires on hostile tokens and votes for them.
   """
   rng = np.random.default_rng(seed)
   stream, documents, vocabulary = _text(rng, n_tokens)
@@ -115,6 +115,10 @@ def make(
       axis=1,
     )[:, :10]
     logits = -np.sort(-rng.gamma(2, 0.4, ids.shape), axis=1)
+    # The hostile latent votes for the first and against the last of them.
+    ids[N_HOSTILE_LATENT] = np.arange(10)
+    if way == 'down':
+      ids[N_HOSTILE_LATENT] += len(HOSTILE) - 10
     features[f'vote_{way}_ids'] = ids
     features[f'vote_{way}_logits'] = (sign * logits).astype(np.float32)
   decoder = rng.standard_normal((n_latents, 32))

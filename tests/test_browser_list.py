@@ -76,28 +76,51 @@ def with_token(made, matches, where):
   return found
 
 
+def words(made, wanted):
+  """Long words in the vocabulary that some latent peaks on, some votes for."""
+  vocabulary = made[2]
+  found = [t.strip().lower() for t in vocabulary if t.strip().isalpha()]
+  found = [
+    word
+    for word in dict.fromkeys(found)
+    if len(word) >= 3
+    and with_token(made, lambda t, w=word: w in t.lower(), 'top')
+    and with_token(made, lambda t, w=word: w in t.lower(), 'votes')
+  ]
+  assert len(found) >= wanted
+  return found[:wanted]
+
+
 def test_search_finds_what_a_scan_finds(page, made):
+  chosen = words(made, 3)
   for where in ('top', 'votes', 'both'):
-    for text in ('ten', 'the', 'ing'):
+    for text in chosen:
       expected = with_token(made, lambda t, s=text: s in t.lower(), where)
-      assert sorted(search(page, text, where)) == expected, (text, where)
-      assert expected
+      assert 0 < len(expected) < N_LATENTS
+      assert sorted(search(page, text.upper(), where)) == expected
   short = with_token(made, lambda t: t.strip().lower() == 'of', 'both')
   assert sorted(search(page, 'of')) == short
   exact = with_token(made, lambda t: t.strip() == 'The', 'both')
   assert sorted(search(page, '"The"')) == exact
   assert exact != with_token(made, lambda t: 'the' in t.lower(), 'both')
-  both = set(with_token(made, lambda t: 'the' in t.lower(), 'both'))
-  both &= set(with_token(made, lambda t: 'ten' in t.lower(), 'both'))
-  assert sorted(search(page, 'the ten')) == sorted(both)
+  first, second = (
+    set(with_token(made, lambda t, s=text: s in t.lower(), 'both'))
+    for text in ('the', 'ing')
+  )
+  assert sorted(search(page, 'the  ing')) == sorted(first & second)
+  assert first & second not in (first, second)
   assert search(page, 'nowhere to be found') == []
   assert page.text_content('#found') == f'0 of {N_LATENTS} latents'
 
 
-def test_search_marks_the_token_it_found(page):
-  search(page, 'minister', 'votes')
-  marked = page.locator('#rows .chip.marked').all_text_contents()
-  assert marked and set(marked) == {'·Minister'}
+def test_search_marks_the_token_it_found(page, made):
+  word = words(made, 1)[0]
+  for where in ('top', 'votes'):
+    search(page, word, where)
+    marked = page.locator('#rows .chip.marked').all_text_contents()
+    assert marked and all(word in text.lower() for text in marked)
+    plain = page.locator('#rows .chips .chip:not(.marked)').all_text_contents()
+    assert plain == []
 
 
 def test_search_jumps_to_a_number(page):
@@ -108,7 +131,10 @@ def test_search_jumps_to_a_number(page):
 
 
 def test_next_and_random_stay_within_the_list(page, made):
-  found = search(page, 'the', 'top')
+  densest = np.sort(made[0]['density'])[-12]
+  page.fill('#density-min', str(100 * densest))
+  page.dispatch_event('#density-min', 'change')
+  found = listed(page)
   assert 2 < len(found) < N_LATENTS / 2
   open_latent(page, found[0])
   page.click('button[aria-label^=Next]')

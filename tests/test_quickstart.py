@@ -1,0 +1,102 @@
+"""The demo and its notebook on a small budget, with the real subject."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import nbformat
+import pytest
+
+pytestmark = pytest.mark.slow
+
+ROOT = pathlib.Path(__file__).parent.parent
+BUDGET = {
+  'n_tokens': 4000,
+  'n_latents': 256,
+  'k': 16,
+  'steps': 60,
+  'batch_size': 256,
+  'task_prompts': 40,
+  'downstream_tokens': 256,
+}
+
+
+def demo(workdir):
+  return subprocess.run(
+    [
+      sys.executable,
+      'experiments/quickstart.py',
+      f'--workdir={workdir}',
+      *(f'--{name}={value}' for name, value in BUDGET.items()),
+    ],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+  )
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('demo') / 'run'
+  return workdir, demo(workdir)
+
+
+def test_the_demo_ends_with_a_page_and_beats_its_controls(finished):
+  workdir, found = finished
+  assert found.returncode == 0, found.stderr
+  report = json.loads((workdir / 'probe' / 'report.json').read_text())
+  assert report['fvu'] < report['fvu_untrained']
+  assert report['delta_ce'] < report['ce_zero'] - report['ce']
+  assert 0 < report['l0'] <= BUDGET['k']
+  assert len(report['probes']) == 4
+  meta = json.loads((workdir / 'browser' / 'data' / 'meta.json').read_text())
+  assert meta['n_features'] == BUDGET['n_latents']
+  for name in ('store', 'train', 'probe', 'browser'):
+    assert str(workdir / name) in found.stdout
+  for word in ('NMSE', 'FVU', 'L0', 'silent', 'delta CE', 'AUC'):
+    assert word in found.stdout
+
+
+def test_a_second_demo_reuses_what_is_finished(finished):
+  workdir, _ = finished
+  before = (workdir / 'probe' / 'report.json').read_text()
+  again = demo(workdir)
+  assert again.returncode == 0
+  for stage in ('store', 'train', 'probe', 'browser'):
+    lines = [
+      line for line in again.stderr.splitlines() if str(workdir / stage) in line
+    ]
+    assert any('is finished' in line for line in lines), stage
+  assert 'harvest:' not in again.stderr
+  assert (workdir / 'probe' / 'report.json').read_text() == before
+
+
+def test_the_notebook_runs_on_a_small_budget(tmp_path):
+  from nbclient import NotebookClient
+
+  path = ROOT / 'experiments' / 'colab' / 'quickstart.ipynb'
+  notebook = nbformat.read(path, as_version=4)
+  # As a user would: the budget and the folder are the first code cell.
+  settings = next(c for c in notebook.cells if 'QuickstartConfig(' in c.source)
+  settings.source = (
+    'from experiments.quickstart import QuickstartConfig\n'
+    f'config = QuickstartConfig(**{BUDGET})\n'
+    f'workdir = {str(tmp_path / "colab")!r}'
+  )
+  client = NotebookClient(
+    notebook, timeout=600, resources={'metadata': {'path': str(ROOT)}}
+  )
+  client.execute()
+  shown = ''.join(
+    output.get('text', '')
+    for cell in notebook.cells
+    for output in cell.get('outputs', [])
+  )
+  assert 'FVU' in shown
+  assert (tmp_path / 'colab' / 'browser' / 'index.html').exists()
+
+
+def test_the_notebook_is_kept_small():
+  path = ROOT / 'experiments' / 'colab' / 'quickstart.ipynb'
+  assert path.stat().st_size < 200_000
