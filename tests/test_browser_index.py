@@ -3,6 +3,7 @@
 import collections
 import json
 
+from etils import epath
 import gcsfs
 import numpy as np
 import pytest
@@ -326,3 +327,16 @@ def test_page_asks_for_nothing_from_elsewhere(folder):
     assert '://' not in rest, name
     for word in ('innerHTML', 'outerHTML', 'insertAdjacentHTML', 'eval('):
       assert word not in text, f'{name} uses {word}'
+
+
+def test_the_page_digest_changes_with_the_page(tmp_path, monkeypatch):
+  before = index.page_digest()
+  assert before == index.page_digest()
+  copy = epath.Path(tmp_path)
+  for source in index._PAGE.iterdir():
+    if source.is_file():
+      (copy / source.name).write_text(source.read_text())
+  monkeypatch.setattr(index, '_PAGE', copy)
+  assert index.page_digest() == before
+  (copy / 'app.js').write_text('changed')
+  assert index.page_digest() != before

@@ -40,6 +40,8 @@ def browse(config: index.BrowseConfig, probe_url: str, out_url: str) -> str:
     )
   report = config_lib.read_json(report_path)
   report['browse_config'] = config_lib.through_json(dataclasses.asdict(config))
+  # A page of another version is not this one.
+  report['page'] = index.page_digest()
   meta_path = epath.Path(out_url) / 'data' / 'meta.json'
   if meta_path.exists() and config_lib.read_json(meta_path)['report'] == report:
     logging.info('%s is finished: reused', out_url)

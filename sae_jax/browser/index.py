@@ -154,6 +154,15 @@ def build_index(
   return str(out / 'index.html')
 
 
+def page_digest() -> str:
+  """A hex digest of the page's own files, which says what version it is."""
+  digest = hashlib.sha256()
+  for source in sorted(_PAGE.iterdir()):
+    if source.is_file():
+      digest.update(source.name.encode() + source.read_bytes())
+  return digest.hexdigest()
+
+
 def read_features(url: epath.PathLike) -> dict[str, np.ndarray]:
   """Reads features.npz; raises UserError if it is absent or is no npz."""
   path = epath.Path(url)

@@ -10,9 +10,9 @@ import numpy as np
 from sae_jax import autoencoder, progress
 from sae_jax.activations import store as store_lib
 from sae_jax.checkpoint import Trained
+from sae_jax.config import UserError
 from sae_jax.subject import capture, splice, Subject
 
-VARIANTS = ('spliced', 'zero', 'mean')
 _RESAMPLES = 1000
 
 
@@ -31,7 +31,7 @@ class Downstream:
     kl: mean KL(original || spliced) of the next-token distributions.
     ce_recovered: 1 - delta_ce / (ce_zero - ce).
     ce_recovered_mean: the same against ce_mean.
-    tokens: how many next-token predictions were scored.
+    predictions: how many next tokens were scored.
     contexts: in how many contexts.
   """
 
@@ -45,7 +45,7 @@ class Downstream:
   kl: float
   ce_recovered: float
   ce_recovered_mean: float
-  tokens: int
+  predictions: int
   contexts: int
 
 
@@ -53,6 +53,8 @@ def heldout_contexts(
   store: store_lib.Store, n_tokens: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
   """Whole held-out contexts from a store's token stream.
+
+  A context of a single token is left out: there is nothing to predict.
 
   Args:
     store: the activations.
@@ -62,6 +64,9 @@ def heldout_contexts(
   Returns:
     tokens_CT int32, padded on the right with 0; length_C; kept_CT, true where
     the store holds the token's activation (it was not masked).
+
+  Raises:
+    UserError: if there is no such context.
   """
   stream = store.stream_index()
   positions = store.positions()
@@ -69,6 +74,13 @@ def heldout_contexts(
   first -= positions[first]
   starts = first + np.flatnonzero(positions[first:] == 0)
   ends = np.append(starts[1:], len(positions))
+  long = ends - starts > 1
+  starts, ends = starts[long], ends[long]
+  if not len(starts):
+    raise UserError(
+      'the held-out text has no context of two or more tokens: harvest with a '
+      'min_context_tokens of 2 or more'
+    )
   enough = np.searchsorted(np.cumsum(ends - starts), n_tokens) + 1
   starts, ends = starts[:enough], ends[:enough]
   kept = np.zeros(len(positions), bool)
@@ -168,8 +180,8 @@ def measure(
 
 def _summary(sums_XC: np.ndarray, count_C: np.ndarray, seed: int) -> Downstream:
   """From each context's sums of (original, spliced, zero, mean, KL)."""
-  tokens = int(count_C.sum())
-  ce, spliced, zero, mean, kl = (sums_XC.sum(1) / tokens).tolist()
+  predictions = int(count_C.sum())
+  ce, spliced, zero, mean, kl = (sums_XC.sum(1) / predictions).tolist()
   draws = np.random.default_rng(seed).integers(
     0, len(count_C), (_RESAMPLES, len(count_C))
   )
@@ -187,6 +199,6 @@ def _summary(sums_XC: np.ndarray, count_C: np.ndarray, seed: int) -> Downstream:
     kl=kl,
     ce_recovered=1 - (spliced - ce) / (zero - ce),
     ce_recovered_mean=1 - (spliced - ce) / (mean - ce),
-    tokens=tokens,
+    predictions=predictions,
     contexts=len(count_C),
   )

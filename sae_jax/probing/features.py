@@ -86,7 +86,9 @@ def build(
   used = np.flatnonzero(stats.hist_NH.sum(0))
   low, high = (used[0], used[-1] + 1) if len(used) else (0, 1)
   w_dec_ND = np.asarray(trained.sae.w_dec_ND)
-  up_ids, up, down_ids, down = lens.votes(subject, w_dec_ND, config.votes)
+  up_ids, up, down_ids, down = lens.votes(
+    subject, w_dec_ND, min(config.votes, subject.config.vocab_size)
+  )
   near_ids, near = lens.neighbours(
     w_dec_ND, min(config.neighbours, n_latents - 1)
   )
@@ -125,35 +127,39 @@ def windows(
   """The text around each latent's examples, with its activation per token.
 
   Args:
-    codes: of all the store's rows that are shown.
+    codes: of rows that have the examples among them.
     store: the text.
     rows_NM: row of each latent's examples, -1 for none.
     before: tokens shown before the example's.
-    after: tokens shown after it. A window ends where its context does.
+    after: tokens shown after it. A window ends where its context does, and
+      before the first row that is not encoded.
 
   Returns:
     tokens and acts [N, M, W], peak and document [N, M], as in `build`; a
-    token outside of the context is -1, a masked one has activation 0.
+    token outside of the window is -1, a masked one has activation 0.
   """
   stream = store.stream_index()
   position, document = store.positions(), store.documents()
-  row_of = np.full(len(position), -1, np.int64)
-  row_of[stream] = np.arange(len(stream))
+  start, stop = codes.start, codes.start + len(codes.vals_RK)
+  code_of = np.full(len(position), -1, np.int64)
+  code_of[stream[start:stop]] = np.arange(stop - start)
 
   present_NM = rows_NM >= 0
   centre_NM = stream[np.maximum(rows_NM, 0)]
   place_NMW = centre_NM[:, :, None] + np.arange(-before, after + 1)
-  inside = (place_NMW >= 0) & (place_NMW < len(position))
+  # Tokens of rows that were not encoded would look silent.
+  begin = stream[start - 1] + 1 if start else 0
+  end = stream[stop] if stop < len(stream) else len(position)
+  inside = (place_NMW >= begin) & (place_NMW < end)
   place_NMW = np.clip(place_NMW, 0, len(position) - 1)
   context_start = np.arange(len(position)) - position
   inside &= (
     context_start[place_NMW] == context_start[centre_NM][:, :, None]
   ) & present_NM[:, :, None]
 
-  row_NMW = row_of[place_NMW] - codes.start
-  known = inside & (row_NMW >= 0) & (row_NMW < len(codes.vals_RK))
-  latent, example, token = np.nonzero(known)
-  rows = row_NMW[latent, example, token]
+  code_NMW = code_of[place_NMW]
+  latent, example, token = np.nonzero(inside & (code_NMW >= 0))
+  rows = code_NMW[latent, example, token]
   acts_NMW = np.zeros(place_NMW.shape, np.float32)
   # In pieces: each compares K latents of a token with one.
   for start in range(0, len(rows), 2**20):

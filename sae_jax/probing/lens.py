@@ -8,11 +8,16 @@ import numpy as np
 
 from sae_jax.subject import Subject
 
+# A TPU multiplies float32 in bfloat16 by default, which swaps near ties.
+_EXACT = jax.lax.Precision.HIGHEST
+
 
 @functools.partial(jax.jit, static_argnums=2)
 def _votes(params, w_ND, n_votes):
   unembed_VD = params.get('unembed', params['embed'])
-  logits_NV = (w_ND * params['final_norm']) @ unembed_VD.T
+  logits_NV = jnp.matmul(
+    w_ND * params['final_norm'], unembed_VD.T, precision=_EXACT
+  )
   logits_NV -= logits_NV.mean(-1, keepdims=True)
   up, up_ids = jax.lax.top_k(logits_NV, n_votes)
   down, down_ids = jax.lax.top_k(-logits_NV, n_votes)
@@ -55,7 +60,7 @@ def votes(
 
 @functools.partial(jax.jit, static_argnums=3)
 def _nearest(unit_ND, rows_SD, first, count):
-  cosine_SN = rows_SD @ unit_ND.T
+  cosine_SN = jnp.matmul(rows_SD, unit_ND.T, precision=_EXACT)
   own_S = first + jnp.arange(rows_SD.shape[0])
   itself_SN = own_S[:, None] == jnp.arange(unit_ND.shape[0])
   cosines, ids = jax.lax.top_k(jnp.where(itself_SN, -2, cosine_SN), count)

@@ -53,9 +53,10 @@ def probe_aucs(report: dict[str, Any]) -> Figure:
   for place, task in enumerate(tasks):
     found = report['probes'][task]
     score = found['latent']
+    # A percentile interval need not hold the estimate; matplotlib wants it to.
     spread = [
-      [score['test_auc'] - score['test_auc_low']],
-      [score['test_auc_high'] - score['test_auc']],
+      [max(0.0, score['test_auc'] - score['test_auc_low'])],
+      [max(0.0, score['test_auc_high'] - score['test_auc'])],
     ]
     label = 'best latent' if place == 0 else None
     axes.errorbar(

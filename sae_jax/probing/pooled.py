@@ -34,7 +34,8 @@ def _pool(
     inside_BT = (place_T > 0) & (place_T < length_B[:, None])
     weight_BT = jnp.where(length_B[:, None] > 1, inside_BT, place_T == 0)
   weight_BT = weight_BT.astype(x_BTD.dtype)
-  total_BD = jnp.einsum('BT,BTD->BD', weight_BT, x_BTD)
+  # A sum, not a product: a TPU would round the activations for that.
+  total_BD = (weight_BT[:, :, None] * x_BTD).sum(1)
   return total_BD / weight_BT.sum(-1, keepdims=True)
 
 

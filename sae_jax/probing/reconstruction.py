@@ -12,6 +12,9 @@ from sae_jax.activations import store as store_lib
 from sae_jax.checkpoint import Trained
 from sae_jax.probing import baselines
 
+# Far more than the directions: beyond, components no longer move.
+_PCA_ROWS = 1_000_000
+
 
 @functools.partial(jax.jit, static_argnums=0)
 def _sums(config, sae, raw_BD):
@@ -88,8 +91,8 @@ def pca_fvu(
 ) -> float:
   """FVU of the best linear code with as many numbers per token.
 
-  Principal components are fitted on the training rows and applied to the
-  given ones, after the autoencoder's own preprocessing.
+  Principal components are fitted on the first million training rows and
+  applied to the given ones, after the autoencoder's own preprocessing.
 
   Args:
     trained: gives the preprocessing.
@@ -105,5 +108,5 @@ def pca_fvu(
     for raw_BD in batches(store, start, stop, batch_rows):
       yield np.asarray(_preprocessed(trained.config, trained.sae, raw_BD))
 
-  pca = baselines.fit_pca(rows(0, store.n_train), n_components)
+  pca = baselines.fit_pca(rows(0, min(store.n_train, _PCA_ROWS)), n_components)
   return float(baselines.pca_fvu(pca, rows(start, stop))[-1])

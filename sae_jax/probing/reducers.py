@@ -31,15 +31,18 @@ class LatentStats:
       )
     place = np.searchsorted(HISTOGRAM_EDGES, values, side='right') - 1
     place = np.clip(place, 0, bins - 1)
-    self.hist_NH += np.bincount(
-      latents * bins + place, minlength=n_latents * bins
-    ).reshape(n_latents, bins)
+    # Not a bincount: that would make a whole table for every batch.
+    np.add.at(
+      self.hist_NH.reshape(-1), latents.astype(np.int64) * bins + place, 1
+    )
 
   def moments(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Mean, standard deviation and skewness of the positive activations.
 
     All are over the tokens on which the latent fired (population moments); 0
-    for a latent that never did, and a skewness of 0 where all values agree.
+    for a latent that never did. Where all values agree the deviation is 0, and
+    where they spread by less than 1e-4 of their mean the skewness is: the sums
+    in float64 cannot tell more.
     """
     count_N = np.maximum(self.count_N, 1)
     mean_N, square_N, cube_N = self._power_XN / count_N
@@ -49,7 +52,10 @@ class LatentStats:
     third_N = cube_N - 3 * mean_N * square_N + 2 * mean_N**3
     std_N = np.sqrt(variance_N)
     skew_N = np.divide(
-      third_N, std_N**3, out=np.zeros_like(std_N), where=std_N > 0
+      third_N,
+      std_N**3,
+      out=np.zeros_like(std_N),
+      where=variance_N > 1e-8 * square_N,
     )
     return mean_N, std_N, skew_N
 
@@ -80,13 +86,21 @@ class TopExamples:
     """
     if not self.score_NM.shape[1]:
       return
-    # What cannot displace a latent's worst example need not be sorted.
+    # What cannot displace a latent's worst example need not be sorted, nor
+    # what latents hold that are offered nothing better.
     hopeful = scores >= self.score_NM[:, -1][latents]
-    held = self.row_NM >= 0
-    latents = np.concatenate([latents[hopeful], np.nonzero(held)[0]])
-    scores = np.concatenate([scores[hopeful], self.score_NM[held]])
-    rows = np.concatenate([rows[hopeful], self.row_NM[held]])
-    groups = np.concatenate([groups[hopeful], self._group_NM[held]])
+    touched = np.unique(latents[hopeful])
+    held = self.row_NM[touched] >= 0
+
+    def join(offers, held_NM):
+      return np.concatenate([offers[hopeful], held_NM[touched][held]])
+
+    latents = np.concatenate(
+      [latents[hopeful], np.repeat(touched, held.sum(1))]
+    )
+    scores = join(scores, self.score_NM)
+    rows = join(rows, self.row_NM)
+    groups = join(groups, self._group_NM)
 
     best = np.lexsort((rows, -scores, groups, latents))
     first = np.ones(len(best), bool)
@@ -114,7 +128,7 @@ def random_scores(
   """
   x = rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
   x ^= latents.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03)
-  x += np.uint64(seed) * np.uint64(0x8CB92BA72F3D8DD7)
+  x += np.uint64(seed * 0x8CB92BA72F3D8DD7 % 2**64)
   x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
   x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
   x ^= x >> np.uint64(31)

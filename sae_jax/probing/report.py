@@ -25,6 +25,10 @@ from sae_jax.probing import (
 from sae_jax.probing.features import FeatureConfig
 
 
+# Whole-number options of which 0 (or False) means something.
+_MAY_BE_ZERO = ('average', 'window_before', 'window_after', 'n_tasks', 'seed')
+
+
 @dataclasses.dataclass(frozen=True)
 class ProbeConfig:
   """What is evaluated."""
@@ -57,6 +61,10 @@ class ProbeConfig:
 
   def __post_init__(self):
     config_lib.check_choices(self)
+    for name, value in config_lib.flat(self).items():
+      least = 0 if name in _MAY_BE_ZERO else 1
+      if isinstance(value, int) and value < least:
+        raise config_lib.UserError(f'{name} {value} must be {least} or more')
 
 
 def probe(
@@ -88,6 +96,9 @@ def probe(
   """
   store = store_lib.open_store(store_url)
   trained = checkpoint_lib.load(checkpoint, average=config.average)
+  check(trained, store)
+  if subject is not None:
+    check_subject(subject, store)
   made_from = {
     'step': trained.step,
     'checkpoint_dataset': trained.about['dataset']['identity'],
@@ -103,11 +114,9 @@ def probe(
     if report.get('made_from') == made_from:
       logging.info('%s is finished: reused', workdir)
       return report
-  check(trained, store)
-  subject = subject or subject_lib.load(
-    config.subject or store.manifest.subject
-  )
-  check_subject(subject, store)
+  if subject is None:
+    subject = subject_lib.load(config.subject or store.manifest.subject)
+    check_subject(subject, store)
 
   report = scores(config, trained, subject, store)
   table = features.build(
@@ -128,6 +137,8 @@ def probe(
       'made_from': made_from,
     }
   )
+  # An older report must not vouch for the files that now change.
+  path.unlink(missing_ok=True)
   features.save(epath.Path(workdir) / 'features.npz', table)
   plots.save(epath.Path(workdir) / 'plots', report, table)
   files.write_text(path, config_lib.to_json(report))
@@ -141,6 +152,24 @@ def check(trained: checkpoint_lib.Trained, store: store_lib.Store) -> None:
       f'the checkpoint reads activations of width {trained.config.d_model}, '
       f'the store holds {store.manifest.d_model}: give the store it was '
       'trained on'
+    )
+  trained_on, manifest = trained.about['dataset'], store.manifest
+  if (trained_on['weights_sha256'], trained_on['site']) != (
+    manifest.weights_sha256,
+    manifest.site,
+  ):
+    raise config_lib.UserError(
+      f'the checkpoint was trained on {trained_on["site"]} of '
+      f'{trained_on["subject"]} ({trained_on["weights_sha256"][:8]}), the '
+      f'store holds {manifest.site} of {manifest.subject} '
+      f'({manifest.weights_sha256[:8]}): give the store it was trained on'
+    )
+  if trained_on['identity'] != manifest.identity:
+    logging.warning(
+      'the checkpoint was trained on another store of %s: what %s holds out '
+      'may have been trained on',
+      manifest.subject,
+      store.url,
     )
   if not store.manifest.holdout_rows:
     raise config_lib.UserError(
@@ -165,6 +194,8 @@ def scores(
   store: store_lib.Store,
 ) -> dict[str, Any]:
   """All scores of an autoencoder with their controls, as JSON-able values."""
+  # First, as it is what a missing package or an unknown task stops.
+  task_scores = probe_tasks(config, trained, subject, store.manifest.site)
   start = store.n_train
   stop = min(store.manifest.n_rows, start + config.eval_rows)
   rows = (start, stop, config.batch_rows)
@@ -189,7 +220,7 @@ def scores(
     'fvu_untrained': control.fvu,
     **dataclasses.asdict(losses),
     'density': metrics.density_record(found.density_N),
-    'probes': probe_tasks(config, trained, subject, store.manifest.site),
+    'probes': task_scores,
   }
 
 

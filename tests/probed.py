@@ -1,0 +1,155 @@
+"""A small random subject, a store of its residuals, and autoencoders for them.
+
+The store has what a harvest of real text has: contexts of every length, some
+of one token, masked tokens anywhere, documents of several contexts.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+import tokenizers
+from tokenizers import models, pre_tokenizers
+
+from sae_jax import checkpoint, subject
+from sae_jax.activations import store
+from sae_jax.autoencoder import SaeConfig
+from sae_jax.probing import reconstruction
+from sae_jax.subject import capture, transformer
+
+D_MODEL, VOCABULARY, CONTEXT = 16, 50, 12
+SITE = capture.Site(0, 'resid_post')
+CONFIG = transformer.TransformerConfig(
+  n_layers=2,
+  d_model=D_MODEL,
+  n_heads=2,
+  n_kv_heads=1,
+  d_head=8,
+  d_ff=24,
+  vocab_size=VOCABULARY,
+  rope_base=1e4,
+  norm_eps=1e-5,
+  rope_pairs='half',
+)
+# Of each document; the last four are held out.
+LENGTHS = (
+  (12, 1, 5), (9,), (12, 12, 12, 3), (1,), (2, 7), (12, 8), (11, 4), (6,),
+  (12, 12, 4), (3, 1, 10), (1, 12, 12), (8, 2),
+)  # fmt: skip
+HELDOUT = 4
+DEAD = (0, 5)
+
+run_capture = jax.jit(capture.capture, static_argnums=(0, 3))
+
+
+@functools.cache
+def make_subject():
+  """Words w0 to w49, one token each; 'made' is its name."""
+  words = {f'w{i}': i for i in range(VOCABULARY)}
+  tokenizer = tokenizers.Tokenizer(models.WordLevel(words, unk_token='w0'))
+  tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+  params = transformer.init(CONFIG, jax.random.key(0))
+  return subject.Subject('made', CONFIG, params, tokenizer, 'a' * 64)
+
+
+def residuals(tokens):
+  """Activations of one context, by itself."""
+  padded_BT = np.zeros((1, CONTEXT), np.int32)
+  padded_BT[0, : len(tokens)] = tokens
+  params = make_subject().params
+  return np.asarray(run_capture(CONFIG, params, padded_BT, SITE))[
+    0, : len(tokens)
+  ]
+
+
+def write_store(url, lengths=LENGTHS, heldout=HELDOUT, share_kept=0.8, **kwargs):
+  """A finished store with the subject's residuals; opened."""
+  rng = np.random.default_rng(0)
+  with store.StoreWriter(url, D_MODEL, 'float32', 16, 64) as writer:
+    for document, contexts in enumerate(lengths):
+      if document == len(lengths) - heldout:
+        n_train = writer.n_rows
+      for length in contexts:
+        tokens = rng.integers(0, VOCABULARY, length)
+        keep = rng.random(length) < share_kept
+        keep[0] &= rng.random() < 0.2
+        writer.append(
+          tokens,
+          np.full(length, document),
+          np.arange(length),
+          keep,
+          residuals(tokens)[keep],
+        )
+    fields = {
+      'subject': 'made',
+      'weights_sha256': make_subject().weights_sha256,
+      'site': str(SITE),
+      'holdout_rows': writer.n_rows - n_train if heldout else 0,
+      'context_length': CONTEXT,
+      'sources': ('made',),
+      'source_rows': {'made': writer.n_rows},
+      'seed': 0,
+      'mask': {'rule': 'at random'},
+      'config': {},
+      'software': {},
+    }
+    writer.finish(**(fields | kwargs))
+  return store.open_store(url)
+
+
+def make_trained(data, n_latents=24, k=4, preprocessing='center_unit_norm'):
+  """An autoencoder with biases of many sizes; the latents DEAD never fire."""
+  config = SaeConfig(D_MODEL, n_latents, k, preprocessing)
+  sample_BD = data.read_rows(0, data.n_train)
+  fresh = reconstruction.untrained(config, sample_BD, 3)
+  rng = np.random.default_rng(1)
+  bias_N = rng.normal(-0.3, 0.2, n_latents).astype(np.float32)
+  bias_N[list(DEAD)] = -100
+  w_dec_ND = rng.standard_normal((n_latents, D_MODEL)).astype(np.float32)
+  w_dec_ND /= np.linalg.norm(w_dec_ND, axis=1, keepdims=True)
+  sae = fresh.sae.replace(
+    b_lat_N=jax.numpy.asarray(bias_N), w_dec_ND=jax.numpy.asarray(w_dec_ND)
+  )
+  return checkpoint.Trained(
+    config,
+    sae,
+    fresh.mse_of_mean,
+    7,
+    {
+      'train_config': {'sample_rows': data.n_train},
+      'dataset': dataclasses.asdict(data.manifest),
+    },
+  )
+
+
+def wide(trained):
+  """The parameters in float64."""
+  return jax.tree.map(lambda a: np.asarray(a, np.float64), trained.sae)
+
+
+def inputs(trained, raw_BD):
+  """What the autoencoder reads, and what brings it back, in float64."""
+  raw_BD = np.asarray(raw_BD, np.float64)
+  if trained.config.preprocessing == 'none':
+    return raw_BD, (0.0, 1.0)
+  shift_B1 = raw_BD.mean(1, keepdims=True)
+  scale_B1 = np.linalg.norm(raw_BD - shift_B1, axis=1, keepdims=True)
+  return (raw_BD - shift_B1) / scale_B1, (shift_B1, scale_B1)
+
+
+def latents(trained, x_BD):
+  """All N latents of each token, in float64; all but k are 0."""
+  sae = wide(trained)
+  pre_BN = (x_BD - sae.b_pre_D) @ sae.w_enc_ND.T + sae.b_lat_N
+  out_BN = np.zeros_like(pre_BN)
+  for row, pre_N in enumerate(pre_BN):
+    best = np.argsort(-pre_N, kind='stable')[: trained.config.k]
+    out_BN[row, best] = np.maximum(pre_N[best], 0)
+  return out_BN
+
+
+def decoded(trained, latents_BN):
+  """Reconstructions in the autoencoder's space, in float64."""
+  sae = wide(trained)
+  return latents_BN @ sae.w_dec_ND + sae.b_pre_D
