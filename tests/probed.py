@@ -63,7 +63,9 @@ def residuals(tokens):
   ]
 
 
-def write_store(url, lengths=LENGTHS, heldout=HELDOUT, share_kept=0.8, **kwargs):
+def write_store(
+  url, lengths=LENGTHS, heldout=HELDOUT, share_kept=0.8, **kwargs
+):
   """A finished store with the subject's residuals; opened."""
   rng = np.random.default_rng(0)
   with store.StoreWriter(url, D_MODEL, 'float32', 16, 64) as writer:

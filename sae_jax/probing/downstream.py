@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,13 +27,15 @@ class Downstream:
     ce_zero: with zeros in their place.
     ce_mean: with the mean activation in their place.
     delta_ce: ce_spliced - ce.
-    delta_ce_low: lower end of its 95 % interval, bootstrap over contexts.
+    delta_ce_low: lower end of its 95 % interval, bootstrap over documents, as
+      contexts of one document are alike; nan for a single document.
     delta_ce_high: upper end.
     kl: mean KL(original || spliced) of the next-token distributions.
     ce_recovered: 1 - delta_ce / (ce_zero - ce).
     ce_recovered_mean: the same against ce_mean.
     predictions: how many next tokens were scored.
     contexts: in how many contexts.
+    documents: of how many documents.
   """
 
   ce: float
@@ -47,11 +50,26 @@ class Downstream:
   ce_recovered_mean: float
   predictions: int
   contexts: int
+  documents: int
 
 
-def heldout_contexts(
-  store: store_lib.Store, n_tokens: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+class Contexts(NamedTuple):
+  """Some contexts, C of them.
+
+  Attributes:
+    tokens_CT: int32, padded on the right with 0.
+    length_C: tokens of each.
+    kept_CT: where the store holds the token's activation (it was not masked).
+    document_C: the document each is of.
+  """
+
+  tokens_CT: np.ndarray
+  length_C: np.ndarray
+  kept_CT: np.ndarray
+  document_C: np.ndarray
+
+
+def heldout_contexts(store: store_lib.Store, n_tokens: int) -> Contexts:
   """Whole held-out contexts from a store's token stream.
 
   A context of a single token is left out: there is nothing to predict.
@@ -60,10 +78,6 @@ def heldout_contexts(
     store: the activations.
     n_tokens: contexts are taken, in the stream's order, until they hold this
       many tokens or there are no more.
-
-  Returns:
-    tokens_CT int32, padded on the right with 0; length_C; kept_CT, true where
-    the store holds the token's activation (it was not masked).
 
   Raises:
     UserError: if there is no such context.
@@ -91,7 +105,7 @@ def heldout_contexts(
   for row, (start, end) in enumerate(zip(starts, ends)):
     tokens_CT[row, : end - start] = store.tokens()[start:end]
     kept_CT[row, : end - start] = kept[start:end]
-  return tokens_CT, ends - starts, kept_CT
+  return Contexts(tokens_CT, ends - starts, kept_CT, store.documents()[starts])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -148,7 +162,7 @@ def measure(
     seed: of the bootstrap.
   """
   site = capture.parse_site(store.manifest.site)
-  tokens_CT, length_C, kept_CT = heldout_contexts(store, n_tokens)
+  tokens_CT, length_C, kept_CT, document_C = heldout_contexts(store, n_tokens)
   sums, counts = [], []
   with progress.bar(
     total=int(length_C.sum()), unit='tok', desc='splice'
@@ -175,19 +189,40 @@ def measure(
       sums.append(values[:, : len(tokens_CT[take])])
       counts.append(scored_BT.sum(-1)[: len(tokens_CT[take])])
       bar.update(int(length_B.sum()))
-  return _summary(np.concatenate(sums, axis=1), np.concatenate(counts), seed)
+  return _summary(
+    np.concatenate(sums, axis=1), np.concatenate(counts), document_C, seed
+  )
 
 
-def _summary(sums_XC: np.ndarray, count_C: np.ndarray, seed: int) -> Downstream:
+def _interval(
+  change_C: np.ndarray, count_C: np.ndarray, document_C: np.ndarray, seed: int
+) -> tuple[float, float]:
+  """Of the mean change per prediction; whole documents are resampled."""
+  documents, member_C = np.unique(document_C, return_inverse=True)
+  if len(documents) < 2:
+    return np.nan, np.nan
+  change, count = (
+    np.bincount(member_C, change_C),
+    np.bincount(member_C, count_C),
+  )
+  shape = (_RESAMPLES, len(documents))
+  draws = np.random.default_rng(seed).integers(0, len(documents), shape)
+  resampled = change[draws].sum(1) / count[draws].sum(1)
+  return tuple(np.quantile(resampled, [0.025, 0.975]).tolist())
+
+
+def _recovered(delta: float, ablated_delta: float) -> float:
+  """1 - delta / ablated_delta; nan where the ablation costs nothing."""
+  return 1 - delta / ablated_delta if ablated_delta else np.nan
+
+
+def _summary(
+  sums_XC: np.ndarray, count_C: np.ndarray, document_C: np.ndarray, seed: int
+) -> Downstream:
   """From each context's sums of (original, spliced, zero, mean, KL)."""
   predictions = int(count_C.sum())
   ce, spliced, zero, mean, kl = (sums_XC.sum(1) / predictions).tolist()
-  draws = np.random.default_rng(seed).integers(
-    0, len(count_C), (_RESAMPLES, len(count_C))
-  )
-  change_C = sums_XC[1] - sums_XC[0]
-  resampled = change_C[draws].sum(1) / count_C[draws].sum(1)
-  low, high = np.quantile(resampled, [0.025, 0.975]).tolist()
+  low, high = _interval(sums_XC[1] - sums_XC[0], count_C, document_C, seed)
   return Downstream(
     ce=ce,
     ce_spliced=spliced,
@@ -197,8 +232,9 @@ def _summary(sums_XC: np.ndarray, count_C: np.ndarray, seed: int) -> Downstream:
     delta_ce_low=low,
     delta_ce_high=high,
     kl=kl,
-    ce_recovered=1 - (spliced - ce) / (zero - ce),
-    ce_recovered_mean=1 - (spliced - ce) / (mean - ce),
+    ce_recovered=_recovered(spliced - ce, zero - ce),
+    ce_recovered_mean=_recovered(spliced - ce, mean - ce),
     predictions=predictions,
     contexts=len(count_C),
+    documents=len(np.unique(document_C)),
   )
