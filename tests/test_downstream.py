@@ -15,7 +15,17 @@ from tests import probed
 
 pytestmark = pytest.mark.fast
 
-run_splice = jax.jit(splice.splice, static_argnums=(0, 3, 4))
+
+@jax.jit
+def spliced_logits(tokens_T, new_TD, kept_T):
+  subject = probed.make_subject()
+
+  def replace(resid_BTD):
+    return jnp.where(kept_T[None, :, None], new_TD[None], resid_BTD)
+
+  return splice.splice(
+    subject.config, subject.params, tokens_T[None], probed.SITE, replace
+  )[0]
 
 
 @pytest.fixture(scope='module')
@@ -30,9 +40,7 @@ def trained(data):
 
 def slow_contexts(data, n_tokens):
   """Held-out contexts of two tokens or more, found token by token."""
-  held_out = set(
-    data.documents()[data.stream_index()[data.n_train :]].tolist()
-  )
+  held_out = set(data.documents()[data.stream_index()[data.n_train :]].tolist())
   kept = set(data.stream_index().tolist())
   contexts, taken = [], 0
   for place, position in enumerate(data.positions()):
@@ -74,11 +82,10 @@ def test_no_context_is_of_a_training_document(data):
 
 
 def test_a_split_of_single_tokens_is_refused(tmp_path):
-  data = probed.write_store(
-    str(tmp_path / 'store'), ((5, 4), (1,), (1, 1)), 2, share_kept=9
-  )
-  if data.manifest.holdout_rows == 0:
-    pytest.fail('the made store holds out nothing')
+  # Position 0 is kept by chance, here in one of them.
+  lengths = ((5, 4), (1,), (1, 1), (1, 1, 1, 1, 1, 1))
+  data = probed.write_store(str(tmp_path / 'store'), lengths, 3, share_kept=9)
+  assert data.manifest.holdout_rows
   with pytest.raises(UserError, match='no context of two or more tokens'):
     downstream.heldout_contexts(data, 100)
 
@@ -90,8 +97,7 @@ def log_probs(logits_TV):
 
 
 def slow_losses(trained, contexts, mean_D, use_mask=True):
-  """Sums [5, C] and counts [C]: unpadded forwards, one context at a time."""
-  subject = probed.make_subject()
+  """Sums [5, C] and counts [C]: whole forwards, one context at a time."""
   sums, counts = [], []
   for tokens, kept, _ in contexts:
     tokens, kept = np.array(tokens), np.array(kept)
@@ -99,37 +105,30 @@ def slow_losses(trained, contexts, mean_D, use_mask=True):
     x_TD, (shift, scale) = probed.inputs(trained, probed.residuals(tokens))
     output_TD = probed.decoded(trained, probed.latents(trained, x_TD))
 
-    def spliced(new_TD, tokens=tokens, kept=kept):
-      def replace(resid_BTD):
-        return jnp.where(kept[:, None], jnp.float32(new_TD), resid_BTD[0])[None]
-
-      logits_BTV = splice.splice(
-        subject.config, subject.params, tokens[None], probed.SITE, replace
+    def spliced(new_TD, kept, tokens=tokens):
+      # Filled up with another token than the code under test uses.
+      fill = (0, probed.CONTEXT - len(tokens))
+      logits_TV = spliced_logits(
+        np.pad(tokens, fill, constant_values=7),
+        np.pad(np.float32(new_TD), (fill, (0, 0)), constant_values=3.0),
+        np.pad(kept, fill),
       )
-      return log_probs(logits_BTV[0])[:-1]
+      return log_probs(logits_TV)[: len(tokens) - 1]
 
-    original = log_probs(
-      run_splice(
-        subject.config, subject.params, tokens[None], probed.SITE, identity
-      )[0]
-    )[:-1]
-    with_sae = spliced(output_TD * scale + shift)
     shape = (len(tokens), probed.D_MODEL)
+    original = spliced(np.zeros(shape), np.zeros_like(kept))
+    with_sae = spliced(output_TD * scale + shift, kept)
     variants = (
       original,
       with_sae,
-      spliced(np.zeros(shape)),
-      spliced(np.broadcast_to(mean_D, shape)),
+      spliced(np.zeros(shape), kept),
+      spliced(np.broadcast_to(mean_D, shape), kept),
     )
     places = np.arange(len(tokens) - 1), tokens[1:]
     kl = (np.exp(original) * (original - with_sae)).sum()
     sums.append([*(-v[places].sum() for v in variants), kl])
     counts.append(len(tokens) - 1)
   return np.array(sums).T, np.array(counts)
-
-
-def identity(resid_BTD):
-  return resid_BTD
 
 
 @pytest.fixture(scope='module')

@@ -24,7 +24,6 @@ from sae_jax.probing import (
 )
 from sae_jax.probing.features import FeatureConfig
 
-
 # Whole-number options of which 0 (or False) means something.
 _MAY_BE_ZERO = ('average', 'window_before', 'window_after', 'n_tasks', 'seed')
 
