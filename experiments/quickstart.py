@@ -24,7 +24,7 @@ from sae_jax.step import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class QuickstartConfig:
+class QuickstartConfig(config_lib.Config):
   """The budget of the demo."""
 
   n_tokens: int = config_lib.option(100_000, 'activations to harvest')

@@ -19,12 +19,12 @@ _GAIN_TOKENS = 1024
 
 
 @dataclasses.dataclass(frozen=True)
-class SaeConfig:
+class SaeConfig(config_lib.Config):
   """What an autoencoder is, apart from its weights."""
 
-  d_model: int = config_lib.option(0, 'width of the activations, D')
-  n_latents: int = config_lib.option(4096, 'number of latents, N')
-  k: int = config_lib.option(32, 'active latents per token, K')
+  d_model: int = config_lib.option(0, 'width of the activations, D', least=0)
+  n_latents: int = config_lib.option(4096, 'number of latents, N', least=1)
+  k: int = config_lib.option(32, 'active latents per token, K', least=1)
   preprocessing: str = config_lib.option(
     'center_unit_norm',
     'of each activation before encoding: its own mean removed and unit norm '
@@ -34,10 +34,10 @@ class SaeConfig:
   )
 
   def __post_init__(self):
-    config_lib.check_choices(self)
-    if not 0 < self.k <= self.n_latents:
+    super().__post_init__()
+    if self.k > self.n_latents:
       raise config_lib.UserError(
-        f'k {self.k} must be between 1 and n_latents {self.n_latents}'
+        f'k {self.k} exceeds n_latents {self.n_latents}: use fewer'
       )
 
 

@@ -48,6 +48,48 @@ def open_checkpointer(
   )
 
 
+def _damaged(checkpointer, step: int, error: Exception) -> config_lib.UserError:
+  folder = epath.Path(checkpointer.directory) / str(step)
+  return config_lib.UserError(
+    f'checkpoint {folder} cannot be read ({type(error).__name__}), it is '
+    'damaged: delete that folder to go on from the one before'
+  )
+
+
+def about(checkpointer: ocp.training.Checkpointer, step: int) -> dict[str, Any]:
+  """The metadata that training saved with a checkpoint.
+
+  Raises:
+    UserError: if it is damaged.
+  """
+  try:
+    found = checkpointer.metadata(step).custom_metadata
+  except (KeyError, ValueError, OSError) as error:
+    raise _damaged(checkpointer, step, error) from error
+  if not found or 'train_config' not in found:
+    raise _damaged(checkpointer, step, KeyError('train_config'))
+  return found
+
+
+def read(
+  checkpointer: ocp.training.Checkpointer, step: int, wanted: dict[str, Any]
+) -> dict[str, Any]:
+  """Some parts of a checkpoint.
+
+  Args:
+    checkpointer: from `open_checkpointer`.
+    step: of the checkpoint.
+    wanted: shapes, dtypes and shardings of the parts that are read.
+
+  Raises:
+    UserError: if a part is missing, damaged or of another shape.
+  """
+  try:
+    return checkpointer.load_checkpointables(step, wanted)
+  except (KeyError, ValueError, OSError) as error:
+    raise _damaged(checkpointer, step, error) from error
+
+
 @dataclasses.dataclass(frozen=True)
 class Trained:
   """An autoencoder read from a checkpoint.
@@ -88,16 +130,16 @@ def load(url: str, *, average: bool = True, step: int | None = None) -> Trained:
     steps = [found.step for found in checkpointer.checkpoints]
     if not steps or step not in (None, *steps):
       raise config_lib.UserError(
-        f'{url} has no checkpoint of step {step or "any"}: '
+        f'{url} has no checkpoint of step {"any" if step is None else step}: '
         f'it has {", ".join(map(str, steps)) or "none"}'
       )
     step = steps[-1] if step is None else step
-    about = checkpointer.metadata(step).custom_metadata
+    record = about(checkpointer, step)
     config = config_lib.from_dict(
-      autoencoder.SaeConfig, about['train_config']['sae']
+      autoencoder.SaeConfig, record['train_config']['sae']
     )
     optimizer_config = config_lib.from_dict(
-      optimizer.OptimizerConfig, about['train_config']['optimizer']
+      optimizer.OptimizerConfig, record['train_config']['optimizer']
     )
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
 
@@ -109,14 +151,14 @@ def load(url: str, *, average: bool = True, step: int | None = None) -> Trained:
       lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=device),
       jax.eval_shape(shapes),
     )
-    parts = checkpointer.load_checkpointables(step, wanted)
+    parts = read(checkpointer, step, wanted)
   sae = parts['sae']
   if average:
     sae = optimizer.averaged(optimizer_config, sae, parts['ema'])
   return Trained(
     config=config,
     sae=jax.tree.map(jnp.asarray, sae),
-    mse_of_mean=about['mse_of_mean'],
+    mse_of_mean=record['mse_of_mean'],
     step=step,
-    about=about,
+    about=record,
   )

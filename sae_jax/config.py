@@ -18,22 +18,49 @@ class UserError(ValueError):
   """Input a user can mend; its message is one line: what, numbers, remedy."""
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] = ()) -> Any:
-  """A dataclass field with a default, a help text and optional choices."""
-  return dataclasses.field(
-    default=default, metadata={'help': help, 'choices': choices}
-  )
+def option(
+  default: Any,
+  help: str,
+  choices: tuple[str, ...] = (),
+  *,
+  least: float | None = None,
+  most: float | None = None,
+) -> Any:
+  """A dataclass field with a default, a help text and what is allowed.
+
+  Args:
+    default: the field's default.
+    help: what the flag's help says.
+    choices: all values that are allowed; empty for any.
+    least: the least number allowed.
+    most: the greatest number allowed.
+  """
+  metadata = {'help': help, 'choices': choices, 'least': least, 'most': most}
+  return dataclasses.field(default=default, metadata=metadata)
 
 
-def check_choices(config: Any) -> None:
-  """Raises UserError where a field's value is not among its choices."""
-  for field in dataclasses.fields(config):
-    choices = field.metadata.get('choices')
-    value = getattr(config, field.name)
-    if choices and value not in choices:
-      raise UserError(
-        f'{field.name} {value!r} is not known: use one of {", ".join(choices)}'
-      )
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Base of all configs: checks its own values when it is made.
+
+  Raises:
+    UserError: where a field's value is not allowed, naming what is.
+  """
+
+  def __post_init__(self):
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      allowed = field.metadata
+      if allowed.get('choices') and value not in allowed['choices']:
+        raise UserError(
+          f'{field.name} {value!r} is not known: use one of '
+          f'{", ".join(allowed["choices"])}'
+        )
+      least, most = allowed.get('least'), allowed.get('most')
+      if least is not None and not value >= least:
+        raise UserError(f'{field.name} {value} must be {least} or more')
+      if most is not None and not value <= most:
+        raise UserError(f'{field.name} {value} must be {most} or less')
 
 
 def to_json(record: Any) -> str:

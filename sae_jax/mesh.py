@@ -67,6 +67,39 @@ def check_divides(name: str, value: int, mesh: Mesh, axis: str) -> None:
     )
 
 
+def start_processes(
+  coordinator: str, num_processes: int = 0, process_id: int = -1
+) -> None:
+  """Joins this process with the others of the run; before any use of JAX.
+
+  Args:
+    coordinator: '' for a run of one process, 'auto' where JAX finds the others
+      by itself (TPU slices, GKE, Slurm), or the first process's host:port.
+    num_processes: how many there are, with host:port.
+    process_id: which one this is, from 0, with host:port.
+
+  Raises:
+    UserError: if the numbers do not fit, or nothing is found by 'auto'.
+  """
+  if not coordinator:
+    return
+  if coordinator == 'auto':
+    try:
+      jax.distributed.initialize()
+    except ValueError as error:
+      raise UserError(
+        f'coordinator auto found no cluster ({error}): give host:port with '
+        'num_processes and process_id'
+      ) from error
+    return
+  if not 0 <= process_id < num_processes:
+    raise UserError(
+      f'process_id {process_id} must be between 0 and num_processes '
+      f'{num_processes} - 1'
+    )
+  jax.distributed.initialize(coordinator, num_processes, process_id)
+
+
 def log_devices(workdir: str) -> None:
   """Logs what this process is: its index, its devices and the workdir."""
   logging.info(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 from etils import epath
@@ -198,6 +199,14 @@ def evaluate_batch(
   return sums
 
 
+def _step_of(line: str) -> float:
+  """The step of a line; a line that is damaged is of no step that is kept."""
+  try:
+    return json.loads(line)['step']
+  except (ValueError, KeyError, TypeError):
+    return math.inf
+
+
 class Writer:
   """Writes a run's metrics as JSON lines and for TensorBoard.
 
@@ -205,16 +214,20 @@ class Writer:
   killed and resumed writes the same file as one that was not.
   """
 
-  def __init__(self, workdir: str, step: int):
+  def __init__(self, workdir: str, step: int, active: bool = True):
     """Opens the writer.
 
     Args:
       workdir: folder or gs:// URL; metrics.jsonl and tensorboard/ lie in it.
       step: where the run goes on; what was written of later steps is dropped.
+      active: whether this process writes; one of a run does.
     """
+    self._active = active
+    if not active:
+      return
     self._path = epath.Path(workdir) / 'metrics.jsonl'
     lines = self._path.read_text().splitlines() if self._path.exists() else []
-    self._lines = [line for line in lines if json.loads(line)['step'] <= step]
+    self._lines = [line for line in lines if _step_of(line) <= step]
     self._board = tensorboardX.SummaryWriter(
       str(epath.Path(workdir) / 'tensorboard'), purge_step=step + 1
     )
@@ -222,14 +235,22 @@ class Writer:
   def write(
     self, step: int, values: dict[str, float], board_only: dict | None = None
   ) -> None:
-    """Takes one step's values; `board_only` ones may depend on the clock."""
+    """Takes one step's values; `board_only` ones may depend on the clock.
+
+    A value that is not finite is null in the lines: JSON has no NaN.
+    """
+    if not self._active:
+      return
     row = {name: float(value) for name, value in values.items()}
-    self._lines.append(json.dumps({'step': step, **row}))
+    plain = {n: v if math.isfinite(v) else None for n, v in row.items()}
+    self._lines.append(json.dumps({'step': step, **plain}))
     for name, value in (row | (board_only or {})).items():
       self._board.add_scalar(name, value, step)
 
   def flush(self) -> None:
     """Puts all lines on disk, whole."""
+    if not self._active:
+      return
     text = ''.join(line + '\n' for line in self._lines)
     files.write_text(self._path, text)
     self._board.flush()
@@ -237,4 +258,5 @@ class Writer:
   def close(self) -> None:
     """Flushes and closes."""
     self.flush()
-    self._board.close()
+    if self._active:
+      self._board.close()

@@ -12,15 +12,20 @@ from sae_jax.sparse import varying
 
 
 @dataclasses.dataclass(frozen=True)
-class ObjectiveConfig:
+class ObjectiveConfig(config_lib.Config):
   """Terms of the loss (Gao et al. 2024, sections 2.3 and A.2)."""
 
   k_aux: int = config_lib.option(
-    256, 'dead latents that model the error of a token (AuxK); 0 for none'
+    256,
+    'dead latents that model the error of a token (AuxK); 0 for none',
+    least=0,
   )
-  aux_weight: float = config_lib.option(1 / 32, "AuxK's weight, alpha")
+  aux_weight: float = config_lib.option(1 / 32, "AuxK's weight, alpha", least=0)
   dead_after_tokens: int = config_lib.option(
-    10_000_000, 'a latent that was silent for so many tokens is dead'
+    10_000_000,
+    'a latent that was silent for so many tokens is dead',
+    least=1,
+    most=2**30,
   )
 
 
@@ -98,7 +103,7 @@ def aux_error(
   total = _sum((error_BD**2).sum(), axes)
   size = _sum(jax.lax.stop_gradient(model_BD**2).sum(), axes)
   usable = jnp.isfinite(total) & jnp.isfinite(size) & (total > 0)
-  # Selected before the products too, so that no gradient is 0 * inf.
+  # Selected before the difference too: a gradient of 0 * inf would be NaN.
   missed_BD = jnp.where(usable, error_BD, 0) - jnp.where(usable, model_BD, 0)
   return _sum((missed_BD**2).sum(), axes) / jnp.where(usable, total, 1)
 

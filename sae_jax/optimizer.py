@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from sae_jax import autoencoder
@@ -17,23 +18,34 @@ _ANCHOR_LATENTS = 2**14
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerConfig:
+class OptimizerConfig(config_lib.Config):
   """Adam's settings (Gao et al. 2024, appendix A)."""
 
   learning_rate: float = config_lib.option(
-    0.0, 'constant learning rate; 0 takes 2e-4 sqrt(2^14 / n_latents)'
+    0.0,
+    'constant learning rate; 0 takes 2e-4 sqrt(2^14 / n_latents)',
+    least=0,
   )
   warmup_steps: int = config_lib.option(
-    0, 'steps over which the learning rate rises linearly from 0'
+    0, 'steps over which the learning rate rises linearly from 0', least=0
   )
   decay_steps: int = config_lib.option(
-    0, 'steps at the end over which the learning rate falls linearly to 0'
+    0,
+    'steps at the end over which the learning rate falls linearly to 0',
+    least=0,
   )
-  adam_b1: float = config_lib.option(0.9, "decay of Adam's first moment")
-  adam_b2: float = config_lib.option(0.999, "decay of Adam's second moment")
-  adam_eps: float = config_lib.option(6.25e-10, "Adam's epsilon")
+  adam_b1: float = config_lib.option(
+    0.9, "decay of Adam's first moment", least=0, most=0.999999
+  )
+  adam_b2: float = config_lib.option(
+    0.999, "decay of Adam's second moment", least=0, most=0.999999
+  )
+  adam_eps: float = config_lib.option(6.25e-10, "Adam's epsilon", least=0)
   ema_decay: float = config_lib.option(
-    0.999, 'decay of the moving average of the parameters'
+    0.999,
+    'decay of the moving average of the parameters',
+    least=1e-6,
+    most=0.999999,
   )
 
 
@@ -167,7 +179,12 @@ def averaged(
     sae: the current parameters; what is not trained is taken from them.
     ema: the average's state after at least one step.
   """
-  seen = 1 - config.ema_decay ** ema.count.astype(jnp.result_type(float))
+  # optax keeps the decay in the parameters' precision and the weight of a
+  # new value, 1 - decay, in 64 bits. The weights' sum is taken of just those.
+  kept = float(np.asarray(config.ema_decay, jax.tree.leaves(ema.ema)[0].dtype))
+  count = ema.count.astype(jnp.result_type(float))
+  share = (1 - config.ema_decay) / (1 - kept)
+  seen = -share * jnp.expm1(count * math.log(kept))
   return sae.replace(
     **jax.tree.map(lambda a: (a / seen).astype(a.dtype), ema.ema)
   )

@@ -19,7 +19,7 @@ from sae_jax.optimizer import OptimizerConfig, OptimizerState
 
 
 @dataclasses.dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(config_lib.Config):
   """One training run."""
 
   sae: SaeConfig = dataclasses.field(default_factory=SaeConfig)
@@ -29,26 +29,40 @@ class TrainConfig:
   optimizer: OptimizerConfig = dataclasses.field(
     default_factory=OptimizerConfig
   )
-  batch_size: int = config_lib.option(2048, 'tokens per step')
-  steps: int = config_lib.option(1000, 'steps of the run')
-  seed: int = config_lib.option(0, 'of the initial weights and of the order')
+  batch_size: int = config_lib.option(2048, 'tokens per step', least=1)
+  steps: int = config_lib.option(1000, 'steps of the run', least=1)
+  seed: int = config_lib.option(
+    0, 'of the initial weights and of the order', least=0, most=2**31 - 1
+  )
   sample_rows: int = config_lib.option(
-    32_768, "rows that the median and NMSE's constant are taken from"
+    32_768,
+    "rows that the median and NMSE's constant are taken from",
+    least=2,
   )
   window_chunks: int = config_lib.option(
-    64, 'chunks of the store whose rows are mixed'
+    64, 'chunks of the store whose rows are mixed', least=1
   )
-  log_every: int = config_lib.option(10, 'steps between lines of metrics')
+  log_every: int = config_lib.option(
+    10, 'steps between lines of metrics', least=1
+  )
   eval_every: int = config_lib.option(
-    0, 'steps between evaluations on held-out rows; 0 for the end only'
+    0,
+    'steps between evaluations on held-out rows; 0 for the end only',
+    least=0,
   )
   eval_rows: int = config_lib.option(
-    65_536, 'held-out rows of an evaluation, at most'
+    65_536, 'held-out rows of an evaluation, at most', least=2
   )
-  checkpoint_every: int = config_lib.option(500, 'steps between checkpoints')
-  checkpoint_keep: int = config_lib.option(2, 'checkpoints that are kept')
-  mesh_data: int = config_lib.option(0, 'shards of the batch; 0 for the rest')
-  mesh_latent: int = config_lib.option(1, 'shards of the latents')
+  checkpoint_every: int = config_lib.option(
+    500, 'steps between checkpoints; 0 for the end only', least=0
+  )
+  checkpoint_keep: int = config_lib.option(
+    2, 'checkpoints that are kept', least=1
+  )
+  mesh_data: int = config_lib.option(
+    0, 'shards of the batch; 0 for the rest', least=0
+  )
+  mesh_latent: int = config_lib.option(1, 'shards of the latents', least=1)
 
 
 @flax.struct.dataclass
@@ -269,4 +283,5 @@ def make_evaluation(
     sae = optimizer.averaged(config.optimizer, state.sae, state.optimizer.ema)
     return sums(sae, raw_BD)
 
-  return jax.jit(evaluate)
+  # Whole on every process, so that each can read it.
+  return jax.jit(evaluate, out_shardings=mesh_lib.sharding(mesh, ''))

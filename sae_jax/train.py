@@ -24,6 +24,29 @@ from sae_jax.step import (
   TrainState,
 )
 
+# What may change when a run is resumed: where it runs and what it tells.
+_MAY_CHANGE = frozenset(
+  (
+    'mesh_data',
+    'mesh_latent',
+    'log_every',
+    'eval_every',
+    'eval_rows',
+    'checkpoint_every',
+    'checkpoint_keep',
+  )
+)
+
+
+def _heldout(
+  config: TrainConfig, manifest: store.Manifest, mesh: Mesh
+) -> tuple[int, int, int]:
+  """First held-out row, where the scored ones end, and rows of a batch."""
+  first = manifest.n_rows - manifest.holdout_rows
+  last = min(manifest.n_rows, first + config.eval_rows)
+  size = min(config.batch_size, last - first)
+  return first, last, size - size % mesh.shape['data']
+
 
 def evaluate(
   config: TrainConfig,
@@ -42,10 +65,7 @@ def evaluate(
     evaluation: from `make_evaluation`.
   """
   total = None
-  first, last = data.n_train, data.manifest.n_rows
-  last = min(last, first + config.eval_rows)
-  size = min(config.batch_size, last - first)
-  size -= size % mesh.shape['data']
+  first, last, size = _heldout(config, data.manifest, mesh)
   for start in range(first, last - size + 1, size):
     rows = _put(data.read_rows(start, start + size), mesh)
     total = metrics.add_sums(total, evaluation(state, rows))
@@ -68,8 +88,13 @@ def check(config: TrainConfig, manifest: store.Manifest, mesh: Mesh) -> None:
     )
   mesh_lib.check_divides('batch_size', config.batch_size, mesh, 'data')
   mesh_lib.check_divides('n_latents', config.sae.n_latents, mesh, 'latent')
-  if config.steps < 1:
-    raise config_lib.UserError(f'steps {config.steps} must be at least 1')
+  if _heldout(config, manifest, mesh)[2] < 2:
+    raise config_lib.UserError(
+      f'the store holds {manifest.holdout_rows} rows out, an evaluation needs '
+      f'{max(2, mesh.shape["data"])}: harvest with a larger holdout_fraction'
+    )
+  # Refuses a schedule that does not fit the run.
+  optimizer.learning_rate(config.optimizer, config.sae.n_latents, config.steps)
 
 
 def resolve(config: TrainConfig, manifest: store.Manifest) -> TrainConfig:
@@ -80,23 +105,24 @@ def resolve(config: TrainConfig, manifest: store.Manifest) -> TrainConfig:
   )
 
 
-def _claim_workdir(config: TrainConfig, workdir: str, identity: str) -> None:
-  """Writes the workdir's config, or checks that it is this one."""
-  path = epath.Path(workdir) / 'config.json'
-  record = {'train_config': dataclasses.asdict(config), 'dataset': identity}
-  if path.exists():
-    found = config_lib.read_json(path)
-    old = config_lib.from_dict(TrainConfig, found['train_config'])
-    differing = config_lib.differences(old, config)
-    if found['dataset'] != identity:
-      differing.append(f'dataset: {found["dataset"]} -> {identity}')
-    if differing:
-      raise config_lib.UserError(
-        f'{workdir} holds a run with another config ({"; ".join(differing)}): '
-        'use another workdir, or the same settings to resume'
-      )
-  elif jax.process_index() == 0:
-    files.write_text(path, config_lib.to_json(record))
+def _check_same(
+  config: TrainConfig, workdir: str, identity: str, about: dict[str, Any]
+) -> None:
+  """Raises UserError if the workdir's checkpoints are of another run."""
+  old = config_lib.from_dict(TrainConfig, about['train_config'])
+  found = config_lib.flat(old)
+  changed = [
+    f'{name}: {found[name]!r} -> {value!r}'
+    for name, value in config_lib.flat(config).items()
+    if found[name] != value and name not in _MAY_CHANGE
+  ]
+  if about['dataset']['identity'] != identity:
+    changed.append(f'dataset: {about["dataset"]["identity"]} -> {identity}')
+  if changed:
+    raise config_lib.UserError(
+      f'{workdir} holds a run with another config ({"; ".join(changed)}): '
+      'use another workdir, or the same settings to resume'
+    )
 
 
 def train(config: TrainConfig, store_url: str, workdir: str) -> TrainState:
@@ -112,8 +138,12 @@ def train(config: TrainConfig, store_url: str, workdir: str) -> TrainState:
   Returns:
     The final state, on the mesh.
 
+  Where and how often it is logged, evaluated and saved may change between a
+  run and its resumption, and so may the mesh; nothing else.
+
   Raises:
-    UserError: if config, store, mesh and workdir do not fit.
+    UserError: if config, store, mesh and workdir do not fit, or the latest
+      checkpoint is damaged.
     FloatingPointError: if the loss is not finite.
   """
   data = store.open_store(store_url)
@@ -121,12 +151,12 @@ def train(config: TrainConfig, store_url: str, workdir: str) -> TrainState:
   mesh = mesh_lib.make_mesh(config.mesh_data, config.mesh_latent)
   check(config, data.manifest, mesh)
   mesh_lib.log_devices(workdir)
-  _claim_workdir(config, workdir, data.manifest.identity)
-
   with checkpoint.open_checkpointer(
     workdir, config.checkpoint_every, config.checkpoint_keep
   ) as checkpointer:
     if checkpointer.latest is not None:
+      about = checkpoint.about(checkpointer, checkpointer.latest.step)
+      _check_same(config, workdir, data.manifest.identity, about)
       state = _restore(checkpointer, abstract_state(config, mesh))
     else:
       sample_BD = data.read_rows(0, min(config.sample_rows, data.n_train))
@@ -137,11 +167,15 @@ def train(config: TrainConfig, store_url: str, workdir: str) -> TrainState:
       return state
     if start:
       logging.info('%s resumes after step %d', workdir, start)
+    if jax.process_index() == 0:
+      files.write_text(
+        epath.Path(workdir) / 'config.json', config_lib.to_json(config)
+      )
     order = feed.train_order(data, config.seed, config.window_chunks)
     batches = feed.Feed(data, order, config.batch_size).iterate(
       start, config.steps
     )
-    writer = metrics.Writer(workdir, start)
+    writer = metrics.Writer(workdir, start, active=jax.process_index() == 0)
     try:
       return _loop(config, mesh, state, data, batches, checkpointer, writer)
     finally:
@@ -224,7 +258,8 @@ def _save(checkpointer, state, step, about):
 
 
 def _restore(checkpointer, wanted: TrainState) -> TrainState:
-  parts = checkpointer.load_checkpointables(None, _parts(wanted))
+  step = checkpointer.latest.step
+  parts = checkpoint.read(checkpointer, step, _parts(wanted))
   return TrainState(
     sae=parts['sae'],
     optimizer=optimizer.OptimizerState(adam=parts['adam'], ema=parts['ema']),

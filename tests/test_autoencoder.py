@@ -156,6 +156,13 @@ def test_geometric_median_starts_on_a_data_point():
   assert sum_of_distances(np.asarray(got), np.asarray(points_BD)) < 6.01
 
 
+def test_geometric_median_stays_on_a_heavy_point_it_starts_from():
+  # The mean is 0, where five of nine points lie: the median. The pull of the
+  # others is less than what holds it there; Weiszfeld's step would leave.
+  points_BD = jnp.array([0.0] * 5 + [3.0, -1.0, -1.0, -1.0])[:, None]
+  assert autoencoder.geometric_median(points_BD) == 0
+
+
 def test_geometric_median_of_equal_points_is_that_point():
   got = autoencoder.geometric_median(jnp.full((9, 4), 2.5))
   np.testing.assert_array_equal(got, np.full(4, 2.5))
@@ -167,7 +174,7 @@ def test_unit_rows_leaves_a_zero_row():
 
 
 def test_bad_configs_are_refused():
-  with pytest.raises(UserError, match='k 9 must be between 1 and n_latents 8'):
+  with pytest.raises(UserError, match='k 9 exceeds n_latents 8'):
     autoencoder.SaeConfig(n_latents=8, k=9)
   with pytest.raises(UserError, match="preprocessing 'fancy' is not known"):
     autoencoder.SaeConfig(preprocessing='fancy')

@@ -307,7 +307,9 @@ def test_errors_name_the_numbers(made, tmp_path):
   }
   assert 'top_tokens is empty along M top' in message(empty)
   assert 'the vocabulary ends at 99' in message(vocabulary=vocabulary[:100])
-  assert 'features_per_shard is 0: use 1 to' in message(features_per_shard=0)
+  assert 'features_per_shard 0 must be 1 or more' in message(
+    features_per_shard=0
+  )
   assert 'report.x is a set' in message(report={'x': {1}})
   missing = tmp_path / 'none.npz'
   assert 'none.npz does not exist' in message(missing)

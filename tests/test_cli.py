@@ -74,7 +74,7 @@ def test_console_scripts_are_installed():
     (['--store=s'], 'flag --workdir=None'),
     (['--store=s', '--workdir=w', 'extra'], "'extra' is not a flag"),
     (['--store=s', '--workdir=w', '--preprocessing=x'], 'should be one of'),
-    (['--store=s', '--workdir=w', '--k=9999'], 'k 9999 must be between 1'),
+    (['--store=s', '--workdir=w', '--k=9999'], 'k 9999 exceeds n_latents 4096'),
   ],
 )
 def test_wrong_flags_exit_with_2_in_one_line(flags, part):
@@ -108,6 +108,31 @@ def test_missing_and_misfitting_input_exit_with_2(tmp_path):
     "subject 'gpt-9' is not known",
   )
   assert not (tmp_path / 'run').exists()
+
+
+def test_urls_are_expanded_or_refused(tmp_path):
+  store = f'--store={tmp_path}/none'
+  one_line(run('train', store, '--workdir='), 2, 'workdir is empty')
+  one_line(
+    run('train', store, '--workdir=s3://b/run'),
+    2,
+    'workdir s3://b/run is neither a local path nor a gs:// URL',
+  )
+  one_line(
+    run('train', '--store=~/no_such_store', '--workdir=w'),
+    2,
+    os.path.expanduser('~/no_such_store'),
+  )
+
+
+def test_a_workdir_that_cannot_be_made_is_one_line(tmp_path):
+  planted.write_store(str(tmp_path / 'store'))
+  (tmp_path / 'file').write_text('')
+  found = run(
+    'train', f'--store={tmp_path}/store', f'--workdir={tmp_path}/file/run',
+    '--n_latents=64', '--k=4', '--batch_size=64', '--steps=2',
+  )  # fmt: skip
+  one_line(found, 2, 'check the path and its permissions')
 
 
 def test_debug_shows_the_traceback(tmp_path):

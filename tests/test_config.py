@@ -12,13 +12,13 @@ pytestmark = pytest.mark.fast
 
 
 @dataclasses.dataclass(frozen=True)
-class Inner:
-  rate: float = config.option(0.5, 'a rate')
+class Inner(config.Config):
+  rate: float = config.option(0.5, 'a rate', least=0.1, most=4)
   names: tuple[str, ...] = config.option(('a',), 'some names')
 
 
 @dataclasses.dataclass(frozen=True)
-class Outer:
+class Outer(config.Config):
   inner: Inner = dataclasses.field(default_factory=Inner)
   kind: str = config.option('x', 'a kind', ('x', 'y'))
 
@@ -45,7 +45,13 @@ def test_differences_name_nested_fields():
 
 def test_bad_configs_are_refused_in_words():
   with pytest.raises(config.UserError, match=r"kind 'z' is not known: use one"):
-    config.check_choices(Outer(kind='z'))
+    Outer(kind='z')
+  with pytest.raises(config.UserError, match=r'rate 0 must be 0\.1 or more'):
+    Inner(rate=0)
+  with pytest.raises(config.UserError, match=r'rate nan must be 0\.1 or more'):
+    Inner(rate=float('nan'))
+  with pytest.raises(config.UserError, match='rate 5 must be 4 or less'):
+    Inner(rate=5)
   with pytest.raises(config.UserError, match='Outer has no field colour'):
     config.from_dict(Outer, {'colour': 3})
 

@@ -41,6 +41,13 @@ def test_meshes_that_do_not_fit_are_refused(shape, message):
     mesh.make_mesh(*shape)
 
 
+def test_processes_that_do_not_fit_are_refused():
+  mesh.start_processes('')
+  for number, of in ((2, 2), (-1, 2), (0, 0)):
+    with pytest.raises(UserError, match=f'process_id {number} must be between'):
+      mesh.start_processes('localhost:1', of, number)
+
+
 def test_sizes_that_do_not_divide_name_the_next_one():
   made = mesh.make_mesh(1, 8)
   mesh.check_divides('n_latents', 64, made, 'latent')

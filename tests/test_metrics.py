@@ -107,3 +107,21 @@ def test_writer_drops_what_was_written_beyond_the_resumed_step(tmp_path):
     {'step': 3, 'loss': 7.0},
   ]
   assert list((tmp_path / 'tensorboard').iterdir())
+
+
+def test_writer_survives_a_damaged_line_and_writes_no_nan(tmp_path):
+  (tmp_path / 'metrics.jsonl').write_text('{"step": 1, "loss": 2.0}\n{"st')
+  writer = metrics.Writer(str(tmp_path), 5)
+  writer.write(6, {'loss': float('nan')})
+  writer.close()
+  assert lines(tmp_path / 'metrics.jsonl') == [
+    {'step': 1, 'loss': 2.0},
+    {'step': 6, 'loss': None},
+  ]
+
+
+def test_writer_of_another_process_writes_nothing(tmp_path):
+  writer = metrics.Writer(str(tmp_path / 'run'), 0, active=False)
+  writer.write(1, {'loss': 1.0})
+  writer.close()
+  assert not (tmp_path / 'run').exists()

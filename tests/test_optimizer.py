@@ -112,6 +112,22 @@ def test_average_after_one_step_is_the_parameters():
   assert difference(average, optimizer.trained(history[0])) < 1e-6
 
 
+@pytest.mark.parametrize('decay', [0.9, 0.999, 0.99999])
+def test_average_of_constants_is_the_constant_in_float32(decay):
+  config = optimizer.OptimizerConfig(ema_decay=decay)
+  params, _ = problem()
+  still = {name: np.zeros_like(a) for name, a in params.items()}
+  history, state = run(params, [still] * 50, config, rate=0.0)
+  average = optimizer.averaged(config, history[-1], state.ema)
+  assert difference(average, optimizer.trained(history[-1])) < 2e-5
+  # Control: the textbook correction in float32 misses by the decay's lost
+  # digits, more the nearer it is to 1.
+  if decay == 0.99999:
+    seen = 1 - jnp.float32(decay) ** 50
+    naive = state.ema.ema['b_pre_D'] / seen
+    assert abs(naive / history[-1].b_pre_D - 1).max() > 2e-4
+
+
 def test_learning_rate_rule_is_inverse_square_root():
   for n, want in ((2**14, 2e-4), (2**12, 4e-4), (2**16, 1e-4)):
     schedule = optimizer.learning_rate(CONFIG, n, 10)

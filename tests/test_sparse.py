@@ -130,6 +130,10 @@ ADVERSARIAL = {
   'one bucket': lambda rng: (
     np.where(np.arange(64) // 4 == 5, 9.0, 1.0) + np.zeros((5, 1))
   ),
+  # The other buckets then rank by their ties, in an order to be undone.
+  'high in a low bucket': lambda rng: (
+    np.where(np.arange(64) == 21, 9.0, 1.0) + np.zeros((5, 1))
+  ),
   'minus infinity': lambda rng: np.where(
     np.arange(64) < 60, -np.inf, rng.standard_normal((5, 64))
   ),

@@ -50,7 +50,8 @@ def run(config, shape):
 def config():
   # Dead after a few steps, so that AuxK takes part.
   made = planted.train_config(steps=STEPS)
-  aux = dataclasses.replace(made.objective, dead_after_tokens=3 * 64)
+  # More of them than a shard of the 1x8 mesh has latents.
+  aux = dataclasses.replace(made.objective, dead_after_tokens=3 * 64, k_aux=20)
   return dataclasses.replace(made, objective=aux)
 
 
@@ -134,7 +135,7 @@ def test_steps_equal_a_dense_loop_in_float64(config):
         x_BD, _ = autoencoder.preprocess(config.sae, state.sae, raw_BD)
         dead_N = state.silent_N >= dead_after
         grads = jax.grad(dense_reference.loss, has_aux=True)(
-          state.sae, x_BD, dead_N, mse_of_mean, 4, 8, 1 / 32
+          state.sae, x_BD, dead_N, mse_of_mean, 4, 20, 1 / 32
         )[0]
         pre_BN = (x_BD - state.sae.b_pre_D) @ state.sae.w_enc_ND.T
         fired = dense_reference.codes(pre_BN + state.sae.b_lat_N, 4) > 0

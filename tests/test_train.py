@@ -4,7 +4,9 @@ import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -43,6 +45,23 @@ def assert_same_bits(got, want):
     np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
+class Stop(Exception):
+  pass
+
+
+def break_off(monkeypatch, step):
+  """Makes runs stop when they ask for the batch of a step."""
+  whole = train.feed.Feed.iterate
+
+  def breaks_off(self, start, stop, *args):
+    for number, batch in enumerate(whole(self, start, stop, *args), start):
+      if number == step:
+        raise Stop
+      yield batch
+
+  monkeypatch.setattr(train.feed.Feed, 'iterate', breaks_off)
+
+
 @pytest.mark.fast
 def test_training_learns_planted_directions(store, tmp_path):
   config = planted.train_config(steps=400, log_every=50)
@@ -77,18 +96,9 @@ def test_stopped_and_resumed_is_uninterrupted(
   workdir = str(tmp_path / 'run')
   config = planted.train_config()
 
-  class Stop(Exception):
-    pass
-
-  whole = train.feed.Feed.iterate
-
-  def breaks_off(self, start, stop, *args):
-    for number, batch in enumerate(whole(self, start, stop, *args), start):
-      if number == 17:
-        raise Stop
-      yield batch
-
-  monkeypatch.setattr(train.feed.Feed, 'iterate', breaks_off)
+  break_off(monkeypatch, 17)
+  # As after a SIGKILL: nothing is written on the way out.
+  monkeypatch.setattr(train.metrics.Writer, 'close', lambda self: None)
   with pytest.raises(Stop):
     train.train(config, store, workdir)
   monkeypatch.undo()
@@ -110,14 +120,13 @@ def test_control_another_seed_gives_other_bits(finished, store, tmp_path):
 @pytest.mark.fast
 def test_resume_on_another_mesh(finished, store, tmp_path, monkeypatch):
   workdir = str(tmp_path / 'run')
-  config = planted.train_config(steps=20, checkpoint_every=10)
-  train.train(config, store, workdir)
-  # The same run, lengthened and on another mesh, as its config then says.
-  longer = planted.train_config(mesh_data=2, mesh_latent=4)
-  identity = store_lib.open_store(store).manifest.identity
-  record = {'train_config': dataclasses.asdict(longer), 'dataset': identity}
-  pathlib.Path(workdir, 'config.json').write_text(json.dumps(record))
-  state = train.train(longer, store, workdir)
+  break_off(monkeypatch, 17)
+  with pytest.raises(Stop):
+    train.train(planted.train_config(), store, workdir)
+  monkeypatch.undo()
+  # Where a run lies and what it tells may change, nothing else.
+  other = planted.train_config(mesh_data=2, mesh_latent=4, log_every=3)
+  state = train.train(other, store, workdir)
   assert state.sae.w_enc_ND.sharding.shard_shape((64, 16)) == (16, 16)
   for got, want in zip(
     jax.tree.leaves(state.sae), jax.tree.leaves(finished[1].sae)
@@ -161,7 +170,11 @@ def test_misfits_are_refused(store, tmp_path):
     r'batch_size 63 must be a multiple of the data axis \(2\): use 64',
     batch_size=63, mesh_data=2, mesh_latent=4,
   )  # fmt: skip
-  refused('steps 0 must be at least 1', steps=0)
+  refused(r'warmup_steps 50 \+ decay_steps 0 exceed the 30 steps',
+    optimizer=dataclasses.replace(
+      planted.train_config().optimizer, warmup_steps=50
+    ),
+  )  # fmt: skip
   assert not (tmp_path / 'none').exists()
 
 
@@ -176,6 +189,64 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
       str(tmp_path / 'store'),
       str(tmp_path / 'run'),
     )
+
+
+@pytest.mark.fast
+def test_a_store_without_held_out_rows_is_refused_at_once(tmp_path):
+  planted.write_store(str(tmp_path / 'store'), holdout_documents=0)
+  with pytest.raises(UserError, match='holds 0 rows out, an evaluation needs'):
+    train.train(
+      planted.train_config(), str(tmp_path / 'store'), str(tmp_path / 'run')
+    )
+
+
+@pytest.mark.fast
+def test_held_out_rows_teach_nothing(store, tmp_path):
+  """Neither the sample at the start nor a batch may hold them."""
+  clean = store_lib.open_store(store)
+  rows_RD = clean.read_rows(0, clean.manifest.n_rows)
+  rows_RD[clean.n_train :] += 7
+  planted.write_store(str(tmp_path / 'other'), rows_RD=rows_RD)
+  config = planted.train_config(sample_rows=10**6)
+  states = [
+    train.train(config, url, str(tmp_path / f'run{i}'))
+    for i, url in enumerate((store, str(tmp_path / 'other')))
+  ]
+  assert_same_bits(*states)
+
+
+@pytest.mark.fast
+def test_a_start_that_failed_does_not_claim_the_workdir(store, tmp_path):
+  workdir = str(tmp_path / 'run')
+  nothing = dataclasses.replace(planted.train_config().optimizer, adam_b1=0.5)
+  monkeypatch = pytest.MonkeyPatch()
+  break_off(monkeypatch, 3)
+  with pytest.raises(Stop):
+    train.train(planted.train_config(optimizer=nothing), store, workdir)
+  monkeypatch.undo()
+  # No checkpoint was written, so nothing is lost by other settings.
+  train.train(planted.train_config(), store, workdir)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize('part', ['sae', 'adam', '_CHECKPOINT_METADATA'])
+def test_a_damaged_checkpoint_is_named(finished, store, tmp_path, part):
+  workdir = tmp_path / 'run'
+  shutil.copytree(finished[0], workdir)
+  folder = workdir / 'checkpoints' / '30'
+  if part == '_CHECKPOINT_METADATA':
+    (folder / part).write_text('{}')
+  else:
+    shutil.rmtree(folder / part)
+  with pytest.raises(
+    UserError, match=r'30 cannot be read .*: delete that fold'
+  ):
+    train.train(planted.train_config(), store, str(workdir))
+  # As told: without it the run goes on from step 20 to the same bits.
+  shutil.rmtree(folder)
+  assert_same_bits(
+    train.train(planted.train_config(), store, str(workdir)), finished[1]
+  )
 
 
 @pytest.mark.fast
@@ -253,3 +324,47 @@ def test_killed_and_started_again_ends_with_the_same_bits(store, tmp_path):
       checkpoint.load(whole, average=average).sae,
     )
   assert rows(killed) == rows(whole)
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(store, tmp_path):
+  """Two hosts with four devices each, the latents over all eight."""
+  with socket.socket() as free:
+    free.bind(('127.0.0.1', 0))
+    coordinator = f'127.0.0.1:{free.getsockname()[1]}'
+  short = ['--steps=60', '--checkpoint_every=20', '--dead_after_tokens=200']
+  environment = os.environ | {
+    'TF_CPP_MIN_LOG_LEVEL': '3',
+    'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
+  }
+  both = [
+    subprocess.Popen(
+      [
+        *command(store, str(tmp_path / 'two')),
+        *short,
+        f'--coordinator={coordinator}',
+        '--num_processes=2',
+        f'--process_id={number}',
+      ],
+      env=environment,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for number in range(2)
+  ]
+  for process in both:
+    _, said = process.communicate(timeout=240)
+    assert process.returncode == 0, said
+  one = [*command(store, str(tmp_path / 'one')), *short]
+  subprocess.run(one, check=True, capture_output=True)
+  got, want = rows(tmp_path / 'two'), rows(tmp_path / 'one')
+  assert [row['step'] for row in got] == [row['step'] for row in want]
+  for a, b in zip(got, want):
+    for name in b:
+      np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-8)
+  loaded = checkpoint.load(str(tmp_path / 'two'))
+  for a, b in zip(
+    jax.tree.leaves(loaded.sae),
+    jax.tree.leaves(checkpoint.load(str(tmp_path / 'one')).sae),
+  ):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)

@@ -33,7 +33,7 @@ _CHARACTERS_PER_TOKEN = 4
 
 
 @dataclasses.dataclass(frozen=True)
-class HarvestConfig:
+class HarvestConfig(config_lib.Config):
   """What to harvest; equal configs give equal stores."""
 
   subject: str = option(
@@ -48,19 +48,19 @@ class HarvestConfig:
     '(.gz, .zst)',
   )
   n_tokens: int = option(
-    100_000, 'activations wanted; the last context is stored whole'
+    100_000, 'activations wanted; the last context is stored whole', least=1
   )
-  context_length: int = option(128, 'tokens the subject sees at once')
+  context_length: int = option(128, 'tokens the subject sees at once', least=1)
   max_contexts_per_document: int = option(
-    8, 'contexts a document gives at most, so that none dominates'
+    8, 'contexts a document gives at most, so that none dominates', least=1
   )
-  min_context_tokens: int = option(8, 'shorter contexts are skipped')
-  batch_contexts: int = option(16, 'contexts in a forward pass')
+  min_context_tokens: int = option(8, 'shorter contexts are skipped', least=1)
+  batch_contexts: int = option(16, 'contexts in a forward pass', least=1)
   dtype: str = option(
     'float32', 'of the stored activations', ('float32', 'bfloat16')
   )
-  chunk_rows: int = option(1024, 'rows of the smallest read')
-  shard_rows: int = option(65_536, 'rows of a stored object')
+  chunk_rows: int = option(1024, 'rows of the smallest read', least=1)
+  shard_rows: int = option(65_536, 'rows of a stored object', least=1)
   holdout_fraction: float = option(
     0.1, 'share of the rows kept from training: the last documents'
   )
@@ -203,20 +203,6 @@ def _run(config, subject, site, contexts, writer) -> store_lib.Manifest:
 
 
 def _check(config: HarvestConfig) -> None:
-  config_lib.check_choices(config)
-  for name in (
-    'n_tokens',
-    'context_length',
-    'max_contexts_per_document',
-    'min_context_tokens',
-    'batch_contexts',
-    'chunk_rows',
-    'shard_rows',
-  ):
-    if getattr(config, name) < 1:
-      raise config_lib.UserError(
-        f'{name} {getattr(config, name)} must be 1 or more'
-      )
   if not 0 <= config.holdout_fraction < 1:
     raise config_lib.UserError(
       f'holdout_fraction {config.holdout_fraction} must be at least 0 and '

@@ -58,23 +58,32 @@ _TOKEN_ARRAYS = ('top_tokens', 'random_tokens', 'vote_up_ids', 'vote_down_ids')
 
 
 @dataclasses.dataclass(frozen=True)
-class BrowseConfig:
+class BrowseConfig(config_lib.Config):
   """How the feature page is built."""
 
   title: str = config_lib.option(
     'Sparse autoencoder features', 'title of the page'
   )
   features_per_shard: int = config_lib.option(
-    64, 'latents per data file: one view fetches one file'
+    64,
+    'latents per data file: one view fetches one file',
+    least=1,
+    most=100_000,
   )
   activation_digits: int = config_lib.option(
-    4, 'significant digits kept of the activations in examples'
+    4,
+    'significant digits kept of the activations in examples',
+    least=1,
+    most=100_000,
   )
   label_tokens: int = config_lib.option(
-    5, 'top tokens and top votes of a latent that the list and search know'
+    5,
+    'top tokens and top votes of a latent that the list and search know',
+    least=1,
+    most=100_000,
   )
   preview_tokens: int = config_lib.option(
-    12, 'tokens of the best example that the list shows'
+    12, 'tokens of the best example that the list shows', least=1, most=100_000
   )
 
 
@@ -102,12 +111,6 @@ def build_index(
       vocabulary lacks, or an option is out of range.
   """
   config = config or BrowseConfig()
-  for field in dataclasses.fields(config):
-    value = getattr(config, field.name)
-    if isinstance(value, int) and not 1 <= value <= 100_000:
-      raise config_lib.UserError(
-        f'{field.name} is {value}: use 1 to 100000 (default {field.default})'
-      )
   if not isinstance(features, dict):
     features = read_features(features)
   check_features(features, len(vocabulary))

@@ -13,6 +13,7 @@ from sae_jax import config as config_lib
 
 _Config = TypeVar('_Config')
 _USER_ERROR = 2
+_HELP = {'--help', '-help', '-h', '--helpshort', '--helpfull'}
 
 
 def define(kind: type) -> None:
@@ -32,24 +33,24 @@ def define(kind: type) -> None:
       flag = flags.DEFINE_list(field.name, list(field.default), text)
     else:
       flag = flags.DEFINE_string(field.name, field.default, text)
-    _show(flag)
+    show(flag)
 
 
 def define_url(name: str, text: str) -> None:
   """Defines a required flag for a local path or gs:// URL."""
-  _show(
+  show(
     flags.DEFINE_string(
       name, None, f'{text}, a local path or gs:// URL', required=True
     )
   )
 
 
-def _show(flag: flags.FlagHolder) -> None:
+def show(flag: flags.FlagHolder) -> None:
   """Makes --help list the flag, whichever module defined it."""
   flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
 
 
-_show(flags.DEFINE_bool('debug', False, 'show the traceback of an error'))
+show(flags.DEFINE_bool('debug', False, 'show the traceback of an error'))
 
 
 def read(kind: type[_Config]) -> _Config:
@@ -66,9 +67,21 @@ def read(kind: type[_Config]) -> _Config:
 
 
 def url(name: str) -> str:
-  """A URL flag's value; local paths are made absolute."""
+  """A URL flag's value; local paths are made absolute, ~ is expanded.
+
+  Raises:
+    UserError: if it is empty or of a kind of storage that is not supported.
+  """
   value = flags.FLAGS[name].value
-  return value if '://' in value else os.path.abspath(value)
+  if not value:
+    raise config_lib.UserError(f'{name} is empty: give a path or gs:// URL')
+  if value.startswith('gs://'):
+    return value
+  if '://' in value:
+    raise config_lib.UserError(
+      f'{name} {value} is neither a local path nor a gs:// URL'
+    )
+  return os.path.abspath(os.path.expanduser(value))
 
 
 def run(main: Callable[[], Any], description: str) -> None:
@@ -84,7 +97,7 @@ def run(main: Callable[[], Any], description: str) -> None:
 
   def parse(argv: list[str]) -> list[str]:
     # absl's own --help exits with 1 and knows the flags of __main__ only.
-    if '--help' in argv[1:]:
+    if _HELP & set(argv[1:]):
       print(f'{description}\n{flags.FLAGS.main_module_help()}')
       sys.exit(0)
     try:
@@ -103,10 +116,18 @@ def run(main: Callable[[], Any], description: str) -> None:
       if flags.FLAGS.debug:
         raise
       _fail(str(error), _USER_ERROR)
-    except (FloatingPointError, OSError, jax.errors.JaxRuntimeError) as error:
+    except OSError as error:
+      if flags.FLAGS.debug:
+        raise
+      _fail(f'{error}: check the path and its permissions', _USER_ERROR)
+    except (FloatingPointError, jax.errors.JaxRuntimeError) as error:
       if flags.FLAGS.debug:
         raise
       _fail(f'{error} (--debug shows where)', 1)
+    except KeyboardInterrupt:
+      if flags.FLAGS.debug:
+        raise
+      _fail('interrupted; the same command goes on or starts over', 130)
 
   app.run(guarded, flags_parser=parse)
 

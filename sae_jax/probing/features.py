@@ -16,22 +16,30 @@ from sae_jax.subject import Subject
 
 
 @dataclasses.dataclass(frozen=True)
-class FeatureConfig:
+class FeatureConfig(config_lib.Config):
   """How much is kept of every latent."""
 
   feature_rows: int = config_lib.option(
-    1_000_000, 'rows of the store that examples and statistics come from'
+    1_000_000,
+    'rows of the store that examples and statistics come from',
+    least=1,
   )
   top_examples: int = config_lib.option(
-    16, 'highest activations kept of each latent, one per document'
+    16, 'highest activations kept of each latent, one per document', least=1
   )
   random_examples: int = config_lib.option(
-    8, 'random positive activations kept of each latent'
+    8, 'random positive activations kept of each latent', least=1
   )
-  window_before: int = config_lib.option(24, "tokens before an example's peak")
-  window_after: int = config_lib.option(8, "tokens after an example's peak")
-  votes: int = config_lib.option(10, 'tokens voted up and down')
-  neighbours: int = config_lib.option(5, 'nearest latents by decoder cosine')
+  window_before: int = config_lib.option(
+    24, "tokens before an example's peak", least=0
+  )
+  window_after: int = config_lib.option(
+    8, "tokens after an example's peak", least=0
+  )
+  votes: int = config_lib.option(10, 'tokens voted up and down', least=1)
+  neighbours: int = config_lib.option(
+    5, 'nearest latents by decoder cosine', least=1
+  )
 
 
 def build(

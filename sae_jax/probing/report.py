@@ -25,11 +25,10 @@ from sae_jax.probing import (
 from sae_jax.probing.features import FeatureConfig
 
 # Whole-number options of which 0 (or False) means something.
-_MAY_BE_ZERO = ('average', 'window_before', 'window_after', 'n_tasks', 'seed')
 
 
 @dataclasses.dataclass(frozen=True)
-class ProbeConfig:
+class ProbeConfig(config_lib.Config):
   """What is evaluated."""
 
   features: FeatureConfig = dataclasses.field(default_factory=FeatureConfig)
@@ -40,30 +39,31 @@ class ProbeConfig:
     True, 'evaluate the moving average of the weights, not the last ones'
   )
   eval_rows: int = config_lib.option(
-    1_000_000, 'held-out rows for NMSE, FVU, L0 and density, at most'
+    1_000_000, 'held-out rows for NMSE, FVU, L0 and density, at most', least=1
   )
-  batch_rows: int = config_lib.option(4096, 'rows at a time')
+  batch_rows: int = config_lib.option(4096, 'rows at a time', least=1)
   downstream_tokens: int = config_lib.option(
-    4096, 'held-out tokens that reconstructions are spliced into'
+    4096, 'held-out tokens that reconstructions are spliced into', least=1
   )
   task_names: tuple[str, ...] = config_lib.option(
     (), 'probe tasks by name; empty for the first n_tasks'
   )
-  n_tasks: int = config_lib.option(4, 'probe tasks; 0 for all that are sound')
-  task_prompts: int = config_lib.option(200, 'prompts of each task, even')
-  task_chars: int = config_lib.option(100, 'the longest prompt, in characters')
-  task_tokens: int = config_lib.option(64, 'tokens read of a prompt, at most')
+  n_tasks: int = config_lib.option(
+    4, 'probe tasks; 0 for all that are sound', least=0
+  )
+  task_prompts: int = config_lib.option(
+    200, 'prompts of each task, even', least=4
+  )
+  task_chars: int = config_lib.option(
+    100, 'the longest prompt, in characters', least=1
+  )
+  task_tokens: int = config_lib.option(
+    64, 'tokens read of a prompt, at most', least=1
+  )
   pooling: str = config_lib.option(
     'mean', "over a prompt's tokens", pooled.POOLING
   )
-  seed: int = config_lib.option(0, 'of splits, controls and intervals')
-
-  def __post_init__(self):
-    config_lib.check_choices(self)
-    for name, value in config_lib.flat(self).items():
-      least = 0 if name in _MAY_BE_ZERO else 1
-      if isinstance(value, int) and value < least:
-        raise config_lib.UserError(f'{name} {value} must be {least} or more')
+  seed: int = config_lib.option(0, 'of splits, controls and intervals', least=0)
 
 
 def probe(

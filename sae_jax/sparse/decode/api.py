@@ -54,12 +54,13 @@ def _backward(name, saved, g_BD):
     'gather': reference.sampled_products,
     'dense': reference.dense_products,
   }[name]
+  grad_ND = weight_grad_api.weight_grad(
+    vals_BK, idx_BK, g_BD, w_dec_ND.shape[0], implementation=name
+  )
   return (
-    products(g_BD, idx_BK, w_dec_ND),
+    products(g_BD, idx_BK, w_dec_ND).astype(vals_BK.dtype),
     np.zeros(idx_BK.shape, jax.dtypes.float0),
-    weight_grad_api.weight_grad(
-      vals_BK, idx_BK, g_BD, w_dec_ND.shape[0], implementation=name
-    ),
+    grad_ND.astype(w_dec_ND.dtype),
   )
 
 

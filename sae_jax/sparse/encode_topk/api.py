@@ -63,26 +63,31 @@ def _encode_topk(name, k, mask_N, x_BD, w_enc_ND, b_lat_N):
 
 def _forward(name, k, mask_N, x_BD, w_enc_ND, b_lat_N):
   vals_BK, idx_BK = reference.encode_topk(x_BD, w_enc_ND, b_lat_N, mask_N, k)
-  return (vals_BK, idx_BK), (mask_N, x_BD, w_enc_ND, idx_BK)
+  return (vals_BK, idx_BK), (mask_N, x_BD, w_enc_ND, b_lat_N, idx_BK)
 
 
 def _backward(name, k, saved, cotangents):
-  mask_N, x_BD, w_enc_ND, idx_BK = saved
+  mask_N, x_BD, w_enc_ND, b_lat_N, idx_BK = saved
   g_BK, _ = cotangents
   n = w_enc_ND.shape[0]
   total = {
     'gather': decode_reference.gather_sum,
     'dense': decode_reference.dense_sum,
   }[name]
-  bias_grad_N = varying.zeros((n,), g_BK.dtype, g_BK)
+  bias_grad_N = varying.zeros((n,), b_lat_N.dtype, g_BK)
   mask_grad = (
     None if mask_N is None else np.zeros(mask_N.shape, jax.dtypes.float0)
   )
+  grad_ND = weight_grad_api.weight_grad(
+    g_BK, idx_BK, x_BD, n, implementation=name
+  )
   return (
     mask_grad,
-    total(g_BK, idx_BK, w_enc_ND),
-    weight_grad_api.weight_grad(g_BK, idx_BK, x_BD, n, implementation=name),
-    bias_grad_N.at[idx_BK.reshape(-1)].add(g_BK.reshape(-1)),
+    total(g_BK, idx_BK, w_enc_ND).astype(x_BD.dtype),
+    grad_ND.astype(w_enc_ND.dtype),
+    bias_grad_N.at[idx_BK.reshape(-1)].add(
+      g_BK.reshape(-1).astype(b_lat_N.dtype)
+    ),
   )
 
 
