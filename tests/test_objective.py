@@ -46,8 +46,8 @@ def gradients(loss, sae, *args):
   return value, terms, grads
 
 
-def sparse_loss(weights, implementation=None):
-  config = objective.ObjectiveConfig(k_aux=7, aux_weight=weights)
+def sparse_loss(weight, implementation=None):
+  config = objective.ObjectiveConfig(k_aux=7, aux_weight=weight)
   return functools.partial(
     objective.loss,
     mse_of_mean=MSE_OF_MEAN,

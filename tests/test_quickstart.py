@@ -72,6 +72,52 @@ def test_a_second_demo_reuses_what_is_finished(finished):
   assert (workdir / 'probe' / 'report.json').read_text() == before
 
 
+def test_the_binaries_walk_the_same_path(tmp_path):
+  text = tmp_path / 'texts.jsonl'
+  text.write_text(
+    ''.join(
+      json.dumps({'text': f'In chapter {i} the {word} was left at sea. ' * 4})
+      + '\n'
+      for i, word in enumerate(('ship', 'captain', 'whale', 'harpoon') * 8)
+    )
+  )
+  place = {n: f'{tmp_path}/{n}' for n in ('store', 'train', 'probe', 'page')}
+  commands = {
+    'harvest': {'store': place['store'], 'sources': text, 'n_tokens': 900},
+    'train': {
+      'store': place['store'], 'workdir': place['train'], 'n_latents': 64,
+      'k': 8, 'batch_size': 64, 'steps': 30,
+    },
+    'probe': {
+      'store': place['store'], 'checkpoint': place['train'],
+      'workdir': place['probe'], 'n_tasks': 1, 'task_prompts': 16,
+      'downstream_tokens': 64,
+    },
+    'browse': {'probe': place['probe'], 'workdir': place['page']},
+  }  # fmt: skip
+  said = {}
+  for name, flags in commands.items():
+    found = subprocess.run(
+      [
+        pathlib.Path(sys.executable).parent / f'sae-{name}',
+        *(f'--{flag}={value}' for flag, value in flags.items()),
+      ],
+      capture_output=True,
+      text=True,
+    )
+    assert found.returncode == 0, found.stderr
+    said[name] = found.stdout
+  manifest = json.loads((tmp_path / 'store' / 'manifest.json').read_text())
+  assert f'{manifest["n_rows"]} rows of width 576' in said['harvest']
+  report = json.loads((tmp_path / 'probe' / 'report.json').read_text())
+  assert f'NMSE {report["nmse"]:.4f}' in said['probe']
+  assert f'{place["page"]}/index.html' in said['browse']
+  columns = json.loads(
+    (tmp_path / 'page' / 'data' / 'columns.json').read_text()
+  )
+  assert len(columns['latent']) == 64
+
+
 def test_the_notebook_runs_on_a_small_budget(tmp_path):
   from nbclient import NotebookClient
 

@@ -368,3 +368,24 @@ def test_two_processes_train_what_one_does(store, tmp_path):
     jax.tree.leaves(checkpoint.load(str(tmp_path / 'one')).sae),
   ):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_an_interrupt_is_one_line_and_the_run_goes_on(
+  finished, store, tmp_path
+):
+  process = subprocess.Popen(
+    command(store, str(tmp_path / 'run')),
+    env=os.environ | {'TF_CPP_MIN_LOG_LEVEL': '3'},
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+  saved = tmp_path / 'run' / 'checkpoints' / '200'
+  while process.poll() is None and not saved.exists():
+    time.sleep(0.01)
+  process.send_signal(signal.SIGINT)
+  _, said = process.communicate(timeout=60)
+  assert process.returncode == 130
+  assert 'Traceback' not in said
+  assert said.splitlines()[-1].startswith('error: interrupted')
+  assert checkpoint.load(str(tmp_path / 'run')).step >= 200
