@@ -7,8 +7,9 @@ from sae_jax.config import UserError
 IMPLEMENTATIONS = ('gather', 'dense')
 
 # Smallest N / K at which gathering rows beats a dense product of [B, N].
-# cpu: timed on two x86 cores, D 576-768, B 1024-2048 (gather won 2x-25x at
-#   N/K 128 and 1024; dense won 1.3x at N/K 16).
+# cpu: experiments/benchmark_sparse.py on two x86 cores. Dense over gather took
+#   8.7x at N/K 128, 2.6x at 32, 0.6x at 8 (D 576, N 4,096); 5.8x at 1,024,
+#   1.8x at 64, 1.1x at 32 (D 768, N 32,768).
 # tpu: the compiler's estimate at D 768 on v5p; no time was measured.
 _GATHER_FROM_RATIO = {'cpu': 32, 'tpu': 600}
 
