@@ -209,7 +209,7 @@ def test_deep_link_back_and_unknown(chromium, url):
 
 def test_keyboard(page, made):
   features, _, _ = made
-  order = expected_order(features, 'density', False)
+  order = expected_order(features, 'max', False)
 
   def at():
     return int(page.locator('.feature').get_attribute('data-latent'))
