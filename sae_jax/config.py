@@ -87,7 +87,10 @@ def read_json(path: epath.PathLike) -> Any:
   except FileNotFoundError:
     raise UserError(f'{path} is not there') from None
   except json.JSONDecodeError as error:
-    raise UserError(f'{path} is not JSON ({error}): it is damaged') from None
+    raise UserError(
+      f'{path} is not JSON ({error}), it is damaged: '
+      'delete it and run its stage again'
+    ) from None
 
 
 def from_dict(kind: type[_Config], values: dict[str, Any]) -> _Config:

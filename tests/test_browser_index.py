@@ -342,3 +342,17 @@ def test_the_page_digest_changes_with_the_page(tmp_path, monkeypatch):
   assert index.page_digest() == before
   (copy / 'app.js').write_text('changed')
   assert index.page_digest() != before
+
+
+def test_a_page_is_whole_until_a_file_is_lost(made, tmp_path):
+  features, report, vocabulary = made
+  index.build_index(features, report, vocabulary, tmp_path)
+  assert index.is_whole(tmp_path)
+  names = ['index.html', 'data/columns.json', 'data/features/00000.json']
+  for name in names:
+    path = tmp_path / name
+    kept = path.read_bytes()
+    path.unlink()
+    assert not index.is_whole(tmp_path), name
+    path.write_bytes(kept)
+  assert index.is_whole(tmp_path)

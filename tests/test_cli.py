@@ -71,7 +71,7 @@ def test_console_scripts_are_installed():
   [
     (['--bogus=1'], "Unknown command line flag 'bogus'"),
     (['--k=many'], 'flag --k=many'),
-    (['--store=s'], 'flag --workdir=None'),
+    (['--store=s'], '--workdir is required'),
     (['--store=s', '--workdir=w', 'extra'], "'extra' is not a flag"),
     (['--store=s', '--workdir=w', '--preprocessing=x'], 'should be one of'),
     (['--store=s', '--workdir=w', '--k=9999'], 'k 9999 exceeds n_latents 4096'),

@@ -265,3 +265,13 @@ def test_a_file_that_is_not_what_its_name_says(tmp_path, suffix):
   path.write_bytes(b'plain text, not compressed')
   with pytest.raises(config.UserError, match='cannot read'):
     _texts((str(path),), seed=0)
+
+
+def test_half_a_surrogate_pair_is_dropped_and_nesting_refused(tmp_path):
+  path = tmp_path / 'a.JSONL'
+  path.write_text('{"text": "whole \\ud83d half"}\n')
+  (found,) = corpus.documents((str(path),), 0)
+  assert found.text == 'whole  half'
+  path.write_text('{"text":' + '[' * 200_000)
+  with pytest.raises(config.UserError, match='line 1 of'):
+    list(corpus.documents((str(path),), 0))

@@ -146,3 +146,13 @@ def test_the_notebook_runs_on_a_small_budget(tmp_path):
 def test_the_notebook_is_kept_small():
   path = ROOT / 'experiments' / 'colab' / 'quickstart.ipynb'
   assert path.stat().st_size < 200_000
+
+
+def test_lost_results_are_made_again(finished):
+  workdir, _ = finished
+  for name in ('probe/features.npz', 'browser/data/columns.json'):
+    (workdir / name).unlink()
+  again = demo(workdir)
+  assert again.returncode == 0, again.stderr
+  for name in ('probe/features.npz', 'browser/data/columns.json'):
+    assert (workdir / name).exists(), name

@@ -334,3 +334,22 @@ def test_an_unfinished_store_in_a_bucket_is_started_over(bucket):
 def test_a_bucket_that_is_not_there(bucket):
   with pytest.raises(config.UserError, match='cannot write store gs://nobody'):
     _write('gs://nobody/store', _data())
+
+
+def test_a_lost_shard_does_not_pass_for_zeros(tmp_path):
+  _write(str(tmp_path), _data())
+  lost = tmp_path / 'activations' / 'c' / '1' / '0'
+  assert lost.exists()
+  lost.unlink()
+  opened = store.open_store(str(tmp_path))
+  with pytest.raises(config.UserError, match=r'is missing.*harvest it again'):
+    opened.read_rows(0, opened.manifest.n_rows)
+
+
+def test_zeros_are_stored_and_read(tmp_path):
+  data = _data()
+  data = {k: v if k == 'keep_mask' else v * 0 for k, v in data.items()}
+  _write(str(tmp_path), data)
+  opened = store.open_store(str(tmp_path))
+  assert not opened.read_rows(0, opened.manifest.n_rows).any()
+  assert not opened.tokens().any()

@@ -122,7 +122,8 @@ def _texts(source: str, seed: int) -> Iterator[str]:
   if source == 'python-stdlib':
     return _python_files(pathlib.Path(sysconfig.get_paths()['stdlib']), seed)
   path = epath.Path(source)
-  suffixes = [s for s in path.suffixes if s not in ('.gz', '.zst')]
+  suffixes = [s.lower() for s in path.suffixes]
+  suffixes = [s for s in suffixes if s not in ('.gz', '.zst')]
   if not suffixes or suffixes[-1] not in ('.txt', '.jsonl'):
     raise config.UserError(
       f'source {source!r} is not known: use {", ".join(PACKAGES)}, '
@@ -236,14 +237,15 @@ def _jsonl_texts(path) -> Iterator[str]:
       continue
     try:
       text = json.loads(line)['text']
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
       text = None
     if not isinstance(text, str):
       raise config.UserError(
         f'line {number} of {path} is not a JSON object with a string '
         '`text`: correct it or leave it out'
       )
-    yield text
+    # Half of a surrogate pair is no character, and no tokenizer takes it.
+    yield text.encode('utf-8', 'ignore').decode()
 
 
 def _txt_texts(path) -> Iterator[str]:

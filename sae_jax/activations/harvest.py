@@ -213,6 +213,11 @@ def _check(config: HarvestConfig) -> None:
       f'mask_norm_multiple {config.mask_norm_multiple} must be above 1, or 0 '
       'to keep all tokens'
     )
+  if config.mask_first and config.context_length < 2:
+    raise config_lib.UserError(
+      f'context_length {config.context_length} with mask_first leaves no '
+      'token: use 2 or more'
+    )
   if config.min_context_tokens > config.context_length:
     raise config_lib.UserError(
       f'min_context_tokens {config.min_context_tokens} is above '

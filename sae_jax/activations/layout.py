@@ -116,10 +116,19 @@ def kvstore(url: str | os.PathLike[str]) -> dict[str, str]:
 
 
 def array_spec(url: str, name: str) -> dict[str, Any]:
-  """TensorStore's spec to open one of a store's arrays."""
+  """TensorStore's spec to open one of a store's arrays.
+
+  What is absent fails to read: a lost shard must not pass for zeros, so chunks
+  that are all zeros are written too.
+  """
   folder = kvstore(url)
   folder['path'] += name + '/'
-  return {'driver': 'zarr3', 'kvstore': folder}
+  return {
+    'driver': 'zarr3',
+    'kvstore': folder,
+    'fill_missing_data_reads': False,
+    'store_data_equal_to_fill_value': True,
+  }
 
 
 def array_metadata(

@@ -43,7 +43,11 @@ def browse(config: index.BrowseConfig, probe_url: str, out_url: str) -> str:
   # A page of another version is not this one.
   report['page'] = index.page_digest()
   meta_path = epath.Path(out_url) / 'data' / 'meta.json'
-  if meta_path.exists() and config_lib.read_json(meta_path)['report'] == report:
+  if (
+    meta_path.exists()
+    and config_lib.read_json(meta_path).get('report') == report
+    and index.is_whole(out_url)
+  ):
     logging.info('%s is finished: reused', out_url)
     return str(epath.Path(out_url) / 'index.html')
   return index.build_index(

@@ -166,6 +166,19 @@ def page_digest() -> str:
   return digest.hexdigest()
 
 
+def is_whole(out_url: epath.PathLike) -> bool:
+  """Whether every file of a finished page is there."""
+  out = epath.Path(out_url)
+  meta = config_lib.read_json(out / 'data' / 'meta.json')
+  shards = -(-meta['n_features'] // meta['features_per_shard'])
+  names = [source.name for source in _PAGE.iterdir() if source.is_file()]
+  names += [f'data/{n}.json' for n in ('vocabulary', 'columns', 'previews')]
+  present = {path.name for path in (out / 'data' / 'features').glob('*.json')}
+  return all((out / name).exists() for name in names) and present >= {
+    f'{shard:05d}.json' for shard in range(shards)
+  }
+
+
 def read_features(url: epath.PathLike) -> dict[str, np.ndarray]:
   """Reads features.npz; raises UserError if it is absent or is no npz."""
   path = epath.Path(url)

@@ -13,6 +13,7 @@ from sae_jax import config as config_lib
 
 _Config = TypeVar('_Config')
 _USER_ERROR = 2
+_urls: list[str] = []
 _HELP = {'--help', '-help', '-h', '--helpshort', '--helpfull'}
 
 
@@ -38,6 +39,7 @@ def define(kind: type) -> None:
 
 def define_url(name: str, text: str) -> None:
   """Defines a required flag for a local path or gs:// URL."""
+  _urls.append(name)
   show(
     flags.DEFINE_string(
       name, None, f'{text}, a local path or gs:// URL', required=True
@@ -103,6 +105,9 @@ def run(main: Callable[[], Any], description: str) -> None:
     try:
       rest = flags.FLAGS(argv)
     except flags.Error as error:
+      absent = [n for n in _urls if flags.FLAGS[n].value is None]
+      if absent and 'other than None' in str(error):
+        _fail(f'--{absent[0]} is required; --help lists the flags', _USER_ERROR)
       _fail(f'{error}; --help lists the flags', _USER_ERROR)
     if len(rest) > 1:
       _fail(f'{rest[1]!r} is not a flag: write --name=value', _USER_ERROR)

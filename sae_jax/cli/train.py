@@ -44,9 +44,9 @@ def work() -> None:
   mesh.start_processes(
     values.coordinator, values.num_processes, values.process_id
   )
-  train_lib.train(
-    flags.read(TrainConfig), flags.url('store'), flags.url('workdir')
-  )
+  workdir = flags.url('workdir')
+  state = train_lib.train(flags.read(TrainConfig), flags.url('store'), workdir)
+  print(f'{workdir}: trained to step {int(state.step)}')
 
 
 def main() -> None:

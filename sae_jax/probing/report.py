@@ -24,8 +24,6 @@ from sae_jax.probing import (
 )
 from sae_jax.probing.features import FeatureConfig
 
-# Whole-number options of which 0 (or False) means something.
-
 
 @dataclasses.dataclass(frozen=True)
 class ProbeConfig(config_lib.Config):
@@ -108,7 +106,7 @@ def probe(
   path = epath.Path(workdir) / 'report.json'
   # Through JSON, which turns tuples into lists.
   made_from = config_lib.through_json(made_from)
-  if path.exists():
+  if path.exists() and (epath.Path(workdir) / 'features.npz').exists():
     report = config_lib.read_json(path)
     if report.get('made_from') == made_from:
       logging.info('%s is finished: reused', workdir)

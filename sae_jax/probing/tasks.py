@@ -92,7 +92,7 @@ def load_tasks(
   """
   if n_prompts < 4 or n_prompts % 2:
     raise UserError(
-      f'n_prompts {n_prompts} must be an even number from 4 up: '
+      f'{n_prompts} prompts of a task must be an even number from 4 up: '
       f'use {max(4, n_prompts + n_prompts % 2)}'
     )
   folder = _folder()
