@@ -184,7 +184,9 @@ def test_errors_name_the_numbers_and_the_remedy(folder, monkeypatch):
     tasks.load_tasks(['??'])
   with pytest.raises(UserError, match='10_nyc_borough is not a binary task'):
     tasks.load_tasks(['10_nyc_borough'])
-  with pytest.raises(UserError, match=r'11 prompts of a task must be .* use 12'):
+  with pytest.raises(
+    UserError, match=r'11 prompts of a task must be .* use 12'
+  ):
     tasks.load_tasks(['5_age'], n_prompts=11)
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(UserError, match='pip install --no-deps sae-probes'):
