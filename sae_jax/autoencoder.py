@@ -10,12 +10,16 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from sae_jax import activation as activation_lib
 from sae_jax import config as config_lib
 from sae_jax import sparse
 
 PREPROCESSING = ('none', 'center_unit_norm', 'layer_norm', 'dataset')
+MATMULS = ('auto', 'float32', 'bfloat16')
 _LAYER_NORM_EPS = 1e-5
 _GAIN_TOKENS = 1024
+# Of the preprocessed tokens' RMS distance from their mean.
+_FIRST_THRESHOLD = 1e-3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +29,12 @@ class SaeConfig(config_lib.Config):
   d_model: int = config_lib.option(0, 'width of the activations, D', least=0)
   n_latents: int = config_lib.option(4096, 'number of latents, N', least=1)
   k: int = config_lib.option(32, 'active latents per token, K', least=1)
+  activation: str = config_lib.option(
+    'topk',
+    'topk, or a baseline: relu (trained with an L1 penalty) or jumprelu (with '
+    'an L0 penalty), whose number of active latents k does not set',
+    activation_lib.ACTIVATIONS,
+  )
   preprocessing: str = config_lib.option(
     'center_unit_norm',
     'of each activation before encoding: its own mean removed and unit norm '
@@ -32,6 +42,20 @@ class SaeConfig(config_lib.Config):
     "dataset's mean and scale (dataset), or none",
     PREPROCESSING,
   )
+  matmul: str = config_lib.option(
+    'auto',
+    "of dense products: float32, bfloat16 (sums stay float32; parameters and "
+    "Adam's moments are float32 always), or auto: bfloat16 on a TPU",
+    MATMULS,
+  )
+
+  @property
+  def matmul_dtype(self) -> jnp.dtype | None:
+    """What factors of dense products are rounded to, None for nothing."""
+    rounded = self.matmul == 'bfloat16' or (
+      self.matmul == 'auto' and jax.default_backend() == 'tpu'
+    )
+    return jnp.dtype(jnp.bfloat16) if rounded else None
 
   def __post_init__(self):
     super().__post_init__()
@@ -43,7 +67,7 @@ class SaeConfig(config_lib.Config):
 
 @flax.struct.dataclass
 class Sae:
-  """Parameters; the first four are trained.
+  """Parameters; data_mean_D and data_scale are not trained.
 
   Attributes:
     w_enc_ND: encoder, a row per latent.
@@ -52,6 +76,7 @@ class Sae:
     b_pre_D: bias subtracted before the encoder and added after the decoder.
     data_mean_D: mean of the dataset; used by preprocessing 'dataset'.
     data_scale: RMS distance from it; used by preprocessing 'dataset'.
+    log_threshold_N: logarithm of each latent's threshold; jumprelu has it.
   """
 
   w_enc_ND: jax.Array
@@ -60,6 +85,7 @@ class Sae:
   b_pre_D: jax.Array
   data_mean_D: jax.Array
   data_scale: jax.Array
+  log_threshold_N: jax.Array | None = None
 
 
 @flax.struct.dataclass
@@ -110,37 +136,74 @@ def restore(affine: Affine, x_BD: jax.Array) -> jax.Array:
   return x_BD * affine.scale + affine.shift
 
 
+def pre_activations(
+  config: SaeConfig, sae: Sae, x_BD: jax.Array
+) -> jax.Array:
+  """W_enc (x - b_pre) + b_lat of every latent, [B, N]."""
+  x_BD = x_BD - sae.b_pre_D
+  return sparse.matmul(x_BD, sae.w_enc_ND.T, config.matmul_dtype) + sae.b_lat_N
+
+
+def candidates(
+  config: SaeConfig,
+  sae: Sae,
+  x_BD: jax.Array,
+  k: int,
+  *,
+  implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+  """This shard's k largest pre-activations of each token, descending."""
+  return sparse.encode_topk(
+    x_BD,
+    sae.w_enc_ND,
+    sae.b_lat_N,
+    min(k, sae.w_enc_ND.shape[0]),
+    b_pre_D=sae.b_pre_D,
+    dtype=config.matmul_dtype,
+    implementation=implementation,
+  )
+
+
+def select(
+  vals_BK: jax.Array, idx_BK: jax.Array, k: int, axis: str | None = None
+) -> tuple[jax.Array, jax.Array]:
+  """ReLU of those of all shards' `candidates` that are in the top k."""
+  vals_BK, idx_BK = vals_BK[:, :k], idx_BK[:, :k]
+  return jax.nn.relu(sparse.global_top_k(vals_BK, axis, k, 0.0)), idx_BK
+
+
 def encode(
   config: SaeConfig,
   sae: Sae,
   x_BD: jax.Array,
   *,
   axis: str | None = None,
-  implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-  """z = ReLU(TopK(W_enc (x - b_pre) + b_lat)) as values and indices.
+  """The active latents of each token as values and indices.
+
+  z = ReLU(TopK(W_enc (x - b_pre) + b_lat)), or ReLU or JumpReLU without the
+  TopK; those have no fixed number of active latents, so K is N for them.
 
   Args:
-    config: gives k.
+    config: gives k and the activation.
     sae: the autoencoder, or this shard of it.
     x_BD: preprocessed activations.
     axis: the mesh axis the latents are sharded over, inside shard_map.
-    implementation: see `sparse.encode_topk`.
 
   Returns:
-    vals_BK (descending, >= 0; a 0 is not active) and idx_BK into this shard's
-    latents. Over all shards at most K values of a token are positive: those
-    that an unsharded autoencoder gives.
+    vals_BK (>= 0; a 0 is not active; descending with TopK) and idx_BK into
+    this shard's latents. With TopK, over all shards at most K values of a
+    token are positive: those that an unsharded autoencoder gives.
   """
-  vals_BK, idx_BK = sparse.encode_topk(
-    x_BD - sae.b_pre_D,
-    sae.w_enc_ND,
-    sae.b_lat_N,
-    min(config.k, sae.w_enc_ND.shape[0]),
-    implementation=implementation,
+  if config.activation == 'topk':
+    return select(*candidates(config, sae, x_BD, config.k), config.k, axis)
+  pre_BN = pre_activations(config, sae, x_BD)
+  idx_BN = jnp.broadcast_to(
+    jnp.arange(pre_BN.shape[1], dtype=jnp.int32), pre_BN.shape
   )
-  vals_BK = sparse.global_top_k(vals_BK, axis, config.k, 0.0)
-  return jax.nn.relu(vals_BK), idx_BK
+  if config.activation == 'relu':
+    return jax.nn.relu(pre_BN), idx_BN
+  return activation_lib.jump_relu(pre_BN, sae.log_threshold_N), idx_BN
 
 
 def decode(
@@ -149,11 +212,12 @@ def decode(
   idx_BK: jax.Array,
   *,
   axis: str | None = None,
+  dtype: jnp.dtype | None = None,
   implementation: str | None = None,
 ) -> jax.Array:
   """x^ = W_dec z + b_pre, summed over the shards of the latents."""
   total_BD = sparse.decode(
-    vals_BK, idx_BK, sae.w_dec_ND, implementation=implementation
+    vals_BK, idx_BK, sae.w_dec_ND, dtype=dtype, implementation=implementation
   )
   if axis is not None:
     total_BD = jax.lax.psum(total_BD, axis)
@@ -163,7 +227,8 @@ def decode(
 def reconstruct(config: SaeConfig, sae: Sae, raw_BD: jax.Array) -> jax.Array:
   """The raw activations as the autoencoder gives them back, [B, D]."""
   x_BD, affine = preprocess(config, sae, raw_BD)
-  return restore(affine, decode(sae, *encode(config, sae, x_BD)))
+  codes = encode(config, sae, x_BD)
+  return restore(affine, decode(sae, *codes, dtype=config.matmul_dtype))
 
 
 def unit_rows(w_ND: jax.Array) -> jax.Array:
@@ -229,6 +294,7 @@ def init_weights(
     dtype: of every array.
   """
   shape = (config.n_latents, config.d_model)
+  jumps = config.activation == 'jumprelu'
   w_dec_ND = unit_rows(jax.random.normal(key, shape, dtype))
   return Sae(
     w_enc_ND=w_dec_ND,
@@ -238,6 +304,7 @@ def init_weights(
     b_pre_D=jnp.zeros((config.d_model,), dtype),
     data_mean_D=jnp.zeros((config.d_model,), dtype),
     data_scale=jnp.ones((), dtype),
+    log_threshold_N=jnp.zeros((config.n_latents,), dtype) if jumps else None,
   )
 
 
@@ -250,8 +317,9 @@ def fit_inputs(
 ) -> tuple[Sae, jax.Array]:
   """Fits a fresh autoencoder to its inputs (Gao et al. 2024, appendix A.1).
 
-  Sets the dataset's statistics, b_pre to the geometric median, and scales the
-  encoder so that reconstructions have the norm of the inputs.
+  Sets the dataset's statistics, b_pre to the geometric median and JumpReLU's
+  thresholds, and scales the encoder so that reconstructions have the norm of
+  the inputs.
 
   Args:
     config: the autoencoder's config.
@@ -271,8 +339,12 @@ def fit_inputs(
   x_BD, _ = preprocess(config, sae, sample_BD)
   mse_of_mean = ((x_BD - x_BD.mean(0)) ** 2).sum(-1).mean()
   sae = sae.replace(b_pre_D=geometric_median(x_BD))
+  if sae.log_threshold_N is not None:
+    first = jnp.log(_FIRST_THRESHOLD * jnp.sqrt(mse_of_mean))
+    sae = sae.replace(log_threshold_N=sae.log_threshold_N + first)
   some_BD = x_BD[:_GAIN_TOKENS]
-  output_BD = decode(sae, *encode(config, sae, some_BD, axis=axis), axis=axis)
+  codes = encode(config, sae, some_BD, axis=axis)
+  output_BD = decode(sae, *codes, axis=axis, dtype=config.matmul_dtype)
   output_norm = jnp.linalg.norm(output_BD - sae.b_pre_D)
   gain = jnp.linalg.norm(some_BD - sae.b_pre_D) / output_norm
   return sae.replace(w_enc_ND=gain * sae.w_enc_ND), mse_of_mean

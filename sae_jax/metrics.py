@@ -185,7 +185,9 @@ def evaluate_batch(
   """
   x_BD, _ = autoencoder.preprocess(config, sae, raw_BD)
   vals_BK, idx_BK = autoencoder.encode(config, sae, x_BD, axis=latent_axis)
-  output_BD = autoencoder.decode(sae, vals_BK, idx_BK, axis=latent_axis)
+  output_BD = autoencoder.decode(
+    sae, vals_BK, idx_BK, axis=latent_axis, dtype=config.matmul_dtype
+  )
   sums = batch_sums(
     x_BD, output_BD, vals_BK, idx_BK, sae.w_enc_ND.shape[0], sae.b_pre_D
   )

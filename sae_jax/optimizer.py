@@ -15,6 +15,7 @@ from sae_jax import config as config_lib
 # 2e-4 at 2^14 latents, and proportional to 1 / sqrt(n) elsewhere.
 _ANCHOR_RATE = 2e-4
 _ANCHOR_LATENTS = 2**14
+DECAYS = ('linear', 'cosine')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,8 +32,14 @@ class OptimizerConfig(config_lib.Config):
   )
   decay_steps: int = config_lib.option(
     0,
-    'steps at the end over which the learning rate falls linearly to 0',
+    'steps at the end over which the learning rate falls to 0',
     least=0,
+  )
+  decay: str = config_lib.option(
+    'linear', 'the way it falls: linear or cosine', DECAYS
+  )
+  clip_norm: float = config_lib.option(
+    0.0, 'gradients are scaled to at most this global norm; 0 for never', least=0
   )
   adam_b1: float = config_lib.option(
     0.9, "decay of Adam's first moment", least=0, most=0.999999
@@ -63,22 +70,27 @@ class OptimizerState(NamedTuple):
 
 def trained(sae: autoencoder.Sae) -> dict[str, jax.Array]:
   """The parameters that are trained, by name."""
-  return {
+  params = {
     'w_enc_ND': sae.w_enc_ND,
     'w_dec_ND': sae.w_dec_ND,
     'b_lat_N': sae.b_lat_N,
     'b_pre_D': sae.b_pre_D,
+    'log_threshold_N': sae.log_threshold_N,
   }
+  return {name: array for name, array in params.items() if array is not None}
 
 
-def learning_rate(
-  config: OptimizerConfig, n_latents: int, steps: int
-) -> optax.Schedule:
-  """The schedule: warm-up, constant, decay.
+def peak_rate(config: OptimizerConfig, n_latents: int) -> float:
+  """The learning rate that is named, or 2e-4 sqrt(2^14 / n)."""
+  rule = _ANCHOR_RATE * math.sqrt(_ANCHOR_LATENTS / n_latents)
+  return config.learning_rate or rule
+
+
+def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+  """The share of the peak rate at each step: warm-up, constant, decay.
 
   Args:
-    config: names the rate, or 0 for the rule 2e-4 sqrt(2^14 / n).
-    n_latents: N.
+    config: names the lengths and the way of the decay.
     steps: length of the run.
 
   Raises:
@@ -89,20 +101,21 @@ def learning_rate(
       f'warmup_steps {config.warmup_steps} + decay_steps {config.decay_steps} '
       f'exceed the {steps} steps of the run: use fewer'
     )
-  rate = config.learning_rate or _ANCHOR_RATE * math.sqrt(
-    _ANCHOR_LATENTS / n_latents
-  )
-  pieces, borders = [optax.constant_schedule(rate)], []
+  pieces, borders = [optax.constant_schedule(1.0)], []
   if config.warmup_steps:
     pieces.insert(
       0,
       optax.linear_schedule(
-        rate / config.warmup_steps, rate, max(1, config.warmup_steps - 1)
+        1 / config.warmup_steps, 1.0, max(1, config.warmup_steps - 1)
       ),
     )
     borders.append(config.warmup_steps)
   if config.decay_steps:
-    pieces.append(optax.linear_schedule(rate, 0.0, config.decay_steps))
+    fall = {
+      'linear': lambda steps: optax.linear_schedule(1.0, 0.0, steps),
+      'cosine': lambda steps: optax.cosine_decay_schedule(1.0, steps),
+    }[config.decay]
+    pieces.append(fall(config.decay_steps))
     borders.append(steps - config.decay_steps)
   return optax.join_schedules(pieces, borders)
 
@@ -145,8 +158,8 @@ def update(
   state: OptimizerState,
   grads: autoencoder.Sae,
   rate: jax.Array,
-) -> tuple[autoencoder.Sae, OptimizerState]:
-  """One step: project, Adam, unit rows, moving average.
+) -> tuple[autoencoder.Sae, OptimizerState, jax.Array]:
+  """One step: project, clip, Adam, unit rows, moving average.
 
   Args:
     config: Adam's and the average's settings.
@@ -156,17 +169,23 @@ def update(
     rate: this step's learning rate.
 
   Returns:
-    The new parameters, decoder rows of unit norm again, and state.
+    The new parameters, decoder rows of unit norm again, the new state, and
+    the global norm of the projected gradients before clipping.
   """
   gradients = trained(grads)
   gradients['w_dec_ND'] = project_rows(gradients['w_dec_ND'], sae.w_dec_ND)
+  norm = optax.tree.norm(gradients)
+  if config.clip_norm:
+    # A norm of 0 divides nothing: the quotient is inf and the least is 1.
+    scale = jnp.minimum(1, config.clip_norm / norm)
+    gradients = jax.tree.map(lambda g: scale * g, gradients)
   updates, adam = _adam(config).update(gradients, state.adam)
   params = jax.tree.map(
     lambda p, u: p - (rate * u).astype(p.dtype), trained(sae), updates
   )
   params['w_dec_ND'] = autoencoder.unit_rows(params['w_dec_ND'])
   _, ema = _ema(config).update(params, state.ema)
-  return sae.replace(**params), OptimizerState(adam=adam, ema=ema)
+  return sae.replace(**params), OptimizerState(adam=adam, ema=ema), norm
 
 
 def averaged(

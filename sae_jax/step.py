@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 import flax.struct
@@ -30,9 +31,24 @@ class TrainConfig(config_lib.Config):
     default_factory=OptimizerConfig
   )
   batch_size: int = config_lib.option(2048, 'tokens per step', least=1)
+  micro_batches: int = config_lib.option(
+    1,
+    "parts of a device's tokens that are worked on one after another, for "
+    'batches whose codes do not fit its memory',
+    least=1,
+  )
   steps: int = config_lib.option(1000, 'steps of the run', least=1)
   seed: int = config_lib.option(
-    0, 'of the initial weights and of the order', least=0, most=2**31 - 1
+    0, 'of the initial weights', least=0, most=2**31 - 1
+  )
+  order_seed: int = config_lib.option(
+    0, 'of the order of the batches', least=0, most=2**31 - 1
+  )
+  on_nonfinite: str = config_lib.option(
+    'stop',
+    'when a loss or gradient is not finite: stop the run, or skip the step '
+    'and count it',
+    ('stop', 'skip'),
   )
   sample_rows: int = config_lib.option(
     32_768,
@@ -63,6 +79,18 @@ class TrainConfig(config_lib.Config):
     0, 'shards of the batch; 0 for the rest', least=0
   )
   mesh_latent: int = config_lib.option(1, 'shards of the latents', least=1)
+  profile_start: int = config_lib.option(
+    10, 'first step of the profile', least=1
+  )
+  profile_steps: int = config_lib.option(
+    0, 'steps that are profiled into profile/ (XProf); 0 for none', least=0
+  )
+
+  def __post_init__(self):
+    super().__post_init__()
+    objective.check(self.sae, self.objective)
+    # Refuses a schedule that does not fit the run.
+    optimizer.schedule(self.optimizer, self.steps)
 
 
 @flax.struct.dataclass
@@ -75,6 +103,7 @@ class TrainState:
     silent_N: tokens since each latent last fired, over the global batch.
     mse_of_mean: the constant that NMSE divides by.
     step: steps done.
+    skipped: those of them that were skipped, not being finite.
   """
 
   sae: autoencoder.Sae
@@ -82,10 +111,11 @@ class TrainState:
   silent_N: jax.Array
   mse_of_mean: jax.Array
   step: jax.Array
+  skipped: jax.Array
 
 
 # Fields whose names do not end in their axes.
-_SCALARS = ('data_scale', 'mse_of_mean', 'step', 'count')
+_SCALARS = ('data_scale', 'mse_of_mean', 'step', 'skipped', 'count')
 
 
 def _letters(path: tuple[Any, ...]) -> str:
@@ -150,6 +180,7 @@ def init_state(
       silent_N=jnp.zeros((sae_config.n_latents,), jnp.int32),
       mse_of_mean=mse_of_mean,
       step=jnp.zeros((), jnp.int32),
+      skipped=jnp.zeros((), jnp.int32),
     )
 
   out = _shardings(jax.eval_shape(build, sae, sample_BD), mesh)
@@ -167,6 +198,7 @@ def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
       silent_N=jnp.zeros((config.sae.n_latents,), jnp.int32),
       mse_of_mean=jnp.zeros((), jnp.float32),
       step=jnp.zeros((), jnp.int32),
+      skipped=jnp.zeros((), jnp.int32),
     )
 
   shapes = jax.eval_shape(build)
@@ -182,6 +214,8 @@ def make_step(
 ) -> Callable[[TrainState, jax.Array], tuple[TrainState, dict]]:
   """The jitted training step.
 
+  Runs that differ in nothing but seed and learning rate share one program.
+
   Args:
     config: the run.
     mesh: axes ("data", "latent").
@@ -190,51 +224,69 @@ def make_step(
   Returns:
     A function of a state, which is donated, and raw_BD sharded over "data",
     to the new state and a dict of scalars: loss, nmse, aux, l0,
-    dead_fraction, learning_rate.
+    dead_fraction, learning_rate, grad_norm, finite, with Multi-TopK multi,
+    with a baseline penalty, and skipped if such steps are.
   """
-  schedule = optimizer.learning_rate(
-    config.optimizer, config.sae.n_latents, config.steps
+  peak = optimizer.peak_rate(config.optimizer, config.sae.n_latents)
+  rate = jax.make_array_from_callback(
+    (),
+    mesh_lib.sharding(mesh, ''),
+    lambda _: np.asarray(peak, jnp.result_type(float)),
   )
+  same = dataclasses.replace(
+    config,
+    seed=0,
+    optimizer=dataclasses.replace(config.optimizer, learning_rate=0.0),
+  )
+  do = _program(same, mesh, implementation, jax.config.jax_debug_nans)
+  return lambda state, raw_BD: do(state, raw_BD, rate)
+
+
+@functools.lru_cache(maxsize=16)
+def _program(config, mesh, implementation, debug_nans):
+  share = optimizer.schedule(config.optimizer, config.steps)
   specs = _specs(_abstract_sae(config.sae))
   latents, tokens = mesh_lib.RULES.spec('N'), mesh_lib.RULES.spec('BD')
+  none = PartitionSpec()
   terms_specs = objective.Terms(
-    nmse=PartitionSpec(),
-    aux=PartitionSpec(),
-    l0=PartitionSpec(),
-    fired_N=latents,
+    nmse=none, aux=none, multi=none, penalty=none, l0=none, fired_N=latents
   )
 
-  def shard_gradients(sae, x_BD, dead_N, mse_of_mean):
-    return jax.value_and_grad(objective.loss, has_aux=True)(
-      sae,
-      x_BD,
-      dead_N,
-      mse_of_mean,
+  gradients = jax.shard_map(
+    lambda *args: objective.value_and_grad(
+      *args,
       config.sae,
       config.objective,
+      micro_batches=config.micro_batches,
       data_axis='data',
       latent_axis='latent',
       implementation=implementation,
-    )
-
-  gradients = jax.shard_map(
-    shard_gradients,
+    ),
     mesh=mesh,
-    in_specs=(specs, tokens, latents, PartitionSpec()),
-    out_specs=((PartitionSpec(), terms_specs), specs),
+    in_specs=(specs, tokens, latents, none),
+    out_specs=((none, terms_specs), specs),
   )
 
-  def step(state: TrainState, raw_BD: jax.Array):
+  def step(state: TrainState, raw_BD: jax.Array, peak: jax.Array):
     x_BD, _ = autoencoder.preprocess(config.sae, state.sae, raw_BD)
     dead_N = state.silent_N >= config.objective.dead_after_tokens
     (loss, terms), grads = gradients(state.sae, x_BD, dead_N, state.mse_of_mean)
-    rate = jnp.asarray(schedule(state.step), loss.dtype)
-    sae, optimizer_state = optimizer.update(
+    rate = (peak * share(state.step)).astype(loss.dtype)
+    sae, optimizer_state, norm = optimizer.update(
       config.optimizer, state.sae, state.optimizer, grads, rate
     )
+    finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     # Saturates, so that a latent which is silent for long stays dead.
     silent_N = jnp.minimum(state.silent_N, 2**31 - 1 - raw_BD.shape[0])
     silent_N = jnp.where(terms.fired_N, 0, silent_N + raw_BD.shape[0])
+    new = TrainState(
+      sae=sae,
+      optimizer=optimizer_state,
+      silent_N=silent_N,
+      mse_of_mean=state.mse_of_mean,
+      step=state.step + 1,
+      skipped=state.skipped,
+    )
     values = {
       'loss': loss,
       'nmse': terms.nmse,
@@ -242,24 +294,39 @@ def make_step(
       'l0': terms.l0,
       'dead_fraction': dead_N.mean(),
       'learning_rate': rate,
+      'grad_norm': norm,
+      'finite': finite,
     }
-    new_state = TrainState(
-      sae=sae,
-      optimizer=optimizer_state,
-      silent_N=silent_N,
-      mse_of_mean=state.mse_of_mean,
-      step=state.step + 1,
-    )
-    return new_state, values
+    if config.objective.multi_topk:
+      values['multi'] = terms.multi
+    if config.sae.activation != 'topk':
+      values['penalty'] = terms.penalty
+    if config.on_nonfinite == 'skip':
+      held = state.replace(step=new.step, skipped=state.skipped + 1)
+      new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, held)
+      values['skipped'] = new.skipped
+    return new, values
 
-  return jax.jit(step, donate_argnums=0)
+  # A step that is run again to find its NaN needs its arguments.
+  return jax.jit(step, donate_argnums=() if debug_nans else 0)
 
 
 def make_evaluation(
-  config: TrainConfig, mesh: Mesh
+  config: TrainConfig, mesh: Mesh, average: bool = True
 ) -> Callable[[TrainState, jax.Array], metrics.Sums]:
-  """The jitted sums of one held-out batch under the averaged weights."""
-  specs = _specs(_abstract_sae(config.sae))
+  """The jitted sums of one held-out batch.
+
+  Args:
+    config: the run.
+    mesh: where the state lies.
+    average: whether under the averaged weights or the last ones.
+  """
+  return _evaluation(config.sae, config.optimizer, mesh, average)
+
+
+@functools.lru_cache(maxsize=16)
+def _evaluation(sae_config, optimizer_config, mesh, average):
+  specs = _specs(_abstract_sae(sae_config))
   none = PartitionSpec()
   out = metrics.Sums(
     tokens=none,
@@ -272,7 +339,7 @@ def make_evaluation(
   )
   sums = jax.shard_map(
     lambda sae, raw_BD: metrics.evaluate_batch(
-      config.sae, sae, raw_BD, data_axis='data', latent_axis='latent'
+      sae_config, sae, raw_BD, data_axis='data', latent_axis='latent'
     ),
     mesh=mesh,
     in_specs=(specs, mesh_lib.RULES.spec('BD')),
@@ -280,7 +347,9 @@ def make_evaluation(
   )
 
   def evaluate(state: TrainState, raw_BD: jax.Array) -> metrics.Sums:
-    sae = optimizer.averaged(config.optimizer, state.sae, state.optimizer.ema)
+    sae = state.sae
+    if average:
+      sae = optimizer.averaged(optimizer_config, sae, state.optimizer.ema)
     return sums(sae, raw_BD)
 
   # Whole on every process, so that each can read it.

@@ -1,4 +1,4 @@
-"""A TopK autoencoder and its objective written densely, for comparison."""
+"""An autoencoder and its objective written densely, for comparison."""
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +11,62 @@ def codes(pre_BN, k):
   return jnp.where(rank_BN < k, jax.nn.relu(pre_BN), 0)
 
 
-def loss(sae, x_BD, dead_N, mse_of_mean, k, k_aux, aux_weight):
+def loss(
+  sae, x_BD, dead_N, mse_of_mean, k, k_aux, aux_weight, wide=0, wide_weight=0.0
+):
   """The whole objective with plain autodiff; returns (loss, (nmse, aux))."""
   pre_BN = (x_BD - sae.b_pre_D) @ sae.w_enc_ND.T + sae.b_lat_N
   output_BD = codes(pre_BN, k) @ sae.w_dec_ND + sae.b_pre_D
   nmse = ((x_BD - output_BD) ** 2).sum(1).mean() / mse_of_mean
   error_BD = jax.lax.stop_gradient(x_BD - output_BD)
   fixed_BD = jax.lax.stop_gradient(x_BD - sae.b_pre_D)
-  pre_BN = fixed_BD @ sae.w_enc_ND.T + sae.b_lat_N
-  dead_BN = codes(jnp.where(dead_N, pre_BN, -1e30), k_aux)
+  dead_BN = fixed_BD @ sae.w_enc_ND.T + sae.b_lat_N
+  dead_BN = codes(jnp.where(dead_N, dead_BN, -1e30), k_aux)
   missed = ((error_BD - dead_BN @ sae.w_dec_ND) ** 2).sum()
   aux = jnp.where(dead_N.any(), missed / (error_BD**2).sum(), 0)
-  return nmse + aux_weight * aux, (nmse, aux)
+  total = nmse + aux_weight * aux
+  if wide:
+    output_BD = codes(pre_BN, wide) @ sae.w_dec_ND + sae.b_pre_D
+    multi = ((x_BD - output_BD) ** 2).sum(1).mean() / mse_of_mean
+    total += wide_weight * multi
+  return total, (nmse, aux)
+
+
+def relu_loss(sae, x_BD, mse_of_mean, weight):
+  """The ReLU baseline: NMSE and L1 in units of the RMS distance."""
+  z_BN = jax.nn.relu((x_BD - sae.b_pre_D) @ sae.w_enc_ND.T + sae.b_lat_N)
+  output_BD = z_BN @ sae.w_dec_ND + sae.b_pre_D
+  nmse = ((x_BD - output_BD) ** 2).sum(1).mean() / mse_of_mean
+  return nmse + weight * z_BN.sum(1).mean() / mse_of_mean**0.5
+
+
+def jump_gradients(sae, x_BD, mse_of_mean, weight, bandwidth):
+  """JumpReLU's loss and gradients, by hand, latent by latent.
+
+  From the estimates of Rajamanoharan et al. 2024, equations 11 and 12, with
+  the logarithm of the threshold as the parameter.
+  """
+  tokens = x_BD.shape[0]
+  inputs_BD = x_BD - sae.b_pre_D
+  pre_BN = inputs_BD @ sae.w_enc_ND.T + sae.b_lat_N
+  threshold_N = jnp.exp(sae.log_threshold_N)
+  open_BN = pre_BN > threshold_N
+  z_BN = pre_BN * open_BN
+  missed_BD = z_BN @ sae.w_dec_ND + sae.b_pre_D - x_BD
+  value = (missed_BD**2).sum() / tokens / mse_of_mean
+  value += weight * open_BN.sum() / tokens
+  out_BD = 2 * missed_BD / tokens / mse_of_mean
+  z_grad_BN = out_BD @ sae.w_dec_ND.T
+  pre_grad_BN = z_grad_BN * open_BN
+  near_BN = abs((pre_BN - threshold_N) / bandwidth) < 0.5
+  by_threshold_BN = -(
+    z_grad_BN * threshold_N / bandwidth + weight / tokens / bandwidth
+  ) * near_BN
+  grads = {
+    'w_enc_ND': pre_grad_BN.T @ inputs_BD,
+    'w_dec_ND': z_BN.T @ out_BD,
+    'b_lat_N': pre_grad_BN.sum(0),
+    'b_pre_D': out_BD.sum(0) - pre_grad_BN.sum(0) @ sae.w_enc_ND,
+    'log_threshold_N': by_threshold_BN.sum(0) * threshold_N,
+  }
+  return value, grads

@@ -1,14 +1,14 @@
 """The objective against a dense one in float64, term by term."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax import autoencoder, objective, sparse
+from sae_jax import autoencoder, objective, optimizer
+from sae_jax.config import UserError
 from tests import dense_reference
 
 pytestmark = pytest.mark.fast
@@ -34,40 +34,38 @@ def problem(seed=0, dead=range(0, 48, 4)):
   return sae, jnp.asarray(rng.standard_normal((20, d))), jnp.asarray(dead_N)
 
 
-def gradients(loss, sae, *args):
-  """Value and gradients of what is trained."""
-  names = ('w_enc_ND', 'w_dec_ND', 'b_lat_N', 'b_pre_D')
+def ours(sae, x_BD, dead_N, weight=1 / 32, sae_config=CONFIG, **kwargs):
+  """Value, terms and gradients of what is trained."""
+  options = {'k_aux': 7, 'aux_weight': weight}
+  names = {field.name for field in dataclasses.fields(objective.ObjectiveConfig)}
+  options |= {name: kwargs.pop(name) for name in names & set(kwargs)}
+  (value, terms), grads = objective.value_and_grad(
+    sae,
+    x_BD,
+    dead_N,
+    MSE_OF_MEAN,
+    sae_config,
+    objective.ObjectiveConfig(**options),
+    **kwargs,
+  )
+  return value, terms, optimizer.trained(grads)
 
+
+def dense(sae, x_BD, dead_N, weight=1 / 32, **kwargs):
   def of(params):
-    return loss(sae.replace(**params), *args)
+    return dense_reference.loss(
+      sae.replace(**params), x_BD, dead_N, MSE_OF_MEAN, CONFIG.k, 7, weight,
+      **kwargs,
+    )  # fmt: skip
 
-  params = {name: getattr(sae, name) for name in names}
-  (value, terms), grads = jax.value_and_grad(of, has_aux=True)(params)
+  (value, terms), grads = jax.value_and_grad(of, has_aux=True)(
+    optimizer.trained(sae)
+  )
   return value, terms, grads
 
 
-def sparse_loss(weight, implementation=None):
-  config = objective.ObjectiveConfig(k_aux=7, aux_weight=weight)
-  return functools.partial(
-    objective.loss,
-    mse_of_mean=MSE_OF_MEAN,
-    sae_config=CONFIG,
-    config=config,
-    implementation=implementation,
-  )
-
-
-def dense_loss(weight):
-  return functools.partial(
-    dense_reference.loss,
-    mse_of_mean=MSE_OF_MEAN,
-    k=CONFIG.k,
-    k_aux=7,
-    aux_weight=weight,
-  )
-
-
 def largest_difference(got, want):
+  assert jax.tree.structure(got) == jax.tree.structure(want)
   return max(
     float(abs(g - w).max() / (abs(w).max() + 1e-30))
     for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want))
@@ -76,106 +74,168 @@ def largest_difference(got, want):
 
 @pytest.mark.parametrize('implementation', ['gather', 'dense'])
 @pytest.mark.parametrize('weight', [0.0, 1 / 32, 100.0])
-def test_gradients_equal_dense_autodiff(weight, implementation):
+@pytest.mark.parametrize('multi_topk', [0, 4])
+def test_gradients_equal_dense_autodiff(weight, implementation, multi_topk):
   with jax.enable_x64(True):
-    sae, x_BD, dead_N = problem()
-    loss = sparse_loss(weight, implementation)
-    value, terms, grads = gradients(loss, sae, x_BD, dead_N)
-    want, (nmse, aux), want_grads = gradients(
-      dense_loss(weight), sae, x_BD, dead_N
+    args = problem()
+    value, terms, grads = ours(
+      *args, weight, multi_topk=multi_topk, implementation=implementation
+    )
+    want, (nmse, aux), want_grads = dense(
+      *args, weight, wide=multi_topk * CONFIG.k, wide_weight=1 / 8
     )
     assert value.dtype == jnp.float64
     np.testing.assert_allclose(value, want, rtol=1e-12)
     np.testing.assert_allclose(terms.nmse, nmse, rtol=1e-12)
     np.testing.assert_allclose(terms.aux, aux, rtol=1e-12)
-    assert float(aux) > 0
+    assert float(aux) > 0 and (float(terms.multi) > 0) == (multi_topk > 0)
     assert largest_difference(grads, want_grads) < 1e-10
+    # Control: each term is seen.
+    _, _, other = dense(*args, weight + 1)
+    assert largest_difference(grads, other) > 1e-4
+    if multi_topk:
+      _, _, narrow = dense(*args, weight)
+      assert largest_difference(grads, narrow) > 1e-4
 
 
-def aux_gradients(sae, x_BD, dead_N, aux=objective.aux_error, k_aux=48):
-  def of(sae):
-    vals_BK, idx_BK = autoencoder.encode(CONFIG, sae, x_BD)
-    error_BD = x_BD - autoencoder.decode(sae, vals_BK, idx_BK)
-    return aux(sae, x_BD, error_BD, dead_N, k_aux)
+@pytest.mark.parametrize('parts', [2, 5, 20])
+def test_micro_batches_change_nothing_but_rounding(parts):
+  with jax.enable_x64(True):
+    args = problem()
+    want = ours(*args, 3.0, multi_topk=4)
+    got = ours(*args, 3.0, multi_topk=4, micro_batches=parts)
+    np.testing.assert_allclose(got[0], want[0], rtol=1e-12)
+    assert largest_difference(got[2], want[2]) < 1e-11
+    for a, b in zip(jax.tree.leaves(got[1]), jax.tree.leaves(want[1])):
+      np.testing.assert_allclose(a, b, rtol=1e-12)
 
-  return jax.grad(of)(sae)
+
+def test_relu_and_its_penalty_equal_dense_autodiff():
+  config = dataclasses.replace(CONFIG, activation='relu')
+  with jax.enable_x64(True):
+    sae, x_BD, dead_N = problem()
+
+    def of(params, weight):
+      return dense_reference.relu_loss(
+        sae.replace(**params), x_BD, MSE_OF_MEAN, weight
+      )
+
+    for weight in (0.0, 0.3):
+      value, terms, grads = ours(
+        sae, x_BD, dead_N, sae_config=config, k_aux=0, sparsity_weight=weight
+      )
+      want, want_grads = jax.value_and_grad(of)(optimizer.trained(sae), weight)
+      np.testing.assert_allclose(value, want, rtol=1e-12)
+      assert largest_difference(grads, want_grads) < 1e-10
+    assert largest_difference(grads, jax.grad(of)(
+      optimizer.trained(sae), 0.31)) > 1e-4  # fmt: skip
+    vals_BN, _ = autoencoder.encode(config, sae, x_BD)
+    np.testing.assert_allclose(terms.l0, (vals_BN > 0).sum(1).mean())
+    np.testing.assert_array_equal(terms.fired_N, (vals_BN > 0).any(0))
+
+
+@pytest.mark.parametrize('bandwidth', [0.1, 1.0])
+def test_jump_relu_and_its_estimates_equal_those_by_hand(bandwidth):
+  config = dataclasses.replace(CONFIG, activation='jumprelu')
+  with jax.enable_x64(True):
+    sae, x_BD, dead_N = problem()
+    sae = sae.replace(
+      log_threshold_N=jnp.log(jnp.linspace(0.1, 2, CONFIG.n_latents))
+    )
+    value, terms, grads = ours(
+      sae, x_BD, dead_N, sae_config=config, k_aux=0, sparsity_weight=0.02,
+      jump_bandwidth=bandwidth,
+    )  # fmt: skip
+    want, want_grads = dense_reference.jump_gradients(
+      sae, x_BD, MSE_OF_MEAN, 0.02, bandwidth
+    )
+    np.testing.assert_allclose(value, want, rtol=1e-12)
+    assert largest_difference(grads, want_grads) < 1e-10
+    assert abs(grads['log_threshold_N']).max() > 0
+    vals_BN, _ = autoencoder.encode(config, sae, x_BD)
+    np.testing.assert_allclose(terms.penalty, (vals_BN > 0).sum(1).mean())
+    assert (np.asarray(vals_BN) > 0).sum() < x_BD.shape[0] * 48 / 2
+
+
+def aux_gradients(args, **kwargs):
+  """The gradient of AuxK alone: with it, minus without it."""
+  _, _, grads = ours(*args, 1.0, k_aux=48, **kwargs)
+  _, _, plain = ours(*args, 1.0, k_aux=0, **kwargs)
+  return jax.tree.map(jnp.subtract, grads, plain)
 
 
 def touched(grad_ND):
   return np.flatnonzero(np.abs(np.asarray(grad_ND)).max(axis=1) > 0)
 
 
-def test_aux_reaches_exactly_the_dead_latents():
+# Latents that are dead or alive, as the size AuxK works on grows past them.
+@pytest.mark.parametrize('dead', [range(0, 48, 4), [3], [47], range(20)])
+@pytest.mark.parametrize('sizes', [(), (1, 12, 20)])
+def test_aux_reaches_exactly_the_dead_latents(monkeypatch, dead, sizes):
+  monkeypatch.setattr(objective, '_DEAD_SIZES', sizes)
   with jax.enable_x64(True):
-    sae, x_BD, dead_N = problem()
-    grads = aux_gradients(sae, x_BD, dead_N)
-    dead = np.flatnonzero(dead_N)
-    np.testing.assert_array_equal(touched(grads.w_enc_ND), dead)
-    np.testing.assert_array_equal(touched(grads.w_dec_ND), dead)
-    np.testing.assert_array_equal(np.flatnonzero(grads.b_lat_N), dead)
-    assert not grads.b_pre_D.any()
-
-
-def attached_target(sae, x_BD, error_BD, dead_N, k_aux):
-  """Defect: the error is not detached, so AuxK trains the living too."""
-  vals_BK, idx_BK = sparse.encode_topk(
-    x_BD - sae.b_pre_D, sae.w_enc_ND, sae.b_lat_N, k_aux, mask_N=dead_N
-  )
-  model_BD = sparse.decode(jax.nn.relu(vals_BK), idx_BK, sae.w_dec_ND)
-  return ((error_BD - model_BD) ** 2).sum() / (error_BD**2).sum()
-
-
-def frozen_encoder(sae, x_BD, error_BD, dead_N, k_aux):
-  """Defect: the dead latents' values carry no gradient to the encoder."""
-  fixed = sae.replace(w_enc_ND=jax.lax.stop_gradient(sae.w_enc_ND))
-  return objective.aux_error(fixed, x_BD, error_BD, dead_N, k_aux)
-
-
-def test_control_defects_of_aux_are_seen():
-  with jax.enable_x64(True):
-    sae, x_BD, dead_N = problem()
-    dead = np.flatnonzero(dead_N)
-    attached = aux_gradients(sae, x_BD, dead_N, attached_target)
-    assert len(touched(attached.w_dec_ND)) > len(dead)
-    frozen = aux_gradients(sae, x_BD, dead_N, frozen_encoder)
-    assert len(touched(frozen.w_enc_ND)) == 0
+    args = problem(dead=dead)
+    grads = aux_gradients(args)
+    np.testing.assert_array_equal(touched(grads['w_enc_ND']), list(dead))
+    np.testing.assert_array_equal(touched(grads['w_dec_ND']), list(dead))
+    np.testing.assert_array_equal(np.flatnonzero(grads['b_lat_N']), list(dead))
+    assert not grads['b_pre_D'].any()
+    _, _, want = dense(*args)
+    _, _, got = ours(*args)
+    assert largest_difference(got, want) < 1e-10
 
 
 def test_no_dead_latent_means_no_aux():
-  sae, x_BD, dead_N = problem(dead=[])
-  _, terms, grads = gradients(sparse_loss(1.0), sae, x_BD, dead_N)
+  args = problem(dead=[])
+  _, terms, grads = ours(*args, 1.0)
   assert terms.aux == 0
-  _, _, plain = gradients(sparse_loss(0.0), sae, x_BD, dead_N)
+  _, _, plain = ours(*args, k_aux=0)
   assert largest_difference(grads, plain) == 0
 
 
 def test_fewer_dead_latents_than_k_aux():
   with jax.enable_x64(True):
-    sae, x_BD, dead_N = problem(dead=[3, 11])
-    got = gradients(sparse_loss(2.0), sae, x_BD, dead_N)
-    want = gradients(dense_loss(2.0), sae, x_BD, dead_N)
+    args = problem(dead=[3, 11])
+    got, want = ours(*args, 2.0), dense(*args, 2.0)
     np.testing.assert_allclose(got[0], want[0], rtol=1e-12)
     assert largest_difference(got[2], want[2]) < 1e-10
 
 
-def test_aux_that_is_not_finite_counts_as_nothing():
+@pytest.mark.parametrize(
+  'spoil',
+  [
+    # Nothing is missed: 0 / 0.
+    lambda sae, x_BD: (sae, jnp.broadcast_to(sae.b_pre_D, x_BD.shape)),
+    # A dead latent of endless size.
+    lambda sae, x_BD: (
+      sae.replace(b_lat_N=sae.b_lat_N.at[4].set(jnp.inf)),
+      x_BD,
+    ),
+  ],
+)
+def test_aux_that_is_not_finite_counts_as_nothing(spoil):
   sae, x_BD, dead_N = problem()
-  flat_BD = jnp.zeros_like(x_BD)
-
-  def of(sae, error_BD):
-    return objective.aux_error(sae, x_BD, error_BD, dead_N, 7)
-
-  for error_BD in (flat_BD, flat_BD.at[0, 0].set(jnp.inf)):
-    value, grads = jax.value_and_grad(of)(sae, error_BD)
-    assert value == 0
-    assert all(
-      np.isfinite(g).all() and not g.any() for g in jax.tree.leaves(grads)
+  # Dead latents must not be chosen by TopK itself, the point is AuxK.
+  sae = sae.replace(b_lat_N=jnp.where(dead_N, sae.b_lat_N, -1e6))
+  sae, x_BD = spoil(sae, x_BD)
+  config = dataclasses.replace(CONFIG, k=1)
+  sums, error_BD = objective._topk_sums(
+    sae.replace(b_lat_N=jnp.zeros(48)), x_BD, config,
+    objective.ObjectiveConfig(), None, None,
+  )  # fmt: skip
+  error_BD = jnp.zeros_like(x_BD) if not sums.error > 1e9 else error_BD
+  zeros = jax.tree.map(jnp.zeros_like, sae)
+  for wrong_BD in (error_BD, error_BD.at[0, 0].set(jnp.inf)):
+    value, grads = objective.aux_error(
+      CONFIG, objective.ObjectiveConfig(), sae, zeros, x_BD, wrong_BD, dead_N, 48
     )
+    assert value == 0
+    assert all(not g.any() for g in jax.tree.leaves(grads))
 
 
 def test_terms_count_what_fired():
   sae, x_BD, dead_N = problem()
-  _, terms = sparse_loss(0.0)(sae, x_BD, dead_N)
+  _, terms, _ = ours(sae, x_BD, dead_N)
   vals_BK, idx_BK = autoencoder.encode(CONFIG, sae, x_BD)
   vals_BK, idx_BK = np.asarray(vals_BK), np.asarray(idx_BK)
   fired = np.unique(idx_BK[vals_BK > 0])
@@ -187,6 +247,44 @@ def test_silent_winners_did_not_fire():
   # All pre-activations negative: TopK picks latents, ReLU silences them.
   sae, x_BD, dead_N = problem()
   sae = dataclasses.replace(sae, b_lat_N=jnp.full(48, -1e4))
-  _, terms = sparse_loss(0.0)(sae, x_BD, dead_N)
+  _, terms, _ = ours(sae, x_BD, dead_N)
   assert terms.l0 == 0
   assert not terms.fired_N.any()
+
+
+def test_bfloat16_products_are_near_and_leave_float32():
+  sae, x_BD, dead_N = problem()
+  for implementation in ('gather', 'dense'):
+    exact, rounded = (
+      ours(
+        sae, x_BD, dead_N, implementation=implementation,
+        sae_config=dataclasses.replace(CONFIG, matmul=matmul, k=48),
+        k_aux=0,
+      )
+      for matmul in ('float32', 'bfloat16')
+    )  # fmt: skip
+    assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(rounded[2]))
+    np.testing.assert_allclose(rounded[0], exact[0], rtol=0.01)
+    for got, want in zip(
+      jax.tree.leaves(rounded[2]), jax.tree.leaves(exact[2])
+    ):
+      assert (got != want).any()
+      cosine = (got * want).sum() / np.linalg.norm(got) / np.linalg.norm(want)
+      assert cosine > 0.999
+
+
+@pytest.mark.parametrize(
+  ('sae_config', 'options', 'message'),
+  [
+    ({}, {'sparsity_weight': 0.1}, 'sparsity_weight 0.1 does nothing with'),
+    ({}, {'multi_topk': 10}, 'multi_topk 10 times k 5 exceeds the 48 latents: '
+     'use 9 or less'),
+    ({'activation': 'relu'}, {'multi_topk': 4}, 'multi_topk 4 needs topk'),
+  ],
+)  # fmt: skip
+def test_terms_that_do_not_fit_are_refused(sae_config, options, message):
+  with pytest.raises(UserError, match=message):
+    objective.check(
+      dataclasses.replace(CONFIG, **sae_config),
+      objective.ObjectiveConfig(**options),
+    )

@@ -40,7 +40,7 @@ def run(params, grads, config=CONFIG, rate=0.01):
   sae, history = as_sae(params), []
   state = optimizer.init(config, sae)
   for grad in grads:
-    sae, state = optimizer.update(
+    sae, state, _ = optimizer.update(
       config, sae, state, as_sae(grad), jnp.asarray(rate)
     )
     history.append(sae)
@@ -128,24 +128,59 @@ def test_average_of_constants_is_the_constant_in_float32(decay):
     assert abs(naive / history[-1].b_pre_D - 1).max() > 2e-4
 
 
+def test_clipping_scales_all_projected_gradients_by_one_factor():
+  params, grads = problem()
+  grads = [{name: 10 * a for name, a in grad.items()} for grad in grads]
+  w = params['w_dec_ND']
+  g = dict(grads[0])
+  g['w_dec_ND'] = g['w_dec_ND'] - (g['w_dec_ND'] * w).sum(1, keepdims=True) * w
+  norm = np.sqrt(sum((a**2).sum() for a in g.values()))
+  limit = norm / 3
+  config = dataclasses.replace(CONFIG, clip_norm=limit)
+  with jax.enable_x64(True):
+    sae = as_sae(params)
+    start = optimizer.init(config, sae)
+    one = as_sae(grads[0])
+    _, state, found = optimizer.update(config, sae, start, one, 0.01)
+    np.testing.assert_allclose(found, norm, rtol=1e-12)
+    for name in NAMES:
+      # Adam's first moment shows what it was given.
+      np.testing.assert_allclose(
+        state.adam.mu[name], 0.1 * g[name] / 3, rtol=1e-10, atol=1e-14
+      )
+    # Controls: a limit that is not reached changes nothing, nor does no limit.
+    for other in (2 * norm, 0.0):
+      config = dataclasses.replace(CONFIG, clip_norm=other)
+      _, state, _ = optimizer.update(config, sae, start, one, 0.01)
+      np.testing.assert_allclose(state.adam.mu['b_pre_D'], 0.1 * g['b_pre_D'])
+    # Gradients of zero are left as they are.
+    still = jax.tree.map(jnp.zeros_like, sae)
+    _, state, found = optimizer.update(config, sae, start, still, 0.01)
+    assert found == 0 and not state.adam.mu['b_pre_D'].any()
+
+
 def test_learning_rate_rule_is_inverse_square_root():
   for n, want in ((2**14, 2e-4), (2**12, 4e-4), (2**16, 1e-4)):
-    schedule = optimizer.learning_rate(CONFIG, n, 10)
-    np.testing.assert_allclose(schedule(5), want, rtol=1e-6)
+    np.testing.assert_allclose(optimizer.peak_rate(CONFIG, n), want, rtol=1e-6)
+  named = dataclasses.replace(CONFIG, learning_rate=0.5)
+  assert optimizer.peak_rate(named, 2**12) == 0.5
 
 
-def test_schedule_rises_stays_and_falls():
+@pytest.mark.parametrize('decay', optimizer.DECAYS)
+def test_schedule_rises_stays_and_falls(decay):
   config = dataclasses.replace(
-    CONFIG, learning_rate=1.0, warmup_steps=4, decay_steps=5
+    CONFIG, warmup_steps=4, decay_steps=5, decay=decay
   )
-  schedule = optimizer.learning_rate(config, 100, 20)
+  schedule = optimizer.schedule(config, 20)
   rates = np.array([schedule(step) for step in range(20)])
   np.testing.assert_allclose(rates[:4], [0.25, 0.5, 0.75, 1.0], rtol=1e-6)
   np.testing.assert_allclose(rates[4:16], 1.0)
-  np.testing.assert_allclose(rates[15:], [1.0, 0.8, 0.6, 0.4, 0.2], rtol=1e-6)
+  left = np.arange(5) / 5
+  want = 1 - left if decay == 'linear' else (1 + np.cos(np.pi * left)) / 2
+  np.testing.assert_allclose(rates[15:], want, rtol=1e-6)
 
 
 def test_a_schedule_longer_than_the_run_is_refused():
   config = dataclasses.replace(CONFIG, warmup_steps=8, decay_steps=5)
   with pytest.raises(UserError, match=r'8 \+ decay_steps 5 exceed the 10'):
-    optimizer.learning_rate(config, 100, 10)
+    optimizer.schedule(config, 10)

@@ -1,6 +1,7 @@
 """The training step: equal on every mesh, and equal to a dense loop."""
 
 import dataclasses
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,27 @@ import numpy as np
 import pytest
 
 from sae_jax import autoencoder, mesh, optimizer, step
-from tests import dense_reference, planted
+from sae_jax.sparse import varying
+from tests import dense_reference, planted, processes
 
 pytestmark = pytest.mark.fast
 
-STEPS = 12
+STEPS = 20
+MESHES = [(8, 1), (1, 8), (2, 4), (4, 2)]
 ROWS = planted.activations(3000)
+
+
+def config():
+  """A run with AuxK and clipping taking part."""
+  made = planted.train_config(steps=STEPS)
+  return dataclasses.replace(
+    made,
+    # Dead after a few steps; k_aux is more than a shard of 1x8 has latents.
+    objective=dataclasses.replace(
+      made.objective, dead_after_tokens=3 * 64, k_aux=20
+    ),
+    optimizer=dataclasses.replace(made.optimizer, clip_norm=0.25),
+  )
 
 
 def batches(config):
@@ -32,27 +48,62 @@ def make_mesh(data, latent):
   )
 
 
+def selection(config, made):
+  """A jitted function to which latents a state selects for each token."""
+
+  def chosen(sae, x_BD):
+    vals_BK, idx_BK = autoencoder.encode(config.sae, sae, x_BD, axis='latent')
+    rows_B1 = jnp.arange(x_BD.shape[0])[:, None]
+    none_BN = varying.zeros(
+      (x_BD.shape[0], sae.w_enc_ND.shape[0]), bool, vals_BK
+    )
+    return none_BN.at[rows_B1, idx_BK].max(vals_BK > 0)
+
+  specs = step._specs(step._abstract_sae(config.sae))
+  rule = mesh.RULES.spec
+  shards = jax.shard_map(
+    chosen, mesh=made, in_specs=(specs, rule('BD')), out_specs=rule('BN')
+  )
+
+  def select(sae, raw_BD):
+    x_BD, _ = autoencoder.preprocess(config.sae, sae, raw_BD)
+    return shards(sae, x_BD)
+
+  return jax.jit(select, out_shardings=mesh.sharding(made, ''))
+
+
 def run(config, shape):
-  """Losses, fired sets and last parameters of a few steps on a mesh."""
+  """A few steps on a mesh: values, selected latents, silence, last state."""
   made = make_mesh(*shape)
   state = step.init_state(config, made, ROWS[:500])
-  do = step.make_step(config, made)
-  losses, silent = [], []
+  do, select = step.make_step(config, made), selection(config, made)
+  values, selected, silent = [], [], []
+  whole = jax.jit(lambda a: a, out_shardings=mesh.sharding(made, ''))
   for raw_BD in batches(config):
-    placed = jax.device_put(raw_BD, mesh.sharding(made, 'BD'))
-    state, values = do(state, placed)
-    losses.append({name: float(v) for name, v in values.items()})
-    silent.append(np.asarray(state.silent_N))
-  return losses, silent, state
+    placed = jax.make_array_from_callback(
+      raw_BD.shape, mesh.sharding(made, 'BD'), lambda i, a=raw_BD: a[i]
+    )
+    selected.append(np.asarray(select(state.sae, placed)))
+    state, found = do(state, placed)
+    values.append({name: float(v) for name, v in found.items()})
+    silent.append(np.asarray(whole(state.silent_N)))
+  return values, np.array(selected), np.array(silent), state
 
 
-@pytest.fixture(scope='module')
-def config():
-  # Dead after a few steps, so that AuxK takes part.
-  made = planted.train_config(steps=STEPS)
-  # More of them than a shard of the 1x8 mesh has latents.
-  aux = dataclasses.replace(made.objective, dead_after_tokens=3 * 64, k_aux=20)
-  return dataclasses.replace(made, objective=aux)
+def assert_same_run(got, want):
+  """The same latents exactly, the same values to rounding."""
+  np.testing.assert_array_equal(got[1], want[1])
+  np.testing.assert_array_equal(got[2], want[2])
+  for a, b in zip(got[0], want[0], strict=True):
+    for name in b:
+      np.testing.assert_allclose(
+        a[name], b[name], rtol=1e-5, atol=1e-12, err_msg=name
+      )
+
+
+@pytest.fixture(name='config', scope='module')
+def config_fixture():
+  return config()
 
 
 @pytest.fixture(scope='module')
@@ -60,44 +111,115 @@ def unsharded(config):
   return run(config, (1, 1))
 
 
-@pytest.mark.parametrize('shape', [(2, 4), (8, 1), (1, 8)])
+@pytest.mark.parametrize('shape', MESHES)
 def test_a_mesh_changes_nothing_but_rounding(config, unsharded, shape):
-  losses, silent, state = run(config, shape)
-  want_losses, want_silent, want_state = unsharded
-  assert max(row['aux'] for row in want_losses) > 0
-  for got, want in zip(losses, want_losses):
-    for name in want:
-      np.testing.assert_allclose(got[name], want[name], rtol=1e-5, atol=1e-12)
-  # The same latents fired at every step.
-  np.testing.assert_array_equal(silent, want_silent)
-  for got, want in zip(
-    jax.tree.leaves(state.sae), jax.tree.leaves(want_state.sae)
+  got = run(config, shape)
+  assert_same_run(got, unsharded)
+  assert max(row['aux'] for row in unsharded[0]) > 0
+  clipped = [row['grad_norm'] > 0.25 for row in unsharded[0]]
+  assert any(clipped)
+  assert got[1].sum() == 4 * 64 * STEPS
+  for a, b in zip(
+    jax.tree.leaves(got[3].sae), jax.tree.leaves(unsharded[3].sae)
   ):
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
-  per_shard = state.sae.w_enc_ND.sharding.shard_shape((64, 16))
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+  per_shard = got[3].sae.w_enc_ND.sharding.shard_shape((64, 16))
   assert per_shard == (64 // shape[1], 16)
-  moments = state.optimizer.adam.mu['w_dec_ND']
+  moments = got[3].optimizer.adam.mu['w_dec_ND']
   assert moments.sharding.shard_shape((64, 16)) == per_shard
 
 
-def test_control_a_sum_that_forgets_the_data_axis_is_seen(
-  config, unsharded, monkeypatch
-):
-  """Latents that fire on another data shard must count as alive."""
-  from sae_jax import objective
-
-  whole = objective._sum
-  monkeypatch.setattr(
-    objective,
-    '_sum',
-    lambda x, axes: (
-      jax.lax.pmax(x * (jax.lax.axis_index('data') == 0), 'data')
-      if axes == ('data',) and x.dtype == jnp.int32
-      else whole(x, axes)
+@pytest.mark.parametrize('activation', ['relu', 'jumprelu'])
+def test_baselines_are_the_same_on_a_mesh(config, activation):
+  made = dataclasses.replace(
+    config,
+    sae=dataclasses.replace(config.sae, activation=activation),
+    objective=dataclasses.replace(
+      config.objective, sparsity_weight=0.05, jump_bandwidth=0.1
     ),
   )
-  _, silent, _ = run(config, (2, 4))
-  assert (np.array(silent) != np.array(unsharded[1])).any()
+  want = run(made, (1, 1))
+  assert_same_run(run(made, (2, 4)), want)
+  assert want[0][-1]['loss'] < want[0][0]['loss']
+  if activation == 'jumprelu':
+    last_N = np.asarray(want[3].sae.log_threshold_N)
+    assert np.ptp(last_N) > 0
+
+
+@pytest.mark.parametrize('multi_topk', [0, 2])
+def test_micro_batches_change_nothing_but_rounding(config, multi_topk):
+  made = dataclasses.replace(
+    config,
+    objective=dataclasses.replace(config.objective, multi_topk=multi_topk),
+  )
+  want = run(made, (1, 1))
+  parts = dataclasses.replace(made, micro_batches=4)
+  assert_same_run(run(parts, (1, 1)), want)
+  assert_same_run(run(parts, (2, 4)), want)
+
+
+@pytest.mark.slow
+def test_two_processes_select_the_same_latents(unsharded, tmp_path):
+  code = (
+    'import pickle, sys; from tests import test_step as t; '
+    'found = t.run(t.config(), (2, 4)); '
+    'print(len(t.jax.local_devices()), "of", len(t.jax.devices())); '
+    'pickle.dump(found[:3], open(sys.argv[1], "wb"))'
+  )
+  said = processes.run_two(code, [tmp_path / '0', tmp_path / '1'])
+  assert all('4 of 8' in text for text in said)
+  for number in '01':
+    with open(tmp_path / number, 'rb') as file:
+      assert_same_run(pickle.load(file), unsharded)
+
+
+@pytest.mark.parametrize('spoilt', [np.nan, np.inf])
+def test_a_step_that_is_not_finite_is_skipped(config, spoilt):
+  made = make_mesh(2, 4)
+  skipping = dataclasses.replace(config, on_nonfinite='skip')
+  do = step.make_step(skipping, made)
+  state = step.init_state(skipping, made, ROWS[:500])
+  bad_BD = ROWS[:64].copy()
+  bad_BD[7, 3] = spoilt
+  whole, gaps = state, jax.tree.map(jnp.copy, state)
+  for i in range(3):
+    placed = ROWS[i * 64 : i * 64 + 64]
+    whole, values = do(whole, placed)
+    gaps, held = do(gaps, bad_BD)
+    assert not held['finite'] and held['skipped'] == i + 1
+    gaps, after = do(gaps, placed)
+    assert values['finite'] and after['finite'] and values['skipped'] == 0
+  # But for the counters, which the schedule goes by, nothing happened.
+  assert int(gaps.step) == 6 and int(gaps.skipped) == 3
+  for name in ('sae', 'optimizer', 'silent_N'):
+    for a, b in zip(
+      jax.tree.leaves(getattr(gaps, name)),
+      jax.tree.leaves(getattr(whole, name)),
+    ):
+      np.testing.assert_array_equal(a, b)
+  # Control: a step that stops lets it in.
+  stopping = step.make_step(config, made)
+  state, values = stopping(whole, bad_BD)
+  assert not values['finite']
+  assert not np.isfinite(state.sae.w_enc_ND).all()
+
+
+def test_runs_that_differ_in_seed_and_rate_share_a_program(config):
+  made = make_mesh(1, 1)
+  before = step._program.cache_info().misses
+  other = dataclasses.replace(
+    config,
+    seed=7,
+    optimizer=dataclasses.replace(config.optimizer, learning_rate=0.1),
+  )
+  first = step.make_step(config, made)
+  second = step.make_step(other, made)
+  assert step._program.cache_info().misses <= before + 1
+  state = step.init_state(config, made, ROWS[:500])
+  copy = jax.tree.map(jnp.copy, state)
+  rates = [float(do(s, ROWS[:64])[1]['learning_rate']) for do, s in
+           ((first, state), (second, copy))]  # fmt: skip
+  np.testing.assert_allclose(rates, [3e-3, 0.1], rtol=1e-6)
 
 
 def test_steps_equal_a_dense_loop_in_float64(config):
@@ -110,10 +232,7 @@ def test_steps_equal_a_dense_loop_in_float64(config):
       lambda a: jnp.asarray(np.asarray(a), jnp.float64),
       step.init_state(config, make_mesh(1, 1), ROWS[:500]).sae,
     )
-    mse_of_mean, schedule = (
-      0.5,
-      optimizer.learning_rate(config.optimizer, 64, STEPS),
-    )
+    mse_of_mean, rate = 0.5, config.optimizer.learning_rate
     dead_after = config.objective.dead_after_tokens
     states, aux_seen = [], []
     for dense in (False, True):
@@ -124,6 +243,7 @@ def test_steps_equal_a_dense_loop_in_float64(config):
         silent_N=jnp.zeros(64, jnp.int32),
         mse_of_mean=jnp.asarray(mse_of_mean),
         step=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
       )
       do = step.make_step(config, one)
       for raw_BD in batches(config):
@@ -139,10 +259,9 @@ def test_steps_equal_a_dense_loop_in_float64(config):
         )[0]
         pre_BN = (x_BD - state.sae.b_pre_D) @ state.sae.w_enc_ND.T
         fired = dense_reference.codes(pre_BN + state.sae.b_lat_N, 4) > 0
-        new, opt = optimizer.update(
-          config.optimizer, state.sae, state.optimizer, grads,
-          schedule(state.step),
-        )  # fmt: skip
+        new, opt, _ = optimizer.update(
+          config.optimizer, state.sae, state.optimizer, grads, rate
+        )
         state = state.replace(
           sae=new,
           optimizer=opt,
@@ -187,7 +306,7 @@ def test_initial_weights_do_not_depend_on_the_mesh(config):
 def test_evaluation_is_of_the_averaged_weights_on_every_mesh(config):
   totals = []
   for shape in ((1, 1), (2, 4)):
-    _, _, state = run(config, shape)
+    state = run(config, shape)[-1]
     made = make_mesh(*shape)
     placed = jax.device_put(ROWS[-512:], mesh.sharding(made, 'BD'))
     totals.append(step.make_evaluation(config, made)(state, placed))

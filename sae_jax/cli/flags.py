@@ -10,6 +10,7 @@ from absl import app, flags, logging
 import jax
 
 from sae_jax import config as config_lib
+from sae_jax import memory
 
 _Config = TypeVar('_Config')
 _USER_ERROR = 2
@@ -96,6 +97,8 @@ def run(main: Callable[[], Any], description: str) -> None:
     main: the binary's work; reads its flags by `read` and `url`.
     description: what --help says first.
   """
+
+  memory.use_huge_pages()
 
   def parse(argv: list[str]) -> list[str]:
     # absl's own --help exits with 1 and knows the flags of __main__ only.

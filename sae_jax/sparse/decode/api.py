@@ -16,6 +16,7 @@ def decode(
   idx_BK: jax.Array,
   w_dec_ND: jax.Array,
   *,
+  dtype: jnp.dtype | None = None,
   implementation: str | None = None,
 ) -> jax.Array:
   """Sums decoder rows, weighted by the active latents' values.
@@ -28,6 +29,7 @@ def decode(
     vals_BK: values of the active latents; a zero adds nothing.
     idx_BK: their rows in w_dec_ND; repeated rows add up.
     w_dec_ND: a row per latent.
+    dtype: of the factors of dense products, see `matmul`.
     implementation: 'gather', 'dense', or None to choose by device and shape.
 
   Returns:
@@ -35,27 +37,29 @@ def decode(
   """
   name = dispatch.choose(w_dec_ND.shape[0], idx_BK.shape[1], implementation)
   vals_BK, idx_BK, w_dec_ND = map(jnp.asarray, (vals_BK, idx_BK, w_dec_ND))
-  return _decode(name, vals_BK, idx_BK, varying.match(w_dec_ND, vals_BK))
+  return _decode(name, dtype, vals_BK, idx_BK, varying.match(w_dec_ND, vals_BK))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _decode(name, vals_BK, idx_BK, w_dec_ND):
-  total = {'gather': reference.gather_sum, 'dense': reference.dense_sum}[name]
-  return total(vals_BK, idx_BK, w_dec_ND)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _decode(name, dtype, vals_BK, idx_BK, w_dec_ND):
+  if name == 'dense':
+    return reference.dense_sum(vals_BK, idx_BK, w_dec_ND, dtype)
+  return reference.gather_sum(vals_BK, idx_BK, w_dec_ND)
 
 
-def _forward(name, vals_BK, idx_BK, w_dec_ND):
-  return _decode(name, vals_BK, idx_BK, w_dec_ND), (vals_BK, idx_BK, w_dec_ND)
+def _forward(name, dtype, vals_BK, idx_BK, w_dec_ND):
+  output_BD = _decode(name, dtype, vals_BK, idx_BK, w_dec_ND)
+  return output_BD, (vals_BK, idx_BK, w_dec_ND)
 
 
-def _backward(name, saved, g_BD):
+def _backward(name, dtype, saved, g_BD):
   vals_BK, idx_BK, w_dec_ND = saved
   products = {
     'gather': reference.sampled_products,
-    'dense': reference.dense_products,
+    'dense': functools.partial(reference.dense_products, dtype=dtype),
   }[name]
   grad_ND = weight_grad_api.weight_grad(
-    vals_BK, idx_BK, g_BD, w_dec_ND.shape[0], implementation=name
+    vals_BK, idx_BK, g_BD, w_dec_ND.shape[0], dtype=dtype, implementation=name
   )
   return (
     products(g_BD, idx_BK, w_dec_ND).astype(vals_BK.dtype),

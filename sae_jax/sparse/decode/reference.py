@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from sae_jax.sparse import varying
+from sae_jax.sparse.dense import matmul
 
 
 def gather_sum(
@@ -46,14 +47,20 @@ def scatter_codes(
 
 
 def dense_sum(
-  vals_BK: jax.Array, idx_BK: jax.Array, w_ND: jax.Array
+  vals_BK: jax.Array,
+  idx_BK: jax.Array,
+  w_ND: jax.Array,
+  dtype: jnp.dtype | None = None,
 ) -> jax.Array:
   """`gather_sum` as one dense product over [B, N]."""
-  return scatter_codes(vals_BK, idx_BK, w_ND.shape[0]) @ w_ND
+  return matmul(scatter_codes(vals_BK, idx_BK, w_ND.shape[0]), w_ND, dtype)
 
 
 def dense_products(
-  g_BD: jax.Array, idx_BK: jax.Array, w_ND: jax.Array
+  g_BD: jax.Array,
+  idx_BK: jax.Array,
+  w_ND: jax.Array,
+  dtype: jnp.dtype | None = None,
 ) -> jax.Array:
   """`sampled_products` as one dense product over [B, N]."""
-  return jnp.take_along_axis(g_BD @ w_ND.T, idx_BK, axis=1)
+  return jnp.take_along_axis(matmul(g_BD, w_ND.T, dtype), idx_BK, axis=1)

@@ -13,6 +13,7 @@ def weight_grad(
   g_BD: jax.Array,
   n_latents: int,
   *,
+  dtype: jnp.dtype | None = None,
   implementation: str | None = None,
 ) -> jax.Array:
   """Row n of the result is the sum of vals[b, k] g[b] over idx[b, k] = n.
@@ -25,12 +26,14 @@ def weight_grad(
     idx_BK: the latent of each pair.
     g_BD: a row per token.
     n_latents: N.
+    dtype: of the factors of a dense product, see `matmul`.
     implementation: 'gather', 'dense', or None to choose by device and shape.
 
   Returns:
     The sums, [N, D].
   """
   name = dispatch.choose(n_latents, idx_BK.shape[1], implementation)
-  total = {'gather': reference.scatter_rows, 'dense': reference.dense_outer}
   arrays = map(jnp.asarray, (vals_BK, idx_BK, g_BD))
-  return total[name](*arrays, n_latents)
+  if name == 'dense':
+    return reference.dense_outer(*arrays, n_latents, dtype)
+  return reference.scatter_rows(*arrays, n_latents)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from sae_jax.sparse import varying
 from sae_jax.sparse.decode import reference as decode_reference
+from sae_jax.sparse.dense import matmul
 
 
 def scatter_rows(
@@ -23,7 +24,12 @@ def scatter_rows(
 
 
 def dense_outer(
-  vals_BK: jax.Array, idx_BK: jax.Array, g_BD: jax.Array, n_latents: int
+  vals_BK: jax.Array,
+  idx_BK: jax.Array,
+  g_BD: jax.Array,
+  n_latents: int,
+  dtype: jnp.dtype | None = None,
 ) -> jax.Array:
   """The same as one dense product over [B, N]."""
-  return decode_reference.scatter_codes(vals_BK, idx_BK, n_latents).T @ g_BD
+  z_BN = decode_reference.scatter_codes(vals_BK, idx_BK, n_latents)
+  return matmul(z_BN.T, g_BD, dtype)

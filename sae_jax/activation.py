@@ -1,0 +1,104 @@
+"""Activation functions of the baselines, with the gradients they train by."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+ACTIVATIONS = ('topk', 'relu', 'jumprelu')
+
+
+def jump_relu(pre_BN: jax.Array, log_threshold_N: jax.Array) -> jax.Array:
+  """JumpReLU: the pre-activation where it exceeds its latent's threshold.
+
+  Rajamanoharan et al. 2024, equation 4. For a gradient with respect to the
+  threshold, which this function has none of, see `trainable_jump_relu`.
+  """
+  return jnp.where(pre_BN > jnp.exp(log_threshold_N), pre_BN, 0)
+
+
+def _near(pre_BN, threshold_N, bandwidth):
+  """The rectangle kernel K((pre - threshold) / bandwidth) / bandwidth."""
+  return (jnp.abs(pre_BN - threshold_N) < bandwidth / 2) / bandwidth
+
+
+def _threshold_sum(terms_BN, like_N):
+  axis = tuple(range(terms_BN.ndim - 1))
+  return terms_BN.sum(axis).astype(like_N.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def trainable_jump_relu(
+  pre_BN: jax.Array, log_threshold_N: jax.Array, bandwidth: float
+) -> jax.Array:
+  """`jump_relu` with a straight-through estimate for the threshold.
+
+  Its derivative with respect to the threshold is taken as
+  -(threshold / bandwidth) K((pre - threshold) / bandwidth), K the rectangle
+  (Rajamanoharan et al. 2024, equation 11); with respect to the pre-activation
+  it is the true one, 1 above the threshold and 0 below.
+
+  Args:
+    pre_BN: pre-activations.
+    log_threshold_N: logarithm of each latent's threshold.
+    bandwidth: width of the kernel, in units of the pre-activations.
+  """
+  del bandwidth
+  return jump_relu(pre_BN, log_threshold_N)
+
+
+def _jump_forward(pre_BN, log_threshold_N, bandwidth):
+  del bandwidth
+  return jump_relu(pre_BN, log_threshold_N), (pre_BN, log_threshold_N)
+
+
+def _jump_backward(bandwidth, saved, g_BN):
+  pre_BN, log_threshold_N = saved
+  threshold_N = jnp.exp(log_threshold_N)
+  near_BN = _near(pre_BN, threshold_N, bandwidth)
+  # One more factor of the threshold: the parameter is its logarithm.
+  slope_BN = -(threshold_N**2) * near_BN
+  return (
+    jnp.where(pre_BN > threshold_N, g_BN, 0),
+    _threshold_sum(g_BN * slope_BN, log_threshold_N),
+  )
+
+
+trainable_jump_relu.defvjp(_jump_forward, _jump_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def trainable_count(
+  pre_BN: jax.Array, log_threshold_N: jax.Array, bandwidth: float
+) -> jax.Array:
+  """How many pre-activations exceed their threshold, all tokens together.
+
+  The derivative with respect to the threshold is estimated as
+  -K((pre - threshold) / bandwidth) / bandwidth (Rajamanoharan et al. 2024,
+  equation 12); there is none with respect to the pre-activations.
+
+  Args:
+    pre_BN: pre-activations.
+    log_threshold_N: logarithm of each latent's threshold.
+    bandwidth: width of the kernel, in units of the pre-activations.
+  """
+  del bandwidth
+  return (pre_BN > jnp.exp(log_threshold_N)).sum().astype(pre_BN.dtype)
+
+
+def _count_forward(pre_BN, log_threshold_N, bandwidth):
+  count = trainable_count(pre_BN, log_threshold_N, bandwidth)
+  return count, (pre_BN, log_threshold_N)
+
+
+def _count_backward(bandwidth, saved, g):
+  pre_BN, log_threshold_N = saved
+  threshold_N = jnp.exp(log_threshold_N)
+  slope_BN = -threshold_N * _near(pre_BN, threshold_N, bandwidth)
+  return (
+    jnp.zeros_like(pre_BN),
+    _threshold_sum(g * slope_BN, log_threshold_N),
+  )
+
+
+trainable_count.defvjp(_count_forward, _count_backward)

@@ -1,0 +1,37 @@
+"""Huge pages for a process that computes on a CPU."""
+
+import os
+import platform
+import sys
+
+_TUNABLE = 'glibc.malloc.hugetlb'
+_MODES = '/sys/kernel/mm/transparent_hugepage/enabled'
+
+
+def _on_request() -> bool:
+  """Whether the kernel gives huge pages to those who ask."""
+  try:
+    with open(_MODES) as modes:
+      return '[madvise]' in modes.read()
+  except OSError:
+    return False
+
+
+def use_huge_pages() -> None:
+  """Starts this program again with large allocations on huge pages.
+
+  Every step's temporaries are mapped afresh; on pages of 4 KiB the kernel's
+  part is a third of a training step. glibc asks for huge pages only if it is
+  told to before the program starts. Does nothing where that is done already,
+  where the C library is another, or where a TPU computes.
+  """
+  tunables = os.environ.get('GLIBC_TUNABLES', '')
+  if (
+    _TUNABLE in tunables
+    or platform.libc_ver()[0] != 'glibc'
+    or not _on_request()
+  ):
+    return
+  both = [part for part in (tunables, f'{_TUNABLE}=1') if part]
+  environment = os.environ | {'GLIBC_TUNABLES': ':'.join(both)}
+  os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], environment)

@@ -1,0 +1,90 @@
+"""Defects that other trainers shipped, put back: a test must see each."""
+
+import inspect
+
+import pytest
+
+from sae_jax import autoencoder, objective, optimizer, sparse, step
+from tests import test_objective, test_optimizer, test_sparse, test_step
+
+pytestmark = pytest.mark.fast
+
+
+def put_back(monkeypatch, module, name, good, bad):
+  """Edits a line of a function of a module, for the module and its users."""
+  function = getattr(module, name)
+  source = inspect.getsource(function)
+  assert source.count(good) == 1, f'{name} has no such line any more: {good}'
+  code = {}
+  exec(source.replace(good, bad), function.__globals__, code)
+  monkeypatch.setattr(module, name, code[name])
+  step._program.cache_clear()
+
+
+def gradients():
+  test_objective.test_gradients_equal_dense_autodiff(1 / 32, 'gather', 0)
+
+
+def sharded_run():
+  config = test_step.config()
+  unsharded = test_step.run(config, (1, 1))
+  test_step.assert_same_run(test_step.run(config, (2, 4)), unsharded)
+
+
+DEFECTS = {
+  'AuxK: the target is attached': (
+    gradients,
+    objective,
+    'value_and_grad',
+    '    return total / tokens, (sums, jax.lax.stop_gradient(error_BD))',
+    '    norm = jax.lax.stop_gradient((error_BD**2).sum())\n'
+    '    aux = config.aux_weight * (error_BD**2).sum() / norm\n'
+    '    return total / tokens + aux, (sums, jax.lax.stop_gradient(error_BD))',
+  ),
+  "AuxK: the encoder's gradient is dropped": (
+    gradients,
+    objective,
+    'aux_error',
+    '      rows.w_enc_MD,\n',
+    '      jax.lax.stop_gradient(rows.w_enc_MD),\n',
+  ),
+  'unit norm along the wrong axis': (
+    test_optimizer.test_updates_equal_a_float64_loop,
+    autoencoder,
+    'unit_rows',
+    'axis=-1',
+    'axis=0',
+  ),
+  'dead latents counted by each data shard': (
+    sharded_run,
+    objective,
+    'value_and_grad',
+    '    fired_N=_sum(sums.fired_N, data_axis) > 0,',
+    '    fired_N=_sum(sums.fired_N * (jax.lax.axis_index(data_axis) == 0 if '
+    'data_axis else 1), data_axis) > 0,',
+  ),
+  'top-k with a capacity factor': (
+    test_sparse.test_top_k_over_shards_keeps_winners_that_crowd_one_shard,
+    sparse,
+    'global_top_k',
+    'won_B1 = own_Bk.sum(-1, keepdims=True)',
+    'won_B1 = jnp.minimum(own_Bk.sum(-1, keepdims=True), 2 * k // shards)',
+  ),
+}
+
+
+@pytest.mark.parametrize('name', DEFECTS)
+def test_a_defect_put_back_is_seen(monkeypatch, name):
+  check, *edit = DEFECTS[name]
+  put_back(monkeypatch, *edit)
+  with pytest.raises(AssertionError):
+    check()
+  monkeypatch.undo()
+  step._program.cache_clear()
+  # Without it the same check passes.
+  check()
+
+
+def test_the_optimizer_uses_what_is_edited():
+  # `unit_rows` is looked up when it is used, so that the edit reaches it.
+  assert 'autoencoder.unit_rows' in inspect.getsource(optimizer.update)
