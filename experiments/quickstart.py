@@ -60,6 +60,7 @@ def stages(
     batch_size=config.batch_size,
     checkpoint_every=max(1, config.steps // 4),
     seed=config.seed,
+    order_seed=config.seed,
   )
   probing = report_lib.ProbeConfig(
     task_prompts=config.task_prompts,

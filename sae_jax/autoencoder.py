@@ -44,9 +44,15 @@ class SaeConfig(config_lib.Config):
   )
   matmul: str = config_lib.option(
     'auto',
-    "of dense products: float32, bfloat16 (sums stay float32; parameters and "
+    'of dense products: float32, bfloat16 (sums stay float32; parameters and '
     "Adam's moments are float32 always), or auto: bfloat16 on a TPU",
     MATMULS,
+  )
+  encoder_init: str = config_lib.option(
+    'transposed',
+    "first encoder: the decoder's transpose, or drawn apart from it "
+    '(independent), which leaves more latents dead',
+    ('transposed', 'independent'),
   )
 
   @property
@@ -136,9 +142,7 @@ def restore(affine: Affine, x_BD: jax.Array) -> jax.Array:
   return x_BD * affine.scale + affine.shift
 
 
-def pre_activations(
-  config: SaeConfig, sae: Sae, x_BD: jax.Array
-) -> jax.Array:
+def pre_activations(config: SaeConfig, sae: Sae, x_BD: jax.Array) -> jax.Array:
   """W_enc (x - b_pre) + b_lat of every latent, [B, N]."""
   x_BD = x_BD - sae.b_pre_D
   return sparse.matmul(x_BD, sae.w_enc_ND.T, config.matmul_dtype) + sae.b_lat_N
@@ -283,7 +287,7 @@ def geometric_median(
 def init_weights(
   config: SaeConfig, key: jax.Array, dtype: jnp.dtype = jnp.float32
 ) -> Sae:
-  """Random unit decoder rows, the encoder their transpose, zero biases.
+  """Random unit decoder rows, the encoder as the config says, zero biases.
 
   Under jit with output shardings each device makes its own part only, and
   the values do not depend on the mesh.
@@ -296,10 +300,14 @@ def init_weights(
   shape = (config.n_latents, config.d_model)
   jumps = config.activation == 'jumprelu'
   w_dec_ND = unit_rows(jax.random.normal(key, shape, dtype))
+  # A copy: the two are donated apart.
+  w_enc_ND = jnp.copy(w_dec_ND)
+  if config.encoder_init == 'independent':
+    other = jax.random.fold_in(key, 1)
+    w_enc_ND = unit_rows(jax.random.normal(other, shape, dtype))
   return Sae(
-    w_enc_ND=w_dec_ND,
-    # A copy: the two are donated apart.
-    w_dec_ND=jnp.copy(w_dec_ND),
+    w_enc_ND=w_enc_ND,
+    w_dec_ND=w_dec_ND,
     b_lat_N=jnp.zeros((config.n_latents,), dtype),
     b_pre_D=jnp.zeros((config.d_model,), dtype),
     data_mean_D=jnp.zeros((config.d_model,), dtype),

@@ -16,6 +16,7 @@ from orbax.checkpoint import v1 as ocp
 
 from sae_jax import autoencoder, optimizer
 from sae_jax import config as config_lib
+from sae_jax.step import TrainState
 
 METRIC_DEFINITIONS = {
   'space': 'activations after the preprocessing named in the sae config',
@@ -26,25 +27,59 @@ METRIC_DEFINITIONS = {
 }
 
 
-def open_checkpointer(
-  workdir: str, every: int = 0, keep: int = 2
-) -> ocp.training.Checkpointer:
+def open_checkpointer(workdir: str, keep: int = 2) -> ocp.training.Checkpointer:
   """Opens a run's checkpoints; close it, or use it as a context manager.
 
   Args:
     workdir: the run's folder or gs:// URL.
-    every: steps between checkpoints; 0 for those that are forced only.
     keep: how many of the latest are kept.
   """
-  training = ocp.training
-  saves = [training.save_decision_policies.PreemptionCheckpointingPolicy()]
-  if every:
-    saves.append(training.save_decision_policies.FixedIntervalPolicy(every))
-  return training.Checkpointer(
+  return ocp.training.Checkpointer(
     epath.Path(workdir) / 'checkpoints',
-    save_decision_policy=training.save_decision_policies.AnySavePolicy(saves),
-    preservation_policy=training.preservation_policies.LatestN(keep),
+    preservation_policy=ocp.training.preservation_policies.LatestN(keep),
     cleanup_tmp_directories=True,
+  )
+
+
+def _parts(state: TrainState) -> dict[str, Any]:
+  return {
+    'sae': state.sae,
+    'ema': state.optimizer.ema,
+    'adam': state.optimizer.adam,
+    'progress': {
+      'silent_N': state.silent_N,
+      'mse_of_mean': state.mse_of_mean,
+      'step': state.step,
+      'skipped': state.skipped,
+    },
+  }
+
+
+def save(
+  checkpointer: ocp.training.Checkpointer,
+  state: TrainState,
+  step: int,
+  about: dict[str, Any],
+) -> None:
+  """Saves a state while training goes on; `about` becomes its metadata."""
+  checkpointer.save_checkpointables_async(
+    step, _parts(state), force=True, custom_metadata=about
+  )
+
+
+def restore(
+  checkpointer: ocp.training.Checkpointer, wanted: TrainState
+) -> TrainState:
+  """The latest state, in the shapes and shardings of `wanted`.
+
+  Raises:
+    UserError: if it is damaged.
+  """
+  parts = read(checkpointer, checkpointer.latest.step, _parts(wanted))
+  return TrainState(
+    sae=parts['sae'],
+    optimizer=optimizer.OptimizerState(adam=parts['adam'], ema=parts['ema']),
+    **parts['progress'],
   )
 
 

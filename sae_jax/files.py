@@ -1,8 +1,13 @@
-"""Small files under a URL: whole or absent."""
+"""Small files under a URL: whole or absent; folders: one user at a time."""
 
+from collections.abc import Iterator
+import contextlib
+import fcntl
 import os
 
 from etils import epath
+
+from sae_jax import config as config_lib
 
 
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
@@ -26,3 +31,31 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
 def write_text(path: epath.PathLike, text: str) -> None:
   """`write_bytes` of UTF-8 text."""
   write_bytes(path, text.encode())
+
+
+@contextlib.contextmanager
+def claim(folder: str) -> Iterator[None]:
+  """Keeps a local folder for this process while the context is open.
+
+  The kernel lets go of it when the process ends, however it ends. Folders in
+  gs:// cannot be kept.
+
+  Raises:
+    UserError: if another process has it.
+  """
+  if folder.startswith('gs://'):
+    yield
+    return
+  os.makedirs(folder, exist_ok=True)
+  held = os.open(folder, os.O_RDONLY)
+  try:
+    try:
+      fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise config_lib.UserError(
+        f'{folder} is in use by another process: '
+        'wait until it has ended, or use another workdir'
+      ) from None
+    yield
+  finally:
+    os.close(held)

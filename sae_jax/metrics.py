@@ -235,17 +235,26 @@ class Writer:
     )
 
   def write(
-    self, step: int, values: dict[str, float], board_only: dict | None = None
+    self,
+    step: int,
+    values: dict[str, float],
+    board_only: dict[str, float] | None = None,
+    lists: dict[str, list[int]] | None = None,
   ) -> None:
-    """Takes one step's values; `board_only` ones may depend on the clock.
+    """Takes one step's values.
 
-    A value that is not finite is null in the lines: JSON has no NaN.
+    Args:
+      step: of the run.
+      values: one number each. What is not finite is null in the lines: JSON
+        has no NaN.
+      board_only: may depend on the clock.
+      lists: written to the lines alone, histograms say.
     """
     if not self._active:
       return
     row = {name: float(value) for name, value in values.items()}
     plain = {n: v if math.isfinite(v) else None for n, v in row.items()}
-    self._lines.append(json.dumps({'step': step, **plain}))
+    self._lines.append(json.dumps({'step': step, **plain, **(lists or {})}))
     for name, value in (row | (board_only or {})).items():
       self._board.add_scalar(name, value, step)
 

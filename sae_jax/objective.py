@@ -40,9 +40,7 @@ class ObjectiveConfig(config_lib.Config):
     'k latents (the paper: 4); 0 for none',
     least=0,
   )
-  multi_weight: float = config_lib.option(
-    1 / 8, "Multi-TopK's weight", least=0
-  )
+  multi_weight: float = config_lib.option(1 / 8, "Multi-TopK's weight", least=0)
   sparsity_weight: float = config_lib.option(
     0.0,
     "weight of relu's L1 penalty (of z in units of the tokens' RMS distance "
@@ -209,9 +207,7 @@ def _fold(
 
 
 def _zeros_like(tree, *like):
-  return jax.tree.map(
-    lambda a: varying.zeros(a.shape, a.dtype, a, *like), tree
-  )
+  return jax.tree.map(lambda a: varying.zeros(a.shape, a.dtype, a, *like), tree)
 
 
 def value_and_grad(

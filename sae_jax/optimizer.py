@@ -39,7 +39,9 @@ class OptimizerConfig(config_lib.Config):
     'linear', 'the way it falls: linear or cosine', DECAYS
   )
   clip_norm: float = config_lib.option(
-    0.0, 'gradients are scaled to at most this global norm; 0 for never', least=0
+    0.0,
+    'gradients are scaled to at most this global norm; 0 for never',
+    least=0,
   )
   adam_b1: float = config_lib.option(
     0.9, "decay of Adam's first moment", least=0, most=0.999999

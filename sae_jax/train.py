@@ -1,81 +1,48 @@
-"""Training: the loop over batches, with metrics, checkpoints and resume."""
+"""Training: from a store and a config to a finished run, or its next part."""
 
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
+import contextlib
 import dataclasses
-import time
+import itertools
 from typing import Any
 
 from absl import logging
 from etils import epath
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 import numpy as np
 
-from sae_jax import checkpoint, files, metrics, optimizer, progress
+from sae_jax import checkpoint, files, loop
 from sae_jax import config as config_lib
 from sae_jax import mesh as mesh_lib
 from sae_jax.activations import feed, store
-from sae_jax.step import (
-  abstract_state,
-  init_state,
-  make_evaluation,
-  make_step,
-  TrainConfig,
-  TrainState,
-)
+from sae_jax.step import abstract_state, init_state, TrainConfig, TrainState
 
 # What may change when a run is resumed: where it runs and what it tells.
 _MAY_CHANGE = frozenset(
   (
     'mesh_data',
     'mesh_latent',
+    'micro_batches',
     'log_every',
     'eval_every',
     'eval_rows',
     'checkpoint_every',
     'checkpoint_keep',
+    'on_nonfinite',
+    'profile_start',
+    'profile_steps',
   )
 )
-
-
-def _heldout(
-  config: TrainConfig, manifest: store.Manifest, mesh: Mesh
-) -> tuple[int, int, int]:
-  """First held-out row, where the scored ones end, and rows of a batch."""
-  first = manifest.n_rows - manifest.holdout_rows
-  last = min(manifest.n_rows, first + config.eval_rows)
-  size = min(config.batch_size, last - first)
-  return first, last, size - size % mesh.shape['data']
-
-
-def evaluate(
-  config: TrainConfig,
-  mesh: Mesh,
-  state: TrainState,
-  data: store.Store,
-  evaluation: Callable[[TrainState, jax.Array], metrics.Sums],
-) -> metrics.Metrics:
-  """Metrics on held-out rows, in whole batches.
-
-  Args:
-    config: the run.
-    mesh: where the state lies.
-    state: the state, after at least one step.
-    data: the store.
-    evaluation: from `make_evaluation`.
-  """
-  total = None
-  first, last, size = _heldout(config, data.manifest, mesh)
-  for start in range(first, last - size + 1, size):
-    rows = _put(data.read_rows(start, start + size), mesh)
-    total = metrics.add_sums(total, evaluation(state, rows))
-  return metrics.summarise(total, float(state.mse_of_mean))
-
-
-def _put(batch_BD: np.ndarray, mesh: Mesh) -> jax.Array:
-  return jax.make_array_from_callback(
-    batch_BD.shape, mesh_lib.sharding(mesh, 'BD'), lambda i: batch_BD[i]
-  )
+# What runs from one reading have in common.
+_SHARED = (
+  'batch_size',
+  'order_seed',
+  'window_chunks',
+  'mesh_data',
+  'mesh_latent',
+)
 
 
 def check(config: TrainConfig, manifest: store.Manifest, mesh: Mesh) -> None:
@@ -86,15 +53,19 @@ def check(config: TrainConfig, manifest: store.Manifest, mesh: Mesh) -> None:
       f'the store: use --d_model={manifest.d_model}, or 0 to take the '
       "store's"
     )
-  mesh_lib.check_divides('batch_size', config.batch_size, mesh, 'data')
+  parts = mesh.shape['data'] * config.micro_batches
+  if config.batch_size % parts:
+    raise config_lib.UserError(
+      f'batch_size {config.batch_size} must be a multiple of the data axis '
+      f'({mesh.shape["data"]}) times micro_batches ({config.micro_batches}): '
+      f'use {-(-config.batch_size // parts) * parts}'
+    )
   mesh_lib.check_divides('n_latents', config.sae.n_latents, mesh, 'latent')
-  if _heldout(config, manifest, mesh)[2] < 2:
+  if loop.heldout(config, manifest, mesh)[2] < 2:
     raise config_lib.UserError(
       f'the store holds {manifest.holdout_rows} rows out, an evaluation needs '
       f'{max(2, mesh.shape["data"])}: harvest with a larger holdout_fraction'
     )
-  # Refuses a schedule that does not fit the run.
-  optimizer.learning_rate(config.optimizer, config.sae.n_latents, config.steps)
 
 
 def resolve(config: TrainConfig, manifest: store.Manifest) -> TrainConfig:
@@ -111,10 +82,14 @@ def _check_same(
   """Raises UserError if the workdir's checkpoints are of another run."""
   old = config_lib.from_dict(TrainConfig, about['train_config'])
   found = config_lib.flat(old)
+  may_change = set(_MAY_CHANGE)
+  # No step before the end depends on where it is, unless the rate decays.
+  if not config.optimizer.decay_steps:
+    may_change.add('steps')
   changed = [
     f'{name}: {found[name]!r} -> {value!r}'
     for name, value in config_lib.flat(config).items()
-    if found[name] != value and name not in _MAY_CHANGE
+    if found[name] != value and name not in may_change
   ]
   if about['dataset']['identity'] != identity:
     changed.append(f'dataset: {about["dataset"]["identity"]} -> {identity}')
@@ -125,10 +100,48 @@ def _check_same(
     )
 
 
+def sweep(
+  config: TrainConfig, workdir: str, **values: Sequence[Any]
+) -> dict[str, TrainConfig]:
+  """Runs for every combination of some fields' values.
+
+  Args:
+    config: what they have in common.
+    workdir: local path or gs:// URL; each run gets a folder in it that is
+      named after its values.
+    **values: of fields of the config, nested ones included.
+
+  Returns:
+    The configs by workdir, for `train_many`.
+
+  Raises:
+    UserError: if there is no such field.
+  """
+  base = config_lib.flat(config)
+  unknown = sorted(set(values) - set(base))
+  if unknown:
+    raise config_lib.UserError(
+      f'a run has no field {", ".join(unknown)} to sweep: '
+      f'use some of {", ".join(sorted(base))}'
+    )
+  found = {}
+  for chosen in itertools.product(*values.values()):
+    some = dict(zip(values, chosen))
+    name = '_'.join(f'{field}={value}' for field, value in some.items())
+    path = str(epath.Path(workdir) / name) if name else workdir
+    found[path] = config_lib.from_flat(TrainConfig, base | some)
+  return found
+
+
 def train(config: TrainConfig, store_url: str, workdir: str) -> TrainState:
   """Trains an autoencoder, or goes on where a run of the same config stopped.
 
   The workdir gets config.json, metrics.jsonl, tensorboard/ and checkpoints/.
+  On SIGTERM the run is saved and this returns before the last step.
+
+  Where it runs, what it tells and how often it is saved may change between a
+  run and its resumption, and so may the number of steps if the rate does not
+  decay; nothing else.
 
   Args:
     config: the run.
@@ -138,130 +151,108 @@ def train(config: TrainConfig, store_url: str, workdir: str) -> TrainState:
   Returns:
     The final state, on the mesh.
 
-  Where and how often it is logged, evaluated and saved may change between a
-  run and its resumption, and so may the mesh; nothing else.
-
   Raises:
     UserError: if config, store, mesh and workdir do not fit, or the latest
       checkpoint is damaged.
-    FloatingPointError: if the loss is not finite.
+    FloatingPointError: if a loss or gradient is not finite.
+  """
+  return train_many({workdir: config}, store_url)[workdir]
+
+
+def train_many(
+  configs: Mapping[str, TrainConfig], store_url: str
+) -> dict[str, TrainState]:
+  """Trains many autoencoders, in turn on each batch of one reading.
+
+  Each is what `train` makes of its config alone, to the bit, and its workdir
+  can be resumed alone. All states are in memory at once. Runs that differ in
+  seed and learning rate alone share one compiled step.
+
+  Args:
+    configs: by workdir; batch size, order and mesh are the same in all.
+    store_url: see `train`.
+
+  Returns:
+    The final states by workdir.
+
+  Raises:
+    UserError: see `train`; also where runs do not go together.
+    FloatingPointError: see `train`.
   """
   data = store.open_store(store_url)
-  config = resolve(config, data.manifest)
-  mesh = mesh_lib.make_mesh(config.mesh_data, config.mesh_latent)
-  check(config, data.manifest, mesh)
-  mesh_lib.log_devices(workdir)
-  with checkpoint.open_checkpointer(
-    workdir, config.checkpoint_every, config.checkpoint_keep
-  ) as checkpointer:
-    if checkpointer.latest is not None:
-      about = checkpoint.about(checkpointer, checkpointer.latest.step)
-      _check_same(config, workdir, data.manifest.identity, about)
-      state = _restore(checkpointer, abstract_state(config, mesh))
-    else:
-      sample_BD = data.read_rows(0, min(config.sample_rows, data.n_train))
-      state = init_state(config, mesh, sample_BD)
-    start = int(state.step)
-    if start >= config.steps:
-      logging.info('%s is finished: step %d', workdir, start)
-      return state
-    if start:
-      logging.info('%s resumes after step %d', workdir, start)
-    if jax.process_index() == 0:
-      files.write_text(
-        epath.Path(workdir) / 'config.json', config_lib.to_json(config)
+  configs = {w: resolve(c, data.manifest) for w, c in configs.items()}
+  first = next(iter(configs.values()))
+  for name in _SHARED:
+    found = {getattr(config, name) for config in configs.values()}
+    if len(found) > 1:
+      raise config_lib.UserError(
+        f'{name} differs between runs on the same batches '
+        f'({", ".join(map(str, sorted(found)))}): train those apart'
       )
-    order = feed.train_order(data, config.seed, config.window_chunks)
-    batches = feed.Feed(data, order, config.batch_size).iterate(
-      start, config.steps
-    )
-    writer = metrics.Writer(workdir, start, active=jax.process_index() == 0)
-    try:
-      return _loop(config, mesh, state, data, batches, checkpointer, writer)
-    finally:
-      batches.close()
-      writer.close()
-
-
-def _loop(config, mesh, state, data, batches, checkpointer, writer):
-  step_fn = make_step(config, mesh)
-  evaluation = make_evaluation(config, mesh)
-  about = {
-    'train_config': dataclasses.asdict(config),
-    'mse_of_mean': float(state.mse_of_mean),
-    'dataset': dataclasses.asdict(data.manifest),
-    'metric_definitions': checkpoint.METRIC_DEFINITIONS,
-  }
-  start, pending, began = int(state.step), None, time.monotonic()
-  with progress.bar(
-    total=config.steps * config.batch_size,
-    unit='tok',
-    desc='train',
-    initial=start * config.batch_size,
-  ) as bar:
-
-    def read(pending):
-      done, values = pending
-      values = {name: float(v) for name, v in values.items()}
-      if not np.isfinite(values['loss']):
-        raise FloatingPointError(
-          f'loss {values["loss"]} at step {done}: checkpoint of step '
-          f'{getattr(checkpointer.latest, "step", "none")} is the last good one'
+  mesh = mesh_lib.make_mesh(first.mesh_data, first.mesh_latent)
+  for config in configs.values():
+    check(config, data.manifest, mesh)
+  with contextlib.ExitStack() as stack:
+    states, runs = {}, []
+    for workdir, config in configs.items():
+      mesh_lib.log_devices(workdir)
+      _check_shared(workdir)
+      if jax.process_index() == 0:
+        stack.enter_context(files.claim(workdir))
+      checkpointer = stack.enter_context(
+        checkpoint.open_checkpointer(workdir, config.checkpoint_keep)
+      )
+      state = _state(config, workdir, mesh, data, checkpointer)
+      if int(state.step) >= config.steps:
+        logging.info('%s is finished: step %d', workdir, int(state.step))
+        states[workdir] = state
+        continue
+      if jax.process_index() == 0:
+        files.write_text(
+          epath.Path(workdir) / 'config.json', config_lib.to_json(config)
         )
-      if done % config.log_every == 0 or done == config.steps:
-        speed = (done - start) * config.batch_size / (time.monotonic() - began)
-        writer.write(done, values, {'tokens_per_s': speed})
-        bar.set_postfix(
-          {n: f'{values[n]:.3g}' for n in ('nmse', 'l0', 'dead_fraction')}
-        )
-      bar.update(config.batch_size)
+      run = loop.Run(config, workdir, mesh, state, data, checkpointer)
+      stack.callback(run.close)
+      runs.append(run)
+    if runs:
+      order = feed.train_order(data, first.order_seed, first.window_chunks)
+      batches = feed.Feed(data, order, first.batch_size).iterate(
+        min(run.done for run in runs), max(run.config.steps for run in runs)
+      )
+      stack.callback(batches.close)
+      loop.run_all(runs, batches, mesh)
+    states |= {run.workdir: run.state for run in runs}
+  return {workdir: states[workdir] for workdir in configs}
 
-    for done, batch_BD in enumerate(batches, start + 1):
-      state, values = step_fn(state, _put(batch_BD, mesh))
-      # One step behind, so that the device never waits for the host.
-      if pending:
-        read(pending)
-      pending = (done, values)
-      last = done == config.steps
-      scored = last or (config.eval_every and done % config.eval_every == 0)
-      saved = last or checkpointer.should_save(done)
-      if scored or saved:
-        # The log must not lag behind what resume starts from.
-        read(pending)
-        pending = None
-      if scored:
-        found = evaluate(config, mesh, state, data, evaluation).scalars()
-        writer.write(done, {f'heldout_{n}': v for n, v in found.items()})
-      if saved:
-        writer.flush()
-        _save(checkpointer, state, done, about)
+
+def _state(config, workdir, mesh, data, checkpointer) -> TrainState:
+  """The state a run starts or goes on from."""
+  if checkpointer.latest is None:
+    sample_BD = data.read_rows(0, min(config.sample_rows, data.n_train))
+    return init_state(config, mesh, sample_BD)
+  about = checkpoint.about(checkpointer, checkpointer.latest.step)
+  _check_same(config, workdir, data.manifest.identity, about)
+  state = checkpoint.restore(checkpointer, abstract_state(config, mesh))
+  logging.info('%s resumes after step %d', workdir, int(state.step))
   return state
 
 
-def _parts(state: TrainState) -> dict[str, Any]:
-  return {
-    'sae': state.sae,
-    'ema': state.optimizer.ema,
-    'adam': state.optimizer.adam,
-    'progress': {
-      'silent_N': state.silent_N,
-      'mse_of_mean': state.mse_of_mean,
-      'step': state.step,
-    },
-  }
-
-
-def _save(checkpointer, state, step, about):
-  checkpointer.save_checkpointables_async(
-    step, _parts(state), force=True, custom_metadata=about
-  )
-
-
-def _restore(checkpointer, wanted: TrainState) -> TrainState:
-  step = checkpointer.latest.step
-  parts = checkpoint.read(checkpointer, step, _parts(wanted))
-  return TrainState(
-    sae=parts['sae'],
-    optimizer=optimizer.OptimizerState(adam=parts['adam'], ema=parts['ema']),
-    **parts['progress'],
-  )
+def _check_shared(workdir: str) -> None:
+  """Raises UserError if not all processes see the same local workdir."""
+  if jax.process_count() == 1 or workdir.startswith('gs://'):
+    return
+  seed = np.random.default_rng().integers(2**31)
+  number = int(multihost_utils.broadcast_one_to_all(seed))
+  path = epath.Path(workdir) / f'.seen_by_all_{number}'
+  if jax.process_index() == 0:
+    files.write_text(path, '')
+  multihost_utils.sync_global_devices(f'written {path}')
+  seen = multihost_utils.process_allgather(np.array(path.exists()))
+  if jax.process_index() == 0:
+    path.unlink()
+  if not seen.all():
+    raise config_lib.UserError(
+      f'workdir {workdir} is local to a host: {int((~seen).sum())} of '
+      f'{jax.process_count()} processes do not see what process 0 writes '
+      'there; use a gs:// URL or a shared disk'
+    )

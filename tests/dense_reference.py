@@ -59,9 +59,10 @@ def jump_gradients(sae, x_BD, mse_of_mean, weight, bandwidth):
   z_grad_BN = out_BD @ sae.w_dec_ND.T
   pre_grad_BN = z_grad_BN * open_BN
   near_BN = abs((pre_BN - threshold_N) / bandwidth) < 0.5
-  by_threshold_BN = -(
-    z_grad_BN * threshold_N / bandwidth + weight / tokens / bandwidth
-  ) * near_BN
+  by_threshold_BN = (
+    -(z_grad_BN * threshold_N / bandwidth + weight / tokens / bandwidth)
+    * near_BN
+  )
   grads = {
     'w_enc_ND': pre_grad_BN.T @ inputs_BD,
     'w_dec_ND': z_BN.T @ out_BD,

@@ -37,7 +37,9 @@ def problem(seed=0, dead=range(0, 48, 4)):
 def ours(sae, x_BD, dead_N, weight=1 / 32, sae_config=CONFIG, **kwargs):
   """Value, terms and gradients of what is trained."""
   options = {'k_aux': 7, 'aux_weight': weight}
-  names = {field.name for field in dataclasses.fields(objective.ObjectiveConfig)}
+  names = {
+    field.name for field in dataclasses.fields(objective.ObjectiveConfig)
+  }
   options |= {name: kwargs.pop(name) for name in names & set(kwargs)}
   (value, terms), grads = objective.value_and_grad(
     sae,
@@ -227,7 +229,14 @@ def test_aux_that_is_not_finite_counts_as_nothing(spoil):
   zeros = jax.tree.map(jnp.zeros_like, sae)
   for wrong_BD in (error_BD, error_BD.at[0, 0].set(jnp.inf)):
     value, grads = objective.aux_error(
-      CONFIG, objective.ObjectiveConfig(), sae, zeros, x_BD, wrong_BD, dead_N, 48
+      CONFIG,
+      objective.ObjectiveConfig(),
+      sae,
+      zeros,
+      x_BD,
+      wrong_BD,
+      dead_N,
+      48,
     )
     assert value == 0
     assert all(not g.any() for g in jax.tree.leaves(grads))

@@ -7,8 +7,8 @@ implementation a shape gets.
 """
 
 from sae_jax.sparse.decode.api import decode
-from sae_jax.sparse.encode_topk.api import encode_topk
 from sae_jax.sparse.dense import matmul
+from sae_jax.sparse.encode_topk.api import encode_topk
 from sae_jax.sparse.top_k.api import global_top_k, top_k
 from sae_jax.sparse.weight_grad.api import weight_grad
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from sae_jax.sparse import dispatch, varying
 from sae_jax.sparse.decode import reference as decode_reference
-from sae_jax.sparse.encode_topk import reference
 from sae_jax.sparse.dense import matmul
+from sae_jax.sparse.encode_topk import reference
 from sae_jax.sparse.weight_grad import api as weight_grad_api
 
 

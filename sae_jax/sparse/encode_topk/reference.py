@@ -24,7 +24,9 @@ def pre_activations(
 def block_rows(batch: int, n_latents: int, itemsize: int) -> int:
   """Tokens of a block: the most that divide the batch and fit the limit."""
   most = max(1, _BLOCK_BYTES // (n_latents * itemsize))
-  return max(size for size in range(1, min(batch, most) + 1) if not batch % size)
+  return max(
+    size for size in range(1, min(batch, most) + 1) if not batch % size
+  )
 
 
 def encode_topk(x_BD, w_enc_ND, b_lat_N, mask_N, k, dtype):

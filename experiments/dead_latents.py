@@ -1,0 +1,115 @@
+"""How many latents die, with AuxK and the transposed start and without both.
+
+Trains two autoencoders on the same batches of a store of real activations and
+prints one JSON line: the share of latents that fired on none of the last
+--window tokens of training (Gao et al. 2024, section 2.4, figure 5), and NMSE
+on held-out rows. Killed, the same command goes on.
+
+  sae-harvest --store=runs/500k --n_tokens=500000
+  python experiments/dead_latents.py --store=runs/500k --workdir=runs/dead
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+
+import jax
+import numpy as np
+
+from sae_jax import config as config_lib
+from sae_jax import train
+from sae_jax.autoencoder import SaeConfig
+from sae_jax.cli import flags
+from sae_jax.objective import ObjectiveConfig
+from sae_jax.optimizer import OptimizerConfig
+from sae_jax.step import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class DeadLatentsConfig(config_lib.Config):
+  """The budget of the experiment."""
+
+  n_tokens: int = config_lib.option(20_000_000, 'tokens of training', least=1)
+  n_latents: int = config_lib.option(8192, 'latents, N', least=1)
+  k: int = config_lib.option(32, 'active latents per token, K', least=1)
+  batch_size: int = config_lib.option(4096, 'tokens of a step', least=1)
+  window: int = config_lib.option(
+    1_000_000, 'a latent silent for so many tokens counts as dead', least=1
+  )
+  learning_rate: float = config_lib.option(0.0, '0 for 2e-4 sqrt(2^14 / n)')
+  seed: int = config_lib.option(0, 'of weights and order')
+
+
+def configs(config: DeadLatentsConfig) -> dict[str, TrainConfig]:
+  """The two runs by name."""
+  both = TrainConfig(
+    sae=SaeConfig(n_latents=config.n_latents, k=config.k),
+    objective=ObjectiveConfig(dead_after_tokens=config.window),
+    optimizer=OptimizerConfig(learning_rate=config.learning_rate),
+    batch_size=config.batch_size,
+    steps=-(-config.n_tokens // config.batch_size),
+    seed=config.seed,
+    order_seed=config.seed,
+    log_every=100,
+    checkpoint_every=250,
+  )
+  return {
+    'auxk_and_transposed': both,
+    'neither': dataclasses.replace(
+      both,
+      sae=dataclasses.replace(both.sae, encoder_init='independent'),
+      objective=dataclasses.replace(both.objective, k_aux=0),
+    ),
+  }
+
+
+def _heldout(workdir: str) -> dict:
+  lines = pathlib.Path(workdir, 'metrics.jsonl').read_text().splitlines()
+  found = [row for row in map(json.loads, lines) if 'heldout_nmse' in row]
+  return found[-1]
+
+
+def measure(config: DeadLatentsConfig, store: str, workdir: str) -> dict:
+  """Trains both and counts."""
+  runs = configs(config)
+  place = {name: os.path.join(workdir, name) for name in runs}
+  states = train.train_many(
+    {place[name]: run for name, run in runs.items()}, store
+  )
+  found = {'tokens': runs['neither'].steps * config.batch_size}
+  for name, where in place.items():
+    state = states[where]
+    if int(state.step) < runs[name].steps:
+      raise config_lib.UserError(f'{where} was stopped: run it again to go on')
+    silent_N = np.asarray(jax.device_get(state.silent_N))
+    heldout = _heldout(where)
+    found[name] = {
+      'dead_share': float((silent_N >= config.window).mean()),
+      'heldout_nmse': heldout['heldout_nmse'],
+      'heldout_l0': heldout['heldout_l0'],
+    }
+  return dataclasses.asdict(config) | found
+
+
+def main() -> None:
+  """Entry point."""
+  flags.define(DeadLatentsConfig)
+  flags.define_url('store', 'a finished store of activations')
+  flags.define_url('workdir', 'where the runs go')
+  flags.run(
+    lambda: print(
+      json.dumps(
+        measure(
+          flags.read(DeadLatentsConfig),
+          flags.url('store'),
+          flags.url('workdir'),
+        )
+      )
+    ),
+    __doc__,
+  )
+
+
+if __name__ == '__main__':
+  main()
