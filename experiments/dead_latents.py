@@ -6,17 +6,16 @@ prints one JSON line: the share of latents that fired on none of the last
 on held-out rows. Killed, the same command goes on.
 
   sae-harvest --store=runs/500k --n_tokens=500000
-  python experiments/dead_latents.py --store=runs/500k --workdir=runs/dead
+  python -m experiments.dead_latents --store=runs/500k --workdir=runs/dead
 """
 
 import dataclasses
-import json
 import os
-import pathlib
 
 import jax
 import numpy as np
 
+from experiments.runs import heldout as heldout_of
 from sae_jax import config as config_lib
 from sae_jax import train
 from sae_jax.autoencoder import SaeConfig
@@ -64,12 +63,6 @@ def configs(config: DeadLatentsConfig) -> dict[str, TrainConfig]:
   }
 
 
-def _heldout(workdir: str) -> dict:
-  lines = pathlib.Path(workdir, 'metrics.jsonl').read_text().splitlines()
-  found = [row for row in map(json.loads, lines) if 'heldout_nmse' in row]
-  return found[-1]
-
-
 def measure(config: DeadLatentsConfig, store: str, workdir: str) -> dict:
   """Trains both and counts."""
   runs = configs(config)
@@ -80,10 +73,8 @@ def measure(config: DeadLatentsConfig, store: str, workdir: str) -> dict:
   found = {'tokens': runs['neither'].steps * config.batch_size}
   for name, where in place.items():
     state = states[where]
-    if int(state.step) < runs[name].steps:
-      raise config_lib.UserError(f'{where} was stopped: run it again to go on')
+    heldout = heldout_of(where)
     silent_N = np.asarray(jax.device_get(state.silent_N))
-    heldout = _heldout(where)
     found[name] = {
       'dead_share': float((silent_N >= config.window).mean()),
       'heldout_nmse': heldout['heldout_nmse'],
@@ -94,21 +85,7 @@ def measure(config: DeadLatentsConfig, store: str, workdir: str) -> dict:
 
 def main() -> None:
   """Entry point."""
-  flags.define(DeadLatentsConfig)
-  flags.define_url('store', 'a finished store of activations')
-  flags.define_url('workdir', 'where the runs go')
-  flags.run(
-    lambda: print(
-      json.dumps(
-        measure(
-          flags.read(DeadLatentsConfig),
-          flags.url('store'),
-          flags.url('workdir'),
-        )
-      )
-    ),
-    __doc__,
-  )
+  flags.run_experiment(DeadLatentsConfig, measure, __doc__)
 
 
 if __name__ == '__main__':

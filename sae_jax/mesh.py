@@ -1,9 +1,11 @@
 """Devices: the mesh ("data", "latent") and where every array lies on it."""
 
+from collections.abc import Sequence
 import dataclasses
 
 from absl import logging
 import jax
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sae_jax.config import UserError
@@ -32,28 +34,46 @@ def sharding(mesh: Mesh, letters: str) -> NamedSharding:
   return NamedSharding(mesh, RULES.spec(letters))
 
 
-def make_mesh(data: int = 0, latent: int = 1) -> Mesh:
+def make_mesh(
+  data: int = 0, latent: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
   """A mesh with axes ("data", "latent").
+
+  Over several slices of a pod the data axis goes across them, where links are
+  slow: the latents' exchange, at every token, stays inside a slice.
 
   Args:
     data: shards of the batch; 0 takes all devices that latent leaves.
     latent: shards of the latents.
+    devices: to use; None for all.
 
   Raises:
-    UserError: if the product is not the number of devices.
+    UserError: if the product is not the number of devices, or the latents of
+      a shard would lie on two slices.
   """
-  devices = jax.device_count()
-  if latent < 1 or devices % latent:
-    raise UserError(
-      f'mesh_latent {latent} does not divide the {devices} devices'
-    )
-  data = data or devices // latent
-  if data * latent != devices:
+  devices = jax.devices() if devices is None else devices
+  count = len(devices)
+  if latent < 1 or count % latent:
+    raise UserError(f'mesh_latent {latent} does not divide the {count} devices')
+  data = data or count // latent
+  if data * latent != count:
     raise UserError(
       f'mesh {data}x{latent} needs {data * latent} devices, there are '
-      f'{devices}: use mesh_data {devices // latent}'
+      f'{count}: use mesh_data {count // latent}'
     )
-  return jax.make_mesh((data, latent), AXES, axis_types=(AxisType.Auto,) * 2)
+  auto = (AxisType.Auto,) * 2
+  slices = len({getattr(device, 'slice_index', 0) for device in devices})
+  if slices == 1:
+    return jax.make_mesh((data, latent), AXES, axis_types=auto, devices=devices)
+  if data % slices:
+    raise UserError(
+      f'mesh_data {data} must be a multiple of the {slices} slices: use '
+      f'mesh_latent {count // slices} or a divisor of it'
+    )
+  grid = mesh_utils.create_hybrid_device_mesh(
+    (data // slices, latent), (slices, 1), devices
+  )
+  return Mesh(grid, AXES, axis_types=auto)
 
 
 def check_divides(name: str, value: int, mesh: Mesh, axis: str) -> None:

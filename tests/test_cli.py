@@ -7,12 +7,12 @@ import sys
 
 import pytest
 
-from sae_jax import config
+from sae_jax import config, memory
 from sae_jax.activations.harvest import HarvestConfig
 from sae_jax.browser.index import BrowseConfig
 from sae_jax.probing.report import ProbeConfig
 from sae_jax.step import TrainConfig
-from tests import planted
+from tests import planted, runs
 
 pytestmark = pytest.mark.slow
 
@@ -156,3 +156,156 @@ def test_a_training_run_reports_and_writes(tmp_path):
   assert 'orbax' not in found.stderr
   names = {path.name for path in workdir.iterdir()}
   assert names == {'config.json', 'metrics.jsonl', 'checkpoints', 'tensorboard'}
+
+
+@pytest.mark.parametrize(
+  ('sweep', 'part'),
+  [
+    (['colour=1,2'], '--sweep=colour=1,2 is not a field of its own'),
+    (['store=a,b'], 'a run has no field store to sweep: use some of'),
+    (['k'], '--sweep=k is not a field of its own and its values'),
+    (['k='], '--sweep=k= is not a field'),
+    (['k=1,2', 'k=3'], '--sweep=k=3 is not a field of its own'),
+    (['k=1,many'], '--sweep=k=1,many: invalid literal for int'),
+    (['k=1,'], '--sweep=k=1,: invalid literal for int'),
+    (['learning_rate=fast'], 'could not convert string to float'),
+    (['activation=sine'], 'should be one of'),
+    (['k=2,9999'], 'k 9999 exceeds n_latents 64'),
+    (['batch_size=64,128'], 'batch_size differs between runs'),
+  ],
+)
+def test_a_wrong_sweep_is_refused_in_one_line(swept, tmp_path, sweep, part):
+  command = runs.command(swept[0], str(tmp_path / 'run'))
+  out, said = runs.run([*command, *(f'--sweep={s}' for s in sweep)], code=2)
+  lines = said.splitlines()
+  assert out == '' and len(lines) == 1
+  assert lines[0].startswith('error: ') and part in lines[0]
+  assert not (tmp_path / 'run').exists()
+
+
+@pytest.fixture(scope='module')
+def swept(tmp_path_factory):
+  """A store, the folder of a sweep over it, and what the sweep said."""
+  folder = tmp_path_factory.mktemp('sweep')
+  store, workdir = str(folder / 'store'), folder / 'runs'
+  planted.write_store(store)
+  command = runs.command(store, str(workdir))
+  out, _ = runs.run([*command, '--sweep=k=2,4', '--sweep=activation=topk,relu'])
+  return store, workdir, out
+
+
+def test_a_sweep_trains_all_combinations(swept, tmp_path):
+  store, workdir, out = swept
+  names = [f'k={k}_activation={a}' for k in (2, 4) for a in ('topk', 'relu')]
+  assert sorted(path.name for path in workdir.iterdir()) == sorted(names)
+  assert out.splitlines() == [
+    f'{workdir / name}: trained to step 30' for name in names
+  ]
+  alone = str(tmp_path / 'alone')
+  runs.run(runs.command(store, alone, k=2))
+  runs.assert_same_run(str(workdir / 'k=2_activation=topk'), alone)
+
+
+def test_a_run_that_is_longer_than_asked_is_left_alone(swept):
+  store, workdir, _ = swept
+  one = str(workdir / 'k=4_activation=topk')
+  out, _ = runs.run(runs.command(store, one, k=4, steps=20))
+  assert out == f'{one}: trained to step 30\n'
+
+
+def test_debug_nans_stops_where_one_is_made(tmp_path):
+  store = str(tmp_path / 'store')
+  runs.write_spoilt_store(store)
+  command = runs.command(store, str(tmp_path / 'run'), sample_rows=50)
+  out, said = runs.run([*command, '--debug_nans'], code=1)
+  assert out == '' and 'Traceback' not in said
+  last = said.splitlines()[-1]
+  assert last.startswith('error: ') and 'nan' in last
+
+
+def test_debug_nans_changes_no_metric(swept, tmp_path):
+  store, workdir, _ = swept
+  debugged = str(tmp_path / 'run')
+  runs.run([*runs.command(store, debugged, k=2), '--debug_nans'])
+  assert runs.log(debugged) == runs.log(workdir / 'k=2_activation=topk')
+
+
+def test_a_workdir_in_use_is_refused_until_its_run_is_dead(swept, tmp_path):
+  workdir = str(tmp_path / 'run')
+  command = runs.command(swept[0], workdir, steps=10**6, checkpoint_every=20)
+  first = runs.start(command)
+  try:
+    runs.wait_until(lambda: runs.saved_steps(workdir), first)
+    out, said = runs.run(command, code=2)
+    assert out == ''
+    assert said.splitlines()[-1] == (
+      f'error: {workdir} is in use by another process: wait until it has '
+      'ended, or use another workdir'
+    )
+    assert first.poll() is None
+  finally:
+    first.kill()
+    first.communicate()
+  last = runs.saved_steps(workdir)[-1]
+  second = runs.start(command)
+  runs.wait_until(lambda: runs.saved_steps(workdir)[-1] > last, second)
+  second.kill()
+  second.communicate()
+
+
+def restarted(*arguments, tunables=None):
+  """Runs Python; without tunables as in a plain shell."""
+  environment = dict(os.environ)
+  environment.pop('GLIBC_TUNABLES', None)
+  if tunables is not None:
+    environment['GLIBC_TUNABLES'] = tunables
+  return subprocess.run(
+    [sys.executable, *arguments],
+    capture_output=True,
+    text=True,
+    env=environment,
+    timeout=120,
+  )
+
+
+RESTART = """
+import os, sys
+print('began', flush=True)
+from sae_jax import memory
+memory.use_huge_pages()
+print(os.environ.get('GLIBC_TUNABLES'), sys.argv[1:], sys.flags.optimize)
+sys.exit(7)
+"""
+RESTARTS = memory.platform.libc_ver()[0] == 'glibc' and memory._on_request()
+OURS = 'glibc.malloc.hugetlb=1'
+
+
+@pytest.mark.parametrize(
+  ('before', 'after', 'begins'),
+  [
+    (None, OURS, 2),
+    ('', OURS, 2),
+    ('glibc.malloc.check=0', f'glibc.malloc.check=0:{OURS}', 2),
+    ('glibc.malloc.hugetlb=0', 'glibc.malloc.hugetlb=0', 1),
+    (OURS, OURS, 1),
+  ],
+)
+def test_a_program_starts_again_once_as_it_was(before, after, begins):
+  if not RESTARTS:
+    after, begins = before, 1
+  found = restarted('-O', '-c', RESTART, 'a b', '--c=d', tunables=before)
+  assert found.returncode == 7, found.stderr
+  *began, last = found.stdout.splitlines()
+  assert began == ['began'] * begins
+  assert last == f"{after} ['a b', '--c=d'] 1"
+
+
+@pytest.mark.parametrize('tunables', [None, OURS])
+def test_a_binary_keeps_its_flags_and_exit_code(tunables):
+  module = ['-m', 'sae_jax.cli.train']
+  found = restarted(*module, '--help', tunables=tunables)
+  assert found.returncode == 0
+  assert found.stdout.startswith('sae-train: ')
+  found = restarted(*module, '--k=one two', tunables=tunables)
+  assert found.returncode == 2
+  assert 'flag --k=one two' in found.stderr

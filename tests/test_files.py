@@ -1,9 +1,14 @@
-"""Small files are whole or absent."""
+"""Small files are whole or absent; a folder has one user."""
+
+import signal
+import subprocess
+import sys
 
 from etils import epath
 import pytest
 
 from sae_jax import files
+from sae_jax.config import UserError
 
 pytestmark = pytest.mark.fast
 
@@ -30,3 +35,45 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     files.write_text(path, 'a longer text')
   monkeypatch.undo()
   assert path.read_text() == 'old'
+
+
+def test_a_claimed_folder_is_refused_until_it_is_let_go(tmp_path):
+  folder = str(tmp_path / 'deep' / 'run')
+  with files.claim(folder):
+    with (
+      pytest.raises(UserError, match='run is in use by another process: wait'),
+      files.claim(folder),
+    ):
+      pass
+    # Another folder is another claim, also one inside.
+    with files.claim(f'{folder}/inner'):
+      pass
+  with pytest.raises(OSError, match='gone wrong'), files.claim(folder):
+    raise OSError('gone wrong')
+  with files.claim(folder):
+    pass
+
+
+def test_a_claim_dies_with_its_process(tmp_path):
+  code = (
+    'import sys, time; from sae_jax import files\n'
+    'with files.claim(sys.argv[1]):\n'
+    '  print("claimed", flush=True); time.sleep(600)'
+  )
+  holder = subprocess.Popen(
+    [sys.executable, '-c', code, tmp_path], stdout=subprocess.PIPE, text=True
+  )
+  try:
+    assert holder.stdout.readline() == 'claimed\n'
+    with pytest.raises(UserError, match='in use'), files.claim(str(tmp_path)):
+      pass
+  finally:
+    holder.send_signal(signal.SIGKILL)
+    holder.communicate()
+  with files.claim(str(tmp_path)):
+    pass
+
+
+def test_buckets_are_not_claimed():
+  with files.claim('gs://none/run'), files.claim('gs://none/run'):
+    pass

@@ -1,7 +1,10 @@
 """Meshes, rules and their errors."""
 
+import dataclasses
+
 import jax
 from jax.sharding import PartitionSpec as P
+import numpy as np
 import pytest
 
 from sae_jax import mesh
@@ -39,6 +42,33 @@ def test_rules_translate_letters():
 def test_meshes_that_do_not_fit_are_refused(shape, message):
   with pytest.raises(UserError, match=message):
     mesh.make_mesh(*shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+  """What the layout of a mesh asks of a device."""
+
+  id: int
+  slice_index: int
+  process_index: int
+  platform: str = 'gpu'
+  device_kind: str = 'a device whose links are not known'
+
+
+def test_data_goes_across_slices():
+  chips = [Chip(i, i // 8, i // 4) for i in range(16)]
+  made = mesh.make_mesh(4, 4, chips)
+  assert dict(made.shape) == {'data': 4, 'latent': 4}
+  slices = np.vectorize(lambda chip: chip.slice_index)(made.devices)
+  # A row, whose chips exchange candidates, lies on one slice.
+  assert (slices == slices[:, :1]).all()
+  np.testing.assert_array_equal(slices[:, 0], [0, 0, 1, 1])
+  assert len(set(made.devices.flat)) == 16
+  with pytest.raises(
+    UserError,
+    match='mesh_data 1 must be a multiple of the 2 slices: use mesh_latent 8',
+  ):
+    mesh.make_mesh(1, 16, chips)
 
 
 def test_processes_that_do_not_fit_are_refused():

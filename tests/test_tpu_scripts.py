@@ -355,6 +355,8 @@ elif command == 'workload create':
   job = {'metadata': {'name': flags['workload']}, 'status': {}}
   state['jobsets'][flags['workload']] = job
   left = int(flags.get('max-restarts', 0))
+  if '\n' in flags['command']:
+    fail('error converting YAML to JSON: could not find expected ":"')
   # The container's script of xpk 1.16, and its rule for exit codes.
   script = ('(%s) & PID=$!\nwait $PID\n' % flags['command'])
   pod = root / 'pod'
@@ -1082,6 +1084,18 @@ def test_a_killed_run_is_a_failed_run(cloud):
   cloud.until_finished('queued_resource.sh')
 
 
+def test_the_number_of_another_process_is_not_a_run(cloud):
+  """After a reboot the process may be anyone's."""
+  installed(cloud, 'queued_resource.sh')
+  for host in (cloud.root / 'hosts').iterdir():
+    (host / 'sae_jax_run').mkdir()
+    (host / 'sae_jax_run' / 'pid').write_text(str(os.getppid()))
+  done = cloud.ok('queued_resource.sh', 'status')
+  assert 'the run: failed 137' in done.err
+  for host in (cloud.root / 'hosts').iterdir():
+    (host / 'sae_jax_run' / 'pid').unlink()
+
+
 # Resuming.
 
 
@@ -1109,6 +1123,7 @@ def test_resume_starts_again_what_a_lost_host_ended(cloud, script):
   done = cloud.ok(script, 'resume')
   assert 'the run has finished' in done.err
   # The JobSet restarts by itself.
+  assert ('start 1' in done.err) == (script != 'gke.sh')
   assert len(cloud.trained()) == (3 if script == 'gke.sh' else 4)
 
 

@@ -1,25 +1,20 @@
 """Training runs: they learn, resume to the bit, and refuse what misfits."""
 
 import dataclasses
-import json
 import os
 import pathlib
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax import checkpoint, train
+from sae_jax import checkpoint, metrics, optimizer, train
 from sae_jax.activations import store as store_lib
 from sae_jax.config import UserError
 from sae_jax.probing import reconstruction
-from tests import planted
+from tests import planted, processes, runs
 
 
 @pytest.fixture(scope='module')
@@ -35,33 +30,6 @@ def finished(store, tmp_path_factory):
   return workdir, train.train(planted.train_config(), store, workdir)
 
 
-def rows(workdir):
-  text = pathlib.Path(workdir, 'metrics.jsonl').read_text()
-  return [json.loads(line) for line in text.splitlines()]
-
-
-def assert_same_bits(got, want):
-  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
-    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-
-
-class Stop(Exception):
-  pass
-
-
-def break_off(monkeypatch, step):
-  """Makes runs stop when they ask for the batch of a step."""
-  whole = train.feed.Feed.iterate
-
-  def breaks_off(self, start, stop, *args):
-    for number, batch in enumerate(whole(self, start, stop, *args), start):
-      if number == step:
-        raise Stop
-      yield batch
-
-  monkeypatch.setattr(train.feed.Feed, 'iterate', breaks_off)
-
-
 @pytest.mark.fast
 def test_training_learns_planted_directions(store, tmp_path):
   config = planted.train_config(steps=400, log_every=50)
@@ -75,17 +43,18 @@ def test_training_learns_planted_directions(store, tmp_path):
   control = reconstruction.measure(fresh, data, *span, 'test')
   pca = reconstruction.pca_fvu(trained, data, *span[:2], config.sae.k, 256)
   assert found.fvu < 0.5 * min(control.fvu, pca)
-  heldout = [row for row in rows(tmp_path / 'run') if 'heldout_fvu' in row]
+  heldout = [row for row in runs.rows(tmp_path / 'run') if 'heldout_fvu' in row]
   # The loop's evaluation is the same code on whole batches of these rows.
   np.testing.assert_allclose(heldout[-1]['heldout_fvu'], found.fvu, rtol=0.1)
 
 
 @pytest.mark.fast
 def test_log_has_every_step_once_and_no_clock(finished):
-  steps = [row['step'] for row in rows(finished[0]) if 'loss' in row]
+  steps = [row['step'] for row in runs.rows(finished[0]) if 'loss' in row]
   assert steps == list(range(1, 31))
-  assert set(rows(finished[0])[0]) == {
+  assert set(runs.rows(finished[0])[0]) == {
     'step', 'loss', 'nmse', 'aux', 'l0', 'dead_fraction', 'learning_rate',
+    'grad_norm',
   }  # fmt: skip
 
 
@@ -96,16 +65,39 @@ def test_stopped_and_resumed_is_uninterrupted(
   workdir = str(tmp_path / 'run')
   config = planted.train_config()
 
-  break_off(monkeypatch, 17)
   # As after a SIGKILL: nothing is written on the way out.
-  monkeypatch.setattr(train.metrics.Writer, 'close', lambda self: None)
-  with pytest.raises(Stop):
-    train.train(config, store, workdir)
+  monkeypatch.setattr(metrics.Writer, 'close', lambda self: None)
+  runs.break_off(17, {workdir: config}, store)
   monkeypatch.undo()
   assert checkpoint.load(workdir).step == 10
   state = train.train(config, store, workdir)
-  assert_same_bits(state, finished[1])
-  assert rows(workdir) == rows(finished[0])
+  runs.assert_same_bits(state, finished[1])
+  assert runs.log(workdir) == runs.log(finished[0])
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize('lost', ['sae', 'adam', 'ema', 'silent_N'])
+def test_control_a_part_that_is_not_restored_is_seen(
+  finished, store, tmp_path, monkeypatch, lost
+):
+  workdir, config = str(tmp_path / 'run'), planted.train_config()
+  runs.break_off(17, {workdir: config}, store)
+  whole = checkpoint.restore
+
+  def forgets(*args):
+    state = whole(*args)
+    parts = checkpoint._parts(state)
+    parts |= parts['progress']
+    nothing = jax.tree.map(jnp.zeros_like, parts[lost])
+    if lost in ('adam', 'ema'):
+      nothing = state.optimizer._replace(**{lost: nothing})
+      return state.replace(optimizer=nothing)
+    return state.replace(**{lost: nothing})
+
+  monkeypatch.setattr(checkpoint, 'restore', forgets)
+  train.train(config, store, workdir)
+  with pytest.raises(AssertionError):
+    runs.assert_same_run(workdir, finished[0])
 
 
 @pytest.mark.fast
@@ -118,12 +110,9 @@ def test_control_another_seed_gives_other_bits(finished, store, tmp_path):
 
 
 @pytest.mark.fast
-def test_resume_on_another_mesh(finished, store, tmp_path, monkeypatch):
+def test_resume_on_another_mesh(finished, store, tmp_path):
   workdir = str(tmp_path / 'run')
-  break_off(monkeypatch, 17)
-  with pytest.raises(Stop):
-    train.train(planted.train_config(), store, workdir)
-  monkeypatch.undo()
+  runs.break_off(17, {workdir: planted.train_config()}, store)
   # Where a run lies and what it tells may change, nothing else.
   other = planted.train_config(mesh_data=2, mesh_latent=4, log_every=3)
   state = train.train(other, store, workdir)
@@ -136,10 +125,10 @@ def test_resume_on_another_mesh(finished, store, tmp_path, monkeypatch):
 
 @pytest.mark.fast
 def test_a_finished_run_is_left_alone(finished, store):
-  before = rows(finished[0])
+  before = runs.rows(finished[0])
   state = train.train(planted.train_config(), store, finished[0])
-  assert_same_bits(state, finished[1])
-  assert rows(finished[0]) == before
+  runs.assert_same_bits(state, finished[1])
+  assert runs.rows(finished[0]) == before
 
 
 @pytest.mark.fast
@@ -167,7 +156,8 @@ def test_misfits_are_refused(store, tmp_path):
     sae=dataclasses.replace(sae, n_latents=60),
   )
   refused(
-    r'batch_size 63 must be a multiple of the data axis \(2\): use 64',
+    r'batch_size 63 must be a multiple of the data axis \(2\) times '
+    r'micro_batches \(1\): use 64',
     batch_size=63, mesh_data=2, mesh_latent=4,
   )  # fmt: skip
   refused(r'warmup_steps 50 \+ decay_steps 0 exceed the 30 steps',
@@ -176,19 +166,6 @@ def test_misfits_are_refused(store, tmp_path):
     ),
   )  # fmt: skip
   assert not (tmp_path / 'none').exists()
-
-
-@pytest.mark.fast
-def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-  rows_RD = planted.activations(2090)
-  rows_RD[100] = np.inf
-  planted.write_store(str(tmp_path / 'store'), rows_RD=rows_RD)
-  with pytest.raises(FloatingPointError, match='loss nan at step'):
-    train.train(
-      planted.train_config(sample_rows=50),
-      str(tmp_path / 'store'),
-      str(tmp_path / 'run'),
-    )
 
 
 @pytest.mark.fast
@@ -212,18 +189,15 @@ def test_held_out_rows_teach_nothing(store, tmp_path):
     train.train(config, url, str(tmp_path / f'run{i}'))
     for i, url in enumerate((store, str(tmp_path / 'other')))
   ]
-  assert_same_bits(*states)
+  runs.assert_same_bits(*states)
 
 
 @pytest.mark.fast
 def test_a_start_that_failed_does_not_claim_the_workdir(store, tmp_path):
   workdir = str(tmp_path / 'run')
   nothing = dataclasses.replace(planted.train_config().optimizer, adam_b1=0.5)
-  monkeypatch = pytest.MonkeyPatch()
-  break_off(monkeypatch, 3)
-  with pytest.raises(Stop):
-    train.train(planted.train_config(optimizer=nothing), store, workdir)
-  monkeypatch.undo()
+  config = planted.train_config(optimizer=nothing)
+  runs.break_off(3, {workdir: config}, store)
   # No checkpoint was written, so nothing is lost by other settings.
   train.train(planted.train_config(), store, workdir)
 
@@ -244,7 +218,7 @@ def test_a_damaged_checkpoint_is_named(finished, store, tmp_path, part):
     train.train(planted.train_config(), store, str(workdir))
   # As told: without it the run goes on from step 20 to the same bits.
   shutil.rmtree(folder)
-  assert_same_bits(
+  runs.assert_same_bits(
     train.train(planted.train_config(), store, str(workdir)), finished[1]
   )
 
@@ -260,132 +234,96 @@ def test_load_says_what_is_missing(finished, tmp_path):
 @pytest.mark.fast
 def test_load_gives_the_average_or_the_last_weights(finished):
   last = checkpoint.load(finished[0], average=False)
-  assert_same_bits(last.sae, finished[1].sae)
+  runs.assert_same_bits(last.sae, finished[1].sae)
   average = checkpoint.load(finished[0])
-  want = train.optimizer.averaged(
+  want = optimizer.averaged(
     planted.train_config().optimizer,
     finished[1].sae,
     finished[1].optimizer.ema,
   )
-  assert_same_bits(average.sae, want)
+  runs.assert_same_bits(average.sae, want)
   assert (average.sae.w_enc_ND != last.sae.w_enc_ND).any()
   assert average.config == planted.train_config().sae
   assert average.about['dataset']['identity']
   assert average.mse_of_mean == float(finished[1].mse_of_mean)
 
 
-def command(store, workdir):
-  flags = {
-    'store': store, 'workdir': workdir, 'n_latents': 64, 'k': 4, 'k_aux': 8,
-    'dead_after_tokens': 600, 'learning_rate': 3e-3, 'ema_decay': 0.9,
-    'batch_size': 64, 'steps': 4000, 'sample_rows': 500, 'window_chunks': 4,
-    'log_every': 10, 'checkpoint_every': 200, 'mesh_latent': 8,
-  }  # fmt: skip
-  return [sys.executable, '-m', 'sae_jax.cli.train'] + [
-    f'--{name}={value}' for name, value in flags.items()
-  ]
+@pytest.mark.fast
+def test_a_finished_run_goes_on_to_more_steps(finished, store, tmp_path):
+  """As the rate does not decay, no step knows how many there are."""
+  whole, longer = str(tmp_path / 'whole'), str(tmp_path / 'longer')
+  shutil.copytree(finished[0], longer)
+  config = planted.train_config(steps=45)
+  train.train(config, store, whole)
+  train.train(config, store, longer)
+  runs.assert_same_bits(runs.saved_state(longer), runs.saved_state(whole))
+  # The evaluation at the shorter run's end is all that the log has more.
+  more = [row for row in runs.rows(longer) if row not in runs.rows(whole)]
+  assert [row['step'] for row in more] == [30]
+  assert 'heldout_nmse' in more[0]
+
+
+@pytest.mark.fast
+def test_a_finished_run_with_decay_keeps_its_steps(store, tmp_path):
+  falling = dataclasses.replace(planted.train_config().optimizer, decay_steps=5)
+  workdir = str(tmp_path / 'run')
+  train.train(planted.train_config(steps=10, optimizer=falling), store, workdir)
+  before = runs.log(workdir)
+  with pytest.raises(UserError, match='steps: 10 -> 20'):
+    train.train(
+      planted.train_config(steps=20, optimizer=falling), store, workdir
+    )
+  assert runs.log(workdir) == before
+
+
+def alone_or_together(folder):
+  """Trains in a workdir that is relative, so that folders are as hosts."""
+  os.chdir(folder)
+  store = str(pathlib.Path(folder).parent / 'store')
+  config = planted.train_config(steps=4, mesh_data=2, mesh_latent=4)
+  try:
+    state = train.train(config, store, 'run')
+    print('trained to', state.step)
+  except UserError as error:
+    print(error)
 
 
 @pytest.mark.slow
-def test_killed_and_started_again_ends_with_the_same_bits(store, tmp_path):
-  whole, killed = str(tmp_path / 'whole'), str(tmp_path / 'killed')
-  environment = os.environ | {'TF_CPP_MIN_LOG_LEVEL': '3'}
-  subprocess.run(
-    command(store, whole), check=True, env=environment, capture_output=True
-  )
-  kills = 0
-  for wanted in (1, 900, 2100):
-    process = subprocess.Popen(
-      command(store, killed),
-      env=environment,
-      stdout=subprocess.DEVNULL,
-      stderr=subprocess.DEVNULL,
-    )
-    log = pathlib.Path(killed, 'metrics.jsonl')
-    # Between checkpoints, and often while one is being written.
-    while process.poll() is None:
-      if log.exists() and f'"step": {wanted // 200 * 200 + 200}' in (
-        log.read_text()
-      ):
-        break
-      time.sleep(0.002)
-    if process.poll() is None:
-      process.send_signal(signal.SIGKILL)
-      kills += 1
-    process.wait()
-    assert rows(killed)[-1]['step'] < 4000
-  assert kills == 3
-  subprocess.run(
-    command(store, killed), check=True, env=environment, capture_output=True
-  )
-  for average in (True, False):
-    assert_same_bits(
-      checkpoint.load(killed, average=average).sae,
-      checkpoint.load(whole, average=average).sae,
-    )
-  assert rows(killed) == rows(whole)
+def test_processes_that_do_not_share_the_workdir_are_refused(tmp_path):
+  planted.write_store(str(tmp_path / 'store'))
+  for name in '01':
+    (tmp_path / name).mkdir()
+  code = 'import sys; from tests import test_train as t; '
+  code += 't.alone_or_together(sys.argv[1])'
+  said = processes.run_two(code, [tmp_path / '0', tmp_path / '1'])
+  for text in said:
+    assert 'workdir run is local to a host: 1 of 2 processes do not' in text
+  assert list((tmp_path / '0').rglob('*')) == [tmp_path / '0' / 'run']
+  assert not list((tmp_path / '1').iterdir())
+  # Control: the same where both see one folder.
+  said = processes.run_two(code, [tmp_path / '0', tmp_path / '0'])
+  assert all('trained to 4' in text for text in said)
+  assert runs.saved_steps(tmp_path / '0' / 'run') == [4]
+  assert not list((tmp_path / '0' / 'run').glob('.seen*'))
 
 
 @pytest.mark.slow
 def test_two_processes_train_what_one_does(store, tmp_path):
   """Two hosts with four devices each, the latents over all eight."""
-  with socket.socket() as free:
-    free.bind(('127.0.0.1', 0))
-    coordinator = f'127.0.0.1:{free.getsockname()[1]}'
-  short = ['--steps=60', '--checkpoint_every=20', '--dead_after_tokens=200']
-  environment = os.environ | {
-    'TF_CPP_MIN_LOG_LEVEL': '3',
-    'XLA_FLAGS': '--xla_force_host_platform_device_count=4',
-  }
-  both = [
-    subprocess.Popen(
-      [
-        *command(store, str(tmp_path / 'two')),
-        *short,
-        f'--coordinator={coordinator}',
-        '--num_processes=2',
-        f'--process_id={number}',
-      ],
-      env=environment,
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for number in range(2)
-  ]
+  two, one = str(tmp_path / 'two'), str(tmp_path / 'one')
+  flags = {'steps': 60, 'checkpoint_every': 20, 'mesh_latent': 8}
+  both = runs.start_two(runs.command(store, two, **flags))
   for process in both:
-    _, said = process.communicate(timeout=240)
-    assert process.returncode == 0, said
-  one = [*command(store, str(tmp_path / 'one')), *short]
-  subprocess.run(one, check=True, capture_output=True)
-  got, want = rows(tmp_path / 'two'), rows(tmp_path / 'one')
+    runs.ended(process)
+  runs.run(runs.command(store, one, **flags), devices=8)
+  got, want = runs.rows(two), runs.rows(one)
   assert [row['step'] for row in got] == [row['step'] for row in want]
+  assert max(row.get('aux', 0) for row in want) > 0
   for a, b in zip(got, want):
     for name in b:
       np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-8)
-  loaded = checkpoint.load(str(tmp_path / 'two'))
   for a, b in zip(
-    jax.tree.leaves(loaded.sae),
-    jax.tree.leaves(checkpoint.load(str(tmp_path / 'one')).sae),
+    jax.tree.leaves(checkpoint.load(two).sae),
+    jax.tree.leaves(checkpoint.load(one).sae),
   ):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.slow
-def test_an_interrupt_is_one_line_and_the_run_goes_on(
-  finished, store, tmp_path
-):
-  process = subprocess.Popen(
-    command(store, str(tmp_path / 'run')),
-    env=os.environ | {'TF_CPP_MIN_LOG_LEVEL': '3'},
-    stderr=subprocess.PIPE,
-    text=True,
-  )
-  saved = tmp_path / 'run' / 'checkpoints' / '200'
-  while process.poll() is None and not saved.exists():
-    time.sleep(0.01)
-  process.send_signal(signal.SIGINT)
-  _, said = process.communicate(timeout=60)
-  assert process.returncode == 130
-  assert 'Traceback' not in said
-  assert said.splitlines()[-1].startswith('error: interrupted')
-  assert checkpoint.load(str(tmp_path / 'run')).step >= 200

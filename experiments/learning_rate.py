@@ -1,0 +1,93 @@
+"""Whether the best learning rate falls like 1 / sqrt(n).
+
+Trains autoencoders of several sizes with a grid of learning rates on the same
+batches and prints one JSON line: held-out NMSE of each, the best rate of each
+size, and for every size how much worse than its best the rate is that the
+smallest size's best predicts (Gao et al. 2024, appendix A.3: rates are swept
+in factors of two and the best is proportional to 1 / sqrt(n)).
+
+  python -m experiments.learning_rate --store=runs/500k --workdir=runs/rates
+"""
+
+import dataclasses
+import math
+import os
+
+from experiments.runs import heldout
+from sae_jax import config as config_lib
+from sae_jax import train
+from sae_jax.autoencoder import SaeConfig
+from sae_jax.cli import flags
+from sae_jax.objective import ObjectiveConfig
+from sae_jax.optimizer import OptimizerConfig
+from sae_jax.step import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class LearningRateConfig(config_lib.Config):
+  """The budget of the experiment."""
+
+  n_tokens: int = config_lib.option(1_000_000, 'tokens of each run', least=1)
+  n_latents: tuple[str, ...] = config_lib.option(
+    ('2048', '8192'), 'sizes, each four times the one before'
+  )
+  rates: tuple[str, ...] = config_lib.option(
+    ('1.6e-2', '8e-3', '4e-3', '2e-3', '1e-3', '5e-4'),
+    'learning rates, in factors of two',
+  )
+  k: int = config_lib.option(32, 'active latents per token, K', least=1)
+  batch_size: int = config_lib.option(2048, 'tokens of a step', least=1)
+  seed: int = config_lib.option(0, 'of weights and order')
+
+
+def measure(config: LearningRateConfig, store: str, workdir: str) -> dict:
+  """Trains the grid and compares."""
+  steps = -(-config.n_tokens // config.batch_size)
+  base = TrainConfig(
+    sae=SaeConfig(k=config.k),
+    objective=ObjectiveConfig(dead_after_tokens=config.n_tokens // 4),
+    # The paper's is constant; the first steps of a fresh Adam are not.
+    optimizer=OptimizerConfig(warmup_steps=steps // 20, ema_decay=0.99),
+    batch_size=config.batch_size,
+    steps=steps,
+    seed=config.seed,
+    order_seed=config.seed,
+    log_every=100,
+    checkpoint_every=250,
+  )
+  found = {}
+  for size in map(int, config.n_latents):
+    runs = train.sweep(
+      dataclasses.replace(
+        base, sae=dataclasses.replace(base.sae, n_latents=size)
+      ),
+      os.path.join(workdir, str(size)),
+      learning_rate=tuple(map(float, config.rates)),
+    )
+    train.train_many(runs, store)
+    found[size] = {
+      run.optimizer.learning_rate: heldout(where)['heldout_nmse']
+      for where, run in runs.items()
+    }
+  best = {size: min(row, key=row.get) for size, row in found.items()}
+  smallest = min(best)
+  scaled = {}
+  for size, row in found.items():
+    predicted = best[smallest] * math.sqrt(smallest / size)
+    nearest = min(row, key=lambda rate: abs(math.log(rate / predicted)))
+    scaled[size] = {
+      'predicted': predicted,
+      'nearest_of_grid': nearest,
+      'nmse_over_best': row[nearest] / row[best[size]],
+      'unscaled_nmse_over_best': row[best[smallest]] / row[best[size]],
+    }
+  return {'nmse': found, 'best': best, 'scaled': scaled}
+
+
+def main() -> None:
+  """Entry point."""
+  flags.run_experiment(LearningRateConfig, measure, __doc__)
+
+
+if __name__ == '__main__':
+  main()
