@@ -16,7 +16,6 @@ from orbax.checkpoint import v1 as ocp
 
 from sae_jax import autoencoder, optimizer
 from sae_jax import config as config_lib
-from sae_jax.step import TrainState
 
 METRIC_DEFINITIONS = {
   'space': 'activations after the preprocessing named in the sae config',
@@ -38,48 +37,6 @@ def open_checkpointer(workdir: str, keep: int = 2) -> ocp.training.Checkpointer:
     epath.Path(workdir) / 'checkpoints',
     preservation_policy=ocp.training.preservation_policies.LatestN(keep),
     cleanup_tmp_directories=True,
-  )
-
-
-def _parts(state: TrainState) -> dict[str, Any]:
-  return {
-    'sae': state.sae,
-    'ema': state.optimizer.ema,
-    'adam': state.optimizer.adam,
-    'progress': {
-      'silent_N': state.silent_N,
-      'mse_of_mean': state.mse_of_mean,
-      'step': state.step,
-      'skipped': state.skipped,
-    },
-  }
-
-
-def save(
-  checkpointer: ocp.training.Checkpointer,
-  state: TrainState,
-  step: int,
-  about: dict[str, Any],
-) -> None:
-  """Saves a state while training goes on; `about` becomes its metadata."""
-  checkpointer.save_checkpointables_async(
-    step, _parts(state), force=True, custom_metadata=about
-  )
-
-
-def restore(
-  checkpointer: ocp.training.Checkpointer, wanted: TrainState
-) -> TrainState:
-  """The latest state, in the shapes and shardings of `wanted`.
-
-  Raises:
-    UserError: if it is damaged.
-  """
-  parts = read(checkpointer, checkpointer.latest.step, _parts(wanted))
-  return TrainState(
-    sae=parts['sae'],
-    optimizer=optimizer.OptimizerState(adam=parts['adam'], ema=parts['ema']),
-    **parts['progress'],
   )
 
 

@@ -12,8 +12,9 @@ from etils import epath
 import jax
 from jax.sharding import Mesh
 import numpy as np
+from orbax.checkpoint import v1 as ocp
 
-from sae_jax import checkpoint, metrics, preemption, progress
+from sae_jax import checkpoint, metrics, optimizer, preemption, progress
 from sae_jax import mesh as mesh_lib
 from sae_jax.activations import feed, store
 from sae_jax.step import (
@@ -78,6 +79,38 @@ def _on_devices(
   yield from waiting
 
 
+def _parts(state: TrainState) -> dict[str, Any]:
+  return {
+    'sae': state.sae,
+    'ema': state.optimizer.ema,
+    'adam': state.optimizer.adam,
+    'progress': {
+      'silent_N': state.silent_N,
+      'mse_of_mean': state.mse_of_mean,
+      'step': state.step,
+      'skipped': state.skipped,
+    },
+  }
+
+
+def restore(
+  checkpointer: ocp.training.Checkpointer, wanted: TrainState
+) -> TrainState:
+  """The latest state, in the shapes and shardings of `wanted`.
+
+  Raises:
+    UserError: if it is damaged.
+  """
+  parts = checkpoint.read(
+    checkpointer, checkpointer.latest.step, _parts(wanted)
+  )
+  return TrainState(
+    sae=parts['sae'],
+    optimizer=optimizer.OptimizerState(adam=parts['adam'], ema=parts['ema']),
+    **parts['progress'],
+  )
+
+
 class Run:
   """One autoencoder in training: its state and where it is written."""
 
@@ -88,7 +121,7 @@ class Run:
     mesh: Mesh,
     state: TrainState,
     data: store.Store,
-    checkpointer: Any,
+    checkpointer: ocp.training.Checkpointer,
   ):
     """Takes a state, which it gives away to its steps."""
     self.config = config
@@ -144,7 +177,9 @@ class Run:
     # The log must not lag behind what resume starts from.
     self._take(0)
     self._writer.flush()
-    checkpoint.save(self._checkpointer, self.state, self.done, self._about)
+    self._checkpointer.save_checkpointables_async(
+      self.done, _parts(self.state), force=True, custom_metadata=self._about
+    )
     self._saved = self.done
 
   def close(self) -> None:

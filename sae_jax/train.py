@@ -232,7 +232,7 @@ def _state(config, workdir, mesh, data, checkpointer) -> TrainState:
     return init_state(config, mesh, sample_BD)
   about = checkpoint.about(checkpointer, checkpointer.latest.step)
   _check_same(config, workdir, data.manifest.identity, about)
-  state = checkpoint.restore(checkpointer, abstract_state(config, mesh))
+  state = loop.restore(checkpointer, abstract_state(config, mesh))
   logging.info('%s resumes after step %d', workdir, int(state.step))
   return state
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from sae_jax import checkpoint, mesh, train
+from sae_jax import checkpoint, loop, mesh, train
 from sae_jax import config as config_lib
 from sae_jax.activations import feed
 from sae_jax.step import abstract_state, TrainConfig
@@ -43,7 +43,7 @@ def saved_state(workdir):
   with checkpoint.open_checkpointer(workdir) as checkpointer:
     about = checkpoint.about(checkpointer, checkpointer.latest.step)
     config = config_lib.from_dict(TrainConfig, about['train_config'])
-    return checkpoint.restore(
+    return loop.restore(
       checkpointer, abstract_state(config, mesh.make_mesh(1, 8))
     )
 

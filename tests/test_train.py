@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax import checkpoint, metrics, optimizer, train
+from sae_jax import checkpoint, loop, metrics, optimizer, train
 from sae_jax.activations import store as store_lib
 from sae_jax.config import UserError
 from sae_jax.probing import reconstruction
@@ -82,11 +82,11 @@ def test_control_a_part_that_is_not_restored_is_seen(
 ):
   workdir, config = str(tmp_path / 'run'), planted.train_config()
   runs.break_off(17, {workdir: config}, store)
-  whole = checkpoint.restore
+  whole = loop.restore
 
   def forgets(*args):
     state = whole(*args)
-    parts = checkpoint._parts(state)
+    parts = loop._parts(state)
     parts |= parts['progress']
     nothing = jax.tree.map(jnp.zeros_like, parts[lost])
     if lost in ('adam', 'ema'):
@@ -94,7 +94,7 @@ def test_control_a_part_that_is_not_restored_is_seen(
       return state.replace(optimizer=nothing)
     return state.replace(**{lost: nothing})
 
-  monkeypatch.setattr(checkpoint, 'restore', forgets)
+  monkeypatch.setattr(loop, 'restore', forgets)
   train.train(config, store, workdir)
   with pytest.raises(AssertionError):
     runs.assert_same_run(workdir, finished[0])
