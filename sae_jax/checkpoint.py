@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from orbax.checkpoint import v1 as ocp
 
-from sae_jax import autoencoder, optimizer
+from sae_jax import autoencoder, files, optimizer
 from sae_jax import config as config_lib
 
 METRIC_DEFINITIONS = {
@@ -34,7 +34,8 @@ def open_checkpointer(workdir: str, keep: int = 2) -> ocp.training.Checkpointer:
     keep: how many of the latest are kept.
   """
   return ocp.training.Checkpointer(
-    epath.Path(workdir) / 'checkpoints',
+    # Orbax writes to no relative path.
+    epath.Path(files.absolute(workdir)) / 'checkpoints',
     preservation_policy=ocp.training.preservation_policies.LatestN(keep),
     cleanup_tmp_directories=True,
   )
@@ -113,7 +114,7 @@ def load(url: str, *, average: bool = True, step: int | None = None) -> Trained:
   Raises:
     UserError: if there is no checkpoint, or none of that step.
   """
-  folder = epath.Path(url) / 'checkpoints'
+  folder = epath.Path(files.absolute(url)) / 'checkpoints'
   if not folder.exists():
     raise config_lib.UserError(
       f'no checkpoints under {url}: give the workdir of sae-train'

@@ -33,6 +33,11 @@ def write_text(path: epath.PathLike, text: str) -> None:
   write_bytes(path, text.encode())
 
 
+def absolute(path: str) -> str:
+  """A local path from the root; a URL as it is."""
+  return path if '://' in path else os.path.abspath(path)
+
+
 @contextlib.contextmanager
 def claim(folder: str) -> Iterator[None]:
   """Keeps a local folder for this process while the context is open.

@@ -304,7 +304,8 @@ def run_all(runs: list[Run], batches: Iterable[np.ndarray], mesh: Mesh) -> None:
         run.advance(batch_BD)
       for run in ready:
         run.due()
-      shown = ready[0].latest
+      # None, where one has ended and the next goes on from a later step.
+      shown = ready[0].latest if ready else {}
       bar.set_postfix(
         {
           name: f'{shown[name]:.3g}'

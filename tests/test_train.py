@@ -81,7 +81,7 @@ def test_control_a_part_that_is_not_restored_is_seen(
   finished, store, tmp_path, monkeypatch, lost
 ):
   workdir, config = str(tmp_path / 'run'), planted.train_config()
-  runs.break_off(17, {workdir: config}, store)
+  runs.break_off(27, {workdir: config}, store)
   whole = loop.restore
 
   def forgets(*args):
@@ -274,6 +274,16 @@ def test_a_finished_run_with_decay_keeps_its_steps(store, tmp_path):
       planted.train_config(steps=20, optimizer=falling), store, workdir
     )
   assert runs.log(workdir) == before
+
+
+@pytest.mark.fast
+def test_a_workdir_may_be_relative(store, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  config = planted.train_config(steps=2)
+  train.train(config, store, 'run')
+  assert train.train(config, store, 'run').step == 2
+  assert checkpoint.load('run').step == 2
+  assert runs.saved_steps(tmp_path / 'run') == [2]
 
 
 def alone_or_together(folder):

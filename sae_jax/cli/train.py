@@ -88,7 +88,7 @@ def work() -> None:
     print(
       f'{workdir}: stopped by SIGTERM and saved after step {step}, the same '
       f'command does the {left} that are left'
-      if left
+      if left > 0
       else f'{workdir}: trained to step {step}'
     )
 
