@@ -1,7 +1,5 @@
 """Activation functions of the baselines, with the gradients they train by."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
@@ -27,9 +25,9 @@ def _threshold_sum(terms_BN, like_N):
   return terms_BN.sum(axis).astype(like_N.dtype)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@jax.custom_vjp
 def trainable_jump_relu(
-  pre_BN: jax.Array, log_threshold_N: jax.Array, bandwidth: float
+  pre_BN: jax.Array, log_threshold_N: jax.Array, bandwidth: jax.Array
 ) -> jax.Array:
   """`jump_relu` with a straight-through estimate for the threshold.
 
@@ -48,12 +46,12 @@ def trainable_jump_relu(
 
 
 def _jump_forward(pre_BN, log_threshold_N, bandwidth):
-  del bandwidth
-  return jump_relu(pre_BN, log_threshold_N), (pre_BN, log_threshold_N)
+  saved = (pre_BN, log_threshold_N, bandwidth)
+  return jump_relu(pre_BN, log_threshold_N), saved
 
 
-def _jump_backward(bandwidth, saved, g_BN):
-  pre_BN, log_threshold_N = saved
+def _jump_backward(saved, g_BN):
+  pre_BN, log_threshold_N, bandwidth = saved
   threshold_N = jnp.exp(log_threshold_N)
   near_BN = _near(pre_BN, threshold_N, bandwidth)
   # One more factor of the threshold: the parameter is its logarithm.
@@ -61,15 +59,16 @@ def _jump_backward(bandwidth, saved, g_BN):
   return (
     jnp.where(pre_BN > threshold_N, g_BN, 0),
     _threshold_sum(g_BN * slope_BN, log_threshold_N),
+    jnp.zeros_like(bandwidth),
   )
 
 
 trainable_jump_relu.defvjp(_jump_forward, _jump_backward)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+@jax.custom_vjp
 def trainable_count(
-  pre_BN: jax.Array, log_threshold_N: jax.Array, bandwidth: float
+  pre_BN: jax.Array, log_threshold_N: jax.Array, bandwidth: jax.Array
 ) -> jax.Array:
   """How many pre-activations exceed their threshold, all tokens together.
 
@@ -83,21 +82,24 @@ def trainable_count(
     bandwidth: width of the kernel, in units of the pre-activations.
   """
   del bandwidth
-  return (pre_BN > jnp.exp(log_threshold_N)).sum().astype(pre_BN.dtype)
+  # In two sums: of a large batch all pairs together may pass an int32.
+  open_B = (pre_BN > jnp.exp(log_threshold_N)).sum(-1)
+  return open_B.astype(pre_BN.dtype).sum()
 
 
 def _count_forward(pre_BN, log_threshold_N, bandwidth):
   count = trainable_count(pre_BN, log_threshold_N, bandwidth)
-  return count, (pre_BN, log_threshold_N)
+  return count, (pre_BN, log_threshold_N, bandwidth)
 
 
-def _count_backward(bandwidth, saved, g):
-  pre_BN, log_threshold_N = saved
+def _count_backward(saved, g):
+  pre_BN, log_threshold_N, bandwidth = saved
   threshold_N = jnp.exp(log_threshold_N)
   slope_BN = -threshold_N * _near(pre_BN, threshold_N, bandwidth)
   return (
     jnp.zeros_like(pre_BN),
     _threshold_sum(g * slope_BN, log_threshold_N),
+    jnp.zeros_like(bandwidth),
   )
 
 

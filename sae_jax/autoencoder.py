@@ -114,8 +114,10 @@ def preprocess(
     raw_BD: activations as the subject model has them.
 
   Returns:
-    x_BD, and what `restore` needs to undo it. A constant token becomes zero.
+    x_BD in the parameters' precision or that of `raw_BD`, if more, and what
+    `restore` needs to undo it. A constant token becomes zero.
   """
+  raw_BD = raw_BD.astype(jnp.result_type(raw_BD, sae.b_pre_D))
   if config.preprocessing == 'none':
     affine = Affine(jnp.zeros_like(raw_BD[:, :1]), jnp.ones_like(raw_BD[:, :1]))
   elif config.preprocessing == 'dataset':
@@ -128,7 +130,13 @@ def preprocess(
     centred_BD = raw_BD - shift_B1
     if config.preprocessing == 'center_unit_norm':
       norm_B1 = jnp.linalg.norm(centred_BD, axis=-1, keepdims=True)
-      affine = Affine(shift_B1, jnp.where(norm_B1 > 0, norm_B1, 1))
+      # Less is what the mean's own rounding leaves of a constant token.
+      eps = 4 * jnp.finfo(raw_BD.dtype).eps * raw_BD.shape[-1] ** 0.5
+      varies_B1 = norm_B1 > eps * jnp.abs(shift_B1)
+      affine = Affine(
+        jnp.where(varies_B1, shift_B1, raw_BD[:, :1]),
+        jnp.where(varies_B1, norm_B1, 1),
+      )
     else:
       variance_B1 = (centred_BD**2).sum(-1, keepdims=True) / (
         raw_BD.shape[-1] - 1

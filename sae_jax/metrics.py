@@ -70,7 +70,8 @@ def batch_sums(
     x_D=shifted_BD.sum(0),
     square_D=(shifted_BD**2).sum(0),
     cosine=(product_B / jnp.where(norms_B > 0, norms_B, 1)).sum(),
-    active=active_BK.sum(),
+    # In two sums: of a large batch all pairs together may pass an int32.
+    active=active_BK.sum(-1).astype(x_BD.dtype).sum(),
     fired_N=jnp.zeros((n_latents,), jnp.int32)
     .at[idx_BK.reshape(-1)]
     .add(active_BK.reshape(-1).astype(jnp.int32)),

@@ -24,7 +24,8 @@ class ObjectiveConfig(config_lib.Config):
 
   k_aux: int = config_lib.option(
     256,
-    'dead latents that model the error of a token (AuxK); 0 for none',
+    'dead latents that model the error of a token (AuxK); 0 for none. It goes '
+    'with topk, the baselines have none',
     least=0,
   )
   aux_weight: float = config_lib.option(1 / 32, "AuxK's weight, alpha", least=0)
@@ -48,7 +49,10 @@ class ObjectiveConfig(config_lib.Config):
     least=0,
   )
   jump_bandwidth: float = config_lib.option(
-    1e-3, "width of jumprelu's gradient estimate for thresholds", least=1e-12
+    1e-3,
+    "width of jumprelu's gradient estimate for thresholds, in units of the "
+    "tokens' RMS distance from their mean",
+    least=1e-12,
   )
 
 
@@ -96,6 +100,11 @@ class _Rows:
 def _sum(x: jax.Array, *axes: str | None) -> jax.Array:
   axes = tuple(axis for axis in axes if axis is not None)
   return jax.lax.psum(x, axes) if axes else x
+
+
+def _count(active_BK: jax.Array) -> jax.Array:
+  """How many are true, as a float: all of a large batch may pass an int32."""
+  return active_BK.sum(-1).astype(jnp.result_type(float)).sum()
 
 
 def check(sae_config: SaeConfig, config: ObjectiveConfig) -> None:
@@ -148,7 +157,7 @@ def _topk_sums(sae, x_BD, sae_config, config, latent_axis, implementation):
     error=(error_BD**2).sum(),
     multi=multi,
     penalty=varying.zeros((), x_BD.dtype, error_BD),
-    active=active_BK.sum(),
+    active=_count(active_BK).astype(x_BD.dtype),
     fired_N=fired_N,
   )
   return sums, error_BD
@@ -165,7 +174,8 @@ def _dense_sums(
     # Decoder rows have unit norm, so that L1 cannot be had by larger ones.
     penalty = z_BN.sum() / jnp.sqrt(mse_of_mean)
   else:
-    jump = (sae.log_threshold_N, config.jump_bandwidth)
+    bandwidth = config.jump_bandwidth * jnp.sqrt(mse_of_mean)
+    jump = (sae.log_threshold_N, varying.match(bandwidth, pre_BN))
     z_BN = activation.trainable_jump_relu(pre_BN, *jump)
     penalty = activation.trainable_count(pre_BN, *jump)
   model_BD = sparse.matmul(z_BN, sae.w_dec_ND, sae_config.matmul_dtype)
@@ -174,7 +184,7 @@ def _dense_sums(
     error=(error_BD**2).sum(),
     multi=varying.zeros((), x_BD.dtype, error_BD),
     penalty=_sum(penalty, latent_axis),
-    active=(z_BN > 0).sum(),
+    active=_count(z_BN > 0).astype(x_BD.dtype),
     fired_N=(z_BN > 0).any(0).astype(jnp.int32),
   )
   return sums, error_BD
@@ -277,7 +287,7 @@ def value_and_grad(
     count_N = varying.zeros(dead_N.shape, jnp.int32, dead_N, x_BD)
     start = (
       zero,
-      _Sums(zero, zero, zero, count_N.sum(), count_N),
+      _Sums(zero, zero, zero, varying.match(zero, count_N), count_N),
       _zeros_like(own),
     )
   (value, sums, grads), error_BD = _fold(part, micro_batches, start, x_BD)
@@ -300,7 +310,7 @@ def value_and_grad(
     aux=aux,
     multi=_sum(sums.multi, data_axis) / tokens / mse_of_mean,
     penalty=_sum(sums.penalty, data_axis) / tokens,
-    l0=(_sum(sums.active, data_axis, latent_axis) / tokens).astype(x_BD.dtype),
+    l0=_sum(sums.active, data_axis, latent_axis) / tokens,
     fired_N=_sum(sums.fired_N, data_axis) > 0,
   )
   return (_sum(value, data_axis) + config.aux_weight * aux, terms), grads
@@ -321,7 +331,7 @@ def _add_aux(
 ):
   """AuxK and the gradients with its own added, this data shard's part."""
   none = jnp.zeros((), x_BD.dtype)
-  if not config.k_aux:
+  if not config.k_aux or sae_config.activation != 'topk':
     return none, grads
   n_latents = dead_N.shape[0]
   sizes = [size for size in _DEAD_SIZES if size < n_latents] + [n_latents]

@@ -198,7 +198,8 @@ def averaged(
   Args:
     config: gives the decay.
     sae: the current parameters; what is not trained is taken from them.
-    ema: the average's state after at least one step.
+    ema: the average's state; before the first step, or if all were skipped, the
+      average is the current parameters.
   """
   # optax keeps the decay in the parameters' precision and the weight of a
   # new value, 1 - decay, in 64 bits. The weights' sum is taken of just those.
@@ -206,6 +207,12 @@ def averaged(
   count = ema.count.astype(jnp.result_type(float))
   share = (1 - config.ema_decay) / (1 - kept)
   seen = -share * jnp.expm1(count * math.log(kept))
+  some = ema.count > 0
+  seen = jnp.where(some, seen, 1)
   return sae.replace(
-    **jax.tree.map(lambda a: (a / seen).astype(a.dtype), ema.ema)
+    **jax.tree.map(
+      lambda a, p: jnp.where(some, (a / seen).astype(a.dtype), p),
+      ema.ema,
+      trained(sae),
+    )
   )

@@ -152,6 +152,9 @@ def init_state(
     config: the run.
     mesh: where the state lies; its values do not depend on it.
     sample_BD: raw activations from the start of the run.
+
+  Raises:
+    UserError: if they are all equal, or not finite.
   """
   sae_config = config.sae
 
@@ -184,7 +187,14 @@ def init_state(
     )
 
   out = _shardings(jax.eval_shape(build, sae, sample_BD), mesh)
-  return jax.jit(build, out_shardings=out)(sae, sample_BD)
+  state = jax.jit(build, out_shardings=out)(sae, sample_BD)
+  if not float(state.mse_of_mean) > 0:
+    raise config_lib.UserError(
+      f'the variance of the first {len(sample_BD)} rows is '
+      f'{float(state.mse_of_mean):g}: there is nothing to learn, or they are '
+      'not finite; use another store'
+    )
+  return state
 
 
 def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:

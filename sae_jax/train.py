@@ -246,7 +246,7 @@ def _check_shared(workdir: str) -> None:
   path = epath.Path(workdir) / f'.seen_by_all_{number}'
   if jax.process_index() == 0:
     files.write_text(path, '')
-  multihost_utils.sync_global_devices(f'written {path}')
+  multihost_utils.sync_global_devices('workdir written')
   seen = multihost_utils.process_allgather(np.array(path.exists()))
   if jax.process_index() == 0:
     path.unlink()

@@ -102,7 +102,9 @@ def write_store(
 
 def make_trained(data, n_latents=24, k=4, preprocessing='center_unit_norm'):
   """An autoencoder with biases of many sizes; the latents DEAD never fire."""
-  config = SaeConfig(D_MODEL, n_latents, k, preprocessing)
+  config = SaeConfig(
+    d_model=D_MODEL, n_latents=n_latents, k=k, preprocessing=preprocessing
+  )
   sample_BD = data.read_rows(0, data.n_train)
   fresh = reconstruction.untrained(config, sample_BD, 3)
   rng = np.random.default_rng(1)

@@ -1,6 +1,7 @@
 """Training runs in tests: broken off, killed, spoilt, compared."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import pathlib
@@ -112,6 +113,23 @@ def spoilt_step(config, data):
   order = feed.train_order(data, config.order_seed, config.window_chunks)
   places = feed.rows_at(order, 0, data.n_train)
   return int(np.argmax(places == SPOILT_ROW)) // config.batch_size + 1
+
+
+def train_config(**kwargs):
+  """A run of seconds in which AuxK, clipping and the average take part."""
+  made = planted.train_config()
+  active = {
+    'objective': dataclasses.replace(made.objective, dead_after_tokens=128),
+    'optimizer': dataclasses.replace(made.optimizer, clip_norm=0.25),
+  }
+  return planted.train_config(**(active | kwargs))
+
+
+def assert_active(workdir):
+  """AuxK and clipping took part in a run of `train_config` or `command`."""
+  found = rows(workdir)
+  assert max(row.get('aux', 0) for row in found) > 0
+  assert max(row.get('grad_norm', 0) for row in found) > 0.25
 
 
 def command(store, workdir, **flags):

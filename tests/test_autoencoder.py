@@ -51,11 +51,40 @@ def test_preprocess_is_its_definition_and_restore_undoes_it(name):
   )
 
 
+def test_layer_norm_of_a_faint_token_is_its_definition():
+  # Small enough that it matters where the epsilon is added.
+  config, sae, raw_BD, _ = make('layer_norm')
+  faint_BD = 1e-4 * raw_BD
+  x_BD, _ = autoencoder.preprocess(config, sae, faint_BD)
+  want_BD = preprocessed('layer_norm', faint_BD)
+  np.testing.assert_allclose(x_BD, want_BD, rtol=1e-3, atol=1e-3)
+
+
 @pytest.mark.parametrize('name', autoencoder.PREPROCESSING)
-def test_a_constant_token_is_finite(name):
+@pytest.mark.parametrize('level', [7.0, 0.1, 1000.1, -3.3, 0.0])
+def test_a_constant_token_is_finite(name, level):
   config, sae, _, _ = make(name)
-  x_BD, _ = autoencoder.preprocess(config, sae, jnp.full((2, 24), 7.0))
+  x_BD, affine = autoencoder.preprocess(config, sae, jnp.full((2, 24), level))
   assert np.isfinite(x_BD).all()
+  if name == 'center_unit_norm':
+    np.testing.assert_array_equal(x_BD, 0)
+    # Control: a token that varies a little is brought to unit norm.
+    other, _ = autoencoder.preprocess(
+      config, sae, level + 1e-3 * (1 + abs(level)) * jnp.eye(2, 24)
+    )
+    np.testing.assert_allclose(np.linalg.norm(other, axis=1), 1, rtol=1e-5)
+  np.testing.assert_allclose(
+    autoencoder.restore(affine, x_BD),
+    np.full((2, 24), level),
+    rtol=1e-5,
+    atol=1e-6,
+  )
+
+
+def test_half_precision_activations_are_widened():
+  config, sae, raw_BD, _ = make()
+  x_BD, _ = autoencoder.preprocess(config, sae, jnp.bfloat16(raw_BD))
+  assert x_BD.dtype == jnp.float32
 
 
 def test_encode_decode_equal_a_float64_definition():
@@ -110,6 +139,29 @@ def test_fresh_autoencoder_fits_its_inputs():
   np.testing.assert_allclose(
     mse_of_mean, ((wide - wide.mean(0)) ** 2).sum(1).mean(), rtol=1e-4
   )
+
+
+def test_first_encoder_is_the_transpose_or_drawn_apart():
+  _, sae, _, _ = make()
+  cosine_N = (sae.w_enc_ND * sae.w_dec_ND).sum(1)
+  cosine_N /= jnp.linalg.norm(sae.w_enc_ND, axis=1)
+  np.testing.assert_allclose(cosine_N, 1, rtol=1e-5)
+  _, apart, _, _ = make(encoder_init='independent')
+  np.testing.assert_array_equal(apart.w_dec_ND, sae.w_dec_ND)
+  norms_N = jnp.linalg.norm(apart.w_enc_ND, axis=1)
+  cosine_N = (apart.w_enc_ND * apart.w_dec_ND).sum(1) / norms_N
+  assert abs(cosine_N).mean() < 0.3
+  # Rows of one norm, as the transpose has them.
+  np.testing.assert_allclose(norms_N, norms_N[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize('name', autoencoder.PREPROCESSING)
+def test_first_thresholds_are_small_beside_the_tokens_spread(name):
+  _, sae, _, mse_of_mean = make(name, activation='jumprelu')
+  np.testing.assert_allclose(
+    np.exp(sae.log_threshold_N), 1e-3 * mse_of_mean**0.5, rtol=1e-5
+  )
+  assert make(name)[1].log_threshold_N is None
 
 
 def sum_of_distances(point_D, points_BD):

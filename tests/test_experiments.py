@@ -7,9 +7,13 @@ import pathlib
 import numpy as np
 import pytest
 
-from experiments import benchmark_train, dead_latents, learning_rate
+from experiments import (
+  benchmark_train,
+  dead_latents,
+  learning_rate,
+  topk_vs_relu,
+)
 from experiments import runs as runs_lib
-from experiments import topk_vs_relu
 from sae_jax.config import UserError
 from tests import planted
 

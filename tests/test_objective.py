@@ -90,7 +90,10 @@ def test_gradients_equal_dense_autodiff(weight, implementation, multi_topk):
     np.testing.assert_allclose(value, want, rtol=1e-12)
     np.testing.assert_allclose(terms.nmse, nmse, rtol=1e-12)
     np.testing.assert_allclose(terms.aux, aux, rtol=1e-12)
-    assert float(aux) > 0 and (float(terms.multi) > 0) == (multi_topk > 0)
+    assert float(aux) > 0
+    multi = (want - nmse - weight * aux) * 8
+    np.testing.assert_allclose(terms.multi, multi, rtol=1e-9, atol=1e-12)
+    assert (multi > 0.01) == (multi_topk > 0)
     assert largest_difference(grads, want_grads) < 1e-10
     # Control: each term is seen.
     _, _, other = dense(*args, weight + 1)
@@ -123,8 +126,9 @@ def test_relu_and_its_penalty_equal_dense_autodiff():
       )
 
     for weight in (0.0, 0.3):
+      # k_aux is of no consequence: AuxK goes with TopK.
       value, terms, grads = ours(
-        sae, x_BD, dead_N, sae_config=config, k_aux=0, sparsity_weight=weight
+        sae, x_BD, dead_N, sae_config=config, k_aux=7, sparsity_weight=weight
       )
       want, want_grads = jax.value_and_grad(of)(optimizer.trained(sae), weight)
       np.testing.assert_allclose(value, want, rtol=1e-12)
@@ -149,7 +153,7 @@ def test_jump_relu_and_its_estimates_equal_those_by_hand(bandwidth):
       jump_bandwidth=bandwidth,
     )  # fmt: skip
     want, want_grads = dense_reference.jump_gradients(
-      sae, x_BD, MSE_OF_MEAN, 0.02, bandwidth
+      sae, x_BD, MSE_OF_MEAN, 0.02, bandwidth * MSE_OF_MEAN**0.5
     )
     np.testing.assert_allclose(value, want, rtol=1e-12)
     assert largest_difference(grads, want_grads) < 1e-10
@@ -259,6 +263,16 @@ def test_silent_winners_did_not_fire():
   _, terms, _ = ours(sae, x_BD, dead_N)
   assert terms.l0 == 0
   assert not terms.fired_N.any()
+
+
+def test_counts_do_not_overflow():
+  # 2^31 pairs and more, as a large batch of a baseline has them.
+  active = jax.ShapeDtypeStruct((2**16, 2**16), bool)
+  assert jax.eval_shape(objective._count, active).dtype == jnp.float32
+  wide_BN = jnp.ones((2**10, 2**10), bool)
+  assert objective._count(wide_BN) == 2**20
+  # Its parts are counted over latents first.
+  assert 'i32[1024]' in str(jax.make_jaxpr(objective._count)(wide_BN))
 
 
 def test_bfloat16_products_are_near_and_leave_float32():

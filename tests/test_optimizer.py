@@ -47,7 +47,9 @@ def run(params, grads, config=CONFIG, rate=0.01):
   return history, state
 
 
-def numpy_run(params, grads, axis=1, project=True, rate=0.01, eps=6.25e-10):
+def numpy_run(
+  params, grads, axis=1, project=True, rate=0.01, eps=6.25e-10, b1=0.9, b2=0.999
+):
   """Adam with projection, unit norm along `axis` and EMA, step by step."""
   params = {name: a.copy() for name, a in params.items()}
   m = {name: np.zeros_like(a) for name, a in params.items()}
@@ -59,9 +61,9 @@ def numpy_run(params, grads, axis=1, project=True, rate=0.01, eps=6.25e-10):
       if name == 'w_dec_ND' and project:
         w = params[name]
         g = g - (g * w).sum(axis, keepdims=True) * w
-      m[name] = 0.9 * m[name] + 0.1 * g
-      v[name] = 0.999 * v[name] + 0.001 * g**2
-      m_hat, v_hat = m[name] / (1 - 0.9**t), v[name] / (1 - 0.999**t)
+      m[name] = b1 * m[name] + (1 - b1) * g
+      v[name] = b2 * v[name] + (1 - b2) * g**2
+      m_hat, v_hat = m[name] / (1 - b1**t), v[name] / (1 - b2**t)
       params[name] = params[name] - rate * m_hat / (np.sqrt(v_hat) + eps)
       if name == 'w_dec_ND':
         norm = np.linalg.norm(params[name], axis=axis, keepdims=True)
@@ -89,6 +91,15 @@ def test_updates_equal_a_float64_loop():
       assert difference(history[-1], wrong) > 1e-4
 
 
+def test_betas_and_epsilon_are_the_configs():
+  with jax.enable_x64(True):
+    params, grads = problem()
+    config = dataclasses.replace(CONFIG, adam_b1=0.7, adam_b2=0.9, adam_eps=0.1)
+    history, _ = run(params, grads, config)
+    want, _ = numpy_run(params, grads, b1=0.7, b2=0.9, eps=0.1)
+    assert difference(history[-1], want) < 1e-12
+
+
 def test_decoder_rows_have_unit_norm_after_every_step():
   params, grads = problem()
   for sae in run(params, grads)[0]:
@@ -110,6 +121,12 @@ def test_average_after_one_step_is_the_parameters():
   history, state = run(params, grads[:1])
   average = optimizer.averaged(CONFIG, history[0], state.ema)
   assert difference(average, optimizer.trained(history[0])) < 1e-6
+
+
+def test_average_before_the_first_step_is_the_parameters():
+  sae = as_sae(problem()[0])
+  average = optimizer.averaged(CONFIG, sae, optimizer.init(CONFIG, sae).ema)
+  assert difference(average, optimizer.trained(sae)) == 0
 
 
 @pytest.mark.parametrize('decay', [0.9, 0.999, 0.99999])

@@ -10,6 +10,7 @@ import pytest
 
 from sae_jax import config, sparse
 from sae_jax.sparse import dispatch
+from sae_jax.sparse.encode_topk import reference as encode_reference
 from sae_jax.sparse.top_k import reference as top_k_reference
 
 pytestmark = pytest.mark.fast
@@ -238,6 +239,37 @@ def test_top_k_over_shards_keeps_winners_that_crowd_one_shard():
   # Control: a capacity factor loses them.
   limited = sharded_winners(x_BN, 8, 8, capacity_limited)
   assert (limited != want).any()
+
+
+@pytest.mark.parametrize('batch', [1, 7, 12, 13])
+def test_blocks_of_tokens_change_nothing(monkeypatch, batch):
+  with jax.enable_x64(True):
+    a = arrays((batch, 40, 5, 16))
+
+    def total(x_BD, w_ND, b_N):
+      vals_BK, idx_BK = sparse.encode_topk(x_BD, w_ND, b_N, 5, b_pre_D=x_BD[0])
+      return (vals_BK * a['g_BK']).sum(), (vals_BK, idx_BK)
+
+    args = a['x_BD'], a['w_ND'], a['b_N']
+    run = jax.value_and_grad(total, (0, 1, 2), has_aux=True)
+    want = run(*args)
+    # Five tokens fit, so that none of these batches is cut evenly.
+    monkeypatch.setattr(encode_reference, '_BLOCK_BYTES', 5 * 40 * 8)
+    got = run(*args)
+    np.testing.assert_array_equal(got[0][1][1], want[0][1][1])
+    for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+      np.testing.assert_allclose(one, other, rtol=1e-11, atol=1e-13)
+    blocks = str(jax.make_jaxpr(total)(*args)).count('scan')
+    assert blocks == (batch > 5)
+
+
+def test_rounded_products_are_summed_in_full():
+  ones = jnp.ones((1, 4099))
+  # bfloat16 has no 4099.
+  assert sparse.matmul(ones, ones.T, jnp.bfloat16) == 4099
+  third = jnp.full((1, 1), 1 / 3)
+  assert sparse.matmul(third, jnp.ones((1, 1)), jnp.bfloat16) != third
+  assert sparse.matmul(third, jnp.ones((1, 1))) == third
 
 
 def test_errors_say_what_to_do():

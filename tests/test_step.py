@@ -9,7 +9,8 @@ from jax.sharding import AxisType
 import numpy as np
 import pytest
 
-from sae_jax import autoencoder, mesh, optimizer, step
+from sae_jax import autoencoder, mesh, objective, optimizer, step
+from sae_jax.config import UserError
 from sae_jax.sparse import varying
 from tests import dense_reference, planted, processes
 
@@ -156,6 +157,92 @@ def test_micro_batches_change_nothing_but_rounding(config, multi_topk):
   parts = dataclasses.replace(made, micro_batches=4)
   assert_same_run(run(parts, (1, 1)), want)
   assert_same_run(run(parts, (2, 4)), want)
+
+
+@pytest.mark.parametrize('shape', MESHES)
+def test_dead_latents_that_crowd_a_shard_are_all_seen(
+  config, monkeypatch, shape
+):
+  """Some shards have none, one has most: AuxK's size must hold them."""
+  monkeypatch.setattr(objective, '_DEAD_SIZES', (1, 3, 5))
+  step._program.cache_clear()
+  many = dataclasses.replace(
+    config, objective=dataclasses.replace(config.objective, aux_weight=100.0)
+  )
+  silent_N = np.zeros(64, np.int32)
+  silent_N[[8, 9, 10, 63]] = 1000
+  found = []
+  for one in ((1, 1), shape):
+    made = make_mesh(*one)
+    state = step.init_state(many, made, ROWS[:500])
+    state = state.replace(
+      silent_N=jax.device_put(silent_N, mesh.sharding(made, 'N'))
+    )
+    state, values = step.make_step(many, made)(state, ROWS[:64])
+    found.append((float(values['loss']), float(values['grad_norm'])))
+    assert float(values['dead_fraction']) == 4 / 64 and values['aux'] > 0
+  np.testing.assert_allclose(*found, rtol=1e-5)
+  monkeypatch.undo()
+  step._program.cache_clear()
+
+
+def test_rates_follow_the_schedule_from_the_first_step(config):
+  made = make_mesh(1, 1)
+  plan = dataclasses.replace(
+    config.optimizer, warmup_steps=4, decay_steps=4, learning_rate=1e-3
+  )
+  values, *_ = run(
+    dataclasses.replace(config, optimizer=plan, steps=STEPS), (1, 1)
+  )
+  del made
+  rates = [row['learning_rate'] for row in values]
+  np.testing.assert_allclose(
+    rates[:5], [2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3], rtol=1e-6
+  )
+  np.testing.assert_allclose(
+    rates[-4:], [1e-3, 7.5e-4, 5e-4, 2.5e-4], rtol=1e-6
+  )
+
+
+def test_micro_batches_take_less_memory(config):
+  made = make_mesh(1, 1)
+  wide = dataclasses.replace(
+    config,
+    sae=dataclasses.replace(config.sae, n_latents=1024, k=32),
+    batch_size=1024,
+  )
+  sizes = []
+  for parts in (1, 8):
+    some = dataclasses.replace(wide, micro_batches=parts)
+    args = [
+      step.abstract_state(some, made),
+      jax.ShapeDtypeStruct((1024, 16), jnp.float32),
+      jax.ShapeDtypeStruct((), jnp.float32),
+    ]
+    program = step._program(some, made, None, False).lower(*args).compile()
+    sizes.append(program.memory_analysis().temp_size_in_bytes)
+  assert sizes[1] < 0.6 * sizes[0]
+
+
+def test_a_gradient_that_is_not_finite_is_skipped_though_the_loss_is(config):
+  made = make_mesh(1, 1)
+  raw = dataclasses.replace(
+    config,
+    on_nonfinite='skip',
+    sae=dataclasses.replace(config.sae, preprocessing='none'),
+  )
+  state = step.init_state(raw, made, ROWS[:500])
+  bad_BD = ROWS[:64].copy()
+  bad_BD[5] *= 1e13
+  state, values = step.make_step(raw, made)(state, bad_BD)
+  assert np.isfinite(values['loss']) and not np.isfinite(values['grad_norm'])
+  assert not values['finite'] and int(state.skipped) == 1
+  assert all(np.isfinite(a).all() for a in jax.tree.leaves(state.sae))
+
+
+def test_rows_that_are_all_equal_are_refused(config):
+  with pytest.raises(UserError, match='variance of the first 9 rows is 0: th'):
+    step.init_state(config, make_mesh(1, 1), np.ones((9, 16), np.float32))
 
 
 @pytest.mark.slow

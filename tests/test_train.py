@@ -27,7 +27,9 @@ def store(tmp_path_factory):
 @pytest.fixture(scope='module')
 def finished(store, tmp_path_factory):
   workdir = str(tmp_path_factory.mktemp('runs') / 'whole')
-  return workdir, train.train(planted.train_config(), store, workdir)
+  state = train.train(runs.train_config(), store, workdir)
+  runs.assert_active(workdir)
+  return workdir, state
 
 
 @pytest.mark.fast
@@ -63,7 +65,7 @@ def test_stopped_and_resumed_is_uninterrupted(
   finished, store, tmp_path, monkeypatch
 ):
   workdir = str(tmp_path / 'run')
-  config = planted.train_config()
+  config = runs.train_config()
 
   # As after a SIGKILL: nothing is written on the way out.
   monkeypatch.setattr(metrics.Writer, 'close', lambda self: None)
@@ -80,8 +82,8 @@ def test_stopped_and_resumed_is_uninterrupted(
 def test_control_a_part_that_is_not_restored_is_seen(
   finished, store, tmp_path, monkeypatch, lost
 ):
-  workdir, config = str(tmp_path / 'run'), planted.train_config()
-  runs.break_off(27, {workdir: config}, store)
+  workdir, config = str(tmp_path / 'run'), runs.train_config()
+  runs.break_off(17, {workdir: config}, store)
   whole = loop.restore
 
   def forgets(*args):
@@ -102,7 +104,7 @@ def test_control_a_part_that_is_not_restored_is_seen(
 
 @pytest.mark.fast
 def test_control_another_seed_gives_other_bits(finished, store, tmp_path):
-  config = planted.train_config(seed=1)
+  config = runs.train_config(seed=1)
   state = train.train(config, store, str(tmp_path / 'run'))
   assert (
     np.asarray(state.sae.w_enc_ND) != np.asarray(finished[1].sae.w_enc_ND)
@@ -112,9 +114,9 @@ def test_control_another_seed_gives_other_bits(finished, store, tmp_path):
 @pytest.mark.fast
 def test_resume_on_another_mesh(finished, store, tmp_path):
   workdir = str(tmp_path / 'run')
-  runs.break_off(17, {workdir: planted.train_config()}, store)
+  runs.break_off(17, {workdir: runs.train_config()}, store)
   # Where a run lies and what it tells may change, nothing else.
-  other = planted.train_config(mesh_data=2, mesh_latent=4, log_every=3)
+  other = runs.train_config(mesh_data=2, mesh_latent=4, log_every=3)
   state = train.train(other, store, workdir)
   assert state.sae.w_enc_ND.sharding.shard_shape((64, 16)) == (16, 16)
   for got, want in zip(
@@ -126,14 +128,14 @@ def test_resume_on_another_mesh(finished, store, tmp_path):
 @pytest.mark.fast
 def test_a_finished_run_is_left_alone(finished, store):
   before = runs.rows(finished[0])
-  state = train.train(planted.train_config(), store, finished[0])
+  state = train.train(runs.train_config(), store, finished[0])
   runs.assert_same_bits(state, finished[1])
   assert runs.rows(finished[0]) == before
 
 
 @pytest.mark.fast
 def test_a_workdir_with_another_config_is_refused(finished, store):
-  other = planted.train_config(batch_size=128, seed=3)
+  other = runs.train_config(batch_size=128, seed=3)
   with pytest.raises(
     UserError, match=r'batch_size: 64 -> 128; seed: 0 -> 3\): use another'
   ):
@@ -144,9 +146,9 @@ def test_a_workdir_with_another_config_is_refused(finished, store):
 def test_misfits_are_refused(store, tmp_path):
   def refused(message, **kwargs):
     with pytest.raises(UserError, match=message):
-      train.train(planted.train_config(**kwargs), store, str(tmp_path / 'none'))
+      train.train(runs.train_config(**kwargs), store, str(tmp_path / 'none'))
 
-  sae = planted.train_config().sae
+  sae = runs.train_config().sae
   refused(
     'd_model 24 is not the width 16 of the store: use --d_model=16',
     sae=dataclasses.replace(sae, d_model=24),
@@ -162,7 +164,7 @@ def test_misfits_are_refused(store, tmp_path):
   )  # fmt: skip
   refused(r'warmup_steps 50 \+ decay_steps 0 exceed the 30 steps',
     optimizer=dataclasses.replace(
-      planted.train_config().optimizer, warmup_steps=50
+      runs.train_config().optimizer, warmup_steps=50
     ),
   )  # fmt: skip
   assert not (tmp_path / 'none').exists()
@@ -173,7 +175,7 @@ def test_a_store_without_held_out_rows_is_refused_at_once(tmp_path):
   planted.write_store(str(tmp_path / 'store'), holdout_documents=0)
   with pytest.raises(UserError, match='holds 0 rows out, an evaluation needs'):
     train.train(
-      planted.train_config(), str(tmp_path / 'store'), str(tmp_path / 'run')
+      runs.train_config(), str(tmp_path / 'store'), str(tmp_path / 'run')
     )
 
 
@@ -184,7 +186,7 @@ def test_held_out_rows_teach_nothing(store, tmp_path):
   rows_RD = clean.read_rows(0, clean.manifest.n_rows)
   rows_RD[clean.n_train :] += 7
   planted.write_store(str(tmp_path / 'other'), rows_RD=rows_RD)
-  config = planted.train_config(sample_rows=10**6)
+  config = runs.train_config(sample_rows=10**6)
   states = [
     train.train(config, url, str(tmp_path / f'run{i}'))
     for i, url in enumerate((store, str(tmp_path / 'other')))
@@ -195,11 +197,11 @@ def test_held_out_rows_teach_nothing(store, tmp_path):
 @pytest.mark.fast
 def test_a_start_that_failed_does_not_claim_the_workdir(store, tmp_path):
   workdir = str(tmp_path / 'run')
-  nothing = dataclasses.replace(planted.train_config().optimizer, adam_b1=0.5)
-  config = planted.train_config(optimizer=nothing)
+  nothing = dataclasses.replace(runs.train_config().optimizer, adam_b1=0.5)
+  config = runs.train_config(optimizer=nothing)
   runs.break_off(3, {workdir: config}, store)
   # No checkpoint was written, so nothing is lost by other settings.
-  train.train(planted.train_config(), store, workdir)
+  train.train(runs.train_config(), store, workdir)
 
 
 @pytest.mark.fast
@@ -215,11 +217,11 @@ def test_a_damaged_checkpoint_is_named(finished, store, tmp_path, part):
   with pytest.raises(
     UserError, match=r'30 cannot be read .*: delete that fold'
   ):
-    train.train(planted.train_config(), store, str(workdir))
+    train.train(runs.train_config(), store, str(workdir))
   # As told: without it the run goes on from step 20 to the same bits.
   shutil.rmtree(folder)
   runs.assert_same_bits(
-    train.train(planted.train_config(), store, str(workdir)), finished[1]
+    train.train(runs.train_config(), store, str(workdir)), finished[1]
   )
 
 
@@ -237,13 +239,13 @@ def test_load_gives_the_average_or_the_last_weights(finished):
   runs.assert_same_bits(last.sae, finished[1].sae)
   average = checkpoint.load(finished[0])
   want = optimizer.averaged(
-    planted.train_config().optimizer,
+    runs.train_config().optimizer,
     finished[1].sae,
     finished[1].optimizer.ema,
   )
   runs.assert_same_bits(average.sae, want)
   assert (average.sae.w_enc_ND != last.sae.w_enc_ND).any()
-  assert average.config == planted.train_config().sae
+  assert average.config == runs.train_config().sae
   assert average.about['dataset']['identity']
   assert average.mse_of_mean == float(finished[1].mse_of_mean)
 
@@ -253,7 +255,7 @@ def test_a_finished_run_goes_on_to_more_steps(finished, store, tmp_path):
   """As the rate does not decay, no step knows how many there are."""
   whole, longer = str(tmp_path / 'whole'), str(tmp_path / 'longer')
   shutil.copytree(finished[0], longer)
-  config = planted.train_config(steps=45)
+  config = runs.train_config(steps=45)
   train.train(config, store, whole)
   train.train(config, store, longer)
   runs.assert_same_bits(runs.saved_state(longer), runs.saved_state(whole))
@@ -265,21 +267,19 @@ def test_a_finished_run_goes_on_to_more_steps(finished, store, tmp_path):
 
 @pytest.mark.fast
 def test_a_finished_run_with_decay_keeps_its_steps(store, tmp_path):
-  falling = dataclasses.replace(planted.train_config().optimizer, decay_steps=5)
+  falling = dataclasses.replace(runs.train_config().optimizer, decay_steps=5)
   workdir = str(tmp_path / 'run')
-  train.train(planted.train_config(steps=10, optimizer=falling), store, workdir)
+  train.train(runs.train_config(steps=10, optimizer=falling), store, workdir)
   before = runs.log(workdir)
   with pytest.raises(UserError, match='steps: 10 -> 20'):
-    train.train(
-      planted.train_config(steps=20, optimizer=falling), store, workdir
-    )
+    train.train(runs.train_config(steps=20, optimizer=falling), store, workdir)
   assert runs.log(workdir) == before
 
 
 @pytest.mark.fast
 def test_a_workdir_may_be_relative(store, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
-  config = planted.train_config(steps=2)
+  config = runs.train_config(steps=2)
   train.train(config, store, 'run')
   assert train.train(config, store, 'run').step == 2
   assert checkpoint.load('run').step == 2
@@ -290,7 +290,7 @@ def alone_or_together(folder):
   """Trains in a workdir that is relative, so that folders are as hosts."""
   os.chdir(folder)
   store = str(pathlib.Path(folder).parent / 'store')
-  config = planted.train_config(steps=4, mesh_data=2, mesh_latent=4)
+  config = runs.train_config(steps=4, mesh_data=2, mesh_latent=4)
   try:
     state = train.train(config, store, 'run')
     print('trained to', state.step)
@@ -328,7 +328,7 @@ def test_two_processes_train_what_one_does(store, tmp_path):
   runs.run(runs.command(store, one, **flags), devices=8)
   got, want = runs.rows(two), runs.rows(one)
   assert [row['step'] for row in got] == [row['step'] for row in want]
-  assert max(row.get('aux', 0) for row in want) > 0
+  runs.assert_active(one)
   for a, b in zip(got, want):
     for name in b:
       np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-8)

@@ -21,14 +21,6 @@ def pre_activations(
   return matmul(x_BD, w_enc_ND.T, dtype) + b_lat_N
 
 
-def block_rows(batch: int, n_latents: int, itemsize: int) -> int:
-  """Tokens of a block: the most that divide the batch and fit the limit."""
-  most = max(1, _BLOCK_BYTES // (n_latents * itemsize))
-  return max(
-    size for size in range(1, min(batch, most) + 1) if not batch % size
-  )
-
-
 def encode_topk(x_BD, w_enc_ND, b_lat_N, mask_N, k, dtype):
   """Exact top-k of the pre-activations of the latents under the mask."""
 
@@ -39,8 +31,13 @@ def encode_topk(x_BD, w_enc_ND, b_lat_N, mask_N, k, dtype):
     return top_k_api.top_k(pre_BN, k)
 
   batch, width = x_BD.shape
-  size = block_rows(batch, w_enc_ND.shape[0], x_BD.dtype.itemsize)
-  if size == batch:
+  token_bytes = w_enc_ND.shape[0] * x_BD.dtype.itemsize
+  blocks = -(-batch * token_bytes // _BLOCK_BYTES)
+  if blocks <= 1:
     return block(x_BD)
-  vals, idx = jax.lax.map(block, x_BD.reshape(batch // size, size, width))
-  return vals.reshape(batch, k), idx.reshape(batch, k)
+  blocks = min(blocks, batch)
+  size = -(-batch // blocks)
+  # The last block is filled up with tokens that are dropped again.
+  x_BD = jnp.pad(x_BD, ((0, blocks * size - batch), (0, 0)))
+  vals, idx = jax.lax.map(block, x_BD.reshape(blocks, size, width))
+  return vals.reshape(-1, k)[:batch], idx.reshape(-1, k)[:batch]
