@@ -153,8 +153,14 @@ class Run:
 
   def advance(self, batch_BD: jax.Array) -> None:
     """Dispatches a step, then takes in the values of the one before."""
-    # A transfer nobody meant would make the device wait for the host.
-    with jax.transfer_guard('disallow'):
+    debug = jax.config.jax_debug_nans
+    # A transfer nobody meant would make the device wait for the host; a step
+    # that is run again by operations, to find a NaN, makes many. JAX forgets
+    # to look for NaNs after it has traced, unless the thread asks for it.
+    with (
+      jax.transfer_guard('allow' if debug else 'disallow'),
+      jax.debug_nans(debug),
+    ):
       self.state, values = self._step(self.state, batch_BD)
     self.done += 1
     self._pending.append((self.done, values))

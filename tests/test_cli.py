@@ -217,10 +217,14 @@ def test_debug_nans_stops_where_one_is_made(tmp_path):
   store = str(tmp_path / 'store')
   runs.write_spoilt_store(store)
   command = runs.command(store, str(tmp_path / 'run'), sample_rows=50)
-  out, said = runs.run([*command, '--debug_nans'], code=1)
-  assert out == '' and 'Traceback' not in said
+  _, said = runs.run([*command, '--debug_nans'], code=1)
+  assert 'Traceback' not in said
   last = said.splitlines()[-1]
-  assert last.startswith('error: ') and 'nan' in last
+  assert last.startswith('error: invalid value (nan) encountered in sub')
+  # Control: without it the step is named and no operation.
+  _, said = runs.run(command, code=1)
+  last = said.splitlines()[-1]
+  assert last.startswith('error: loss nan') and 'encountered' not in last
 
 
 def test_debug_nans_changes_no_metric(swept, tmp_path):

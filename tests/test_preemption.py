@@ -235,3 +235,20 @@ def test_sigterm_between_steps_saves_that_step(store, tmp_path, monkeypatch):
   state = train.train(config, store, workdir)
   runs.assert_same_bits(state, whole)
   runs.assert_same_run(workdir, str(tmp_path / 'whole'))
+
+
+@pytest.mark.slow
+def test_an_interrupt_is_one_line_and_the_run_goes_on(store, tmp_path):
+  workdir = str(tmp_path / 'run')
+  command = runs.command(store, workdir, steps=STEPS, checkpoint_every=EVERY)
+  process = runs.start(command)
+  runs.wait_until(lambda: runs.saved_steps(workdir), process)
+  process.send_signal(signal.SIGINT)
+  _, said = runs.ended(process, 130)
+  assert 'Traceback' not in said
+  assert said.splitlines()[-1].startswith('error: interrupted')
+  # What it saved is whole: it goes on from there.
+  done = checkpoint.load(workdir).step
+  assert EVERY <= done < STEPS
+  _, said = runs.run([*command, f'--steps={done + 1}'])
+  assert f'resumes after step {done}' in said
