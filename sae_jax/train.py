@@ -196,9 +196,7 @@ def train_many(
     states, runs = {}, []
     for workdir, config in configs.items():
       mesh_lib.log_devices(workdir)
-      _check_shared(workdir)
-      if jax.process_index() == 0:
-        stack.enter_context(files.claim(workdir))
+      _claim(workdir, stack)
       checkpointer = stack.enter_context(
         checkpoint.open_checkpointer(workdir, config.checkpoint_keep)
       )
@@ -237,16 +235,28 @@ def _state(config, workdir, mesh, data, checkpointer) -> TrainState:
   return state
 
 
-def _check_shared(workdir: str) -> None:
-  """Raises UserError if not all processes see the same local workdir."""
-  if jax.process_count() == 1 or workdir.startswith('gs://'):
+def _claim(workdir: str, stack: contextlib.ExitStack) -> None:
+  """Keeps the workdir for this run: process 0 has it and all of them see it.
+
+  Every process returns or every one raises, so that none waits for another.
+  """
+  if jax.process_count() == 1:
+    stack.enter_context(files.claim(workdir))
     return
   seed = np.random.default_rng().integers(2**31)
   number = int(multihost_utils.broadcast_one_to_all(seed))
   path = epath.Path(workdir) / f'.seen_by_all_{number}'
+  error = None
   if jax.process_index() == 0:
-    files.write_text(path, '')
-  multihost_utils.sync_global_devices('workdir written')
+    try:
+      stack.enter_context(files.claim(workdir))
+      files.write_text(path, '')
+    except (config_lib.UserError, OSError) as found:
+      error = found
+  if multihost_utils.broadcast_one_to_all(np.array(error is not None)):
+    raise error or config_lib.UserError(
+      f'process 0 cannot use workdir {workdir}: see what it says'
+    )
   seen = multihost_utils.process_allgather(np.array(path.exists()))
   if jax.process_index() == 0:
     path.unlink()

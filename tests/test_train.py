@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax import checkpoint, loop, metrics, optimizer, train
+from sae_jax import checkpoint, files, loop, metrics, optimizer, train
 from sae_jax.activations import store as store_lib
 from sae_jax.config import UserError
 from sae_jax.probing import reconstruction
@@ -310,6 +310,11 @@ def test_processes_that_do_not_share_the_workdir_are_refused(tmp_path):
     assert 'workdir run is local to a host: 1 of 2 processes do not' in text
   assert list((tmp_path / '0').rglob('*')) == [tmp_path / '0' / 'run']
   assert not list((tmp_path / '1').iterdir())
+  # One that another process has is refused on both; none waits for the other.
+  with files.claim(str(tmp_path / '0' / 'run')):
+    said = processes.run_two(code, [tmp_path / '0', tmp_path / '0'])
+  assert 'run is in use by another process' in said[0]
+  assert 'process 0 cannot use workdir run: see what it says' in said[1]
   # Control: the same where both see one folder.
   said = processes.run_two(code, [tmp_path / '0', tmp_path / '0'])
   assert all('trained to 4' in text for text in said)
