@@ -4,6 +4,8 @@ import os
 import pathlib
 import tempfile
 
+import pytest
+
 # Eight devices, so that meshes up to 2x4 are real here.
 os.environ['XLA_FLAGS'] = (
   os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
@@ -17,3 +19,14 @@ os.environ.setdefault(
 )
 os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES', 'none')
+
+
+@pytest.fixture(scope='module')
+def store(tmp_path_factory):
+  """The URL of a finished store of planted activations."""
+  # Imports JAX, which must find the settings above.
+  from tests import planted
+
+  url = str(tmp_path_factory.mktemp('planted') / 'store')
+  planted.write_store(url)
+  return url

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 
-from sae_jax import autoencoder, objective, optimizer, sparse, step
+from sae_jax import autoencoder, auxk, objective, optimizer, sparse, step
 from tests import test_objective, test_optimizer, test_sparse, test_step
 
 pytestmark = pytest.mark.fast
@@ -43,7 +43,7 @@ DEFECTS = {
   ),
   "AuxK: the encoder's gradient is dropped": (
     gradients,
-    objective,
+    auxk,
     'aux_error',
     '      rows.w_enc_MD,\n',
     '      jax.lax.stop_gradient(rows.w_enc_MD),\n',
@@ -59,9 +59,9 @@ DEFECTS = {
     sharded_run,
     objective,
     'value_and_grad',
-    '    fired_N=_sum(sums.fired_N, data_axis) > 0,',
-    '    fired_N=_sum(sums.fired_N * (jax.lax.axis_index(data_axis) == 0 if '
-    'data_axis else 1), data_axis) > 0,',
+    '    fired_N=split.over_tokens(sums.fired_N) > 0,',
+    '    fired_N=split.over_tokens(sums.fired_N * (not data_axis or '
+    'jax.lax.axis_index(data_axis) == 0)) > 0,',
   ),
   'top-k with a capacity factor': (
     test_sparse.test_top_k_over_shards_keeps_winners_that_crowd_one_shard,

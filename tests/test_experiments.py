@@ -20,13 +20,6 @@ from tests import planted
 pytestmark = pytest.mark.fast
 
 
-@pytest.fixture(scope='module')
-def store(tmp_path_factory):
-  url = str(tmp_path_factory.mktemp('planted') / 'store')
-  planted.write_store(url)
-  return url
-
-
 def last_heldout(workdir):
   lines = pathlib.Path(workdir, 'metrics.jsonl').read_text().splitlines()
   return json.loads(lines[-1])

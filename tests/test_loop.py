@@ -22,13 +22,6 @@ pytestmark = pytest.mark.fast
 
 
 @pytest.fixture(scope='module')
-def store(tmp_path_factory):
-  url = str(tmp_path_factory.mktemp('planted') / 'store')
-  planted.write_store(url)
-  return url
-
-
-@pytest.fixture(scope='module')
 def spoilt(tmp_path_factory):
   url = str(tmp_path_factory.mktemp('spoilt') / 'store')
   runs.write_spoilt_store(url)

@@ -7,8 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax import autoencoder, objective, optimizer
+from sae_jax import autoencoder, auxk, objective, optimizer
 from sae_jax.config import UserError
+from sae_jax.split import Split
 from tests import dense_reference
 
 pytestmark = pytest.mark.fast
@@ -178,7 +179,7 @@ def touched(grad_ND):
 @pytest.mark.parametrize('dead', [range(0, 48, 4), [3], [47], range(20)])
 @pytest.mark.parametrize('sizes', [(), (1, 12, 20)])
 def test_aux_reaches_exactly_the_dead_latents(monkeypatch, dead, sizes):
-  monkeypatch.setattr(objective, '_DEAD_SIZES', sizes)
+  monkeypatch.setattr(auxk, '_SIZES', sizes)
   with jax.enable_x64(True):
     args = problem(dead=dead)
     grads = aux_gradients(args)
@@ -207,43 +208,28 @@ def test_fewer_dead_latents_than_k_aux():
     assert largest_difference(got[2], want[2]) < 1e-10
 
 
-@pytest.mark.parametrize(
-  'spoil',
-  [
-    # Nothing is missed: 0 / 0.
-    lambda sae, x_BD: (sae, jnp.broadcast_to(sae.b_pre_D, x_BD.shape)),
-    # A dead latent of endless size.
-    lambda sae, x_BD: (
-      sae.replace(b_lat_N=sae.b_lat_N.at[4].set(jnp.inf)),
-      x_BD,
-    ),
-  ],
-)
-def test_aux_that_is_not_finite_counts_as_nothing(spoil):
+@pytest.mark.parametrize('spoilt', ['nothing is missed', 'error', 'latent'])
+def test_aux_that_is_not_finite_counts_as_nothing(spoilt):
   sae, x_BD, dead_N = problem()
-  # Dead latents must not be chosen by TopK itself, the point is AuxK.
-  sae = sae.replace(b_lat_N=jnp.where(dead_N, sae.b_lat_N, -1e6))
-  sae, x_BD = spoil(sae, x_BD)
-  config = dataclasses.replace(CONFIG, k=1)
-  sums, error_BD = objective._topk_sums(
-    sae.replace(b_lat_N=jnp.zeros(48)), x_BD, config,
-    objective.ObjectiveConfig(), None, None,
-  )  # fmt: skip
-  error_BD = jnp.zeros_like(x_BD) if not sums.error > 1e9 else error_BD
+  error_BD = jnp.ones_like(x_BD)
+  told = auxk.Aux(k=7, weight=1.0)
   zeros = jax.tree.map(jnp.zeros_like, sae)
-  for wrong_BD in (error_BD, error_BD.at[0, 0].set(jnp.inf)):
-    value, grads = objective.aux_error(
-      CONFIG,
-      objective.ObjectiveConfig(),
-      sae,
-      zeros,
-      x_BD,
-      wrong_BD,
-      dead_N,
-      48,
-    )
-    assert value == 0
-    assert all(not g.any() for g in jax.tree.leaves(grads))
+
+  def run(sae, error_BD):
+    return auxk.aux_error(told, sae, zeros, x_BD, error_BD, dead_N, 48, Split())
+
+  # Control: what follows would count otherwise.
+  value, grads = run(sae, error_BD)
+  assert value > 0 and grads.w_dec_ND.any()
+  if spoilt == 'nothing is missed':
+    error_BD = jnp.zeros_like(x_BD)
+  elif spoilt == 'error':
+    error_BD = error_BD.at[0, 0].set(jnp.inf)
+  else:
+    sae = sae.replace(b_lat_N=sae.b_lat_N.at[4].set(jnp.inf))
+  value, grads = run(sae, error_BD)
+  assert value == 0
+  assert not any(g.any() for g in jax.tree.leaves(grads))
 
 
 def test_terms_count_what_fired():

@@ -21,13 +21,6 @@ EVERY = 40
 
 
 @pytest.fixture(scope='module')
-def store(tmp_path_factory):
-  url = str(tmp_path_factory.mktemp('planted') / 'store')
-  planted.write_store(url)
-  return url
-
-
-@pytest.fixture(scope='module')
 def whole(store, tmp_path_factory):
   """The workdir of an uninterrupted run, which saved at its end alone."""
   workdir = str(tmp_path_factory.mktemp('runs') / 'whole')

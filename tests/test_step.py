@@ -9,7 +9,7 @@ from jax.sharding import AxisType
 import numpy as np
 import pytest
 
-from sae_jax import autoencoder, mesh, objective, optimizer, step
+from sae_jax import autoencoder, auxk, mesh, optimizer, step
 from sae_jax.config import UserError
 from sae_jax.sparse import varying
 from tests import dense_reference, planted, processes
@@ -164,7 +164,7 @@ def test_dead_latents_that_crowd_a_shard_are_all_seen(
   config, monkeypatch, shape
 ):
   """Some shards have none, one has most: AuxK's size must hold them."""
-  monkeypatch.setattr(objective, '_DEAD_SIZES', (1, 3, 5))
+  monkeypatch.setattr(auxk, '_SIZES', (1, 3, 5))
   step._program.cache_clear()
   many = dataclasses.replace(
     config, objective=dataclasses.replace(config.objective, aux_weight=100.0)

@@ -18,13 +18,6 @@ from tests import planted, processes, runs
 
 
 @pytest.fixture(scope='module')
-def store(tmp_path_factory):
-  url = str(tmp_path_factory.mktemp('planted') / 'store')
-  planted.write_store(url)
-  return url
-
-
-@pytest.fixture(scope='module')
 def finished(store, tmp_path_factory):
   workdir = str(tmp_path_factory.mktemp('runs') / 'whole')
   state = train.train(runs.train_config(), store, workdir)
