@@ -36,7 +36,7 @@ class TopkVsReluConfig(config_lib.Config):
   n_latents: int = config_lib.option(4096, 'latents, N', least=1)
   seeds: int = config_lib.option(3, 'seeds, from 0 on', least=2)
   weights: tuple[str, ...] = config_lib.option(
-    ('0.03', '0.06'), "ReLU's L1 penalties"
+    ('0.1', '0.15'), "ReLU's L1 penalties"
   )
   rates: tuple[str, ...] = config_lib.option(
     ('4e-3', '2e-3', '1e-3'), 'learning rates to choose from'
