@@ -11,24 +11,32 @@ step beside it. Parts run alone need not add up to the step.
 Beside it, `benchmark_torch.py` prints the same of public PyTorch trainers.
 """
 
+import dataclasses
 import json
 import resource
 import statistics
 import time
 
-from absl import app, flags
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sae_jax import autoencoder, memory, mesh, optimizer, sparse, step
+from sae_jax import autoencoder, mesh, optimizer, sparse, step
+from sae_jax import config as config_lib
+from sae_jax.cli import flags
 
-_D = flags.DEFINE_integer('d', 768, 'activation width, D')
-_N = flags.DEFINE_integer('n', 32768, 'latents, N')
-_K = flags.DEFINE_integer('k', 32, 'active latents of a token, K')
-_BATCH = flags.DEFINE_integer('batch', 4096, 'tokens of a step, B')
-_STEPS = flags.DEFINE_integer('steps', 8, 'steps that are timed')
 _WARM_UP = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkConfig(config_lib.Config):
+  """The shape that is timed."""
+
+  d: int = config_lib.option(768, 'activation width, D', least=1)
+  n: int = config_lib.option(32_768, 'latents, N', least=1)
+  k: int = config_lib.option(32, 'active latents of a token, K', least=1)
+  batch: int = config_lib.option(4096, 'tokens of a step, B', least=1)
+  steps: int = config_lib.option(8, 'steps that are timed', least=1)
 
 
 def _seconds(run, *args, times: int) -> list[float]:
@@ -94,8 +102,9 @@ def parts(
   return found
 
 
-def measure(d: int, n: int, k: int, batch: int, steps: int) -> dict:
+def measure(shape: BenchmarkConfig) -> dict:
   """Times of the step and its parts at one shape."""
+  d, n, k, batch, steps = dataclasses.astuple(shape)
   config = step.TrainConfig(
     sae=autoencoder.SaeConfig(d_model=d, n_latents=n, k=k),
     batch_size=batch,
@@ -135,13 +144,13 @@ def measure(d: int, n: int, k: int, batch: int, steps: int) -> dict:
   }
 
 
-def main(argv: list[str]) -> None:
+def main() -> None:
   """Entry point."""
-  del argv
-  shape = (_D.value, _N.value, _K.value, _BATCH.value)
-  print(json.dumps(measure(*shape, _STEPS.value)))
+  flags.define(BenchmarkConfig)
+  flags.run(
+    lambda: print(json.dumps(measure(flags.read(BenchmarkConfig)))), __doc__
+  )
 
 
 if __name__ == '__main__':
-  memory.use_huge_pages()
-  app.run(main)
+  main()

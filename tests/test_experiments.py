@@ -1,5 +1,6 @@
 """The experiments run small on planted activations and report what they say."""
 
+import dataclasses
 import json
 import math
 import pathlib
@@ -94,11 +95,12 @@ def test_a_run_that_was_stopped_has_no_figures(store, tmp_path):
 
 
 def test_the_benchmark_times_every_part_and_the_step_learns():
-  found = benchmark_train.measure(d=32, n=256, k=4, batch=64, steps=3)
+  shape = benchmark_train.BenchmarkConfig(d=32, n=256, k=4, batch=64, steps=3)
+  found = benchmark_train.measure(shape)
   names = ('encoder_matmul', 'topk', 'decode', 'backward', 'optimizer')
   for name in (*(f'{part}_s' for part in names), 'step_s_median', 'step_s_min'):
     assert found[name] >= 0, name
   assert found['step_s_min'] <= found['step_s_median']
   assert found['peak_memory_gib'] > 0.05
-  fresh = benchmark_train.measure(d=32, n=256, k=4, batch=64, steps=30)
-  assert fresh['loss'] < found['loss']
+  longer = benchmark_train.measure(dataclasses.replace(shape, steps=30))
+  assert longer['loss'] < found['loss']
