@@ -16,13 +16,15 @@ import jax
 import jax.numpy as jnp
 
 from sae_jax import sparse
-from sae_jax.sparse import dispatch
 
 _D = flags.DEFINE_integer('d', 576, 'activation width, D')
 _N = flags.DEFINE_integer('n', 4096, 'latents, N')
 _BATCH = flags.DEFINE_integer('batch', 1024, 'tokens, B')
 _K = flags.DEFINE_list('k', ['512', '256', '128', '64', '32', '16'], 'values')
 _REPEATS = flags.DEFINE_integer('repeats', 5, 'runs of each')
+
+# Kernels are for a TPU: `benchmark_kernels.py` has the compiler's figures.
+_IMPLEMENTATIONS = ('gather', 'dense')
 
 
 def _products(implementation):
@@ -56,7 +58,7 @@ def measure(d: int, n: int, batch: int, k: int, repeats: int) -> dict:
     jax.random.normal(keys[1], (n, d)),
     jax.lax.top_k(jax.random.normal(keys[2], (batch, n)), k)[1],
   )
-  runs = {name: _products(name) for name in dispatch.IMPLEMENTATIONS}
+  runs = {name: _products(name) for name in _IMPLEMENTATIONS}
   seconds = {name: [] for name in runs}
   for run in runs.values():
     jax.block_until_ready(run(*args))

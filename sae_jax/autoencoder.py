@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from sae_jax import activation as activation_lib
 from sae_jax import config as config_lib
-from sae_jax import sparse
+from sae_jax import sparse, target
 
 PREPROCESSING = ('none', 'center_unit_norm', 'layer_norm', 'dataset')
 MATMULS = ('auto', 'float32', 'bfloat16')
@@ -59,7 +59,7 @@ class SaeConfig(config_lib.Config):
   def matmul_dtype(self) -> jnp.dtype | None:
     """What factors of dense products are rounded to, None for nothing."""
     rounded = self.matmul == 'bfloat16' or (
-      self.matmul == 'auto' and jax.default_backend() == 'tpu'
+      self.matmul == 'auto' and target.platform() == 'tpu'
     )
     return jnp.dtype(jnp.bfloat16) if rounded else None
 

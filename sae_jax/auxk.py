@@ -6,14 +6,31 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from sae_jax import sparse
+from sae_jax import sparse, target
 from sae_jax import split as split_lib
 from sae_jax.autoencoder import Sae
 from sae_jax.sparse import varying
 
 # The dead latents are worked on as a copy, of the first of these sizes that
-# holds them all, or of all latents.
-_SIZES = tuple(256 * 4**power for power in range(12))
+# holds them all, or of all latents. Each size is a branch of the program, and
+# takes the TPU compiler half a minute.
+_LEAST_SIZE = 256
+_GROWTH = {'cpu': 4, 'tpu': 16}
+# Pre-activations and codes of the copy that exist at a time beside kernels.
+_PART_BYTES = 2**28
+# Kernels take over where the dead latents are so many times k_aux. Below, a
+# dense product is less work than moving rows, and a row of its pre-activations
+# is short.
+_KERNEL_FROM_RATIO = 64
+
+
+def _sizes(n_latents: int) -> list[int]:
+  """The sizes of copies, the last of all latents."""
+  growth = _GROWTH.get(target.platform(), 16)
+  sizes = [_LEAST_SIZE]
+  while sizes[-1] < n_latents:
+    sizes.append(growth * sizes[-1])
+  return [*sizes[:-1], n_latents]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +83,7 @@ def add_gradient(
     AuxK's error, a scalar, and grads with its gradient added.
   """
   n_latents = dead_N.shape[0]
-  sizes = [size for size in _SIZES if size < n_latents] + [n_latents]
+  sizes = _sizes(n_latents)
   # The same branch on every shard, since there are collectives in it.
   most = dead_N.sum()
   if split.latent_axis is not None:
@@ -125,30 +142,30 @@ def aux_error(
     b_lat_M=sae.b_lat_N[place_M],
   )
 
+  implementation = aux.implementation
+  batch, total_size = x_BD.shape[0], size * split.latent_shards
+  if implementation == 'pallas':
+    kernels = size >= _KERNEL_FROM_RATIO * aux.k
+    implementation = 'pallas' if kernels else 'dense'
+    parts = (
+      sparse.parts(batch, aux.k) if kernels else batch * size * 4 // _PART_BYTES
+    )
+    split = split.in_parts(batch, parts)
+
   def missed(rows: _Rows, x_BD, error_BD):
-    vals_BK, idx_BK = sparse.encode_topk(
+    coded = sparse.autoencode(
       x_BD,
       rows.w_enc_MD,
       rows.b_lat_M,
-      min(aux.k, size),
+      rows.w_dec_MD,
+      (min(aux.k, total_size),),
       b_pre_D=jax.lax.stop_gradient(sae.b_pre_D),
       mask_N=real_M,
+      axis=split.latent_axis,
       dtype=aux.dtype,
-      implementation=aux.implementation,
+      implementation=implementation,
     )
-    vals_BK = sparse.global_top_k(
-      vals_BK,
-      split.latent_axis,
-      min(aux.k, size * split.latent_shards),
-      -jnp.inf,
-    )
-    model_BD = sparse.decode(
-      jax.nn.relu(vals_BK),
-      idx_BK,
-      rows.w_dec_MD,
-      dtype=aux.dtype,
-      implementation=aux.implementation,
-    )
+    (model_BD,) = coded.models
     return ((error_BD - split.over_latents(model_BD)) ** 2).sum()
 
   def part(x_BD, error_BD):

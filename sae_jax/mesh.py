@@ -64,7 +64,11 @@ def make_mesh(
   auto = (AxisType.Auto,) * 2
   slices = len({getattr(device, 'slice_index', 0) for device in devices})
   if slices == 1:
-    return jax.make_mesh((data, latent), AXES, axis_types=auto, devices=devices)
+    # A mesh axis may take a part of a physical one: 4 x 64 of 16 x 16 chips.
+    grid = mesh_utils.create_device_mesh(
+      (data, latent), devices, allow_split_physical_axes=True
+    )
+    return Mesh(grid, AXES, axis_types=auto)
   if data % slices:
     raise UserError(
       f'mesh_data {data} must be a multiple of the {slices} slices: use '

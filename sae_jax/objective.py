@@ -1,7 +1,6 @@
 """What training minimises: the reconstruction error, AuxK and penalties."""
 
 import dataclasses
-import functools
 
 import flax.struct
 import jax
@@ -62,6 +61,8 @@ class Terms:
     multi: NMSE of the wider code of Multi-TopK, 0 without it.
     penalty: the baselines' L1 or L0 per token, 0 with TopK.
     l0: mean number of active latents per token.
+    redone: share of tokens that a kernel encoded again, over the shards' mean,
+      or 1 for a batch of which a shard's candidates were not enough.
     fired_N: whether a latent was active for any token of the batch.
   """
 
@@ -70,6 +71,7 @@ class Terms:
   multi: jax.Array
   penalty: jax.Array
   l0: jax.Array
+  redone: jax.Array
   fired_N: jax.Array
 
 
@@ -81,6 +83,7 @@ class _Sums:
   multi: jax.Array
   penalty: jax.Array
   active: jax.Array
+  redone: jax.Array
   fired_N: jax.Array
 
 
@@ -111,29 +114,39 @@ def check(sae_config: SaeConfig, config: ObjectiveConfig) -> None:
     )
 
 
-def _topk_sums(sae, x_BD, sae_config, config, split, implementation):
-  """Sums and error of a TopK autoencoder on some tokens."""
-  wide = sae_config.k * max(1, config.multi_topk)
-  found = autoencoder.candidates(
-    sae_config, sae, x_BD, wide, implementation=implementation
-  )
-  decode = functools.partial(
-    autoencoder.decode,
-    sae,
+def _topk_sums(
+  sae, x_BD, sae_config, config, split, implementation, candidates
+):
+  """Sums and error of a TopK autoencoder on some tokens.
+
+  And whether the candidates of this shard were too few.
+  """
+  ks = (sae_config.k,)
+  if config.multi_topk:
+    ks += (sae_config.k * config.multi_topk,)
+  coded = sparse.autoencode(
+    x_BD,
+    sae.w_enc_ND,
+    sae.b_lat_N,
+    sae.w_dec_ND,
+    ks,
+    b_pre_D=split.to_latents(sae.b_pre_D),
     axis=split.latent_axis,
     dtype=sae_config.matmul_dtype,
     implementation=implementation,
+    candidates=candidates,
   )
-  vals_BK, idx_BK = autoencoder.select(*found, sae_config.k, split.latent_axis)
-  error_BD = x_BD - decode(vals_BK, idx_BK)
+  # One sum for both reconstructions: collectives cost a wait each.
+  models = split.over_latents(coded.models)
+  error_BD, *missed = (x_BD - (model + sae.b_pre_D) for model in models)
   multi = varying.zeros((), x_BD.dtype, error_BD)
-  if config.multi_topk:
-    both = autoencoder.select(*found, wide, split.latent_axis)
-    missed_BD = x_BD - decode(*both)
+  for missed_BD in missed:
     multi = (missed_BD**2).sum()
-  active_BK = vals_BK > 0
-  fired_N = varying.zeros(sae.b_lat_N.shape, jnp.int32, vals_BK, idx_BK)
-  fired_N = fired_N.at[idx_BK.reshape(-1)].max(
+  active_BK = coded.vals_BK > 0
+  fired_N = varying.zeros(
+    sae.b_lat_N.shape, jnp.int32, coded.vals_BK, coded.idx_BK
+  )
+  fired_N = fired_N.at[coded.idx_BK.reshape(-1)].max(
     active_BK.reshape(-1).astype(jnp.int32)
   )
   sums = _Sums(
@@ -141,14 +154,16 @@ def _topk_sums(sae, x_BD, sae_config, config, split, implementation):
     multi=multi,
     penalty=varying.zeros((), x_BD.dtype, error_BD),
     active=_count(active_BK).astype(x_BD.dtype),
+    redone=coded.failed * x_BD.shape[0],
     fired_N=fired_N,
   )
-  return sums, error_BD
+  return sums, error_BD, coded.exhausted
 
 
 def _dense_sums(sae, x_BD, mse_of_mean, sae_config, config, split):
   """Sums and error of a ReLU or JumpReLU autoencoder on some tokens."""
-  pre_BN = autoencoder.pre_activations(sae_config, sae, x_BD)
+  shard = sae.replace(b_pre_D=split.to_latents(sae.b_pre_D))
+  pre_BN = autoencoder.pre_activations(sae_config, shard, x_BD)
   if sae_config.activation == 'relu':
     z_BN = jax.nn.relu(pre_BN)
     # Decoder rows have unit norm, so that L1 cannot be had by larger ones.
@@ -165,9 +180,10 @@ def _dense_sums(sae, x_BD, mse_of_mean, sae_config, config, split):
     multi=varying.zeros((), x_BD.dtype, error_BD),
     penalty=split.over_latents(penalty),
     active=_count(z_BN > 0).astype(x_BD.dtype),
+    redone=varying.zeros((), x_BD.dtype, z_BN),
     fired_N=(z_BN > 0).any(0).astype(jnp.int32),
   )
-  return sums, error_BD
+  return sums, error_BD, varying.zeros((), bool, z_BN)
 
 
 def value_and_grad(
@@ -215,31 +231,69 @@ def value_and_grad(
   # and are summed once, however many micro-batches there are.
   own = jax.tree.map(lambda a: varying.match(a, x_BD), sae)
 
-  def share(sae: Sae, x_BD):
+  def share(sae: Sae, x_BD, candidates):
     """This shard's part of the loss."""
     if sae_config.activation == 'topk':
-      sums, error_BD = _topk_sums(
-        sae, x_BD, sae_config, config, split, implementation
+      sums, error_BD, short = _topk_sums(
+        sae, x_BD, sae_config, config, split, implementation, candidates
       )
     else:
-      sums, error_BD = _dense_sums(
+      sums, error_BD, short = _dense_sums(
         sae, x_BD, mse_of_mean, sae_config, config, split
       )
     error = sums.error + config.multi_weight * sums.multi
     total = error / mse_of_mean + config.sparsity_weight * sums.penalty
-    return total / tokens, (sums, jax.lax.stop_gradient(error_BD))
+    return total / tokens, (sums, jax.lax.stop_gradient(error_BD), short)
 
-  def part(x_BD):
-    (value, (sums, error_BD)), grads = jax.value_and_grad(share, has_aux=True)(
-      own, x_BD
-    )
-    return (value, sums, grads), error_BD
+  def part(x_BD, candidates=None):
+    (value, (sums, error_BD, short)), grads = jax.value_and_grad(
+      share, has_aux=True
+    )(own, x_BD, candidates)
+    return (value, sums, grads), (error_BD, short)
 
+  def whole_part(x_BD):
+    total, (error_BD, _) = part(x_BD)
+    return total, error_BD
+
+  most = sae_config.k * max(1, config.multi_topk)
+  shards = split.latent_shards
+  n_latents, width = sae.w_enc_ND.shape
+  name = sparse.choose(n_latents * shards, most, implementation, width)
+
+  def least_part(x_BD):
+    """`whole_part` with as few candidates of a shard as will do."""
+    batch = x_BD.shape[0]
+    offered = sparse.candidates(most, shards, batch)
+    if offered >= min(most, n_latents):
+      return whole_part(x_BD)
+    total, (error_BD, short) = part(x_BD, offered)
+
+    def again():
+      # Their lists of candidates are no longer than those of the whole.
+      smaller = dataclasses.replace(split, micro_batches=1).in_parts(
+        batch, -(-most // offered)
+      )
+      (value, sums, grads), error_BD = smaller.fold(whole_part, start, x_BD)
+      redone = varying.match(jnp.full_like(sums.redone, batch), sums.redone)
+      return (value, sums.replace(redone=redone), grads), error_BD
+
+    # The same on all shards, since there are collectives in it.
+    return jax.lax.cond(split.anywhere(short), again, lambda: (total, error_BD))
+
+  kernels = sae_config.activation == 'topk' and name == 'pallas'
   zero = varying.zeros((), x_BD.dtype, x_BD)
   count_N = varying.zeros(dead_N.shape, jnp.int32, dead_N, x_BD)
-  none = _Sums(zero, zero, zero, varying.match(zero, count_N), count_N)
+  each = varying.match(zero, count_N)
+  none = _Sums(zero, zero, zero, each, each, count_N)
   start = (zero, none, split_lib.zeros_like(own))
-  (value, sums, grads), error_BD = split.fold(part, start, x_BD)
+  batch = x_BD.shape[0]
+  if kernels:
+    offered = sparse.candidates(most, shards, batch)
+    parts = split.in_parts(batch, sparse.parts(batch, offered))
+    total, error_BD = parts.fold(least_part, start, x_BD)
+  else:
+    total, error_BD = split.fold(whole_part, start, x_BD)
+  value, sums, grads = total
   aux = jnp.zeros((), x_BD.dtype)
   if config.k_aux and sae_config.activation == 'topk':
     told = auxk.Aux(
@@ -251,13 +305,16 @@ def value_and_grad(
     aux, grads = auxk.add_gradient(
       told, own, grads, x_BD, error_BD, dead_N, split
     )
-  active = split.over_tokens(split.over_latents(sums.active))
+  active, redone = split.over_tokens(
+    split.over_latents((sums.active, sums.redone))
+  )
   terms = Terms(
     nmse=split.over_tokens(sums.error) / tokens / mse_of_mean,
     aux=aux,
     multi=split.over_tokens(sums.multi) / tokens / mse_of_mean,
     penalty=split.over_tokens(sums.penalty) / tokens,
     l0=active / tokens,
+    redone=redone / tokens / split.latent_shards,
     fired_N=split.over_tokens(sums.fired_N) > 0,
   )
   total = split.over_tokens(value) + config.aux_weight * aux

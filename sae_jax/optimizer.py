@@ -6,11 +6,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import numpy as np
 import optax
 
 from sae_jax import autoencoder
 from sae_jax import config as config_lib
+from sae_jax.sparse.adam_rows import api as adam_rows_api
+from sae_jax.sparse.adam_rows import reference as adam_rows_reference
 
 # 2e-4 at 2^14 latents, and proportional to 1 / sqrt(n) elsewhere.
 _ANCHOR_RATE = 2e-4
@@ -122,20 +125,6 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   return optax.join_schedules(pieces, borders)
 
 
-def project_rows(grad_ND: jax.Array, unit_ND: jax.Array) -> jax.Array:
-  """The gradient without its component along each unit row.
-
-  Args:
-    grad_ND: gradient of the decoder.
-    unit_ND: the decoder, rows of unit norm.
-
-  Returns:
-    g - <g, w> w by row: to first order a step along it keeps the norms, so
-    that Adam's moments hold no motion that the renormalisation undoes.
-  """
-  return grad_ND - (grad_ND * unit_ND).sum(-1, keepdims=True) * unit_ND
-
-
 def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
   return optax.scale_by_adam(
     b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_eps
@@ -160,6 +149,10 @@ def update(
   state: OptimizerState,
   grads: autoencoder.Sae,
   rate: jax.Array,
+  *,
+  only_if: jax.Array | None = None,
+  implementation: str | None = None,
+  mesh: Mesh | None = None,
 ) -> tuple[autoencoder.Sae, OptimizerState, jax.Array]:
   """One step: project, clip, Adam, unit rows, moving average.
 
@@ -169,25 +162,117 @@ def update(
     state: the optimiser's state.
     grads: gradients, shaped as `sae`.
     rate: this step's learning rate.
+    only_if: a bool; unless it is true and the norm finite, parameters and state
+      come back as they are. None takes the step whatever the numbers.
+    implementation: 'pallas' for one pass over the decoder, see
+      `sparse.adam_rows.api`; another, or None, for plain JAX.
+    mesh: that the latents are sharded over, None for one device; 'pallas' alone
+      asks.
 
   Returns:
     The new parameters, decoder rows of unit norm again, the new state, and
     the global norm of the projected gradients before clipping.
   """
+  if adam_rows_api.fused(implementation):
+    return _fused_update(config, sae, state, grads, rate, only_if, mesh)
   gradients = trained(grads)
-  gradients['w_dec_ND'] = project_rows(gradients['w_dec_ND'], sae.w_dec_ND)
+  gradients['w_dec_ND'] = adam_rows_reference.project_rows(
+    gradients['w_dec_ND'], sae.w_dec_ND
+  )
   norm = optax.tree.norm(gradients)
   if config.clip_norm:
     # A norm of 0 divides nothing: the quotient is inf and the least is 1.
     scale = jnp.minimum(1, config.clip_norm / norm)
     gradients = jax.tree.map(lambda g: scale * g, gradients)
-  updates, adam = _adam(config).update(gradients, state.adam)
-  params = jax.tree.map(
-    lambda p, u: p - (rate * u).astype(p.dtype), trained(sae), updates
-  )
+  params, adam = _adam_step(config, trained(sae), state.adam, gradients, rate)
   params['w_dec_ND'] = autoencoder.unit_rows(params['w_dec_ND'])
+  take = None if only_if is None else only_if & jnp.isfinite(norm)
+  params, state = _take(config, take, params, adam, trained(sae), state)
+  return sae.replace(**params), state, norm
+
+
+def _adam_step(config, params, adam, gradients, rate):
+  updates, adam = _adam(config).update(gradients, adam)
+  params = jax.tree.map(
+    lambda p, u: p - (rate * u).astype(p.dtype), params, updates
+  )
+  return params, adam
+
+
+def _take(config, take, params, adam, old_params, state):
+  """The new parameters and state, or if not `take` the old ones."""
+
+  def held(new, old):
+    if take is None:
+      return new
+    return jax.tree.map(lambda a, b: jnp.where(take, a, b), new, old)
+
+  # The average is one of parameters that are held already: those that are not
+  # have no other use then, and XLA needs no loop and no memory for them.
+  params, adam = held((params, adam), (old_params, state.adam))
   _, ema = _ema(config).update(params, state.ema)
-  return sae.replace(**params), OptimizerState(adam=adam, ema=ema), norm
+  return params, OptimizerState(adam=adam, ema=held(ema, state.ema))
+
+
+def _fused_update(config, sae, state, grads, rate, only_if, mesh):
+  """`update` with one pass over the decoder; the rest goes as there."""
+  all_params, all_gradients = trained(sae), trained(grads)
+  decoder = [
+    tree['w_dec_ND']
+    for tree in (
+      all_params,
+      state.adam.mu,
+      state.adam.nu,
+      state.ema.ema,
+      all_gradients,
+    )
+  ]
+  params, rest, gradients = _without_decoder((all_params, state, all_gradients))
+  how = {'implementation': 'pallas', 'mesh': mesh}
+
+  def global_norm(squares):
+    return jnp.sqrt(optax.tree.norm(gradients, squared=True) + squares)
+
+  scale, take = 1.0, None
+  if config.clip_norm or only_if is not None:
+    # What the step depends on is known before it overwrites anything.
+    norm = global_norm(
+      adam_rows_api.squared_norm(decoder[0], decoder[-1], **how)
+    )
+    if config.clip_norm:
+      scale = jnp.minimum(1, config.clip_norm / norm)
+    if only_if is not None:
+      take = only_if & jnp.isfinite(norm)
+  scaled = jax.tree.map(lambda g: scale * g, gradients)
+  new, adam = _adam_step(config, params, rest.adam, scaled, rate)
+  new, rest = _take(config, take, new, adam, params, rest)
+  *decoder, squares = adam_rows_api.adam_rows(
+    *decoder,
+    rate,
+    state.adam.count,
+    scale,
+    take,
+    b1=config.adam_b1,
+    b2=config.adam_b2,
+    eps=config.adam_eps,
+    ema_decay=config.ema_decay,
+    **how,
+  )
+  trees = (new, rest.adam.mu, rest.adam.nu, rest.ema.ema)
+  for tree, array in zip(trees, decoder):
+    tree['w_dec_ND'] = array
+  return sae.replace(**new), rest, global_norm(squares)
+
+
+def _without_decoder(tree):
+  """The tree with its dicts of parameters less the decoder."""
+
+  def rest(node):
+    if not isinstance(node, dict):
+      return node
+    return {name: a for name, a in node.items() if name != 'w_dec_ND'}
+
+  return jax.tree.map(rest, tree, is_leaf=lambda node: isinstance(node, dict))
 
 
 def averaged(

@@ -2,12 +2,46 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from sae_jax.sparse import varying
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _psum(axis, x):
+  """A sum over an axis whose shards go on with the same computation.
+
+  So each shard's cotangent is the whole one already. shard_map's types would
+  tell autodiff so, but an interpreted kernel has to do without them.
+  """
+  return jax.lax.psum(x, axis)
+
+
+def _psum_backward(axis, _, cotangent):
+  varies = functools.partial(jax.lax.pcast, axis_name=axis, to='varying')
+  return (jax.tree.map(varies, cotangent),)
+
+
+_psum.defvjp(lambda axis, x: (_psum(axis, x), None), _psum_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _fan_out(axis, x):
+  """An array that all shards of an axis have, where they begin to differ.
+
+  Its cotangents do too, and are summed: the counterpart of `_psum`.
+  """
+  return jax.lax.pcast(x, axis, to='varying')
+
+
+_fan_out.defvjp(
+  lambda axis, x: (_fan_out(axis, x), None),
+  lambda axis, _, cotangent: (jax.lax.psum(cotangent, axis),),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,9 +62,18 @@ class Split:
     """The sum over the shards of the tokens."""
     return jax.lax.psum(x, self.data_axis) if self.data_axis else x
 
-  def over_latents(self, x: jax.Array) -> jax.Array:
-    """The sum over the shards of the latents."""
-    return jax.lax.psum(x, self.latent_axis) if self.latent_axis else x
+  def over_latents(self, x: Any) -> Any:
+    """The sum over the shards of the latents, of an array or a tree."""
+    return _psum(self.latent_axis, x) if self.latent_axis else x
+
+  def to_latents(self, x: jax.Array) -> jax.Array:
+    """The same on every shard of the latents; its gradient is summed."""
+    return _fan_out(self.latent_axis, x) if self.latent_axis else x
+
+  def anywhere(self, flag: jax.Array) -> jax.Array:
+    """Whether it is true on any shard; the same answer on all."""
+    axes = [axis for axis in (self.data_axis, self.latent_axis) if axis]
+    return jax.lax.psum(flag.astype(jnp.int32), axes) > 0 if axes else flag
 
   @property
   def token_shards(self) -> int:
@@ -41,6 +84,12 @@ class Split:
   def latent_shards(self) -> int:
     """How many shards the latents have."""
     return jax.lax.axis_size(self.latent_axis) if self.latent_axis else 1
+
+  def in_parts(self, batch: int, parts: int) -> 'Split':
+    """The same with at least so many micro-batches of `batch` tokens."""
+    least = min(batch, max(parts, self.micro_batches))
+    even = next(n for n in range(least, batch + 1) if not batch % n)
+    return dataclasses.replace(self, micro_batches=even)
 
   def fold(
     self, run: Callable, start: Any, *tokens: jax.Array

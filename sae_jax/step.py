@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
 import numpy as np
 
-from sae_jax import autoencoder, metrics, objective, optimizer
+from sae_jax import autoencoder, metrics, objective, optimizer, sparse
 from sae_jax import config as config_lib
 from sae_jax import mesh as mesh_lib
 from sae_jax.autoencoder import SaeConfig
@@ -235,7 +235,8 @@ def make_step(
     A function of a state, which is donated, and raw_BD sharded over "data",
     to the new state and a dict of scalars: loss, nmse, aux, l0,
     dead_fraction, learning_rate, grad_norm, finite, with Multi-TopK multi,
-    with a baseline penalty, and skipped if such steps are.
+    with a baseline penalty, with kernels redone (the share of tokens that were
+    encoded twice), and skipped if such steps are.
   """
   peak = optimizer.peak_rate(config.optimizer, config.sae.n_latents)
   rate = jax.make_array_from_callback(
@@ -243,13 +244,45 @@ def make_step(
     mesh_lib.sharding(mesh, ''),
     lambda _: np.asarray(peak, jnp.result_type(float)),
   )
-  same = dataclasses.replace(
-    config,
-    seed=0,
-    optimizer=dataclasses.replace(config.optimizer, learning_rate=0.0),
+  do = _program(
+    _without_seed_and_rate(config),
+    mesh,
+    implementation,
+    jax.config.jax_debug_nans,
   )
-  do = _program(same, mesh, implementation, jax.config.jax_debug_nans)
   return lambda state, raw_BD: do(state, raw_BD, rate)
+
+
+def lowered(
+  config: TrainConfig, mesh: Mesh, implementation: str | None = None
+) -> jax.stages.Lowered:
+  """The training step, ready to be compiled; no array is made.
+
+  Args:
+    config: the run, with d_model set.
+    mesh: axes ("data", "latent"); of TPUs that are not here too, see `aot`.
+    implementation: of the sparse products, see `sparse.decode`.
+
+  Returns:
+    The program of a state, a batch of bfloat16 activations and the peak
+    learning rate.
+  """
+  do = _program(_without_seed_and_rate(config), mesh, implementation, False)
+  raw_BD = jax.ShapeDtypeStruct(
+    (config.batch_size, config.sae.d_model),
+    jnp.bfloat16,
+    sharding=mesh_lib.sharding(mesh, 'BD'),
+  )
+  rate = jax.ShapeDtypeStruct(
+    (), jnp.float32, sharding=mesh_lib.sharding(mesh, '')
+  )
+  with jax.set_mesh(mesh):
+    return do.lower(abstract_state(config, mesh), raw_BD, rate)
+
+
+def _without_seed_and_rate(config):
+  optimizer_config = dataclasses.replace(config.optimizer, learning_rate=0.0)
+  return dataclasses.replace(config, seed=0, optimizer=optimizer_config)
 
 
 @functools.lru_cache(maxsize=16)
@@ -259,9 +292,16 @@ def _program(config, mesh, implementation, debug_nans):
   latents, tokens = mesh_lib.RULES.spec('N'), mesh_lib.RULES.spec('BD')
   none = PartitionSpec()
   terms_specs = objective.Terms(
-    nmse=none, aux=none, multi=none, penalty=none, l0=none, fired_N=latents
+    nmse=none,
+    aux=none,
+    multi=none,
+    penalty=none,
+    l0=none,
+    redone=none,
+    fired_N=latents,
   )
 
+  on_tpu = mesh.devices.flat[0].platform == 'tpu'
   gradients = jax.shard_map(
     lambda *args: objective.value_and_grad(
       *args,
@@ -275,6 +315,8 @@ def _program(config, mesh, implementation, debug_nans):
     mesh=mesh,
     in_specs=(specs, tokens, latents, none),
     out_specs=((none, terms_specs), specs),
+    # An interpreted kernel has loops that jax cannot give these types.
+    check_vma=implementation != 'pallas' or on_tpu,
   )
 
   def step(state: TrainState, raw_BD: jax.Array, peak: jax.Array):
@@ -282,8 +324,22 @@ def _program(config, mesh, implementation, debug_nans):
     dead_N = state.silent_N >= config.objective.dead_after_tokens
     (loss, terms), grads = gradients(state.sae, x_BD, dead_N, state.mse_of_mean)
     rate = (peak * share(state.step)).astype(loss.dtype)
+    skips = config.on_nonfinite == 'skip'
+    chosen = sparse.choose(
+      config.sae.n_latents,
+      config.sae.k,
+      implementation,
+      config.sae.d_model,
+    )
     sae, optimizer_state, norm = optimizer.update(
-      config.optimizer, state.sae, state.optimizer, grads, rate
+      config.optimizer,
+      state.sae,
+      state.optimizer,
+      grads,
+      rate,
+      only_if=jnp.isfinite(loss) if skips else None,
+      implementation=chosen,
+      mesh=mesh,
     )
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
     # Saturates, so that a latent which is silent for long stays dead.
@@ -311,9 +367,13 @@ def _program(config, mesh, implementation, debug_nans):
       values['multi'] = terms.multi
     if config.sae.activation != 'topk':
       values['penalty'] = terms.penalty
-    if config.on_nonfinite == 'skip':
-      held = state.replace(step=new.step, skipped=state.skipped + 1)
-      new = jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, held)
+    if chosen == 'pallas':
+      values['redone'] = terms.redone
+    if skips:
+      new = new.replace(
+        silent_N=jnp.where(finite, new.silent_N, state.silent_N),
+        skipped=state.skipped + ~finite,
+      )
       values['skipped'] = new.skipped
     return new, values
 

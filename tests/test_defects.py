@@ -4,7 +4,8 @@ import inspect
 
 import pytest
 
-from sae_jax import autoencoder, auxk, objective, optimizer, sparse, step
+from sae_jax import autoencoder, auxk, objective, optimizer, step
+from sae_jax.sparse.top_k import api as top_k_api
 from tests import test_objective, test_optimizer, test_sparse, test_step
 
 pytestmark = pytest.mark.fast
@@ -36,10 +37,10 @@ DEFECTS = {
     gradients,
     objective,
     'value_and_grad',
-    '    return total / tokens, (sums, jax.lax.stop_gradient(error_BD))',
+    '    return total / tokens, (sums, jax.lax.stop_gradient(error_BD), short)',
     '    norm = jax.lax.stop_gradient((error_BD**2).sum())\n'
     '    aux = config.aux_weight * (error_BD**2).sum() / norm\n'
-    '    return total / tokens + aux, (sums, jax.lax.stop_gradient(error_BD))',
+    '    return total / tokens + aux, (sums, error_BD, short)',
   ),
   "AuxK: the encoder's gradient is dropped": (
     gradients,
@@ -65,10 +66,10 @@ DEFECTS = {
   ),
   'top-k with a capacity factor': (
     test_sparse.test_top_k_over_shards_keeps_winners_that_crowd_one_shard,
-    sparse,
-    'global_top_k',
-    'won_B1 = own_Bk.sum(-1, keepdims=True)',
-    'won_B1 = jnp.minimum(own_Bk.sum(-1, keepdims=True), 2 * k // shards)',
+    top_k_api,
+    'winners',
+    'return own_Bk.sum(-1, dtype=jnp.int32)',
+    'return jnp.minimum(own_Bk.sum(-1, dtype=jnp.int32), 2 * k // shards)',
   ),
 }
 

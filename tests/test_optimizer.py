@@ -1,14 +1,18 @@
 """The optimiser against a float64 loop in numpy."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from sae_jax import autoencoder, optimizer
+from sae_jax import mesh as mesh_lib
 from sae_jax.config import UserError
+from sae_jax.sparse.adam_rows import reference
 
 pytestmark = pytest.mark.fast
 
@@ -16,9 +20,9 @@ CONFIG = optimizer.OptimizerConfig(ema_decay=0.9)
 NAMES = ('w_enc_ND', 'w_dec_ND', 'b_lat_N', 'b_pre_D')
 
 
-def problem(seed=0):
+def problem(seed=0, n=9, d=5):
   rng = np.random.default_rng(seed)
-  shapes = {'w_enc_ND': (9, 5), 'w_dec_ND': (9, 5), 'b_lat_N': 9, 'b_pre_D': 5}
+  shapes = {'w_enc_ND': (n, d), 'w_dec_ND': (n, d), 'b_lat_N': n, 'b_pre_D': d}
   params = {name: rng.standard_normal(shape) for name, shape in shapes.items()}
   w = params['w_dec_ND']
   params['w_dec_ND'] = w / np.linalg.norm(w, axis=1, keepdims=True)
@@ -32,7 +36,9 @@ def problem(seed=0):
 def as_sae(params):
   arrays = {name: jnp.asarray(a) for name, a in params.items()}
   return autoencoder.Sae(
-    **arrays, data_mean_D=jnp.zeros(5), data_scale=jnp.ones(())
+    **arrays,
+    data_mean_D=jnp.zeros_like(arrays['b_pre_D']),
+    data_scale=jnp.ones(()),
   )
 
 
@@ -110,10 +116,10 @@ def test_decoder_rows_have_unit_norm_after_every_step():
 def test_projection_leaves_what_is_orthogonal():
   rng = np.random.default_rng(1)
   unit = autoencoder.unit_rows(jnp.asarray(rng.standard_normal((6, 4))))
-  got = optimizer.project_rows(jnp.asarray(rng.standard_normal((6, 4))), unit)
+  got = reference.project_rows(jnp.asarray(rng.standard_normal((6, 4))), unit)
   np.testing.assert_allclose((got * unit).sum(1), 0, atol=1e-6)
-  np.testing.assert_allclose(optimizer.project_rows(got, unit), got, atol=1e-6)
-  np.testing.assert_allclose(optimizer.project_rows(unit, unit), 0, atol=1e-6)
+  np.testing.assert_allclose(reference.project_rows(got, unit), got, atol=1e-6)
+  np.testing.assert_allclose(reference.project_rows(unit, unit), 0, atol=1e-6)
 
 
 def test_average_after_one_step_is_the_parameters():
@@ -174,6 +180,149 @@ def test_clipping_scales_all_projected_gradients_by_one_factor():
     still = jax.tree.map(jnp.zeros_like, sae)
     _, state, found = optimizer.update(config, sae, start, still, 0.01)
     assert found == 0 and not state.adam.mu['b_pre_D'].any()
+
+
+def by_optax(config, sae, state, grads, rate, *, first_clip=False):
+  """The formula of the plain step, as runs before this had it."""
+  gradients = optimizer.trained(grads)
+
+  def project(gradients):
+    g_ND, w_ND = gradients['w_dec_ND'], sae.w_dec_ND
+    g_ND = g_ND - (g_ND * w_ND).sum(-1, keepdims=True) * w_ND
+    return gradients | {'w_dec_ND': g_ND}
+
+  def clip(gradients):
+    if not config.clip_norm:
+      return gradients
+    scale = jnp.minimum(1, config.clip_norm / norm)
+    return jax.tree.map(lambda g: scale * g, gradients)
+
+  norm = optax.tree.norm(project(gradients))
+  if first_clip:
+    gradients = project(clip(gradients))
+  else:
+    gradients = clip(project(gradients))
+  updates, adam = optax.scale_by_adam(
+    b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_eps
+  ).update(gradients, state.adam)
+  params = jax.tree.map(
+    lambda p, u: p - (rate * u).astype(p.dtype), optimizer.trained(sae), updates
+  )
+  params['w_dec_ND'] = autoencoder.unit_rows(params['w_dec_ND'])
+  _, ema = optax.ema(config.ema_decay, debias=True).update(params, state.ema)
+  return sae.replace(**params), optimizer.OptimizerState(adam, ema), norm
+
+
+def after(config, params, grads, update=optimizer.update, compiled=True):
+  """The last step's results, all of them."""
+  sae = as_sae(params)
+  state, norm = optimizer.init(config, sae), None
+
+  def do(*args):
+    return update(config, *args)
+
+  do = jax.jit(do) if compiled else do
+  for grad in grads:
+    sae, state, norm = do(sae, state, as_sae(grad), jnp.float32(0.01))
+  return sae, state, norm
+
+
+def same_bits(got, want):
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+  pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want))
+  return all(np.array_equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize('clip_norm', [0.0, 2.0])
+@pytest.mark.parametrize('compiled', [False, True])
+def test_plain_steps_keep_their_bits(clip_norm, compiled):
+  config = dataclasses.replace(CONFIG, clip_norm=clip_norm)
+  params, grads = problem(n=24, d=33)
+  want = after(config, params, grads[:4], by_optax, compiled)
+  for implementation in (None, 'gather', 'dense'):
+    update = functools.partial(
+      optimizer.update, implementation=implementation, mesh=None
+    )
+    got = after(config, params, grads[:4], update, compiled)
+    assert same_bits(got, want)
+  # Control: the same numbers, rounded in another order.
+  if clip_norm:
+    other = functools.partial(by_optax, first_clip=True)
+    other = after(config, params, grads[:4], other, compiled)
+    assert not same_bits(other, want)
+    np.testing.assert_allclose(other[0].w_enc_ND, want[0].w_enc_ND, rtol=1e-4)
+
+
+# An epsilon beside which gradients of rounding's size are none.
+WIDE = dataclasses.replace(CONFIG, adam_eps=1e-3)
+
+
+def near(got, want):
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+  pairs = zip(jax.tree.leaves(got), jax.tree.leaves(want))
+  return all(np.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in pairs)
+
+
+@pytest.mark.parametrize(
+  'clip_norm, mesh', [(0.0, None), (2.0, None), (0.0, (1, 8)), (2.0, (2, 4))]
+)
+def test_one_pass_over_the_decoder_changes_nothing(clip_norm, mesh):
+  config = dataclasses.replace(WIDE, clip_norm=clip_norm)
+  params, grads = problem(n=24, d=128)
+  want = after(config, params, grads[:3])
+  if mesh:
+    mesh = mesh_lib.make_mesh(*mesh)
+    params, *grads = (
+      {
+        name: jax.device_put(a, mesh_lib.sharding(mesh, name.split('_')[-1]))
+        for name, a in arrays.items()
+      }
+      for arrays in (params, *grads[:3])
+    )
+  update = functools.partial(
+    optimizer.update, implementation='pallas', mesh=mesh
+  )
+  got = after(config, params, grads[:3], update)
+  assert near(got, want)
+  if mesh:
+    assert got[1].ema.ema['w_dec_ND'].sharding.spec == mesh_lib.RULES.spec('ND')
+  # Control: other clipping is seen.
+  other = dataclasses.replace(config, clip_norm=3.0)
+  assert not near(after(other, params, grads[:3], update), want)
+
+
+@pytest.mark.parametrize('implementation', [None, 'pallas'])
+def test_a_step_is_held_unless_all_is_finite(implementation):
+  params, grads = problem(n=16, d=128)
+  sae = as_sae(params)
+  _, state, _ = optimizer.update(
+    WIDE, sae, optimizer.init(WIDE, sae), as_sae(grads[0]), 0.01
+  )
+
+  @jax.jit
+  def do(grads, only_if):
+    *new, _ = optimizer.update(
+      WIDE,
+      sae,
+      state,
+      grads,
+      0.01,
+      only_if=only_if,
+      implementation=implementation,
+    )
+    return tuple(new)
+
+  good = as_sae(grads[1])
+  *want, _ = optimizer.update(WIDE, sae, state, good, 0.01)
+  assert near(do(good, True), tuple(want))
+  assert same_bits(do(good, False), (sae, state))
+  for name in NAMES:
+    array = getattr(good, name)
+    bad = good.replace(**{name: array.at[(3,) * array.ndim].set(jnp.nan)})
+    assert same_bits(do(bad, True), (sae, state))
+  # Control: without the guard it is taken.
+  spoilt, _, _ = optimizer.update(WIDE, sae, state, bad, 0.01)
+  assert np.isnan(spoilt.b_pre_D).any()
 
 
 def test_learning_rate_rule_is_inverse_square_root():

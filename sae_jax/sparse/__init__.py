@@ -6,17 +6,25 @@ implementation, `reference` the same in plain jax.numpy. Inside
 implementation a shape gets.
 """
 
+from sae_jax.sparse.autoencode.api import autoencode
+from sae_jax.sparse.autoencode.candidates import width as candidates
 from sae_jax.sparse.decode.api import decode
 from sae_jax.sparse.dense import matmul
+from sae_jax.sparse.dispatch import choose
 from sae_jax.sparse.encode_topk.api import encode_topk
+from sae_jax.sparse.pairs import parts
 from sae_jax.sparse.top_k.api import global_top_k, top_k
 from sae_jax.sparse.weight_grad.api import weight_grad
 
 __all__ = [
+  'autoencode',
+  'candidates',
+  'choose',
   'decode',
   'encode_topk',
   'global_top_k',
   'matmul',
+  'parts',
   'top_k',
   'weight_grad',
 ]

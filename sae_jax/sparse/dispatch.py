@@ -1,10 +1,9 @@
 """Which implementation of a sparse operation a device and a shape get."""
 
-import jax
-
+from sae_jax import target
 from sae_jax.config import UserError
 
-IMPLEMENTATIONS = ('gather', 'dense')
+IMPLEMENTATIONS = ('gather', 'dense', 'pallas')
 
 # Smallest N / K at which gathering rows beats a dense product of [B, N].
 # cpu: experiments/benchmark_sparse.py on two x86 cores. Dense over gather took
@@ -12,20 +11,37 @@ IMPLEMENTATIONS = ('gather', 'dense')
 #   1.8x at 64, 1.1x at 32 (D 768, N 32,768).
 # tpu: the compiler's estimate at D 768 on v5p; no time was measured.
 _GATHER_FROM_RATIO = {'cpu': 32, 'tpu': 600}
+_LANES = 128
 
 
-def choose(n_latents: int, k: int, implementation: str | None) -> str:
+def choose(
+  n_latents: int, k: int, implementation: str | None, width: int = 0
+) -> str:
   """The named implementation, or the faster one for the shape if None.
 
+  Args:
+    n_latents: of all shards.
+    k: active latents of a token.
+    implementation: a name, or None.
+    width: D; kernels take multiples of 128, and are chosen on a TPU.
+
   Raises:
-    UserError: if the name is unknown.
+    UserError: if the name is unknown, or a kernel cannot do the shape.
   """
   if implementation is None:
-    ratio = _GATHER_FROM_RATIO.get(jax.default_backend(), 600)
-    return 'gather' if n_latents >= ratio * k else 'dense'
+    ratio = _GATHER_FROM_RATIO.get(target.platform(), 600)
+    if n_latents < ratio * k:
+      return 'dense'
+    kernels = target.platform() == 'tpu' and not width % _LANES
+    return 'pallas' if kernels else 'gather'
   if implementation not in IMPLEMENTATIONS:
     raise UserError(
       f'implementation {implementation!r} is not known: '
       f'use one of {", ".join(IMPLEMENTATIONS)}'
+    )
+  if implementation == 'pallas' and width % _LANES:
+    raise UserError(
+      f'implementation pallas takes a d_model that is a multiple of {_LANES}, '
+      f"not {width}: use None or 'gather'"
     )
   return implementation

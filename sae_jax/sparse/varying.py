@@ -1,7 +1,14 @@
-"""Arrays that start a loop inside `jax.shard_map`."""
+"""Arrays that start a loop or a kernel inside `jax.shard_map`."""
 
 import jax
 import jax.numpy as jnp
+
+
+def axes(*like: jax.Array) -> frozenset[str]:
+  """The mesh axes that any of the arrays varies over."""
+  return frozenset().union(
+    *(jax.typeof(a).manual_axis_type.varying for a in like)
+  )
 
 
 def match(array: jax.Array, *like: jax.Array) -> jax.Array:
@@ -10,14 +17,18 @@ def match(array: jax.Array, *like: jax.Array) -> jax.Array:
   Outside of shard_map this is the identity. Its transpose is a sum over the
   axes, which is what turns per-shard weight gradients into global ones.
   """
-  own = jax.typeof(array).manual_axis_type.varying
-  wanted = frozenset().union(
-    *(jax.typeof(a).manual_axis_type.varying for a in like)
-  )
-  missing = tuple(sorted(wanted - own))
+  missing = tuple(sorted(axes(*like) - axes(array)))
   return jax.lax.pcast(array, missing, to='varying') if missing else array
 
 
 def zeros(shape, dtype, *like: jax.Array) -> jax.Array:
   """Zeros that vary over the mesh axes of `like`."""
   return match(jnp.zeros(shape, dtype), *like)
+
+
+def shape(shape, dtype, *like: jax.Array) -> jax.ShapeDtypeStruct:
+  """The shape of a kernel's result that varies over the mesh axes of `like`."""
+  found = jax.typeof(next(iter(like))).manual_axis_type
+  return jax.ShapeDtypeStruct(
+    shape, dtype, manual_axis_type=type(found)(varying=axes(*like))
+  )

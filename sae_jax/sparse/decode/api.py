@@ -1,5 +1,6 @@
 """`decode`: the reconstruction from sparse codes."""
 
+from collections.abc import Callable
 import functools
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sae_jax.sparse import dispatch, varying
-from sae_jax.sparse.decode import reference
+from sae_jax.sparse.decode import blocks, reference
 from sae_jax.sparse.weight_grad import api as weight_grad_api
 
 
@@ -30,21 +31,31 @@ def decode(
     idx_BK: their rows in w_dec_ND; repeated rows add up.
     w_dec_ND: a row per latent.
     dtype: of the factors of dense products, see `matmul`.
-    implementation: 'gather', 'dense', or None to choose by device and shape.
+    implementation: 'gather', 'dense', 'pallas' (TPU kernels, interpreted on
+      other devices), or None to choose by device and shape.
 
   Returns:
     The sum, [B, D].
   """
-  name = dispatch.choose(w_dec_ND.shape[0], idx_BK.shape[1], implementation)
+  name = dispatch.choose(
+    w_dec_ND.shape[0], idx_BK.shape[1], implementation, w_dec_ND.shape[1]
+  )
   vals_BK, idx_BK, w_dec_ND = map(jnp.asarray, (vals_BK, idx_BK, w_dec_ND))
   return _decode(name, dtype, vals_BK, idx_BK, varying.match(w_dec_ND, vals_BK))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _decode(name, dtype, vals_BK, idx_BK, w_dec_ND):
-  if name == 'dense':
-    return reference.dense_sum(vals_BK, idx_BK, w_dec_ND, dtype)
-  return reference.gather_sum(vals_BK, idx_BK, w_dec_ND)
+  return sums(name)(vals_BK, idx_BK, w_dec_ND, dtype)
+
+
+def sums(name: str) -> Callable[..., jax.Array]:
+  """sum_k vals[b, k] w[idx[b, k]] of (vals, idx, w, dtype), by name."""
+  return {
+    'gather': lambda vals, idx, w, _: reference.gather_sum(vals, idx, w),
+    'dense': reference.dense_sum,
+    'pallas': blocks.sums_of_codes,
+  }[name]
 
 
 def _forward(name, dtype, vals_BK, idx_BK, w_dec_ND):
@@ -55,14 +66,15 @@ def _forward(name, dtype, vals_BK, idx_BK, w_dec_ND):
 def _backward(name, dtype, saved, g_BD):
   vals_BK, idx_BK, w_dec_ND = saved
   products = {
-    'gather': reference.sampled_products,
-    'dense': functools.partial(reference.dense_products, dtype=dtype),
+    'gather': lambda g, idx, w, _: reference.sampled_products(g, idx, w),
+    'dense': reference.dense_products,
+    'pallas': blocks.products_of_codes,
   }[name]
   grad_ND = weight_grad_api.weight_grad(
     vals_BK, idx_BK, g_BD, w_dec_ND.shape[0], dtype=dtype, implementation=name
   )
   return (
-    products(g_BD, idx_BK, w_dec_ND).astype(vals_BK.dtype),
+    products(g_BD, idx_BK, w_dec_ND, dtype).astype(vals_BK.dtype),
     np.zeros(idx_BK.shape, jax.dtypes.float0),
     grad_ND.astype(w_dec_ND.dtype),
   )

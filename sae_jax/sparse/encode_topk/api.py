@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from sae_jax.sparse import dispatch, varying
-from sae_jax.sparse.decode import reference as decode_reference
+from sae_jax.sparse.decode import api as decode_api
 from sae_jax.sparse.dense import matmul
-from sae_jax.sparse.encode_topk import reference
+from sae_jax.sparse.encode_topk import exact, reference
 from sae_jax.sparse.weight_grad import api as weight_grad_api
 
 
@@ -41,7 +41,7 @@ def encode_topk(
       Where fewer than k are, the rest of a row has the value -inf.
     dtype: of the factors of dense products, see `matmul`.
     implementation: of the gradients' products: 'gather', 'dense', or None to
-      choose by device and shape.
+      choose by device and shape; with 'pallas' pre-activations stay in VMEM.
 
   Returns:
     vals_BK, descending, before any ReLU, and idx_BK int32.
@@ -49,7 +49,9 @@ def encode_topk(
   Raises:
     UserError: if k exceeds N.
   """
-  name = dispatch.choose(w_enc_ND.shape[0], k, implementation)
+  name = dispatch.choose(
+    w_enc_ND.shape[0], k, implementation, w_enc_ND.shape[1]
+  )
   x_BD, w_enc_ND, b_lat_N = map(jnp.asarray, (x_BD, w_enc_ND, b_lat_N))
   if b_pre_D is None:
     b_pre_D = jnp.zeros(x_BD.shape[1:], x_BD.dtype)
@@ -68,9 +70,10 @@ def encode_topk(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
 def _encode_topk(name, k, dtype, mask_N, x_BD, b_pre_D, w_enc_ND, b_lat_N):
-  return reference.encode_topk(
-    x_BD - b_pre_D, w_enc_ND, b_lat_N, mask_N, k, dtype
-  )
+  inputs = x_BD - b_pre_D, w_enc_ND, b_lat_N, mask_N, k, dtype
+  if name == 'pallas':
+    return exact.encode_topk(*inputs)[:2]
+  return reference.encode_topk(*inputs)
 
 
 def _forward(name, k, dtype, mask_N, x_BD, b_pre_D, w_enc_ND, b_lat_N):
@@ -83,7 +86,7 @@ def _forward(name, k, dtype, mask_N, x_BD, b_pre_D, w_enc_ND, b_lat_N):
 
 def _backward(name, k, dtype, saved, cotangents):
   mask_N, x_BD, b_pre_D, w_enc_ND, b_lat_N, idx_BK = saved
-  g_BK, _ = cotangents
+  g_BK = jnp.asarray(cotangents[0])
   n = w_enc_ND.shape[0]
   mask_grad = (
     None if mask_N is None else np.zeros(mask_N.shape, jax.dtypes.float0)
@@ -92,10 +95,7 @@ def _backward(name, k, dtype, saved, cotangents):
   bias_grad_N = bias_grad_N.at[idx_BK.reshape(-1)].add(
     g_BK.reshape(-1).astype(b_lat_N.dtype)
   )
-  x_grad_BD = {
-    'gather': decode_reference.gather_sum,
-    'dense': functools.partial(decode_reference.dense_sum, dtype=dtype),
-  }[name](g_BK, idx_BK, w_enc_ND)
+  x_grad_BD = decode_api.sums(name)(g_BK, idx_BK, w_enc_ND, dtype)
   grad_ND = weight_grad_api.weight_grad(
     g_BK, idx_BK, x_BD - b_pre_D, n, dtype=dtype, implementation=name
   )

@@ -3,7 +3,9 @@
 import jax
 import jax.numpy as jnp
 
+from sae_jax import target
 from sae_jax.config import UserError
+from sae_jax.sparse import varying
 from sae_jax.sparse.top_k import reference
 
 # On two x86 cores buckets won 2.7x at N 32,768, K 32 and nothing at 4,096.
@@ -30,7 +32,7 @@ def top_k(x_BN: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
   if k > n:
     raise UserError(f'k {k} exceeds the {n} latents: use k <= {n}')
   bucketed = (
-    jax.default_backend() == 'cpu'
+    target.platform() == 'cpu'
     and n >= _BUCKETED_FROM
     and n % _BUCKETS == 0
     and k <= _BUCKETS // 4
@@ -40,15 +42,53 @@ def top_k(x_BN: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
   return reference.sorted_top_k(x_BN, k)
 
 
+def winners(vals_BK: jax.Array, axis: str | None, k: int) -> jax.Array:
+  """How many of a shard's candidates are in the top k of all shards.
+
+  Each shard offers its sorted list. What wins is a prefix of it, so a count
+  says it all, and no index travels. Equal values go to the lower shard and
+  there to the lower index: the lowest latent index overall, as on one shard.
+
+  Every shard ranks its share of the tokens: values go out by an all-to-all
+  and counts come back by another, 4 (K + 1) bytes a token and shard. Where the
+  tokens cannot be shared out evenly, every shard ranks them all.
+
+  Args:
+    vals_BK: the shard's candidates in descending order, as `top_k` gives them.
+    axis: the mesh axis the latents are sharded over; None for one shard.
+    k: how many are kept of all shards' candidates.
+
+  Returns:
+    The counts, [B] int32. They are exact if each list holds the shard's k
+    largest, or all of its latents, or is not used up: a count below K.
+  """
+  batch, width = vals_BK.shape
+  shards = 1 if axis is None else jax.lax.axis_size(axis)
+  if shards == 1:
+    full = jnp.full((batch,), min(k, width), jnp.int32)
+    return varying.match(full, vals_BK)
+  k = min(k, shards * width)
+  vals_BK = jax.lax.stop_gradient(vals_BK)
+  if batch % shards:
+    all_PBK = jax.lax.all_gather(vals_BK, axis)
+    all_BC = all_PBK.transpose(1, 0, 2).reshape(-1, shards * width)
+    _, place_Bk = jax.lax.top_k(all_BC, k)
+    own_Bk = place_Bk // width == jax.lax.axis_index(axis)
+    return own_Bk.sum(-1, dtype=jnp.int32)
+  share_BC = jax.lax.all_to_all(vals_BK, axis, 0, 1, tiled=True)
+  _, place_Bk = jax.lax.top_k(share_BC, k)
+  of_shard_BkP = (place_Bk // width)[:, :, None] == jnp.arange(shards)
+  count_BP = of_shard_BkP.sum(1, dtype=jnp.int32)
+  return jax.lax.all_to_all(count_BP, axis, 1, 0, tiled=True)[:, 0]
+
+
 def global_top_k(
   vals_BK: jax.Array, axis: str | None, k: int, empty: float
 ) -> jax.Array:
   """Keeps those of a shard's candidates that are in the top k of all shards.
 
   Each shard offers its own sorted top k, which holds every winner it can
-  have, so the selection is exact whatever the distribution over shards. What
-  wins is a prefix of the shard's list. Equal values go to the lower shard and
-  there to the lower index: the lowest latent index overall, as on one shard.
+  have, so the selection is exact whatever the distribution over shards.
 
   Args:
     vals_BK: the shard's candidates in descending order, as `top_k` gives them.
@@ -62,11 +102,5 @@ def global_top_k(
   """
   if axis is None or jax.lax.axis_size(axis) == 1:
     return vals_BK
-  shards = jax.lax.axis_size(axis)
-  width = vals_BK.shape[-1]
-  all_PBK = jax.lax.all_gather(jax.lax.stop_gradient(vals_BK), axis)
-  all_BC = all_PBK.transpose(1, 0, 2).reshape(-1, shards * width)
-  _, place_Bk = jax.lax.top_k(all_BC, k)
-  own_Bk = place_Bk // width == jax.lax.axis_index(axis)
-  won_B1 = own_Bk.sum(-1, keepdims=True)
-  return jnp.where(jnp.arange(width) < won_B1, vals_BK, empty)
+  won_B1 = winners(vals_BK, axis, k)[:, None]
+  return jnp.where(jnp.arange(vals_BK.shape[1]) < won_B1, vals_BK, empty)

@@ -3,8 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from sae_jax.sparse import dispatch
-from sae_jax.sparse.weight_grad import reference
+from sae_jax import target
+from sae_jax.sparse import dispatch, pairs
+from sae_jax.sparse.weight_grad import kernel, reference
 
 
 def weight_grad(
@@ -27,13 +28,35 @@ def weight_grad(
     g_BD: a row per token.
     n_latents: N.
     dtype: of the factors of a dense product, see `matmul`.
-    implementation: 'gather', 'dense', or None to choose by device and shape.
+    implementation: see `decode`.
 
   Returns:
     The sums, [N, D].
   """
-  name = dispatch.choose(n_latents, idx_BK.shape[1], implementation)
+  name = dispatch.choose(
+    n_latents, idx_BK.shape[1], implementation, g_BD.shape[1]
+  )
   arrays = map(jnp.asarray, (vals_BK, idx_BK, g_BD))
   if name == 'dense':
     return reference.dense_outer(*arrays, n_latents, dtype)
+  if name == 'pallas':
+    return _by_kernel(*arrays, n_latents, dtype)
   return reference.scatter_rows(*arrays, n_latents)
+
+
+def _by_kernel(vals_BK, idx_BK, g_BD, n_latents, dtype):
+  some = pairs.blocks(vals_BK, idx_BK, pack=False)
+  count, latent_P, token_P, vals_P = pairs.by_latent(
+    some, n_latents, some.vals_GR
+  )
+  (grad_ND,), _ = kernel.segment_sums(
+    latent_P,
+    token_P,
+    (vals_P,),
+    (g_BD,),
+    n_latents,
+    count,
+    dtype=dtype,
+    interpret=target.platform() != 'tpu',
+  )
+  return grad_ND

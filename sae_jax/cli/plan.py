@@ -1,0 +1,122 @@
+"""sae-plan: what a run would need of TPUs that are not here; measures none."""
+
+import sys
+
+from absl import flags as absl_flags
+from etils import epath
+import jax
+
+from sae_jax import config as config_lib
+from sae_jax import plan as plan_lib
+from sae_jax.cli import flags
+from sae_jax.config import UserError
+from sae_jax.plan import table
+from sae_jax.plan.planner import DEAD
+from sae_jax.sparse import dispatch
+from sae_jax.step import TrainConfig
+
+_SHORT = {'d': 'd_model', 'n': 'n_latents', 'batch': 'batch_size'}
+
+
+def define() -> None:
+  """Defines this binary's flags."""
+  flags.define(TrainConfig)
+  for short, name in _SHORT.items():
+    absl_flags.DEFINE_alias(short, name)
+  for flag in (
+    absl_flags.DEFINE_string('topology', '', 'a slice, such as v6e:16x16'),
+    absl_flags.DEFINE_integer('num_slices', 1, 'slices of that topology'),
+    absl_flags.DEFINE_string(
+      'mesh',
+      '',
+      'shards of batch and latents, such as 4x64, or auto for the best split; '
+      'by default mesh_data and mesh_latent where they are given, else auto',
+    ),
+    absl_flags.DEFINE_enum(
+      'implementation',
+      None,
+      dispatch.IMPLEMENTATIONS,
+      'of the sparse products; by default as in training',
+    ),
+    absl_flags.DEFINE_enum(
+      'dead', 'few', DEAD, "the dead latents that AuxK's work is taken for"
+    ),
+    absl_flags.DEFINE_integer(
+      'compiles',
+      2,
+      'splits that are compiled, at most, the most promising first; and '
+      'changes that are, where a run does not fit',
+    ),
+    absl_flags.DEFINE_integer('tokens', 0, 'of the whole run, for its hours'),
+    absl_flags.DEFINE_float(
+      'price_per_chip_hour', 0.0, 'for the cost of all tokens'
+    ),
+    absl_flags.DEFINE_string('json', '', 'where all figures go as JSON'),
+    absl_flags.DEFINE_string(
+      'emit_hlo', '', "where the compiled program's text goes"
+    ),
+  ):
+    flags.show(flag)
+
+
+def _mesh() -> str | tuple[int, int]:
+  """The mesh that the flags name, or 'auto'."""
+  values = absl_flags.FLAGS
+  text = values.mesh
+  if not text:
+    given = values['mesh_data'].present or values['mesh_latent'].present
+    return (values.mesh_data, values.mesh_latent) if given else 'auto'
+  if text == 'auto':
+    return text
+  data, _, latent = text.partition('x')
+  if not (data.isdecimal() and latent.isdecimal()):
+    raise UserError(
+      f'mesh {text!r} is not two numbers: write data x latent as --mesh=4x64, '
+      'or --mesh=auto'
+    )
+  return int(data), int(latent)
+
+
+def _write(path: str, text: str) -> None:
+  file = epath.Path(path).expanduser()
+  file.parent.mkdir(parents=True, exist_ok=True)
+  file.write_text(text)
+
+
+def work() -> None:
+  """Plans as the flags say."""
+  # A TPU of this machine stays free for what runs on it.
+  jax.config.update('jax_platforms', 'cpu')
+  # Programs for chips that are not here can't be read back from a cache.
+  jax.config.update('jax_enable_compilation_cache', False)
+  values = absl_flags.FLAGS
+  if not values.topology:
+    raise UserError('topology is not given: write --topology=v6e:16x16')
+  found = plan_lib.plan(
+    flags.read(TrainConfig),
+    values.topology,
+    values.num_slices,
+    _mesh(),
+    implementation=values.implementation,
+    dead=values.dead,
+    compiles=values.compiles,
+    tokens=values.tokens,
+    price_per_chip_hour=values.price_per_chip_hour,
+    report=lambda line: print(line, file=sys.stderr, flush=True),
+  )
+  for line in table.lines(found):
+    print(line)
+  if values.json:
+    _write(values.json, config_lib.to_json(found.to_dict()))
+  if values.emit_hlo:
+    _write(values.emit_hlo, found.text)
+
+
+def main() -> None:
+  """Entry point of the console script."""
+  define()
+  flags.run(work, __doc__)
+
+
+if __name__ == '__main__':
+  main()

@@ -1,0 +1,338 @@
+"""The text of a compiled XLA program as computations and instructions."""
+
+from collections.abc import Iterator
+import dataclasses
+import functools
+import json
+import math
+import re
+from typing import Any
+
+_BITS = {'pred': 8, 'token': 0, 'opaque': 0}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """An array of a program, and where it lies.
+
+  Attributes:
+    dtype: XLA's name of the type.
+    dims: its extents.
+    order: dimensions from the fastest one to the slowest.
+    tile: extents that the fastest dimensions are padded to, slowest first.
+    space: memory space: 0 is HBM, 1 VMEM, others are on the chip too.
+  """
+
+  dtype: str
+  dims: tuple[int, ...]
+  order: tuple[int, ...] = ()
+  tile: tuple[int, ...] = ()
+  space: int = 0
+
+  @property
+  def size(self) -> int:
+    """Elements."""
+    return math.prod(self.dims)
+
+  @property
+  def nbytes(self) -> int:
+    """Bytes in memory, with the padding of its tiles."""
+    dims = list(self.dims)
+    for dim, tile in zip(self.order, reversed(self.tile)):
+      dims[dim] = -(-dims[dim] // tile) * tile
+    return math.prod(dims) * _bits(self.dtype) // 8
+
+  @property
+  def hbm_bytes(self) -> int:
+    """Bytes if it lies in HBM, else 0."""
+    return 0 if self.space else self.nbytes
+
+  def __str__(self) -> str:
+    return f'{self.dtype}[{",".join(map(str, self.dims))}]'
+
+
+def _bits(dtype: str) -> int:
+  if dtype in _BITS:
+    return _BITS[dtype]
+  found = re.search(r'\d+', dtype)
+  # A complex number has its two parts in its name.
+  return int(found[0]) if found else 0
+
+
+_SHAPE = re.compile(r'([a-z]\w*)\[([\d,<= ]*)\](?:\{([^{}]*)\})?')
+
+
+def shapes(text: str) -> tuple[Shape, ...]:
+  """The arrays of a shape's text, those of tuples in order."""
+  return tuple(_shape(*found) for found in _SHAPE.findall(text))
+
+
+def _shape(dtype: str, dims: str, layout: str) -> Shape:
+  order, _, rest = layout.partition(':')
+  tile = re.search(r'T\(([\d,]+)\)', rest)
+  space = re.search(r'S\((\d+)\)', rest)
+  return Shape(
+    dtype,
+    tuple(map(int, re.findall(r'\d+', dims))),
+    tuple(map(int, re.findall(r'\d+', order))),
+    tuple(map(int, tile[1].split(','))) if tile else (),
+    int(space[1]) if space else 0,
+  )
+
+
+@dataclasses.dataclass(eq=False)
+class Instruction:
+  """One instruction.
+
+  Attributes:
+    name: unique in its computation.
+    opcode: XLA's.
+    shape_text: of its result.
+    operand_text: what stands between its parentheses.
+    attributes: what stands after them.
+    root: whether it is the computation's result.
+  """
+
+  name: str
+  opcode: str
+  shape_text: str
+  operand_text: str
+  attributes: str
+  root: bool = False
+
+  @functools.cached_property
+  def shapes(self) -> tuple[Shape, ...]:
+    """Its result's arrays."""
+    return shapes(self.shape_text)
+
+  @functools.cached_property
+  def operands(self) -> tuple[str, ...]:
+    """Names of the instructions that it takes."""
+    if self.opcode in ('constant', 'parameter'):
+      return ()
+    return tuple(re.findall(r'%([\w.\-]+)', self.operand_text))
+
+  def attribute(self, name: str) -> str:
+    """An attribute's text up to its end, '' where there is none."""
+    found = re.search(rf'(?:^|[ ,]){name}=', self.attributes)
+    if not found:
+      return ''
+    return _balanced(self.attributes, found.end(), ',')
+
+  def called(self, *names: str) -> tuple[str, ...]:
+    """Computations that the attributes of these names call."""
+    return tuple(
+      called
+      for name in names
+      for called in re.findall(r'%?([\w.\-]+)', self.attribute(name))
+    )
+
+  @functools.cached_property
+  def backend_config(self) -> dict[str, Any]:
+    """What the backend wrote beside it."""
+    try:
+      found = json.loads(self.attribute('backend_config') or '{}')
+    except json.JSONDecodeError:
+      return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _balanced(text: str, start: int, stop: str) -> str:
+  """The text from start to the first stop that is not inside brackets."""
+  depth, quoted, i = 0, False, start
+  while i < len(text):
+    letter = text[i]
+    if quoted:
+      # A quoted text may be long, as a kernel's body is.
+      i = min(_or_end(text, '"', i), _or_end(text, '\\', i))
+      quoted = i < len(text) and text[i] == '\\'
+      i += 2 if quoted else 1
+      continue
+    if letter == '"':
+      quoted = True
+    elif letter in '([{':
+      depth += 1
+    elif letter in ')]}' and depth:
+      depth -= 1
+    elif depth == 0 and letter == stop:
+      break
+    i += 1
+  return text[start:i]
+
+
+def _or_end(text: str, letter: str, start: int) -> int:
+  found = text.find(letter, start)
+  return len(text) if found < 0 else found
+
+
+@dataclasses.dataclass(eq=False)
+class Computation:
+  """Instructions in their order, which is that of their execution."""
+
+  name: str
+  instructions: dict[str, Instruction] = dataclasses.field(default_factory=dict)
+
+  @functools.cached_property
+  def root(self) -> Instruction:
+    """The instruction whose result is the computation's."""
+    found = [i for i in self.instructions.values() if i.root]
+    return found[0] if found else list(self.instructions.values())[-1]
+
+  @functools.cached_property
+  def parameters(self) -> tuple[Instruction, ...]:
+    """Its parameters in the order they are passed in."""
+    found = [i for i in self.instructions.values() if i.opcode == 'parameter']
+    return tuple(sorted(found, key=lambda i: int(i.operand_text)))
+
+  @functools.cached_property
+  def users(self) -> dict[str, list[Instruction]]:
+    """The instructions that take each one, by name."""
+    found = {name: [] for name in self.instructions}
+    for instruction in self.instructions.values():
+      for name in set(instruction.operands):
+        found.setdefault(name, []).append(instruction)
+    return found
+
+  def operand(self, instruction: Instruction, index: int) -> Instruction | None:
+    """The instruction that is another's operand."""
+    if index >= len(instruction.operands):
+      return None
+    return self.instructions.get(instruction.operands[index])
+
+  def operand_shapes(self, instruction: Instruction) -> list[Shape]:
+    """The arrays that an instruction takes."""
+    found = []
+    for name in instruction.operands:
+      if name in self.instructions:
+        found += self.instructions[name].shapes
+    return found
+
+
+@dataclasses.dataclass(frozen=True)
+class Frame:
+  """A line of Python."""
+
+  file: str
+  function: str
+
+
+@dataclasses.dataclass(eq=False)
+class Module:
+  """A compiled program.
+
+  Attributes:
+    computations: by name.
+    entry: the one that is the program.
+    stacks: frames of each stack_frame_id, the innermost first.
+  """
+
+  computations: dict[str, Computation]
+  entry: Computation
+  stacks: dict[int, tuple[Frame, ...]]
+
+  def stack(self, instruction: Instruction) -> tuple[Frame, ...]:
+    """The Python that an instruction comes from, the innermost line first."""
+    metadata = instruction.attribute('metadata')
+    found = re.search(r'stack_frame_id=(\d+)', metadata)
+    if found:
+      return self.stacks.get(int(found[1]), ())
+    found = re.search(r'source_file="([^"]*)"', metadata)
+    return (Frame(found[1], ''),) if found else ()
+
+
+_HEAD = re.compile(r'(ENTRY )?%?([\w.\-]+) \(.*\{\s*$')
+_LINE = re.compile(r'\s+(ROOT )?%?([\w.\-]+) = ')
+
+
+def parse(text: str) -> Module:
+  """Reads a module as XLA prints it.
+
+  Args:
+    text: from `jax.stages.Compiled.as_text` or a dump of the compiler.
+
+  Raises:
+    ValueError: if there is no program in the text.
+  """
+  computations, entry, current = {}, None, None
+  lines = text.splitlines()
+  for line in lines:
+    if current is None:
+      head = _HEAD.match(line)
+      if head:
+        current = computations[head[2]] = Computation(head[2])
+        entry = current if head[1] else entry
+    elif line.startswith('}'):
+      current = None
+    else:
+      read = _instruction(line)
+      if read:
+        current.instructions[read.name] = read
+  if entry is None:
+    raise ValueError('there is no program in this text')
+  return Module(computations, entry, _stacks(lines))
+
+
+def _instruction(line: str) -> Instruction | None:
+  start = _LINE.match(line)
+  if not start:
+    return None
+  if line[start.end()] == '(':
+    end = start.end() + 1
+    shape = '(' + _balanced(line, end, ')') + ')'
+  else:
+    shape = line[start.end() :].split(' ', 1)[0]
+  at = start.end() + len(shape) + 1
+  opcode = re.match(r'[\w\-]+', line[at:])
+  if not opcode:
+    return None
+  at += opcode.end() + 1
+  operands = _balanced(line, at, ')')
+  return Instruction(
+    name=start[2],
+    opcode=opcode[0],
+    shape_text=shape,
+    operand_text=operands,
+    attributes=line[at + len(operands) + 1 :],
+    root=bool(start[1]),
+  )
+
+
+def _stacks(lines: list[str]) -> dict[int, tuple[Frame, ...]]:
+  """The tables of files, functions, lines and frames before the program."""
+  tables = {}
+  rows = None
+  for line in lines:
+    if line in ('FileNames', 'FunctionNames', 'FileLocations', 'StackFrames'):
+      rows = tables.setdefault(line, {})
+    elif rows is not None:
+      row = re.match(r'(\d+) (.*)', line)
+      if row:
+        rows[int(row[1])] = row[2]
+      elif line:
+        rows = None
+
+  def numbers(name):
+    return {
+      key: dict((k, int(v)) for k, v in re.findall(r'(\w+)=(\d+)', row))
+      for key, row in tables.get(name, {}).items()
+    }
+
+  def named(table, key):
+    return tables.get(table, {}).get(key, '').strip('"')
+
+  places, frames = numbers('FileLocations'), numbers('StackFrames')
+  # The first frame has no parent. Where its parent is written as 1, all are
+  # written one too high.
+  shift = frames.get(1, {}).get('parent_frame_id', 0)
+
+  def walk(key) -> Iterator[Frame]:
+    while key in frames:
+      place = places.get(frames[key].get('file_location_id'), {})
+      yield Frame(
+        named('FileNames', place.get('file_name_id')),
+        named('FunctionNames', place.get('function_name_id')),
+      )
+      parent = frames[key].get('parent_frame_id', 0) - shift
+      key = parent if parent < key else 0
+
+  return {key: tuple(walk(key)) for key in frames}

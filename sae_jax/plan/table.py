@@ -1,0 +1,300 @@
+"""A plan as text to read."""
+
+from collections.abc import Iterator, Sequence
+
+from sae_jax.plan import roofline
+from sae_jax.plan.program import Buffer
+from sae_jax.plan.record import GIB, NOTHING_MEASURED, Plan
+
+_NAMES = {
+  'parameters': 'parameters',
+  'moments': "Adam's moments",
+  'average': 'moving average',
+  'counters': 'counters',
+  'batch': 'batch',
+  'temporaries': 'temporaries',
+  'program': 'program',
+  'padding': 'padding, results',
+}
+_BUFFERS = 4
+# Of the step's time; smaller parts are added up.
+_SMALL = 0.002
+
+
+def lines(plan: Plan) -> Iterator[str]:
+  """The lines of a plan's text.
+
+  Args:
+    plan: of a run.
+  """
+  yield NOTHING_MEASURED
+  yield ''
+  yield from _what(plan)
+  yield ''
+  yield from _verdict(plan)
+  yield ''
+  yield from _memory(plan)
+  yield ''
+  yield from _times(plan)
+  if plan.roofline.exchanges:
+    yield ''
+    yield from _exchanges(plan)
+  yield ''
+  yield from _step(plan)
+  if plan.kernels:
+    yield ''
+    yield from _kernels(plan)
+  yield ''
+  yield from _buffers(plan)
+  if len(plan.splits) > 1:
+    yield ''
+    yield from _splits(plan)
+  yield ''
+  yield 'what this assumes'
+  for text in (*roofline.ASSUMPTIONS, *_own_assumptions(plan)):
+    yield from _wrapped(text)
+
+
+def _what(plan: Plan) -> Iterator[str]:
+  config, slices = plan.config, plan.slices
+  several = f'{slices.count} slices of ' if slices.count > 1 else ''
+  cores = f', {len(slices.devices)} devices' * (slices.devices_per_chip > 1)
+  yield (
+    f'{several}{slices.name}, {slices.chips:,} chips{cores}, '
+    f'mesh {config.mesh_data}x{config.mesh_latent} (data x latent)'
+  )
+  yield (
+    f'd {config.sae.d_model:,}, n {config.sae.n_latents:,}, '
+    f'k {config.sae.k:,}, batch {config.batch_size:,} tokens, '
+    f'micro_batches {config.micro_batches}, k_aux {config.objective.k_aux}'
+  )
+
+
+def _verdict(plan: Plan) -> Iterator[str]:
+  share = plan.slices.devices_per_chip
+  needs = share * plan.footprint.total / GIB
+  room = share * plan.slices.hbm_limit / GIB
+  of = f'{needs:.2f} of {room:.2f} GiB of HBM per chip'
+  if plan.fits:
+    yield f'FITS: {of}, {room - needs:.2f} GiB to spare'
+    return
+  yield f'DOES NOT FIT: {of}, {needs - room:.2f} GiB too much'
+  if not plan.remedies:
+    yield '  nothing was found that fits: fewer latents or a larger slice'
+    return
+  yield from _aligned(
+    ('what fits', 'GiB', ''),
+    [
+      (
+        remedy.flags,
+        f'{share * remedy.hbm_bytes / GIB:.2f}',
+        'compiled' if remedy.compiled else 'by arithmetic, not compiled',
+      )
+      for remedy in plan.remedies
+    ],
+    '<><',
+  )
+
+
+def _memory(plan: Plan) -> Iterator[str]:
+  share = plan.slices.devices_per_chip
+  rows = [
+    (name, f'{share * getattr(plan.footprint, key) / GIB:.3f}')
+    for key, name in _NAMES.items()
+  ]
+  total = f'{share * plan.footprint.total / GIB:.3f}'
+  yield from _aligned(('HBM per chip', 'GiB'), [*rows, ('all', total)], '<>')
+
+
+def _times(plan: Plan) -> Iterator[str]:
+  found = plan.roofline
+  rows, small = [], [0.0] * 5
+  for part in found.parts:
+    figures = (
+      part.seconds,
+      part.compute_s,
+      part.memory_s,
+      part.flops,
+      part.hbm_bytes,
+    )
+    if part.seconds < _SMALL * found.parts_s:
+      small = [a + b for a, b in zip(small, figures)]
+    else:
+      rows.append(_part(part.name, *figures))
+  if any(small):
+    rows.append(_part('smaller parts', *small))
+  whole = plan.costs.total
+  rows.append(
+    (
+      'all',
+      _ms(found.parts_s),
+      _ms(sum(part.compute_s for part in found.parts)),
+      _ms(sum(part.memory_s for part in found.parts)),
+      f'{whole.flops / 1e12:,.3f}',
+      f'{whole.hbm_bytes / GIB:,.3f}',
+    )
+  )
+  yield from _aligned(
+    ('a step, per device', 'ms', 'products', 'HBM', 'TFLOP', 'HBM GiB'),
+    rows,
+    '<>>>>>',
+  )
+
+
+def _part(name, seconds, compute, memory, flops, hbm) -> tuple[str, ...]:
+  return (
+    name,
+    _ms(seconds),
+    _ms(compute),
+    _ms(memory),
+    f'{flops / 1e12:,.3f}',
+    f'{hbm / GIB:,.3f}',
+  )
+
+
+def _exchanges(plan: Plan) -> Iterator[str]:
+  rows = [
+    (
+      f'{one.kind} over {one.axis}' if one.axis else one.kind,
+      _ms(one.seconds),
+      one.over,
+      f'{one.count:,.0f}',
+      f'{one.put_in_bytes / 2**20:,.2f}',
+      f'{one.link_bytes / 2**20:,.2f}',
+    )
+    for one in plan.roofline.exchanges
+  ]
+  ends = ('all', _ms(plan.roofline.exchanges_s), '', '', '', '')
+  yield from _aligned(
+    ('exchanges, per device', 'ms', 'links', 'times', 'MiB in', 'MiB sent'),
+    [*rows, ends],
+    '<><>>>',
+  )
+
+
+def _step(plan: Plan) -> Iterator[str]:
+  found = plan.roofline
+  yield (
+    f'roofline of a step: {_ms(found.step_s)} ms if all exchanges are hidden, '
+    f'{_ms(found.without_overlap_s)} ms if none is'
+  )
+  yield f'tokens/s: at most {plan.tokens_per_s:,.0f}'
+  if plan.tokens:
+    cost = ''
+    if plan.price_per_chip_hour:
+      cost = (
+        f', cost at least {plan.cost:,.2f} at {plan.price_per_chip_hour:g} a '
+        'chip and hour'
+      )
+    yield f'{plan.tokens:,} tokens: at least {plan.hours:,.2f} hours{cost}'
+
+
+def _kernels(plan: Plan) -> Iterator[str]:
+  yield from _aligned(
+    ('Pallas kernels', 'calls', 'TFLOP a call', 'HBM GiB', ''),
+    [
+      (
+        kernel.name,
+        f'{calls:,.0f}',
+        f'{kernel.flops / 1e12:,.4f}',
+        f'{kernel.hbm_bytes / GIB:,.4f}',
+        'by its cost_estimate'
+        if kernel.declared
+        else 'no cost_estimate: operands and results, no arithmetic',
+      )
+      for kernel, calls in plan.kernels
+    ],
+    '<>>><',
+  )
+
+
+def _buffers(plan: Plan) -> Iterator[str]:
+  each = (
+    f'a device works on {plan.codes:,} values of tokens x latents at a time'
+  )
+  if not plan.dense:
+    largest = plan.largest and f'; the largest: {_buffer(plan.largest)}'
+    yield f'{each}: no buffer is as large{largest or ""}'
+    return
+  yield f'{each}: {len(plan.dense)} buffers are as large, among them'
+  for buffer in plan.dense[:_BUFFERS]:
+    yield f'  {_buffer(buffer)}'
+
+
+def _buffer(buffer: Buffer) -> str:
+  size = buffer.shape.nbytes / GIB
+  return f'{buffer.shape} ({size:.3f} GiB, {buffer.part})'
+
+
+def _splits(plan: Plan) -> Iterator[str]:
+  share = plan.slices.devices_per_chip
+  yield from _aligned(
+    ('splits, data x latent', 'GiB', 'ms', '', ''),
+    [
+      (
+        f'{split.data}x{split.latent}',
+        f'{share * split.hbm_bytes / GIB:.2f}',
+        _ms(split.step_s),
+        'fits' if split.fits else 'does not fit',
+        'the step refuses it'
+        if split.refused
+        else 'compiled'
+        if split.compiled
+        else 'a guess, not compiled',
+      )
+      for split in plan.splits
+    ],
+    '<>><<',
+  )
+
+
+def _own_assumptions(plan: Plan) -> Iterator[str]:
+  chip = plan.slices.device
+  yield (
+    f'a device has {chip.flops / 1e12:,.0f} TFLOP/s, '
+    f'{chip.hbm_bandwidth / 1e9:,.0f} GB/s of HBM, '
+    f'{chip.ici_bandwidth / 1e9:,.0f} GB/s out over its links, '
+    f'{chip.dcn_bandwidth / 1e9:,.2f} GB/s between slices (published)'
+  )
+  if plan.auxk_s:
+    each = [f'{_ms(seconds)} ms' for seconds in plan.auxk_s]
+    yield (
+      f"AuxK's work is that of {plan.dead} dead latents; by its sizes, from "
+      f'none to all: {", ".join(each)}'
+    )
+  if any(not branch.by_dead for branch in plan.costs.branches):
+    yield 'of other choices of the program the cheapest branch is taken'
+  if plan.loops_s:
+    each = [f'{_ms(seconds)} ms' for seconds in plan.loops_s]
+    yield (
+      'loops whose length depends on data, as of tokens that are computed '
+      f'again, are left out; a run of each takes {", ".join(each)}'
+    )
+
+
+def _ms(seconds: float) -> str:
+  return f'{1e3 * seconds:,.3f}'
+
+
+def _aligned(
+  header: Sequence[str], rows: Sequence[Sequence[str]], sides: str
+) -> Iterator[str]:
+  """Rows below a header, indented, each column to its side."""
+  indented = [(f'  {row[0]}', *row[1:]) for row in rows]
+  widths = [max(map(len, column)) for column in zip(header, *indented)]
+  for row in (header, *indented):
+    cells = [
+      f'{cell:{side}{width}}' for cell, side, width in zip(row, sides, widths)
+    ]
+    yield '  '.join(cells).rstrip()
+
+
+def _wrapped(text: str) -> Iterator[str]:
+  """A point of a list within 80 columns."""
+  line = '  -'
+  for word in text.split():
+    if len(line) + 1 + len(word) > 80:
+      yield line
+      line = '   '
+    line += ' ' + word
+  yield line

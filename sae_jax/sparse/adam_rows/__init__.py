@@ -1,0 +1,1 @@
+"""Adam with unit rows and their moving average, in one pass over the rows."""

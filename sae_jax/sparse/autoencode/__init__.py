@@ -1,0 +1,1 @@
+"""Encoding, the choice of active latents and decoding, with one backward."""

@@ -1,0 +1,31 @@
+"""How many candidates a shard offers of the k that all shards choose."""
+
+import math
+
+# Chance that a batch has a token of which some shard holds more winners than
+# it offers, if winners lie on random shards. Such a batch is done again.
+_SHORT = 1e-3
+
+
+def width(k: int, shards: int, tokens: int) -> int:
+  """Candidates of a token that a shard offers, at most k.
+
+  Args:
+    k: active latents of a token, over all shards.
+    shards: of the latents.
+    tokens: of a batch on a shard.
+
+  Returns:
+    The least number, a multiple of 8, that leaves a batch without a token
+    that fills a shard's list in all but 0.1 % of cases; k if that is less.
+  """
+  share = 1 / shards
+  held = [
+    math.comb(k, n) * share**n * (1 - share) ** (k - n) for n in range(k + 1)
+  ]
+  for offered in range(8, k, 8):
+    # Summed from the small end, where 1 minus the rest would cancel.
+    filled = math.fsum(reversed(held[offered:]))
+    if filled * tokens * shards <= _SHORT:
+      return offered
+  return k

@@ -1,0 +1,152 @@
+"""`autoencode` by kernels, with a hand-written backward pass."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sae_jax import target
+from sae_jax.sparse import pairs, varying
+from sae_jax.sparse.decode import blocks as blocks_lib
+from sae_jax.sparse.dense import matmul
+from sae_jax.sparse.encode_topk import exact
+from sae_jax.sparse.top_k import api as top_k_api
+from sae_jax.sparse.weight_grad import kernel as weight_grad_kernel
+
+
+def autoencode(
+  x_BD,
+  w_enc_ND,
+  b_lat_N,
+  w_dec_ND,
+  ks,
+  b_pre_D,
+  mask_N,
+  axis,
+  dtype,
+  candidates,
+):
+  """See `autoencode.api`; returns what its `Coded` holds, in that order."""
+  x_BD = varying.match(x_BD, w_enc_ND)
+  others = (b_pre_D, w_enc_ND, b_lat_N, w_dec_ND)
+  others = (varying.match(a, x_BD) for a in others)
+  return _autoencode(ks, axis, dtype, candidates, mask_N, x_BD, *others)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
+def _autoencode(ks, axis, dtype, candidates, mask_N, *arrays):
+  return _forward(ks, axis, dtype, candidates, mask_N, *arrays)[0]
+
+
+def _forward(
+  ks,
+  axis,
+  dtype,
+  candidates,
+  mask_N,
+  x_BD,
+  b_pre_D,
+  w_enc_ND,
+  b_lat_N,
+  w_dec_ND,
+):
+  batch = x_BD.shape[0]
+  most = min(ks[-1], w_enc_ND.shape[0])
+  found_BK, idx_BK, failed_B = exact.encode_topk(
+    x_BD - b_pre_D,
+    w_enc_ND,
+    b_lat_N,
+    mask_N,
+    min(most, candidates or most),
+    dtype,
+  )
+  width = found_BK.shape[1]
+  codes, exhausted = [], varying.zeros((), bool, found_BK)
+  for k in ks:
+    won_B = top_k_api.winners(found_BK[:, :k], axis, k)
+    if width < min(k, most):
+      exhausted |= (won_B == width).any()
+    won_BK = jnp.arange(min(k, width)) < won_B[:, None]
+    codes.append(jnp.where(won_BK, jax.nn.relu(found_BK[:, :k]), 0))
+  # Of the codes for the greatest k the others are the first in each row.
+  sharded = axis is not None and jax.lax.axis_size(axis) > 1
+  blocks = pairs.blocks(codes[-1], idx_BK, pack=sharded)
+  inside = tuple(_inside(blocks, vals_BK) for vals_BK in codes[:-1])
+  sums = functools.partial(
+    blocks_lib.sums, blocks, w_ND=w_dec_ND, batch=batch, dtype=dtype
+  )
+  models = tuple(
+    sums(jnp.where(chosen_GR, blocks.vals_GR, 0)) for chosen_GR in inside
+  )
+  models += (sums(blocks.vals_GR),)
+  first = codes[0]
+  out = (
+    first,
+    idx_BK[:, : first.shape[1]],
+    models,
+    failed_B.mean(dtype=x_BD.dtype),
+    exhausted,
+  )
+  saved = mask_N, x_BD, b_pre_D, w_enc_ND, b_lat_N, w_dec_ND, blocks, inside
+  return out, saved
+
+
+def _inside(blocks, vals_BK):
+  """Which of the pairs are active in the codes of a lesser k."""
+  k = blocks.vals_GR.shape[1] // blocks.tokens
+  active_B = (vals_BK != 0).sum(1, dtype=jnp.int32)
+  active_GT = pairs.pad_tokens(active_B, blocks.tokens).reshape(
+    -1, blocks.tokens
+  )
+  least_GR = jnp.take_along_axis(active_GT, blocks.token_GR, axis=1)
+  return blocks.place_GR % k < least_GR
+
+
+def _backward(ks, axis, dtype, candidates, saved, cotangents):
+  mask_N, x_BD, b_pre_D, w_enc_ND, b_lat_N, w_dec_ND, blocks, inside = saved
+  gs = cotangents[2]
+  batch, n_latents = x_BD.shape[0], w_enc_ND.shape[0]
+  # ReLU: pairs that are not active have no gradient.
+  chosen = [(g_BD, mask) for g_BD, mask in zip(gs, inside)]
+  chosen.append((gs[-1], blocks.vals_GR != 0))
+  grads_GR = sum(
+    jnp.where(mask_GR, blocks_lib.products(blocks, g_BD, w_dec_ND, dtype), 0)
+    for g_BD, mask_GR in chosen
+  )
+  count, latent_P, token_P, *payload = pairs.by_latent(
+    blocks,
+    n_latents,
+    grads_GR,
+    *(jnp.where(mask_GR, blocks.vals_GR, 0) for _, mask_GR in chosen),
+  )
+  enc_P, *decs = payload
+  shards = 1 if axis is None else jax.lax.axis_size(axis)
+  sums = functools.partial(
+    weight_grad_kernel.segment_sums,
+    latent_P,
+    token_P,
+    n_latents=n_latents,
+    count=count,
+    # So many are active, if each shard has its share.
+    expected=min(len(latent_P), batch * ks[-1] // shards),
+    dtype=dtype,
+    interpret=target.platform() != 'tpu',
+  )
+  (dec_ND, enc_ND), bias_N = sums((decs[-1], enc_P), (gs[-1], x_BD - b_pre_D))
+  for dec_P, g_BD in zip(decs[:-1], gs[:-1]):
+    (more_ND,), _ = sums((dec_P,), (g_BD,))
+    dec_ND += more_ND
+  return (
+    None if mask_N is None else np.zeros(mask_N.shape, jax.dtypes.float0),
+    blocks_lib.sums(blocks, grads_GR, w_enc_ND, batch, dtype).astype(
+      x_BD.dtype
+    ),
+    -matmul(bias_N, w_enc_ND).astype(b_pre_D.dtype),
+    enc_ND.astype(w_enc_ND.dtype),
+    bias_N.astype(b_lat_N.dtype),
+    dec_ND.astype(w_dec_ND.dtype),
+  )
+
+
+_autoencode.defvjp(_forward, _backward)

@@ -1,0 +1,61 @@
+"""Decoding by kernels, of blocks of pairs or of codes as they are."""
+
+import jax
+import jax.numpy as jnp
+
+from sae_jax import target
+from sae_jax.sparse import pairs
+from sae_jax.sparse.decode import kernel
+
+
+def sums(
+  blocks: pairs.Blocks,
+  vals_GR: jax.Array,
+  w_ND: jax.Array,
+  batch: int,
+  dtype: jnp.dtype | None,
+) -> jax.Array:
+  """sum of vals w[latent] over the pairs of each token, [B, D]."""
+  total = kernel.gather_sum(
+    blocks.latent_GR,
+    blocks.token_GR,
+    vals_GR,
+    blocks.count_G,
+    w_ND,
+    block_tokens=blocks.tokens,
+    dtype=dtype,
+    interpret=target.platform() != 'tpu',
+  )
+  return total[:batch]
+
+
+def products(
+  blocks: pairs.Blocks,
+  g_BD: jax.Array,
+  w_ND: jax.Array,
+  dtype: jnp.dtype | None,
+) -> jax.Array:
+  """<g, w[latent]> of each pair, [G, R]."""
+  return kernel.sampled_products(
+    blocks.latent_GR,
+    blocks.token_GR,
+    blocks.count_G,
+    pairs.pad_tokens(g_BD, blocks.tokens),
+    w_ND,
+    block_tokens=blocks.tokens,
+    dtype=dtype,
+    interpret=target.platform() != 'tpu',
+  )
+
+
+def sums_of_codes(vals_BK, idx_BK, w_ND, dtype):
+  """`reference.gather_sum` by the kernel."""
+  some = pairs.blocks(vals_BK, idx_BK, pack=False)
+  return sums(some, some.vals_GR, w_ND, len(vals_BK), dtype)
+
+
+def products_of_codes(g_BD, idx_BK, w_ND, dtype):
+  """`reference.sampled_products` by the kernel."""
+  some = pairs.blocks(jnp.ones(idx_BK.shape, w_ND.dtype), idx_BK, pack=False)
+  found_GR = products(some, g_BD, w_ND, dtype)
+  return found_GR.reshape(-1, idx_BK.shape[1])[: len(idx_BK)]

@@ -1,0 +1,113 @@
+"""Active (token, latent) pairs as the kernels take them.
+
+Blocks of neighbouring tokens each have a list of their active pairs, packed to
+its front; the same pairs sorted by latent serve the weight gradients.
+"""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+# Slots of a block that are worth a kernel's step.
+_SLOTS = 512
+_TOKENS = (64, 32, 16, 8)
+# Pairs that are sorted and summed at a time: their list of chunks is in SMEM.
+_MOST_PAIRS = 2**22
+
+
+@flax.struct.dataclass
+class Blocks:
+  """The pairs of each block of tokens.
+
+  Attributes:
+    latent_GR: the pair's latent; any latent where it is not real.
+    token_GR: its token within the block.
+    vals_GR: its value, 0 where it is not real.
+    count_G: how many pairs of the block are real, the first ones.
+    place_GR: the slot it came from, token * K + k.
+    tokens: of a block.
+  """
+
+  latent_GR: jax.Array
+  token_GR: jax.Array
+  vals_GR: jax.Array
+  count_G: jax.Array
+  place_GR: jax.Array
+  tokens: int = flax.struct.field(pytree_node=False)
+
+
+def block_tokens(k: int) -> int:
+  """Tokens of a block, where each has k slots."""
+  return next((t for t in _TOKENS if t * k <= _SLOTS), _TOKENS[-1])
+
+
+def parts(batch: int, k: int) -> int:
+  """How many parts a batch is worked on in, so that its pairs are not many."""
+  return -(-batch * k // _MOST_PAIRS)
+
+
+def pad_tokens(array: jax.Array, tokens: int) -> jax.Array:
+  """Adds rows of zeros up to whole blocks of tokens."""
+  short = -array.shape[0] % tokens
+  return jnp.pad(array, ((0, short), *[(0, 0)] * (array.ndim - 1)))
+
+
+def blocks(vals_BK: jax.Array, idx_BK: jax.Array, pack: bool) -> Blocks:
+  """Cuts codes into blocks of tokens.
+
+  Args:
+    vals_BK: the codes; a pair with value 0 is not active.
+    idx_BK: their latents.
+    pack: whether pairs that are not active are left out. Where most are active
+      that costs more than it spares.
+  """
+  k = vals_BK.shape[1]
+  tokens = block_tokens(k)
+  slots = tokens * k
+  vals_GR = pad_tokens(vals_BK, tokens).reshape(-1, slots)
+  latent_GR = pad_tokens(idx_BK, tokens).reshape(-1, slots)
+  place_GR = jnp.broadcast_to(jnp.arange(slots, dtype=jnp.int32), vals_GR.shape)
+  if pack:
+    active_GR = vals_GR != 0
+    key_GR = jnp.where(active_GR, place_GR, place_GR + slots)
+    key_GR, latent_GR, vals_GR = jax.lax.sort(
+      (key_GR, latent_GR, vals_GR), num_keys=1
+    )
+    place_GR = key_GR % slots
+    count_G = active_GR.sum(1, dtype=jnp.int32)
+  else:
+    count_G = jnp.full_like(latent_GR[:, 0], slots)
+  return Blocks(
+    latent_GR=latent_GR,
+    token_GR=place_GR // k,
+    vals_GR=vals_GR,
+    count_G=count_G,
+    place_GR=place_GR,
+    tokens=tokens,
+  )
+
+
+def by_latent(
+  blocks: Blocks, n_latents: int, *payload_GR: jax.Array
+) -> tuple[jax.Array, ...]:
+  """The pairs sorted by latent, those that are not active last.
+
+  Args:
+    blocks: the pairs.
+    n_latents: N, which stands for the latent of a pair that is not active.
+    *payload_GR: what goes along with each pair.
+
+  Returns:
+    How many are active, latent_P, token_P (of the batch), and the payload in
+    that order. Pairs of a latent keep the order of their tokens, so that a
+    sum over them is always the same.
+  """
+  active_GR = blocks.vals_GR != 0
+  key_GR = jnp.where(active_GR, blocks.latent_GR, n_latents)
+  groups = key_GR.shape[0]
+  first_G1 = jnp.arange(groups, dtype=jnp.int32)[:, None] * blocks.tokens
+  operands = key_GR, first_G1 + blocks.token_GR, *payload_GR
+  found = jax.lax.sort(
+    tuple(a.reshape(-1) for a in operands), num_keys=1, is_stable=True
+  )
+  return active_GR.sum(dtype=jnp.int32), *found

@@ -1,0 +1,165 @@
+"""The training step with kernels: the same run as without them."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+
+from sae_jax import objective, sparse
+from sae_jax.objective import ObjectiveConfig
+from sae_jax.optimizer import OptimizerConfig
+from sae_jax.sparse.weight_grad import kernel as weight_grad_kernel
+from tests import planted, test_step
+
+STEPS = 10
+
+
+def rows():
+  """Planted features in 128 dimensions, which kernels can take."""
+  planted_BD = planted.activations(STEPS * 32 + 500)
+  mix_DE = np.random.default_rng(0).standard_normal((planted_BD.shape[1], 128))
+  return (planted_BD @ mix_DE).astype(np.float32)
+
+
+def config():
+  """AuxK and clipping take part, and latents die at the third step."""
+  made = planted.train_config(steps=STEPS)
+  return dataclasses.replace(
+    made,
+    sae=dataclasses.replace(made.sae, d_model=128, n_latents=256, k=5),
+    objective=ObjectiveConfig(k_aux=12, dead_after_tokens=2 * 32),
+    optimizer=OptimizerConfig(learning_rate=1e-3, clip_norm=0.25),
+    batch_size=32,
+  )
+
+
+@pytest.mark.parametrize('shape', [(1, 1), (2, 4)])
+def test_kernels_change_nothing_but_rounding(shape):
+  plain = test_step.run(config(), shape, rows(), 'gather')
+  kernels = test_step.run(config(), shape, rows(), 'pallas')
+  test_step.assert_same_run(kernels, plain)
+  assert max(row['aux'] for row in plain[0]) > 0
+  assert any(row['grad_norm'] > 0.25 for row in plain[0])
+  for a, b in zip(
+    jax.tree.leaves(kernels[3].sae), jax.tree.leaves(plain[3].sae)
+  ):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('crowded', [False, True])
+def test_a_shard_that_offers_too_few_candidates_is_asked_again(
+  monkeypatch, crowded
+):
+  made = dataclasses.replace(config(), steps=2)
+  made = dataclasses.replace(
+    made, sae=dataclasses.replace(made.sae, n_latents=256, k=16)
+  )
+  shape = (1, 2)
+  # Sixteen are chosen of two shards of which each offers twelve.
+  monkeypatch.setattr(sparse, 'candidates', lambda *_: 12)
+  rows_BD = rows()
+  if crowded:
+    # The first shard's latents look alike, and win every token.
+    first = test_step.step.init_state
+
+    def init(*args):
+      state = first(*args)
+      shifted = state.sae.b_lat_N.at[:128].add(10.0)
+      return state.replace(sae=state.sae.replace(b_lat_N=shifted))
+
+    monkeypatch.setattr(test_step.step, 'init_state', init)
+  plain = test_step.run(made, shape, rows_BD, 'gather')
+  kernels = test_step.run(made, shape, rows_BD, 'pallas')
+  redone = [values.pop('redone') for values in kernels[0]]
+  test_step.assert_same_run(kernels, plain)
+  if crowded:
+    assert redone == [1.0, 1.0]
+    # Control: without the second look it is another run.
+    monkeypatch.setattr(
+      objective.split_lib.Split, 'anywhere', lambda *_: jax.numpy.array(False)
+    )
+    test_step.step._program.cache_clear()
+    wrong = test_step.run(made, shape, rows_BD, 'pallas')
+    with pytest.raises(AssertionError):
+      test_step.assert_same_run(wrong, plain)
+  test_step.step._program.cache_clear()
+
+
+def test_candidates_are_seldom_too_few():
+  # One winner of 256 is expected on each of 256 shards.
+  assert sparse.candidates(256, 256, 131_072) == 16
+  assert sparse.candidates(32, 256, 131_072) == 8
+  assert sparse.candidates(32, 1, 131_072) == 32
+  shard_TK = np.random.default_rng(2).integers(0, 8, (20_000, 32))
+  most_T = [np.bincount(row, minlength=8).max() for row in shard_TK]
+  offered = sparse.candidates(32, 8, 100)
+  # A batch of 100 tokens fails once in a thousand times, a token once in
+  # 100,000; with half as many candidates nearly every token would.
+  assert (np.array(most_T) >= offered).mean() < 1e-3
+  assert (np.array(most_T) >= offered // 2).mean() > 0.1
+
+
+def test_a_batch_is_cut_into_even_parts():
+  split = objective.split_lib.Split(micro_batches=2)
+  assert split.in_parts(96, 3).micro_batches == 3
+  assert split.in_parts(50, 4).micro_batches == 5
+  assert split.in_parts(96, 1).micro_batches == 2
+  assert split.in_parts(3, 9).micro_batches == 3
+
+
+def test_control_a_lost_pair_is_seen(monkeypatch):
+  right = weight_grad_kernel.segment_sums
+
+  def wrong(latent_P, row_P, weights, tables, *, count, **more):
+    return right(latent_P, row_P, weights, tables, count=count - 1, **more)
+
+  monkeypatch.setattr(weight_grad_kernel, 'segment_sums', wrong)
+  # Another program than the one that is cached.
+  made = dataclasses.replace(config(), steps=3)
+  plain = test_step.run(made, (1, 1), rows(), 'gather')
+  with pytest.raises(AssertionError):
+    test_step.assert_same_run(
+      test_step.run(made, (1, 1), rows(), 'pallas'), plain
+    )
+
+
+@pytest.mark.parametrize('ks', [(4,), (3, 12)])
+def test_one_backward_pass_equals_that_of_its_parts(ks):
+  rng = np.random.default_rng(1)
+  x_BD, w_enc_ND, w_dec_ND = (
+    rng.standard_normal((n, 128)).astype(np.float32) for n in (12, 200, 200)
+  )
+  b_N, b_D = rng.standard_normal(200), 0.1 * rng.standard_normal(128)
+  cotangents = rng.standard_normal((len(ks), 12, 128)).astype(np.float32)
+
+  def total(implementation, x_BD, b_D, w_enc_ND, b_N, w_dec_ND):
+    coded = sparse.autoencode(
+      x_BD,
+      w_enc_ND,
+      b_N,
+      w_dec_ND,
+      ks,
+      b_pre_D=b_D,
+      implementation=implementation,
+    )
+    parts = zip(coded.models, cotangents, strict=True)
+    return sum((m * g).sum() for m, g in parts), (coded.vals_BK, coded.idx_BK)
+
+  args = (
+    x_BD,
+    b_D.astype(np.float32),
+    w_enc_ND,
+    b_N.astype(np.float32),
+    w_dec_ND,
+  )
+  run = jax.jit(
+    jax.value_and_grad(total, range(1, 6), has_aux=True), static_argnums=0
+  )
+  (_, codes), grads = run('pallas', *args)
+  (_, want_codes), want = run('gather', *args)
+  np.testing.assert_allclose(codes[0], want_codes[0], rtol=1e-5, atol=1e-5)
+  np.testing.assert_array_equal(codes[1], want_codes[1])
+  for got, other in zip(grads, want, strict=True):
+    scale = np.abs(other).max()
+    np.testing.assert_allclose(got, other, rtol=1e-5, atol=2e-6 * scale)
