@@ -8,9 +8,6 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-# Slots of a block that are worth a kernel's step.
-_SLOTS = 512
-_TOKENS = (64, 32, 16, 8)
 # Pairs that are sorted and summed at a time: their list of chunks is in SMEM.
 _MOST_PAIRS = 2**22
 
@@ -36,11 +33,6 @@ class Blocks:
   tokens: int = flax.struct.field(pytree_node=False)
 
 
-def block_tokens(k: int) -> int:
-  """Tokens of a block, where each has k slots."""
-  return next((t for t in _TOKENS if t * k <= _SLOTS), _TOKENS[-1])
-
-
 def parts(batch: int, k: int) -> int:
   """How many parts a batch is worked on in, so that its pairs are not many."""
   return -(-batch * k // _MOST_PAIRS)
@@ -52,17 +44,19 @@ def pad_tokens(array: jax.Array, tokens: int) -> jax.Array:
   return jnp.pad(array, ((0, short), *[(0, 0)] * (array.ndim - 1)))
 
 
-def blocks(vals_BK: jax.Array, idx_BK: jax.Array, pack: bool) -> Blocks:
+def blocks(
+  vals_BK: jax.Array, idx_BK: jax.Array, tokens: int, pack: bool
+) -> Blocks:
   """Cuts codes into blocks of tokens.
 
   Args:
     vals_BK: the codes; a pair with value 0 is not active.
     idx_BK: their latents.
+    tokens: of a block, see `decode.tiles.block_tokens`.
     pack: whether pairs that are not active are left out. Where most are active
       that costs more than it spares.
   """
   k = vals_BK.shape[1]
-  tokens = block_tokens(k)
   slots = tokens * k
   vals_GR = pad_tokens(vals_BK, tokens).reshape(-1, slots)
   latent_GR = pad_tokens(idx_BK, tokens).reshape(-1, slots)

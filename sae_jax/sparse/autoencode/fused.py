@@ -9,6 +9,7 @@ import numpy as np
 from sae_jax import target
 from sae_jax.sparse import pairs, varying
 from sae_jax.sparse.decode import blocks as blocks_lib
+from sae_jax.sparse.decode import tiles as decode_tiles
 from sae_jax.sparse.dense import matmul
 from sae_jax.sparse.encode_topk import exact
 from sae_jax.sparse.top_k import api as top_k_api
@@ -71,10 +72,19 @@ def _forward(
     codes.append(jnp.where(won_BK, jax.nn.relu(found_BK[:, :k]), 0))
   # Of the codes for the greatest k the others are the first in each row.
   sharded = axis is not None and jax.lax.axis_size(axis) > 1
-  blocks = pairs.blocks(codes[-1], idx_BK, pack=sharded)
+  expected = _expected(batch, ks, width, axis)
+  tokens = decode_tiles.block_tokens(
+    batch, x_BD.shape[1], width, expected / (batch * width)
+  )
+  blocks = pairs.blocks(codes[-1], idx_BK, tokens, pack=sharded)
   inside = tuple(_inside(blocks, vals_BK) for vals_BK in codes[:-1])
   sums = functools.partial(
-    blocks_lib.sums, blocks, w_ND=w_dec_ND, batch=batch, dtype=dtype
+    blocks_lib.sums,
+    blocks,
+    w_ND=w_dec_ND,
+    batch=batch,
+    dtype=dtype,
+    expected=expected,
   )
   models = tuple(
     sums(jnp.where(chosen_GR, blocks.vals_GR, 0)) for chosen_GR in inside
@@ -90,6 +100,12 @@ def _forward(
   )
   saved = mask_N, x_BD, b_pre_D, w_enc_ND, b_lat_N, w_dec_ND, blocks, inside
   return out, saved
+
+
+def _expected(batch, ks, width, axis):
+  """Active pairs of a shard, if each has its share of the winners."""
+  shards = 1 if axis is None else jax.lax.axis_size(axis)
+  return min(batch * width, -(-batch * ks[-1] // shards))
 
 
 def _inside(blocks, vals_BK):
@@ -110,8 +126,12 @@ def _backward(ks, axis, dtype, candidates, saved, cotangents):
   # ReLU: pairs that are not active have no gradient.
   chosen = [(g_BD, mask) for g_BD, mask in zip(gs, inside)]
   chosen.append((gs[-1], blocks.vals_GR != 0))
+  width = blocks.vals_GR.shape[1] // blocks.tokens
+  expected = _expected(batch, ks, width, axis)
   grads_GR = sum(
-    jnp.where(mask_GR, blocks_lib.products(blocks, g_BD, w_dec_ND, dtype), 0)
+    jnp.where(
+      mask_GR, blocks_lib.products(blocks, g_BD, w_dec_ND, dtype, expected), 0
+    )
     for g_BD, mask_GR in chosen
   )
   count, latent_P, token_P, *payload = pairs.by_latent(
@@ -121,15 +141,13 @@ def _backward(ks, axis, dtype, candidates, saved, cotangents):
     *(jnp.where(mask_GR, blocks.vals_GR, 0) for _, mask_GR in chosen),
   )
   enc_P, *decs = payload
-  shards = 1 if axis is None else jax.lax.axis_size(axis)
   sums = functools.partial(
     weight_grad_kernel.segment_sums,
     latent_P,
     token_P,
     n_latents=n_latents,
     count=count,
-    # So many are active, if each shard has its share.
-    expected=min(len(latent_P), batch * ks[-1] // shards),
+    expected=expected,
     dtype=dtype,
     interpret=target.platform() != 'tpu',
   )
@@ -139,7 +157,7 @@ def _backward(ks, axis, dtype, candidates, saved, cotangents):
     dec_ND += more_ND
   return (
     None if mask_N is None else np.zeros(mask_N.shape, jax.dtypes.float0),
-    blocks_lib.sums(blocks, grads_GR, w_enc_ND, batch, dtype).astype(
+    blocks_lib.sums(blocks, grads_GR, w_enc_ND, batch, dtype, expected).astype(
       x_BD.dtype
     ),
     -matmul(bias_N, w_enc_ND).astype(b_pre_D.dtype),

@@ -27,6 +27,7 @@ def gather_sum(
   *,
   block_tokens: int,
   dtype: jnp.dtype | None = None,
+  expected: int | None = None,
   interpret: bool | pltpu.InterpretParams = False,
 ) -> jax.Array:
   """Weighted sums of rows of `w_ND`, a batch cut into G blocks of tokens.
@@ -47,6 +48,8 @@ def gather_sum(
       `tiles.block_tokens`.
     dtype: bfloat16 to round the product's factors to it; None multiplies in
       full float32. Sums are float32.
+    expected: how many slots are thought to be real, all if None; the kernel's
+      declared cost follows from it.
     interpret: as in `pallas_call`.
 
   Returns:
@@ -61,6 +64,7 @@ def gather_sum(
     _sum_part,
     plan,
     dtype,
+    rows_GR.size if expected is None else expected,
     interpret,
     _chunk_counts(plan, count_G),
     _slots(plan, rows_GR),
@@ -79,6 +83,7 @@ def sampled_products(
   *,
   block_tokens: int,
   dtype: jnp.dtype | None = None,
+  expected: int | None = None,
   interpret: bool | pltpu.InterpretParams = False,
 ) -> jax.Array:
   """Products of a token's row of `g_BD` with the rows of its slots.
@@ -94,6 +99,7 @@ def sampled_products(
     w_ND: the table, float32.
     block_tokens: tokens of a block.
     dtype: of the products' factors.
+    expected: as in `gather_sum`.
     interpret: as in `pallas_call`.
 
   Returns:
@@ -110,6 +116,7 @@ def sampled_products(
     _product_part,
     plan,
     dtype,
+    rows_GR.size if expected is None else expected,
     interpret,
     _chunk_counts(plan, count_G),
     _slots(plan, rows_GR),
@@ -166,7 +173,30 @@ def _chunk_counts(plan, count_G):
   return jnp.clip(count_G[:, None] - before_Q, 0, plan.slots).reshape(-1)
 
 
-def _run(reduce_part, plan, dtype, interpret, counts, rows, token, operand, w):
+def _cost(plan, n_blocks, d_model, expected):
+  """Rows that are copied, and products, of which each takes a whole part."""
+  parts = pl.cdiv(expected, n_blocks * row_copies.PART)
+  tokens = n_blocks * plan.block_tokens
+  slots = n_blocks * plan.chunks * plan.slots
+  return pl.CostEstimate(
+    flops=2 * tokens * parts * row_copies.PART * d_model,
+    bytes_accessed=4 * d_model * (expected + tokens) + 12 * slots,
+    transcendentals=0,
+  )
+
+
+def _run(
+  reduce_part,
+  plan,
+  dtype,
+  expected,
+  interpret,
+  counts,
+  rows,
+  token,
+  operand,
+  w,
+):
   arrays = counts, rows, token, operand, w
   *arrays, table = [varying.match(a, *arrays) for a in arrays]
   d_model = w.shape[1]
@@ -222,6 +252,7 @@ def _run(reduce_part, plan, dtype, interpret, counts, rows, token, operand, w):
       disable_bounds_checks=True,
       vmem_limit_bytes=plan.vmem_bytes,
     ),
+    cost_estimate=_cost(plan, n_chunks // plan.chunks, d_model, expected),
     interpret=interpret,
     name='gather_sum' if sums else 'sampled_products',
   )(*arrays, row_copies.in_hbm(table, interpret))

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
-from sae_jax.sparse import varying
+from sae_jax.sparse import row_copies, varying
 from sae_jax.sparse.encode_topk import select
 from sae_jax.sparse.encode_topk.tiles import Tiles
 
@@ -267,5 +267,5 @@ def encode_topk(
     ),
     interpret=interpret,
     name='encode_topk',
-  )(x_DB, w_enc_ND, bias.reshape(blocks, 1, rows))
+  )(x_DB, row_copies.in_hbm(w_enc_ND, interpret), bias.reshape(blocks, 1, rows))
   return vals.T[:batch], idx.T[:batch], dropped[0, :batch]

@@ -45,7 +45,8 @@ def weight_grad(
 
 
 def _by_kernel(vals_BK, idx_BK, g_BD, n_latents, dtype):
-  some = pairs.blocks(vals_BK, idx_BK, pack=False)
+  # Blocks of one token: what follows sorts across them.
+  some = pairs.blocks(vals_BK, idx_BK, 1, pack=False)
   count, latent_P, token_P, vals_P = pairs.by_latent(
     some, n_latents, some.vals_GR
   )

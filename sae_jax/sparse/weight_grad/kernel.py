@@ -87,6 +87,7 @@ def segment_sums(
   *grads, bias = _run(
     plan,
     dtype,
+    expected,
     interpret,
     n_latents,
     _items(plan, latents[:, 0], count, n_latents),
@@ -191,8 +192,29 @@ def _place(items, core, step):
   return jnp.clip(item, start, stop - 1), (step > 0) & (item < stop)
 
 
+def _cost(plan, expected, n_latents, d_model, results, copied, n_pairs):
+  """Rows that are copied, gradients, and a product for each part and block."""
+  blocks = pl.cdiv(n_latents, plan.latents)
+  products = pl.cdiv(expected, row_copies.PART) + blocks
+  return pl.CostEstimate(
+    flops=2 * results * products * plan.latents * row_copies.PART * d_model,
+    bytes_accessed=4 * d_model * (copied * expected + results * n_latents)
+    + 4 * (2 + results) * n_pairs,
+    transcendentals=0,
+  )
+
+
 def _run(
-  plan, dtype, interpret, n_latents, items, rows, latents, weights, tables
+  plan,
+  dtype,
+  expected,
+  interpret,
+  n_latents,
+  items,
+  rows,
+  latents,
+  weights,
+  tables,
 ):
   arrays = *items, rows, latents, *weights, *tables
   arrays = [varying.match(a, *arrays) for a in arrays]
@@ -252,6 +274,15 @@ def _run(
       dimension_semantics=('parallel', 'arbitrary'),
       disable_bounds_checks=True,
       vmem_limit_bytes=plan.vmem_bytes,
+    ),
+    cost_estimate=_cost(
+      plan,
+      expected,
+      n_latents,
+      d_model,
+      len(weights),
+      len(tables),
+      latents.size,
     ),
     interpret=interpret,
     name='segment_sums',
