@@ -31,15 +31,11 @@ def compiled(mesh, function, *args):
     return jax.jit(function).lower(*args).compile()
 
 
-def active_share(shape):
-  return 1 / 128 if 'shard' in shape.name else 1.0
-
-
 def all_three(shape, tokens, dtype):
   """The three kernels of a training step, and what they are given."""
   slots = shape.batch // tokens, tokens * shape.k
   n_pairs = shape.batch * shape.k
-  expected = int(n_pairs * active_share(shape))
+  expected = int(n_pairs * shape.active)
 
   def run(rows, token, weights, count, latent, row, values, x_BD, g_BD, w_ND):
     common = dict(block_tokens=tokens, dtype=dtype)
@@ -67,7 +63,7 @@ PRECISION = {'32k': None}
 
 @pytest.mark.parametrize('shape', shapes.SHAPES, ids=lambda s: s.name)
 def test_chips_run_real_shapes_without_a_copy_of_the_table(chip, shape):
-  share = active_share(shape)
+  share = shape.active
   with jax.set_mesh(chip):
     tokens = decode_tiles.block_tokens(
       shape.batch, shape.d_model, shape.k, share

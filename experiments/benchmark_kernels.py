@@ -1,0 +1,179 @@
+"""Kernels against XLA and against what must be done, by the TPU's compiler.
+
+For every chip, named shape and operation of a training step: the cycles that
+the TPU compiler estimates, the bytes of HBM, the bound (the longer of the two
+at the chip's clock and bandwidth), and its ratio to the bound of XLA's way and
+to the least that is possible. NOTHING IS MEASURED: there is no TPU here, and
+the estimate knows no waiting for HBM. It is good to a tenth for products, and
+to a factor of some three for copies of single rows, so it ranks designs.
+
+  python -m experiments.benchmark_kernels --chip=v6e --json=kernels.json
+
+
+import dataclasses
+import json
+from importlib import metadata
+import sys
+
+from absl import app, flags
+from etils import epath
+
+from experiments import compiler_estimate, kernel_costs
+from sae_jax import aot
+from sae_jax.plan.chips import CHIPS
+from sae_jax.sparse.shapes import SHAPES
+
+NOTE = (
+  "nothing was measured: cycles are the TPU compiler's estimate, times are "
+  'lower bounds from them and from bytes'
+)
+
+
+def _row(chip, shape, operation, results) -> dict:
+  """One line of the table."""
+  kernel = operation.kernel(results)
+  bound = kernel.seconds(chip)
+  peak = CHIPS[chip]
+  least = max(
+    operation.flops / peak.flops, operation.least_bytes / peak.hbm_bandwidth
+  )
+  in_cycles = (kernel.cycles or 0) / (1e9 * kernel_costs.CLOCKS[chip])
+  row = {
+    'chip': chip,
+    'shape': shape.name,
+    'operation': operation.name,
+    'cycles': kernel.cycles and round(kernel.cycles),
+    'hbm_bytes': round(kernel.hbm_bytes),
+    'bound_s': bound,
+    'bound_by': 'cycles' if in_cycles == bound else 'bytes',
+    'least_s': least,
+    'over_least': round(bound / least, 2) if kernel.cycles else None,
+    'no_estimate': kernel.reason,
+  }
+  xla = operation.xla(results)
+  row |= {
+    'xla_cycles': xla.cycles and round(xla.cycles),
+    'xla_bound_s': xla.seconds(chip),
+    'over_xla': round(bound / xla.seconds(chip), 2)
+    if kernel.cycles and xla.cycles
+    else None,
+    'xla_no_estimate': xla.reason,
+  }
+  return row
+
+
+def _step(chip, shape, rows, results) -> dict:
+  """The step's parts added up, beside the encoder's product."""
+  peak = CHIPS[chip]
+  product = 2 * shape.batch * shape.n_latents * shape.d_model / peak.flops
+  parts = {row['operation']: row['bound_s'] for row in rows}
+  parts['rest'] = kernel_costs.rest_bytes(shape) / peak.hbm_bandwidth
+  sort = kernel_costs.sort_job(chip, shape)
+  found = results.get(sort)
+  if found and not found.error:
+    parts['sort'] = found.of() / (1e9 * kernel_costs.CLOCKS[chip])
+  return {
+    'chip': chip,
+    'shape': shape.name,
+    'encoder_product_s': product,
+    'step_s': sum(parts.values()),
+    'over_product': round(sum(parts.values()) / product, 2),
+    'all_estimated': all(row['cycles'] for row in rows),
+    'sort_counted': 'sort' in parts,
+    'parts_s': parts,
+  }
+
+
+def measure(chips, shapes, workers: int, report=None) -> dict:
+  """The whole table.
+
+  Args:
+    chips: of `aot.CHIPS`.
+    shapes: of `sparse.shapes`.
+    workers: compilers at a time.
+    report: see `compiler_estimate.run`.
+  """
+  wanted = {
+    (chip, shape): list(kernel_costs.operations(chip, shape))
+    for chip in chips
+    for shape in shapes
+  }
+  jobs = [
+    one for each in wanted.values() for operation in each for one in operation.jobs
+  ]
+  jobs += filter(None, (kernel_costs.sort_job(*where) for where in wanted))
+  results = compiler_estimate.run(jobs, workers, report)
+  table, steps = [], []
+  for (chip, shape), operations in wanted.items():
+    rows = [_row(chip, shape, one, results) for one in operations]
+    table += rows
+    steps.append(_step(chip, shape, rows, results))
+  return {
+    'measured': False,
+    'note': NOTE,
+    'versions': {
+      name: metadata.version(name) for name in ('jax', 'jaxlib', 'libtpu')
+    },
+    'clocks_ghz': {chip: kernel_costs.CLOCKS[chip] for chip in chips},
+    'shapes': [dataclasses.asdict(shape) for shape in shapes],
+    'kernels': table,
+    'steps': steps,
+  }
+
+
+def lines(found: dict):
+  """The table as text."""
+  yield found['note']
+  head = ('chip', 'shape', 'operation', 'cycles', 'bound ms', 'by', 'over least',
+          'over XLA')  # fmt: skip
+  form = '{:6} {:10} {:17} {:>13} {:>10} {:>7} {:>10} {:>9}'
+  yield form.format(*head)
+  for row in found['kernels']:
+    cycles = f'{row["cycles"]:,}' if row['cycles'] else 'none'
+    yield form.format(
+      row['chip'],
+      row['shape'],
+      row['operation'],
+      cycles,
+      f'{1e3 * row["bound_s"]:.3f}',
+      row['bound_by'],
+      str(row['over_least'] or '-'),
+      str(row['over_xla'] or '-'),
+    )
+  for step in found['steps']:
+    yield (
+      f'{step["chip"]} {step["shape"]}: all parts {1e3 * step["step_s"]:.3f} '
+      f'ms, {step["over_product"]} of the encoder\'s product'
+      + ('' if step['sort_counted'] else ', the sort not counted')
+      + ('' if step['all_estimated'] else ', some parts by bytes alone')
+    )
+
+
+def main(argv: list[str]) -> None:
+  """Entry point."""
+  del argv
+  values = flags.FLAGS
+  chips = list(aot.CHIPS) if values.chip == ['all'] else values.chip
+  shapes = [s for s in SHAPES if values.shape == ['all'] or s.name in values.shape]
+
+  def report(one, found, seconds):
+    print(
+      f'{one.chip} {one.program} {dict(one.arguments)}: '
+      f'{found.error or f"{found.of():,} cycles"}, {seconds:.0f} s',
+      file=sys.stderr,
+      flush=True,
+    )
+
+  found = measure(chips, shapes, values.workers, report)
+  for line in lines(found):
+    print(line)
+  if values.json:
+    epath.Path(values.json).write_text(json.dumps(found, indent=1) + '\n')
+
+
+if __name__ == '__main__':
+  flags.DEFINE_list('chip', ['all'], 'chips, or all')
+  flags.DEFINE_list('shape', ['all'], 'names of sparse/shapes.py, or all')
+  flags.DEFINE_integer('workers', 2, 'compilers at a time')
+  flags.DEFINE_string('json', '', 'where the table goes')
+  app.run(main)

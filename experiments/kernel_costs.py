@@ -1,0 +1,249 @@
+"""Costs of the kernels at real shapes, added up from `kernel_probes`.
+
+The bound of a kernel is the longer of the compiler's cycles at the chip's clock
+and of the bytes that it moves at the bandwidth of HBM. Nothing is measured.
+"""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+
+from experiments.compiler_estimate import Found, Job, job
+from sae_jax.plan.chips import CHIPS
+from sae_jax.sparse.shapes import Shape
+
+# GHz. Those of v5e and v5p follow from their peak rates; tpu7x's is assumed.
+CLOCKS = {'v4': 1.05, 'v5e': 1.5, 'v5p': 1.75, 'v6e': 1.75, 'tpu7x': 2.2}
+# XLA's own programs are estimated at so many tokens, and scaled.
+_TOKENS = 512
+_MATMUL_TOKENS = 2048
+# XLA's sort is estimated up to so many pairs; a larger one is left out.
+_MOST_SORTED = 2**18
+_LANES = 128
+
+_Results = dict[Job, Found]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+  """Of one way to do one operation of a training step.
+
+  Attributes:
+    cycles: by the compiler's estimate, None where it gives none.
+    hbm_bytes: that are read and written.
+    reason: why there are no cycles.
+  """
+
+  cycles: float | None
+  hbm_bytes: float
+  reason: str = ''
+
+  def seconds(self, chip: str) -> float:
+    """The bound."""
+    moved = self.hbm_bytes / CHIPS[chip].hbm_bandwidth
+    return max((self.cycles or 0) / (1e9 * CLOCKS[chip]), moved)
+
+
+@dataclasses.dataclass(frozen=True)
+class Operation:
+  """An operation of a training step at a shape.
+
+  Attributes:
+    name: of it.
+    jobs: whose results the costs need.
+    kernel: its cost with our kernel.
+    xla: its cost as XLA does it, None where nothing is compared.
+    flops: of products that it can't do without.
+    least_bytes: that it must move.
+  """
+
+  name: str
+  jobs: tuple[Job, ...]
+  kernel: Callable[[_Results], Cost]
+  xla: Callable[[_Results], Cost] | None
+  flops: float
+  least_bytes: float
+
+
+def _more(results: _Results, few: Job, many: Job, name: str = '') -> float:
+  """What more of something costs: the difference of two sizes."""
+  return results[many].of(name) - results[few].of(name)
+
+
+def _failed(results: _Results, jobs) -> str:
+  return next((results[one].error for one in jobs if results[one].error), '')
+
+
+def _cost(jobs, cycles, hbm_bytes):
+  """A cost whose cycles are those of a function, if all jobs succeeded."""
+
+  def cost(results: _Results) -> Cost:
+    reason = _failed(results, jobs)
+    moved = hbm_bytes(results) if callable(hbm_bytes) and not reason else 0
+    if not callable(hbm_bytes):
+      moved = hbm_bytes
+    if reason:
+      return Cost(None, moved, reason)
+    return Cost(cycles(results), moved)
+
+  return cost
+
+
+def operations(chip: str, shape: Shape) -> Iterator[Operation]:
+  """All operations of a training step without AuxK, at a shape."""
+  yield _encode(chip, shape)
+  for name in ('gather_sum', 'sampled_products'):
+    yield _gather(chip, shape, name)
+  yield _segment_sums(chip, shape)
+  yield _adam_rows(chip, shape)
+
+
+def _encode(chip, shape):
+  b, d, n, k = shape.batch, shape.d_model, shape.n_latents, shape.k
+  given = {'batch': b, 'd': d, 'n': n, 'k': k}
+  few, many = (job(chip, 'encode_blocks', blocks=i, **given) for i in (2, 4))
+  # A network's unit is a power of two of at least k, where bins are many.
+  unit = 1 << (k - 1).bit_length()
+  one, two = (
+    job(chip, 'select_units', k=k, unit=unit, units=i) for i in (1, 2)
+  )
+
+  def cycles(results):
+    sizes = results[few].sizes
+    block = _more(results, few, many, 'encode_topk') / 2
+    fold = _more(results, one, two, 'select')
+    select = results[one].of('select') + (sizes['select_units'] - 1) * fold
+    blocks = -(-n // sizes['rows'])
+    each = (blocks + 1) * block + select * sizes['tokens'] / _LANES
+    return -(-b // (sizes['tokens'] * sizes['cores'])) * each
+
+  def moved(results):
+    blocks = -(-b // results[few].sizes['tokens'])
+    return 2 * blocks * n * d + 2 * b * d + 8 * k * b
+
+  jobs = few, many, one, two
+  tokens = min(b, _MATMUL_TOKENS)
+  half, whole = (
+    job(chip, 'xla_matmul', batch=tokens, d=d, n=i) for i in (8192, 16_384)
+  )
+  return Operation(
+    'encode_topk',
+    (*jobs, half, whole),
+    _cost(jobs, cycles, moved),
+    _cost(
+      (half, whole),
+      lambda results: _more(results, half, whole) * n / 8192 * b / tokens,
+      2 * n * d + 2 * b * d + 4 * b * n,
+    ),
+    2 * b * n * d,
+    2 * n * d + 2 * b * d + 8 * k * b,
+  )
+
+
+def _gather(chip, shape, name):
+  b, d, n, k = shape.batch, shape.d_model, shape.n_latents, shape.k
+  few, many = (
+    job(
+      chip, 'gather', kind=name, batch=b, d=d, n=n, k=k, active=shape.active,
+      blocks=i,
+    )
+    for i in (4, 8)
+  )  # fmt: skip
+  real = b * k * shape.active
+
+  def cycles(results):
+    blocks = -(-b // results[few].sizes['tokens'])
+    return _more(results, few, many, name) / 4 * blocks
+
+  rows = 4 * d * (real + b)
+  some, twice = (
+    job(chip, f'xla_{name}', batch=i, d=d, n=n, k=k)
+    for i in (_TOKENS, 2 * _TOKENS)
+  )
+  return Operation(
+    name,
+    (few, many, some, twice),
+    _cost((few, many), cycles, rows + 12 * b * k),
+    _cost(
+      (some, twice),
+      lambda results: _more(results, some, twice) / _TOKENS * b,
+      # Rows are read, written side by side and read again.
+      4 * d * (3 * b * k + b),
+    ),
+    0,
+    rows + 8 * real,
+  )
+
+
+def _segment_sums(chip, shape):
+  b, d, n, k = shape.batch, shape.d_model, shape.n_latents, shape.k
+  few, many = (
+    job(
+      chip, 'segment_sums', batch=b, d=d, n=n, k=k, active=shape.active,
+      chunks=i,
+    )
+    for i in (8, 16)
+  )  # fmt: skip
+  real = b * k * shape.active
+
+  def cycles(results):
+    found = results[few]
+    packing = found.of() - found.of('segment_sums')
+    each = _more(results, few, many, 'segment_sums') / 8
+    return found.sizes['chunks'] * each + packing
+
+  def moved(results):
+    packed = results[few].sizes['packed']
+    tables = 12 * b * d if packed else 0
+    return 4 * d * ((1 if packed else 2) * real + 2 * n) + 16 * b * k + tables
+
+  some, twice = (
+    job(chip, 'xla_segment_sums', batch=i, d=d, n=n, k=k)
+    for i in (_TOKENS // 2, _TOKENS)
+  )
+  return Operation(
+    'segment_sums',
+    (few, many, some, twice),
+    _cost((few, many), cycles, moved),
+    _cost(
+      (some, twice),
+      lambda results: _more(results, some, twice) / (_TOKENS // 2) * b,
+      # Products are written and read, sums are read and written, zeros filled.
+      2 * 4 * d * (4 * b * k + n),
+    ),
+    0,
+    4 * d * (real + 2 * n) + 12 * real,
+  )
+
+
+def _adam_rows(chip, shape):
+  d, n = shape.d_model, shape.n_latents
+  kernel = [job(chip, 'adam_rows', d=d, n=i) for i in (4096, 8192)]
+  xla = [job(chip, 'xla_adam_rows', d=d, n=i) for i in (4096, 8192)]
+  return Operation(
+    'adam_rows',
+    (*kernel, *xla),
+    _cost(
+      kernel,
+      lambda results: _more(results, *kernel, 'adam_rows') / 4096 * n,
+      36 * n * d,
+    ),
+    _cost(xla, lambda results: _more(results, *xla) / 4096 * n, 64 * n * d),
+    0,
+    36 * n * d,
+  )
+
+
+def sort_job(chip: str, shape: Shape) -> Job | None:
+  """The sort of a shape's candidates, if it is not too large to estimate."""
+  pairs = shape.batch * shape.k
+  return job(chip, 'pair_sort', pairs=pairs) if pairs <= _MOST_SORTED else None
+
+
+def rest_bytes(shape: Shape) -> float:
+  """HBM traffic of a step beside the operations.
+
+  The encoder is rounded to bfloat16 and goes through Adam, where XLA is as
+  good as a kernel; activations are read, and errors written and read.
+  """
+  weights = shape.n_latents * shape.d_model
+  return (6 + 36) * weights + 5 * 4 * shape.batch * shape.d_model

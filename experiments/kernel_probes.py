@@ -1,0 +1,412 @@
+"""Programs whose cycles the TPU compiler can estimate, one for each question.
+
+Its estimate is right for straight code, for a grid, and for one loop of known
+length within it. So what is data in training is made constant here (how many
+slots of a block are real, which pairs belong to which block of latents), and
+where loops are nested a program holds the inner one alone. The difference of
+two sizes of one program is what one more of something costs; `kernel_costs`
+adds them up.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any
+from unittest import mock
+
+import jax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+import jax.numpy as jnp
+import numpy as np
+
+from sae_jax.sparse import row_copies
+from sae_jax.sparse.adam_rows import kernel as adam_kernel
+from sae_jax.sparse.adam_rows import reference as adam_reference
+from sae_jax.sparse.decode import kernel as decode_kernel
+from sae_jax.sparse.decode import reference as decode_reference
+from sae_jax.sparse.decode import tiles as decode_tiles
+from sae_jax.sparse.encode_topk import kernel as encode_kernel
+from sae_jax.sparse.encode_topk import select
+from sae_jax.sparse.encode_topk import tiles as encode_tiles
+from sae_jax.sparse.weight_grad import kernel as grad_kernel
+from sae_jax.sparse.weight_grad import tiles as grad_tiles
+
+_F32, _BF16, _I32 = jnp.float32, jnp.bfloat16, jnp.int32
+# A sublane of candidates.
+_SUBLANES, _LANES = 8, 128
+_ADAM = {'b1': 0.9, 'b2': 0.999, 'eps': 6.25e-10, 'ema_decay': 0.999}
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+  """A program.
+
+  Attributes:
+    function: to compile.
+    arguments: shape and dtype of each.
+    sizes: what it chose for the chip.
+  """
+
+  function: Callable
+  arguments: list[tuple[tuple[int, ...], Any]]
+  sizes: dict[str, float]
+
+
+def encode_blocks(batch: int, d: int, n: int, k: int, blocks: int) -> Probe:
+  """The encoder's kernel of a shape, over so many blocks of latents."""
+  tiles = encode_tiles.choose(batch, d, n, k, _BF16)
+  rows, cores = tiles.bins * tiles.depth, decode_tiles.cores()
+  shapes = ((cores * tiles.tokens, d), (blocks * rows, d), (blocks * rows,))
+  unit = min(pl.next_power_of_2(k), _steps_unit(tiles))
+  return Probe(
+    functools.partial(encode_kernel.encode_topk, k=k, tiles=tiles, dtype=_BF16),
+    [(shapes[0], _BF16), (shapes[1], _BF16), (shapes[2], _F32)],
+    {
+      'tokens': tiles.tokens,
+      'rows': rows,
+      'cores': cores,
+      'bins': tiles.bins,
+      'kept': tiles.kept,
+      'select_units': -(-tiles.kept * tiles.bins // _SUBLANES // unit),
+      'select_unit': unit,
+    },
+  )
+
+
+def _steps_unit(tiles):
+  return pl.next_power_of_2(tiles.kept * tiles.bins // _SUBLANES)
+
+
+def select_units(k: int, unit: int, units: int) -> Probe:
+  """The last selection of 128 tokens, from lists of so many units."""
+  candidates = unit * units * _SUBLANES
+  steps = _SUBLANES * select.scratch_steps(candidates, k)
+
+  def body(vals_ref, idx_ref, out_vals, out_idx, vals_scratch, idx_scratch):
+    vals_scratch[:candidates] = vals_ref[...]
+    idx_scratch[:candidates] = idx_ref[...]
+    select.top_k(vals_scratch, idx_scratch, candidates, k, out_vals, out_idx)
+
+  def function(vals, idx):
+    return pl.pallas_call(
+      body,
+      out_shape=[
+        jax.ShapeDtypeStruct((k, _LANES), kind) for kind in (_F32, _I32)
+      ],
+      scratch_shapes=[
+        pltpu.VMEM((steps, _LANES), kind) for kind in (_F32, _I32)
+      ],
+      name='select',
+    )(vals, idx)
+
+  shape = candidates, _LANES
+  return Probe(function, [(shape, _F32), (shape, _I32)], {})
+
+
+def _all_real(plan, share):
+  """Every chunk of a row kernel has the same number of rows."""
+  real = max(1, round(plan.slots * share))
+
+  def count(counts_ref, chunk, exists):
+    del counts_ref, chunk
+    return jnp.where(exists, real, 0)
+
+  return mock.patch.object(decode_kernel, '_count', count)
+
+
+def gather(
+  kind: str, batch: int, d: int, n: int, k: int, active: float, blocks: int
+) -> Probe:
+  """`gather_sum` or `sampled_products` over so many blocks of tokens."""
+  tokens = decode_tiles.block_tokens(batch, d, k, active)
+  slots = tokens * k
+  plan = decode_tiles.plan(blocks, slots, d, tokens)
+
+  def function(rows, token, weights, count, g_BD, w_ND):
+    common = {'block_tokens': tokens, 'dtype': _BF16}
+    with _all_real(plan, active):
+      if kind == 'gather_sum':
+        return decode_kernel.gather_sum(
+          rows, token, weights, count, w_ND, **common
+        )
+      return decode_kernel.sampled_products(
+        rows, token, count, g_BD, w_ND, **common
+      )
+
+  per_slot = (blocks, slots)
+  return Probe(
+    function,
+    [
+      (per_slot, _I32),
+      (per_slot, _I32),
+      (per_slot, _F32),
+      ((blocks,), _I32),
+      ((blocks * tokens, d), _F32),
+      ((n, d), _F32),
+    ],
+    {'tokens': tokens, 'slots': plan.slots, 'chunks': plan.chunks},
+  )
+
+
+class _Every:
+  """The list in which `per` neighbours are one chunk, or one block."""
+
+  def __init__(self, per: int):
+    self._per = per
+
+  def __getitem__(self, place):
+    return place // self._per
+
+
+class _Bounds:
+  """Known numbers, by an index that need not be."""
+
+  def __init__(self, values: list[int]):
+    self._values = values
+
+  def __getitem__(self, place):
+    found = jnp.int32(self._values[0])
+    for i, value in enumerate(self._values[1:], 1):
+      found = jnp.where(place >= i, value, found)
+    return found
+
+
+def segment_sums(
+  batch: int, d: int, n: int, k: int, active: float, chunks: int
+) -> Probe:
+  """Both weight gradients over so many chunks of pairs, spread evenly.
+
+  A chunk of pairs has some blocks of latents, or a block some chunks.
+  """
+  n_pairs = batch * k
+  expected = round(n_pairs * active)
+  packed = grad_tiles.packs(expected, batch)
+  plan = grad_tiles.plan(n_pairs, expected, n, d, 2, 1 if packed else 2)
+  real_chunks = -(-expected // plan.pairs)
+  n_blocks = -(-n // plan.latents)
+  blocks_of_chunk = max(1, round(n_blocks / real_chunks))
+  chunks_of_block = max(1, round(real_chunks / n_blocks))
+  n_items = chunks * blocks_of_chunk
+  blocks = n_items // chunks_of_block
+  parts = plan.pairs // row_copies.PART
+  bounds = [0, n_items]
+  if plan.cores == 2:
+    bounds.insert(1, n_items // 2)
+
+  def items(*_):
+    some = jnp.zeros(n_items, _I32)
+    return real_items(some[:1], np.array(bounds), some, some, some)
+
+  real_items = grad_kernel.Items
+
+  class Known(real_items):
+    """The same items, known to the compiler."""
+
+    def __new__(cls, count, _, *others):
+      del others
+      return real_items(
+        count,
+        _Bounds(bounds),
+        _Every(blocks_of_chunk),
+        _Every(chunks_of_block),
+        None,
+      )
+
+    def __init__(self, *_):
+      pass
+
+  def span(items, plan, chunk, block):
+    del items, plan, chunk
+    if blocks_of_chunk == 1:
+      return 0, parts
+    # A block's pairs begin and end within a part, as a rule.
+    place = block % blocks_of_chunk
+    first = place * parts // blocks_of_chunk
+    stop = ((place + 1) * parts - 1) // blocks_of_chunk + 1
+    return first, stop
+
+  def function(latent, row, enc, dec, g_BD, x_BD):
+    with (
+      mock.patch.object(grad_kernel, '_items', items),
+      mock.patch.object(grad_kernel, 'Items', Known),
+      mock.patch.object(
+        grad_kernel,
+        '_count',
+        lambda items, plan, chunk, counts: jnp.where(counts, plan.pairs, 0),
+      ),
+      mock.patch.object(grad_kernel, '_span', span),
+      mock.patch.object(grad_kernel.tiles, 'plan', lambda *_: plan),
+    ):
+      Known._fields = real_items._fields
+      return grad_kernel.segment_sums(
+        latent,
+        row,
+        (dec, enc),
+        (g_BD, x_BD),
+        blocks * plan.latents,
+        jnp.int32(0),
+        dtype=_BF16,
+        expected=expected,
+      )
+
+  per_pair = (chunks * plan.pairs,)
+  return Probe(
+    function,
+    [
+      (per_pair, _I32),
+      (per_pair, _I32),
+      (per_pair, _F32),
+      (per_pair, _F32),
+      ((batch, d), _F32),
+      ((batch, d), _F32),
+    ],
+    {
+      'pairs': plan.pairs,
+      'latents': plan.latents,
+      'packed': float(packed),
+      'chunks': real_chunks,
+      'blocks': n_blocks,
+      'blocks_of_chunk': blocks_of_chunk,
+      'chunks_of_block': chunks_of_block,
+    },
+  )
+
+
+def pair_sort(pairs: int) -> Probe:
+  """XLA's sort of all candidates by latent, with what goes along."""
+
+  def function(latent, token, grads, vals):
+    return jax.lax.sort((latent, token, grads, vals), num_keys=1)
+
+  kinds = (_I32, _I32, _F32, _F32)
+  return Probe(function, [((pairs,), kind) for kind in kinds], {})
+
+
+def adam_rows(d: int, n: int) -> Probe:
+  """The optimiser's pass over so many rows."""
+
+  def function(scalars, *matrices):
+    return adam_kernel.adam_rows(scalars, *matrices, guarded=False, **_ADAM)
+
+  return Probe(function, [((5,), _F32), *[((n, d), _F32)] * 5], {})
+
+
+def squared_norm(d: int, n: int) -> Probe:
+  """The norm of the projected gradient."""
+  return Probe(adam_kernel.squared_norm, [((n, d), _F32)] * 2, {})
+
+
+def xla_matmul(batch: int, d: int, n: int) -> Probe:
+  """XLA's product alone, which writes all pre-activations."""
+
+  def function(x_BD, w_ND):
+    return jnp.dot(x_BD, w_ND.T, preferred_element_type=_F32)
+
+  return Probe(function, [((batch, d), _BF16), ((n, d), _BF16)], {})
+
+
+def xla_top_k(batch: int, d: int, n: int, k: int, recall: float) -> Probe:
+  """XLA's product and top-k, the approximate one for a recall below 1."""
+
+  def function(x_BD, w_ND):
+    pre_BN = jnp.dot(x_BD, w_ND.T, preferred_element_type=_F32)
+    if recall < 1:
+      return jax.lax.approx_max_k(pre_BN, k, recall_target=recall)
+    return jax.lax.top_k(pre_BN, k)
+
+  return Probe(function, [((batch, d), _BF16), ((n, d), _BF16)], {})
+
+
+def xla_gather_sum(batch: int, d: int, n: int, k: int) -> Probe:
+  """XLA's decoding by a gather."""
+
+  def function(vals_BK, idx_BK, w_ND):
+    return jnp.einsum('bk,bkd->bd', vals_BK, w_ND[idx_BK])
+
+  per_slot = (batch, k)
+  return Probe(
+    function, [(per_slot, _F32), (per_slot, _I32), ((n, d), _F32)], {}
+  )
+
+
+def xla_sampled_products(batch: int, d: int, n: int, k: int) -> Probe:
+  """XLA's gradient of the values by a gather."""
+
+  def function(g_BD, idx_BK, w_ND):
+    return jnp.einsum('bd,bkd->bk', g_BD, w_ND[idx_BK])
+
+  return Probe(
+    function, [((batch, d), _F32), ((batch, k), _I32), ((n, d), _F32)], {}
+  )
+
+
+def xla_segment_sums(batch: int, d: int, n: int, k: int) -> Probe:
+  """XLA's gradients of both matrices by scatters."""
+
+  def function(vals_BK, grads_BK, idx_BK, g_BD, x_BD):
+    return [
+      jnp.zeros((n, d), _F32).at[idx_BK].add(a_BK[:, :, None] * b_BD[:, None])
+      for a_BK, b_BD in ((vals_BK, g_BD), (grads_BK, x_BD))
+    ]
+
+  per_slot = (batch, k)
+  return Probe(
+    function,
+    [
+      (per_slot, _F32),
+      (per_slot, _F32),
+      (per_slot, _I32),
+      ((batch, d), _F32),
+      ((batch, d), _F32),
+    ],
+    {},
+  )
+
+
+def xla_adam_rows(d: int, n: int) -> Probe:
+  """The optimiser's pass by XLA."""
+
+  def function(*matrices):
+    return adam_reference.adam_rows(
+      *matrices, 1e-4, jnp.int32(3), 1.0, None, **_ADAM
+    )
+
+  return Probe(function, [((n, d), _F32)] * 5, {})
+
+
+def dense_decode(batch: int, d: int, n: int, k: int) -> Probe:
+  """Decoding as one dense product of codes and decoder."""
+
+  def function(vals_BK, idx_BK, w_ND):
+    return decode_reference.dense_sum(vals_BK, idx_BK, w_ND, _BF16)
+
+  per_slot = (batch, k)
+  return Probe(
+    function, [(per_slot, _F32), (per_slot, _I32), ((n, d), _F32)], {}
+  )
+
+
+def nested(outer: int, inner: int) -> Probe:
+  """A loop inside of a loop, of which the estimate counts too little."""
+
+  def body(x_ref, out_ref):
+    out_ref[...] = x_ref[...]
+
+    def once(i, carry):
+      out_ref[...] = out_ref[...] * 1.5 + x_ref[...]
+      return carry
+
+    def again(i, carry):
+      return jax.lax.fori_loop(0, inner, once, carry)
+
+    jax.lax.fori_loop(0, outer, again, 0)
+
+  shape = (_SUBLANES, _LANES)
+  return Probe(
+    lambda x: pl.pallas_call(
+      body, out_shape=jax.ShapeDtypeStruct(shape, _F32), name='nested'
+    )(x),
+    [(shape, _F32)],
+    {},
+  )
