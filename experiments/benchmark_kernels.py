@@ -8,11 +8,11 @@ the estimate knows no waiting for HBM. It is good to a tenth for products, and
 to a factor of some three for copies of single rows, so it ranks designs.
 
   python -m experiments.benchmark_kernels --chip=v6e --json=kernels.json
-
+"""
 
 import dataclasses
-import json
 from importlib import metadata
+import json
 import sys
 
 from absl import app, flags
@@ -99,7 +99,10 @@ def measure(chips, shapes, workers: int, report=None) -> dict:
     for shape in shapes
   }
   jobs = [
-    one for each in wanted.values() for operation in each for one in operation.jobs
+    one
+    for each in wanted.values()
+    for operation in each
+    for one in operation.jobs
   ]
   jobs += filter(None, (kernel_costs.sort_job(*where) for where in wanted))
   results = compiler_estimate.run(jobs, workers, report)
@@ -124,8 +127,10 @@ def measure(chips, shapes, workers: int, report=None) -> dict:
 def lines(found: dict):
   """The table as text."""
   yield found['note']
-  head = ('chip', 'shape', 'operation', 'cycles', 'bound ms', 'by', 'over least',
-          'over XLA')  # fmt: skip
+  head = (
+    *('chip', 'shape', 'operation', 'cycles'),
+    *('bound ms', 'by', 'over least', 'over XLA'),
+  )
   form = '{:6} {:10} {:17} {:>13} {:>10} {:>7} {:>10} {:>9}'
   yield form.format(*head)
   for row in found['kernels']:
@@ -143,7 +148,7 @@ def lines(found: dict):
   for step in found['steps']:
     yield (
       f'{step["chip"]} {step["shape"]}: all parts {1e3 * step["step_s"]:.3f} '
-      f'ms, {step["over_product"]} of the encoder\'s product'
+      f"ms, {step['over_product']} of the encoder's product"
       + ('' if step['sort_counted'] else ', the sort not counted')
       + ('' if step['all_estimated'] else ', some parts by bytes alone')
     )
@@ -154,7 +159,8 @@ def main(argv: list[str]) -> None:
   del argv
   values = flags.FLAGS
   chips = list(aot.CHIPS) if values.chip == ['all'] else values.chip
-  shapes = [s for s in SHAPES if values.shape == ['all'] or s.name in values.shape]
+  named = values.shape
+  shapes = [s for s in SHAPES if named == ['all'] or s.name in named]
 
   def report(one, found, seconds):
     print(

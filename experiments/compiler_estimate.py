@@ -121,7 +121,9 @@ def _in_process(one: Job) -> tuple[Found, float]:
       error = f'not done after {_TIMEOUT_S} s'
     if ran is not None and not ran.returncode:
       told = json.loads(ran.stdout.splitlines()[-1])
-      found = Found(_cycles(folder), told['temporary'], told['sizes'], '')
+      cycles = _cycles(folder)
+      error = '' if cycles or not one.cycles else 'no estimate was written'
+      found = Found(cycles, told['temporary'], told['sizes'], error)
     else:
       found = Found({}, 0, {}, _reason(ran.stderr) if ran else error)
   return found, time.monotonic() - began

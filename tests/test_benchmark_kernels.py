@@ -1,0 +1,123 @@
+"""The kernels' benchmark: what the compiler is asked, and how it adds up."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from experiments import benchmark_kernels, compiler_estimate, kernel_costs
+from experiments.compiler_estimate import Found, job
+from sae_jax.plan.chips import CHIPS
+from sae_jax.sparse.shapes import SHAPES
+
+SHAPE = SHAPES[0]
+SIZES = {
+  'encode_blocks': {
+    'tokens': 1024, 'rows': 4096, 'cores': 1, 'select_units': 9,
+  },
+  'gather': {'tokens': 32},
+  'segment_sums': {'packed': 1.0, 'chunks': 256},
+}  # fmt: skip
+
+
+def made_up(jobs, cycles=lambda job: 1000, error=''):
+  """Results of compilations that did not happen."""
+
+  def one(job):
+    name = dict(job.arguments).get('kind', job.program)
+    name = {'encode_blocks': 'encode_topk', 'select_units': 'select'}.get(
+      name, name
+    )
+    return Found(
+      {f'{name}.1': cycles(job)}, 0, SIZES.get(job.program, {}), error
+    )
+
+  return {job: one(job) for job in jobs}
+
+
+def per_block(job):
+  """A thousand cycles for each block, chunk, unit or row."""
+  sizes = dict(job.arguments)
+  many = next(
+    (sizes[n] for n in ('blocks', 'chunks', 'units') if n in sizes), 0
+  )
+  return 1000 * (many or sizes.get('n', 1)) + 77
+
+
+def test_one_loop_is_estimated_and_a_nested_one_is_not():
+  jobs = [
+    job('v6e', 'nested', outer=a, inner=b)
+    for a, b in ((1, 10), (1, 1000), (100, 10))
+  ]
+  found = compiler_estimate.run(jobs)
+  few, many, nested = (found[one].of('nested') for one in jobs)
+  # A fixed part, and the same again for each iteration.
+  assert 900 < (many - few) / 12 < 1100
+  # The same thousand iterations, of which few are seen.
+  assert nested < few + (many - few) / 10
+
+
+def test_what_the_compiler_refuses_comes_with_its_reason():
+  bad = job('v6e', 'nested', outer=1)
+  empty = job('v6e', 'select_units', k=0, unit=32, units=1)
+  found = compiler_estimate.run([bad, empty])
+  assert not found[bad].cycles and not found[empty].cycles
+  assert 'TypeError' in found[bad].error
+  assert 'no estimate' in found[empty].error
+
+
+@pytest.mark.fast
+def test_a_bound_is_the_longer_of_cycles_and_bytes():
+  slow = kernel_costs.Cost(1.75e9, 0)
+  assert slow.seconds('v6e') == pytest.approx(1)
+  moves = kernel_costs.Cost(1, 2 * CHIPS['v6e'].hbm_bandwidth)
+  assert moves.seconds('v6e') == pytest.approx(2)
+
+
+@pytest.mark.fast
+def test_costs_grow_with_what_there_is_to_do():
+  def costs(shape):
+    found = {}
+    for one in kernel_costs.operations('v6e', shape):
+      found[one.name] = one.kernel(made_up(one.jobs, per_block)).cycles
+    return found
+
+  once = costs(SHAPE)
+  # Blocks of latents and one more, and the selection by 128 tokens.
+  blocks = SHAPE.n_latents / 4096 + 1
+  select = 1077 + 8 * 1000
+  want = SHAPE.batch / 1024 * (1000 * blocks + 8 * select)
+  assert once['encode_topk'] == pytest.approx(want)
+  assert once['gather_sum'] == 1000 * SHAPE.batch / 32
+  assert once['adam_rows'] == 1000 * SHAPE.n_latents
+  twice = costs(dataclasses.replace(SHAPE, batch=2 * SHAPE.batch))
+  assert twice['gather_sum'] == 2 * once['gather_sum']
+  assert twice['encode_topk'] == 2 * once['encode_topk']
+  assert twice['adam_rows'] == once['adam_rows']
+
+
+@pytest.mark.fast
+def test_without_an_estimate_the_bytes_remain_and_the_table_says_so(
+  monkeypatch,
+):
+  def run(jobs, workers, report):
+    return made_up(jobs, error='FIFO is full')
+
+  monkeypatch.setattr(compiler_estimate, 'run', run)
+  found = benchmark_kernels.measure(['v6e'], [SHAPE], 1)
+  for row in found['kernels']:
+    assert row['cycles'] is None and row['over_xla'] is None
+    assert row['no_estimate'] == 'FIFO is full'
+  assert not found['steps'][0]['all_estimated']
+  assert 'bytes alone' in list(benchmark_kernels.lines(found))[-1]
+
+  def whole(jobs, workers, report):
+    return made_up(jobs, per_block)
+
+  monkeypatch.setattr(compiler_estimate, 'run', whole)
+  found = benchmark_kernels.measure(['v6e'], [SHAPE], 1)
+  step = found['steps'][0]
+  assert step['all_estimated'] and step['sort_counted']
+  np.testing.assert_allclose(step['step_s'], sum(step['parts_s'].values()))
+  for row in found['kernels']:
+    assert row['bound_s'] >= row['hbm_bytes'] / CHIPS['v6e'].hbm_bandwidth
