@@ -37,6 +37,14 @@ class ObjectiveConfig(config_lib.Config):
     least=0,
   )
   multi_weight: float = config_lib.option(1 / 8, "Multi-TopK's weight", least=0)
+  topk_recall: float = config_lib.option(
+    1.0,
+    "of training's top-k with TPU kernels: 1 is exact; below, a share of 1 - "
+    'topk_recall of the active latents may be others than the top ones, which '
+    'is less work. Evaluation is always exact',
+    least=0.5,
+    most=1,
+  )
   sparsity_weight: float = config_lib.option(
     0.0,
     "weight of relu's L1 penalty (of z in units of the tokens' RMS distance "
@@ -135,6 +143,7 @@ def _topk_sums(
     dtype=sae_config.matmul_dtype,
     implementation=implementation,
     candidates=candidates,
+    recall=config.topk_recall,
   )
   # One sum for both reconstructions: collectives cost a wait each.
   models = split.over_latents(coded.models)

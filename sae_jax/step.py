@@ -236,7 +236,8 @@ def make_step(
     to the new state and a dict of scalars: loss, nmse, aux, l0,
     dead_fraction, learning_rate, grad_norm, finite, with Multi-TopK multi,
     with a baseline penalty, with kernels redone (the share of tokens that were
-    encoded twice), and skipped if such steps are.
+    encoded twice) and, where the top-k is approximate, expected_recall, and
+    skipped if such steps are.
   """
   peak = optimizer.peak_rate(config.optimizer, config.sae.n_latents)
   rate = jax.make_array_from_callback(
@@ -278,6 +279,18 @@ def lowered(
   )
   with jax.set_mesh(mesh):
     return do.lower(abstract_state(config, mesh), raw_BD, rate)
+
+
+def _recall(config, mesh):
+  """What a shard's candidates are expected to have of its top ones."""
+  most = config.sae.k * max(1, config.objective.multi_topk)
+  shards = mesh.shape['latent']
+  n_latents = config.sae.n_latents // shards
+  tokens = config.batch_size // mesh.shape['data'] // config.micro_batches
+  offered = min(sparse.candidates(most, shards, tokens), n_latents)
+  return sparse.promised_recall(
+    n_latents, offered, config.objective.topk_recall
+  )
 
 
 def _without_seed_and_rate(config):
@@ -369,6 +382,8 @@ def _program(config, mesh, implementation, debug_nans):
       values['penalty'] = terms.penalty
     if chosen == 'pallas':
       values['redone'] = terms.redone
+      if config.objective.topk_recall < 1:
+        values['expected_recall'] = jnp.float32(_recall(config, mesh))
     if skips:
       new = new.replace(
         silent_N=jnp.where(finite, new.silent_N, state.silent_N),

@@ -198,6 +198,56 @@ def test_bins_are_enough_for_random_winners():
   assert tiles.failing_share(32, chosen.bins, chosen.kept) <= 1e-4
 
 
+@pytest.mark.fast
+@pytest.mark.parametrize(
+  'n, k, bins, kept', [(512, 16, 32, 1), (512, 16, 16, 2), (96, 12, 16, 3)]
+)
+def test_expected_recall_is_the_mean_over_random_winners(n, k, bins, kept):
+  rng = np.random.default_rng(5)
+  held = [
+    np.bincount(rng.choice(n, k, replace=False) % bins, minlength=bins)
+    for _ in range(20_000)
+  ]
+  share = np.minimum(held, kept).sum(1) / k
+  error = share.std() / np.sqrt(len(share))
+  want = tiles.expected_recall(n, k, bins, kept)
+  assert abs(share.mean() - want) < 4 * error
+  # Controls: other bins, or values kept, would be told apart.
+  for other in ((bins, kept + 1), (2 * bins, kept)):
+    assert abs(share.mean() - tiles.expected_recall(n, k, *other)) > 9 * error
+
+
+def test_an_approximate_top_k_has_the_recall_it_promises():
+  batch, n, k, recall = 512, 1024, 16, 0.9
+  rng = np.random.default_rng(6)
+  x_BD = rng.standard_normal((batch, 128)).astype(np.float32)
+  w_ND = rng.standard_normal((n, 128)).astype(np.float32)
+  b_N = np.zeros(n, np.float32)
+  x_BD[3, 0] = np.nan
+
+  def found(recall):
+    run = jax.jit(lambda *a: exact.encode_topk(*a, None, k, None, None, recall))
+    vals, idx, failed = run(x_BD, w_ND, b_N)
+    return np.asarray(vals), np.asarray(idx), np.asarray(failed)
+
+  _, want, _ = found(1.0)
+  vals, got, failed = found(recall)
+  # What is no number is still seen.
+  np.testing.assert_array_equal(failed, np.arange(batch) == 3)
+  assert np.isnan(vals[3]).any()
+  shares = [len(np.intersect1d(a, b)) / k for a, b in zip(got, want)]
+  shares = np.delete(shares, 3)
+  promised = tiles.promised_recall(n, k, recall)
+  assert recall <= promised < 1
+  assert abs(shares.mean() - promised) < 5 * shares.std() / np.sqrt(batch)
+  # It does less: fewer candidates, or fewer of a bin.
+  less, all_of_it = (
+    tiles.choose(batch, 128, n, k, None, r) for r in (recall, 1.0)
+  )
+  assert less.bins * less.kept < all_of_it.bins * all_of_it.kept
+  assert tiles.promised_recall(n, k, 1.0) == 1
+
+
 NAMED = {shape.name: shape for shape in shapes.SHAPES}
 
 

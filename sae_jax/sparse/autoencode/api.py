@@ -46,6 +46,7 @@ def autoencode(
   dtype: jax.numpy.dtype | None = None,
   implementation: str | None = None,
   candidates: int | None = None,
+  recall: float = 1.0,
 ) -> Coded:
   """W_dec ReLU(TopK(W_enc (x - b_pre) + b_lat)) for one or more k.
 
@@ -68,6 +69,9 @@ def autoencode(
     implementation: see `decode`.
     candidates: of a token that this shard offers, with 'pallas'; None for as
       many as might win. See `Coded.exhausted`.
+    recall: with 'pallas' and below 1, each shard's candidates are the top ones
+      but for a share that is expected to be no more than 1 - recall, for
+      winners in random places. Other implementations are exact.
   """
   n_latents, width = w_enc_ND.shape
   shards = 1 if axis is None else jax.lax.axis_size(axis)
@@ -85,6 +89,7 @@ def autoencode(
         axis,
         dtype,
         candidates,
+        recall,
       )
     )
   found_BK, idx_BK = encode_api.encode_topk(

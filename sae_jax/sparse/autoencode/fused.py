@@ -27,17 +27,19 @@ def autoencode(
   axis,
   dtype,
   candidates,
+  recall,
 ):
   """See `autoencode.api`; returns what its `Coded` holds, in that order."""
   x_BD = varying.match(x_BD, w_enc_ND)
   others = (b_pre_D, w_enc_ND, b_lat_N, w_dec_ND)
   others = (varying.match(a, x_BD) for a in others)
-  return _autoencode(ks, axis, dtype, candidates, mask_N, x_BD, *others)
+  static = ks, axis, dtype, candidates, recall
+  return _autoencode(*static, mask_N, x_BD, *others)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3))
-def _autoencode(ks, axis, dtype, candidates, mask_N, *arrays):
-  return _forward(ks, axis, dtype, candidates, mask_N, *arrays)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
+def _autoencode(ks, axis, dtype, candidates, recall, mask_N, *arrays):
+  return _forward(ks, axis, dtype, candidates, recall, mask_N, *arrays)[0]
 
 
 def _forward(
@@ -45,6 +47,7 @@ def _forward(
   axis,
   dtype,
   candidates,
+  recall,
   mask_N,
   x_BD,
   b_pre_D,
@@ -61,6 +64,7 @@ def _forward(
     mask_N,
     min(most, candidates or most),
     dtype,
+    recall=recall,
   )
   width = found_BK.shape[1]
   codes, exhausted = [], varying.zeros((), bool, found_BK)
@@ -119,7 +123,8 @@ def _inside(blocks, vals_BK):
   return blocks.place_GR % k < least_GR
 
 
-def _backward(ks, axis, dtype, candidates, saved, cotangents):
+def _backward(ks, axis, dtype, candidates, recall, saved, cotangents):
+  del candidates, recall
   mask_N, x_BD, b_pre_D, w_enc_ND, b_lat_N, w_dec_ND, blocks, inside = saved
   gs = cotangents[2]
   batch, n_latents = x_BD.shape[0], w_enc_ND.shape[0]

@@ -20,6 +20,7 @@ def encode_topk(
   k: int,
   dtype: jnp.dtype | None,
   tiles: tiles_lib.Tiles | None = None,
+  recall: float = 1.0,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
   """Top-k of x W_enc^T + b_lat of the latents under the mask.
 
@@ -31,6 +32,8 @@ def encode_topk(
     k: how many are taken.
     dtype: of the factors, see `sparse.matmul`.
     tiles: of the kernel; None for those of the shape and chip.
+    recall: below 1, what the kernel finds is taken as it is, and so much of
+      the top k is expected to be in it; see `tiles.expected_recall`.
 
   Returns:
     vals_BK, descending, idx_BK int32, and failed_B: which tokens the kernel
@@ -39,7 +42,7 @@ def encode_topk(
   batch, width = x_BD.shape
   n_latents = w_enc_ND.shape[0]
   if tiles is None:
-    tiles = tiles_lib.choose(batch, width, n_latents, k, dtype)
+    tiles = tiles_lib.choose(batch, width, n_latents, k, dtype, recall)
   bias_N = b_lat_N
   if mask_N is not None:
     bias_N = jnp.where(mask_N, b_lat_N, -jnp.inf)
@@ -56,7 +59,9 @@ def encode_topk(
   weights_ok = jnp.isfinite(w_enc_ND).all() & ~jnp.isnan(bias_N).any()
   numbers_B = jnp.isfinite(x_BD).all(-1) & weights_ok
   sure_B = (vals_BK[:, -1] > dropped_B) | jnp.isneginf(dropped_B)
-  failed_B = ~(sure_B & numbers_B)
+  failed_B = ~numbers_B
+  if recall == 1:
+    failed_B |= ~sure_B
   vals_BK, idx_BK = _again(
     failed_B, vals_BK, idx_BK, (x_BD, w_enc_ND, b_lat_N, mask_N, dtype)
   )

@@ -69,13 +69,66 @@ def failing_share(k: int, bins: int, kept: int) -> float:
   return min(1.0, bins * max(tail, 0.0))
 
 
+def expected_recall(n_latents: int, k: int, bins: int, kept: int) -> float:
+  """Share of the top k that bins are expected to keep.
+
+  For winners in random bins, 1 - (bins / k) sum_{r > kept} (r - kept) P(r),
+  where P(r) is the hypergeometric chance that r of the k winners are among the
+  N / bins latents of a bin (Samaga et al. 2025, arXiv:2506.04165).
+
+  Args:
+    n_latents: N.
+    k: how many are taken.
+    bins: that the latents fall into evenly.
+    kept: values that a bin keeps.
+  """
+  size = n_latents / bins
+
+  def log_choose(a, b):
+    return math.lgamma(a + 1) - math.lgamma(b + 1) - math.lgamma(a - b + 1)
+
+  lost = 0.0
+  for held in range(kept + 1, min(k, int(size)) + 1):
+    if k - held > n_latents - size:
+      continue
+    chance = math.exp(
+      log_choose(k, held)
+      + log_choose(n_latents - k, size - held)
+      - log_choose(n_latents, size)
+    )
+    lost += (held - kept) * chance
+  return max(0.0, 1 - bins / k * lost)
+
+
+def promised_recall(n_latents: int, k: int, recall: float) -> float:
+  """The expected recall of the bins that `choose` takes; 1 if exact."""
+  if recall == 1:
+    return 1.0
+  kept, bins = _bins(n_latents, k, _unit(), recall)
+  return expected_recall(n_latents, k, bins, kept)
+
+
 def choose(
-  batch: int, width: int, n_latents: int, k: int, dtype: jnp.dtype | None
+  batch: int,
+  width: int,
+  n_latents: int,
+  k: int,
+  dtype: jnp.dtype | None,
+  recall: float = 1.0,
 ) -> Tiles:
   """Tiles for a shape on the chip that is compiled for.
 
   The fewest bins that seldom fail, then the largest blocks that fit VMEM: the
   encoder streams once for every block of tokens.
+
+  Args:
+    batch: tokens.
+    width: D.
+    n_latents: N.
+    k: how many are taken.
+    dtype: of the factors.
+    recall: below 1, bins and the values that they keep are as few as are
+      expected to keep so much of the top k.
 
   Raises:
     UserError: if not even the smallest blocks fit.
@@ -83,20 +136,16 @@ def choose(
   factor = jnp.float32 if dtype is None else dtype
   on_tpu = target.platform() == 'tpu'
   vmem = pltpu.get_tpu_info().vmem_capacity_bytes if on_tpu else _TEST_VMEM
-  unit = 128 if on_tpu else _TEST_UNIT
-  bins = unit
-  while failing_share(k, bins, _KEPT) > _FAILING:
-    bins += unit
-  # Where bins would hold no more than they keep, all of it is kept.
-  bins = min(bins, -(-n_latents // _KEPT // unit) * unit)
+  unit = _unit()
+  kept, bins = _bins(n_latents, k, unit, recall)
   most = max(128, pl.cdiv(batch, 128) * 128)
-  while bins * _KEPT >= k:
+  while bins * kept >= k:
     for tokens, depth in itertools.product((1024, 512, 256, 128), (4, 2, 1)):
       tiles = Tiles(
         tokens=tokens,
         bins=bins,
         depth=depth,
-        kept=_KEPT,
+        kept=kept,
         rows=_rows(bins, depth, unit),
         lanes=min(tokens, 512),
       )
@@ -109,6 +158,40 @@ def choose(
     f'k {k} at d_model {width} needs blocks that do not fit the {vmem} bytes '
     "of VMEM: use fewer active latents, or implementation 'gather'"
   )
+
+
+def _unit() -> int:
+  return 128 if target.platform() == 'tpu' else _TEST_UNIT
+
+
+def _bins(n_latents, k, unit, recall) -> tuple[int, int]:
+  """How many values a bin keeps, and the fewest bins that will do."""
+
+  def fewest(kept, enough):
+    bins = unit
+    while not enough(bins, kept):
+      bins += unit
+    # Where bins would hold no more than they keep, all of it is kept.
+    return min(bins, -(-n_latents // kept // unit) * unit)
+
+  exact = fewest(
+    _KEPT, lambda bins, kept: failing_share(k, bins, kept) <= _FAILING
+  )
+  if recall == 1:
+    return _KEPT, exact
+
+  def recalls(bins, kept):
+    return kept * bins >= n_latents or (
+      kept * bins >= k and expected_recall(n_latents, k, bins, kept) >= recall
+    )
+
+  # What a bin keeps costs a comparison for every latent, what all bins keep
+  # is sorted in the end.
+  for kept in range(1, _KEPT):
+    bins = fewest(kept, recalls)
+    if kept * bins <= _KEPT * exact:
+      return kept, bins
+  return _KEPT, min(exact, fewest(_KEPT, recalls))
 
 
 def _rows(bins: int, depth: int, unit: int) -> int:
