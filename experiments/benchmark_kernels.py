@@ -31,35 +31,29 @@ NOTE = (
 
 def _row(chip, shape, operation, results) -> dict:
   """One line of the table."""
-  kernel = operation.kernel(results)
-  bound = kernel.seconds(chip)
+  kernel, xla = operation.kernel(results), operation.xla(results)
+  bound, other = kernel.seconds(chip), xla.seconds(chip)
   peak = CHIPS[chip]
   least = max(
     operation.flops / peak.flops, operation.least_bytes / peak.hbm_bandwidth
   )
-  in_cycles = (kernel.cycles or 0) / (1e9 * kernel_costs.CLOCKS[chip])
-  row = {
+  moved = kernel.hbm_bytes / peak.hbm_bandwidth
+  return {
     'chip': chip,
     'shape': shape.name,
     'operation': operation.name,
     'cycles': kernel.cycles and round(kernel.cycles),
     'hbm_bytes': round(kernel.hbm_bytes),
     'bound_s': bound,
-    'bound_by': 'cycles' if in_cycles == bound else 'bytes',
+    'bound_by': bound and ('bytes' if bound == moved else 'cycles'),
     'least_s': least,
-    'over_least': round(bound / least, 2) if kernel.cycles else None,
+    'over_least': bound and round(bound / least, 2),
     'no_estimate': kernel.reason,
-  }
-  xla = operation.xla(results)
-  row |= {
     'xla_cycles': xla.cycles and round(xla.cycles),
-    'xla_bound_s': xla.seconds(chip),
-    'over_xla': round(bound / xla.seconds(chip), 2)
-    if kernel.cycles and xla.cycles
-    else None,
+    'xla_bound_s': other,
+    'over_xla': bound and other and round(bound / other, 2),
     'xla_no_estimate': xla.reason,
   }
-  return row
 
 
 def _step(chip, shape, rows, results) -> dict:
@@ -67,6 +61,7 @@ def _step(chip, shape, rows, results) -> dict:
   peak = CHIPS[chip]
   product = 2 * shape.batch * shape.n_latents * shape.d_model / peak.flops
   parts = {row['operation']: row['bound_s'] for row in rows}
+  known = all(parts.values())
   parts['rest'] = kernel_costs.rest_bytes(shape) / peak.hbm_bandwidth
   sort = kernel_costs.sort_job(chip, shape)
   found = results.get(sort)
@@ -76,9 +71,8 @@ def _step(chip, shape, rows, results) -> dict:
     'chip': chip,
     'shape': shape.name,
     'encoder_product_s': product,
-    'step_s': sum(parts.values()),
-    'over_product': round(sum(parts.values()) / product, 2),
-    'all_estimated': all(row['cycles'] for row in rows),
+    'step_s': sum(parts.values()) if known else None,
+    'over_product': round(sum(parts.values()) / product, 2) if known else None,
     'sort_counted': 'sort' in parts,
     'parts_s': parts,
   }
@@ -140,17 +134,20 @@ def lines(found: dict):
       row['shape'],
       row['operation'],
       cycles,
-      f'{1e3 * row["bound_s"]:.3f}',
-      row['bound_by'],
+      f'{1e3 * row["bound_s"]:.3f}' if row['bound_s'] else '-',
+      row['bound_by'] or '-',
       str(row['over_least'] or '-'),
       str(row['over_xla'] or '-'),
     )
   for step in found['steps']:
+    where = f'{step["chip"]} {step["shape"]}'
+    if step['step_s'] is None:
+      yield f'{where}: not added up, some parts have no estimate'
+      continue
     yield (
-      f'{step["chip"]} {step["shape"]}: all parts {1e3 * step["step_s"]:.3f} '
-      f"ms, {step['over_product']} of the encoder's product"
+      f'{where}: all parts {1e3 * step["step_s"]:.3f} ms, '
+      f"{step['over_product']} of the encoder's product"
       + ('' if step['sort_counted'] else ', the sort not counted')
-      + ('' if step['all_estimated'] else ', some parts by bytes alone')
     )
 
 

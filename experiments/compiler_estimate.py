@@ -1,11 +1,12 @@
-"""What the TPU compiler says of programs that never run: cycles and memory.
+"""The cycles that the TPU compiler says of programs that never run.
 
 With a flag of its own, libtpu writes down its static schedule: how many cycles
 each operation of a program takes if memory never makes it wait, Pallas kernels
 included. It is an estimate, never a measurement. What it can't see through
 must be asked for in other ways: a loop inside of a loop is counted too few
 times, and one whose length is known at run time alone as once or never; see
-`kernel_probes`. Some kernels abort the estimate on some chips.
+`kernel_probes`. Some kernels abort the estimate on some chips, and since it
+counts a kernel's VMEM twice, one that needs more than half has none.
 
 Every program is compiled in a process of its own, since the flag must be set
 before libtpu is loaded, and since an abort ends the process.
@@ -41,13 +42,11 @@ class Job:
     chip: one of `aot.CHIPS`.
     program: a function of `kernel_probes`.
     arguments: of that function, by name.
-    cycles: whether to ask for cycles, which takes the compiler longer.
   """
 
   chip: str
   program: str
   arguments: tuple[tuple[str, int | float | str], ...]
-  cycles: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,13 +55,11 @@ class Found:
 
   Attributes:
     cycles: of each operation by name; empty if there is no estimate.
-    temporary_bytes: of HBM, beside arguments and results.
     sizes: what the program chose, such as its tiles.
     error: why there is nothing, else empty.
   """
 
   cycles: dict[str, int]
-  temporary_bytes: int
   sizes: dict[str, float]
   error: str
 
@@ -71,9 +68,9 @@ class Found:
     return sum(c for op, c in self.cycles.items() if op.startswith(name))
 
 
-def job(chip: str, program: str, cycles: bool = True, **arguments) -> Job:
+def job(chip: str, program: str, **arguments) -> Job:
   """A job with its arguments as keywords."""
-  return Job(chip, program, tuple(sorted(arguments.items())), cycles)
+  return Job(chip, program, tuple(sorted(arguments.items())))
 
 
 def run(jobs: Iterable[Job], workers: int = 2, report=None) -> dict[Job, Found]:
@@ -100,9 +97,11 @@ def run(jobs: Iterable[Job], workers: int = 2, report=None) -> dict[Job, Found]:
 def _in_process(one: Job) -> tuple[Found, float]:
   began = time.monotonic()
   with tempfile.TemporaryDirectory() as folder:
-    environment = dict(os.environ, JAX_PLATFORMS='cpu')
-    if one.cycles:
-      environment['LIBTPU_INIT_ARGS'] = f'{_PROFILE}={folder}'
+    environment = dict(
+      os.environ,
+      JAX_PLATFORMS='cpu',
+      LIBTPU_INIT_ARGS=f'{_PROFILE}={folder}',
+    )
     ran = None
     try:
       ran = subprocess.run(
@@ -120,12 +119,12 @@ def _in_process(one: Job) -> tuple[Found, float]:
     except subprocess.TimeoutExpired:
       error = f'not done after {_TIMEOUT_S} s'
     if ran is not None and not ran.returncode:
-      told = json.loads(ran.stdout.splitlines()[-1])
+      sizes = json.loads(ran.stdout.splitlines()[-1])
       cycles = _cycles(folder)
-      error = '' if cycles or not one.cycles else 'no estimate was written'
-      found = Found(cycles, told['temporary'], told['sizes'], error)
+      error = '' if cycles else 'no estimate was written'
+      found = Found(cycles, sizes, error)
     else:
-      found = Found({}, 0, {}, _reason(ran.stderr) if ran else error)
+      found = Found({}, {}, _reason(ran.stderr) if ran else error)
   return found, time.monotonic() - began
 
 
@@ -169,10 +168,9 @@ def _compile(chip, program, arguments):
       jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
       for shape, dtype in probe.arguments
     ]
-    compiled = jax.jit(probe.function).lower(*args).compile()
-  temporary = compiled.memory_analysis().temp_size_in_bytes
-  print(json.dumps({'temporary': temporary, 'sizes': probe.sizes}))
+    jax.jit(probe.function).lower(*args).compile()
+  print(json.dumps(probe.sizes))
 
 
 if __name__ == '__main__':
-  _compile(*json.loads(sys.argv[1])[:3])
+  _compile(*json.loads(sys.argv[1]))

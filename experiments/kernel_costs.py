@@ -37,10 +37,12 @@ class Cost:
   hbm_bytes: float
   reason: str = ''
 
-  def seconds(self, chip: str) -> float:
-    """The bound."""
+  def seconds(self, chip: str) -> float | None:
+    """The bound, None where there is no estimate."""
+    if self.cycles is None:
+      return None
     moved = self.hbm_bytes / CHIPS[chip].hbm_bandwidth
-    return max((self.cycles or 0) / (1e9 * CLOCKS[chip]), moved)
+    return max(self.cycles / (1e9 * CLOCKS[chip]), moved)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +53,7 @@ class Operation:
     name: of it.
     jobs: whose results the costs need.
     kernel: its cost with our kernel.
-    xla: its cost as XLA does it, None where nothing is compared.
+    xla: its cost as XLA does it.
     flops: of products that it can't do without.
     least_bytes: that it must move.
   """
@@ -59,7 +61,7 @@ class Operation:
   name: str
   jobs: tuple[Job, ...]
   kernel: Callable[[_Results], Cost]
-  xla: Callable[[_Results], Cost] | None
+  xla: Callable[[_Results], Cost]
   flops: float
   least_bytes: float
 
@@ -78,11 +80,9 @@ def _cost(jobs, cycles, hbm_bytes):
 
   def cost(results: _Results) -> Cost:
     reason = _failed(results, jobs)
-    moved = hbm_bytes(results) if callable(hbm_bytes) and not reason else 0
-    if not callable(hbm_bytes):
-      moved = hbm_bytes
     if reason:
-      return Cost(None, moved, reason)
+      return Cost(None, 0, reason)
+    moved = hbm_bytes(results) if callable(hbm_bytes) else hbm_bytes
     return Cost(cycles(results), moved)
 
   return cost

@@ -24,7 +24,6 @@ from sae_jax.sparse import row_copies
 from sae_jax.sparse.adam_rows import kernel as adam_kernel
 from sae_jax.sparse.adam_rows import reference as adam_reference
 from sae_jax.sparse.decode import kernel as decode_kernel
-from sae_jax.sparse.decode import reference as decode_reference
 from sae_jax.sparse.decode import tiles as decode_tiles
 from sae_jax.sparse.encode_topk import kernel as encode_kernel
 from sae_jax.sparse.encode_topk import select
@@ -292,28 +291,11 @@ def adam_rows(d: int, n: int) -> Probe:
   return Probe(function, [((5,), _F32), *[((n, d), _F32)] * 5], {})
 
 
-def squared_norm(d: int, n: int) -> Probe:
-  """The norm of the projected gradient."""
-  return Probe(adam_kernel.squared_norm, [((n, d), _F32)] * 2, {})
-
-
 def xla_matmul(batch: int, d: int, n: int) -> Probe:
   """XLA's product alone, which writes all pre-activations."""
 
   def function(x_BD, w_ND):
     return jnp.dot(x_BD, w_ND.T, preferred_element_type=_F32)
-
-  return Probe(function, [((batch, d), _BF16), ((n, d), _BF16)], {})
-
-
-def xla_top_k(batch: int, d: int, n: int, k: int, recall: float) -> Probe:
-  """XLA's product and top-k, the approximate one for a recall below 1."""
-
-  def function(x_BD, w_ND):
-    pre_BN = jnp.dot(x_BD, w_ND.T, preferred_element_type=_F32)
-    if recall < 1:
-      return jax.lax.approx_max_k(pre_BN, k, recall_target=recall)
-    return jax.lax.top_k(pre_BN, k)
 
   return Probe(function, [((batch, d), _BF16), ((n, d), _BF16)], {})
 
@@ -373,18 +355,6 @@ def xla_adam_rows(d: int, n: int) -> Probe:
     )
 
   return Probe(function, [((n, d), _F32)] * 5, {})
-
-
-def dense_decode(batch: int, d: int, n: int, k: int) -> Probe:
-  """Decoding as one dense product of codes and decoder."""
-
-  def function(vals_BK, idx_BK, w_ND):
-    return decode_reference.dense_sum(vals_BK, idx_BK, w_ND, _BF16)
-
-  per_slot = (batch, k)
-  return Probe(
-    function, [(per_slot, _F32), (per_slot, _I32), ((n, d), _F32)], {}
-  )
 
 
 def nested(outer: int, inner: int) -> Probe:

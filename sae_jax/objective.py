@@ -71,6 +71,8 @@ class Terms:
     l0: mean number of active latents per token.
     redone: share of tokens that a kernel encoded again, over the shards' mean,
       or 1 for a batch of which a shard's candidates were not enough.
+    recall: what of a shard's top candidates is expected to be found, over the
+      shards' mean; 1 if all are.
     fired_N: whether a latent was active for any token of the batch.
   """
 
@@ -80,6 +82,7 @@ class Terms:
   penalty: jax.Array
   l0: jax.Array
   redone: jax.Array
+  recall: jax.Array
   fired_N: jax.Array
 
 
@@ -92,6 +95,7 @@ class _Sums:
   penalty: jax.Array
   active: jax.Array
   redone: jax.Array
+  recall: jax.Array
   fired_N: jax.Array
 
 
@@ -115,7 +119,13 @@ def check(sae_config: SaeConfig, config: ObjectiveConfig) -> None:
         f'{sae_config.n_latents} latents: use '
         f'{sae_config.n_latents // sae_config.k} or less'
       )
-  elif config.multi_topk:
+    return
+  if config.topk_recall < 1:
+    raise config_lib.UserError(
+      f'topk_recall {config.topk_recall} needs topk, the activation is '
+      f'{sae_config.activation}: leave it 1'
+    )
+  if config.multi_topk:
     raise config_lib.UserError(
       f'multi_topk {config.multi_topk} needs topk, the activation is '
       f'{sae_config.activation}: leave it 0'
@@ -164,6 +174,7 @@ def _topk_sums(
     penalty=varying.zeros((), x_BD.dtype, error_BD),
     active=_count(active_BK).astype(x_BD.dtype),
     redone=coded.failed * x_BD.shape[0],
+    recall=coded.recall * x_BD.shape[0],
     fired_N=fired_N,
   )
   return sums, error_BD, coded.exhausted
@@ -190,6 +201,7 @@ def _dense_sums(sae, x_BD, mse_of_mean, sae_config, config, split):
     penalty=split.over_latents(penalty),
     active=_count(z_BN > 0).astype(x_BD.dtype),
     redone=varying.zeros((), x_BD.dtype, z_BN),
+    recall=varying.zeros((), x_BD.dtype, z_BN) + x_BD.shape[0],
     fired_N=(z_BN > 0).any(0).astype(jnp.int32),
   )
   return sums, error_BD, varying.zeros((), bool, z_BN)
@@ -293,7 +305,7 @@ def value_and_grad(
   zero = varying.zeros((), x_BD.dtype, x_BD)
   count_N = varying.zeros(dead_N.shape, jnp.int32, dead_N, x_BD)
   each = varying.match(zero, count_N)
-  none = _Sums(zero, zero, zero, each, each, count_N)
+  none = _Sums(zero, zero, zero, each, each, each, count_N)
   start = (zero, none, split_lib.zeros_like(own))
   batch = x_BD.shape[0]
   if kernels:
@@ -314,8 +326,8 @@ def value_and_grad(
     aux, grads = auxk.add_gradient(
       told, own, grads, x_BD, error_BD, dead_N, split
     )
-  active, redone = split.over_tokens(
-    split.over_latents((sums.active, sums.redone))
+  active, redone, recall = split.over_tokens(
+    split.over_latents((sums.active, sums.redone, sums.recall))
   )
   terms = Terms(
     nmse=split.over_tokens(sums.error) / tokens / mse_of_mean,
@@ -324,6 +336,7 @@ def value_and_grad(
     penalty=split.over_tokens(sums.penalty) / tokens,
     l0=active / tokens,
     redone=redone / tokens / split.latent_shards,
+    recall=recall / tokens / split.latent_shards,
     fired_N=split.over_tokens(sums.fired_N) > 0,
   )
   total = split.over_tokens(value) + config.aux_weight * aux

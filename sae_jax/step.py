@@ -281,18 +281,6 @@ def lowered(
     return do.lower(abstract_state(config, mesh), raw_BD, rate)
 
 
-def _recall(config, mesh):
-  """What a shard's candidates are expected to have of its top ones."""
-  most = config.sae.k * max(1, config.objective.multi_topk)
-  shards = mesh.shape['latent']
-  n_latents = config.sae.n_latents // shards
-  tokens = config.batch_size // mesh.shape['data'] // config.micro_batches
-  offered = min(sparse.candidates(most, shards, tokens), n_latents)
-  return sparse.promised_recall(
-    n_latents, offered, config.objective.topk_recall
-  )
-
-
 def _without_seed_and_rate(config):
   optimizer_config = dataclasses.replace(config.optimizer, learning_rate=0.0)
   return dataclasses.replace(config, seed=0, optimizer=optimizer_config)
@@ -311,6 +299,7 @@ def _program(config, mesh, implementation, debug_nans):
     penalty=none,
     l0=none,
     redone=none,
+    recall=none,
     fired_N=latents,
   )
 
@@ -383,7 +372,7 @@ def _program(config, mesh, implementation, debug_nans):
     if chosen == 'pallas':
       values['redone'] = terms.redone
       if config.objective.topk_recall < 1:
-        values['expected_recall'] = jnp.float32(_recall(config, mesh))
+        values['expected_recall'] = terms.recall
     if skips:
       new = new.replace(
         silent_N=jnp.where(finite, new.silent_N, state.silent_N),

@@ -289,6 +289,7 @@ def test_bfloat16_products_are_near_and_leave_float32():
     ({}, {'multi_topk': 10}, 'multi_topk 10 times k 5 exceeds the 48 latents: '
      'use 9 or less'),
     ({'activation': 'relu'}, {'multi_topk': 4}, 'multi_topk 4 needs topk'),
+    ({'activation': 'relu'}, {'topk_recall': 0.9}, 'recall 0.9 needs topk'),
   ],
 )  # fmt: skip
 def test_terms_that_do_not_fit_are_refused(sae_config, options, message):

@@ -86,6 +86,34 @@ def test_a_shard_that_offers_too_few_candidates_is_asked_again(
   test_step.step._program.cache_clear()
 
 
+@pytest.mark.parametrize('shape', [(1, 1), (2, 4)])
+def test_an_approximate_run_says_what_recall_it_has(shape):
+  made = config()
+  made = dataclasses.replace(
+    made,
+    sae=dataclasses.replace(made.sae, n_latents=512, k=8),
+    objective=dataclasses.replace(made.objective, topk_recall=0.9),
+    steps=3,
+  )
+  near = test_step.run(made, shape, rows(), 'pallas')
+  sure = test_step.run(made, shape, rows(), 'gather')
+  values, want = near[0][0], sure[0][0]
+  assert 'expected_recall' not in want
+  assert 0.9 <= values['expected_recall'] < 1
+  assert values['redone'] == 0
+  # Some other latents are active, and little is lost by it.
+  same = (near[1][0] & sure[1][0]).sum() / sure[1][0].sum()
+  assert same > 0.7
+  np.testing.assert_allclose(values['nmse'], want['nmse'], rtol=0.1)
+  # Control: at a recall of one nothing is said, as nothing is lost.
+  exact = dataclasses.replace(
+    made, objective=dataclasses.replace(made.objective, topk_recall=1.0)
+  )
+  assert (
+    'expected_recall' not in test_step.run(exact, shape, rows(), 'pallas')[0][0]
+  )
+
+
 def test_candidates_are_seldom_too_few():
   # One winner of 256 is expected on each of 256 shards.
   assert sparse.candidates(256, 256, 131_072) == 16

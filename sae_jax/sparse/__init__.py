@@ -12,7 +12,6 @@ from sae_jax.sparse.decode.api import decode
 from sae_jax.sparse.dense import matmul
 from sae_jax.sparse.dispatch import choose
 from sae_jax.sparse.encode_topk.api import encode_topk
-from sae_jax.sparse.encode_topk.tiles import promised_recall
 from sae_jax.sparse.pairs import parts
 from sae_jax.sparse.top_k.api import global_top_k, top_k
 from sae_jax.sparse.weight_grad.api import weight_grad
@@ -26,7 +25,6 @@ __all__ = [
   'global_top_k',
   'matmul',
   'parts',
-  'promised_recall',
   'top_k',
   'weight_grad',
 ]

@@ -2,6 +2,7 @@
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 
 from sae_jax.sparse import dispatch, varying
 from sae_jax.sparse.autoencode import fused
@@ -24,6 +25,8 @@ class Coded:
     exhausted: whether some token's winners are all of this shard's candidates
       and fewer than k, so that there may be more; all of it is to be done
       again with k candidates then. False where those were asked for.
+    recall: the share of this shard's top candidates that is expected to be
+      found, 1 if all are.
   """
 
   vals_BK: jax.Array
@@ -31,6 +34,7 @@ class Coded:
   models: tuple[jax.Array, ...]
   failed: jax.Array
   exhausted: jax.Array
+  recall: jax.Array
 
 
 def autoencode(
@@ -43,7 +47,7 @@ def autoencode(
   b_pre_D: jax.Array,
   mask_N: jax.Array | None = None,
   axis: str | None = None,
-  dtype: jax.numpy.dtype | None = None,
+  dtype: jnp.dtype | None = None,
   implementation: str | None = None,
   candidates: int | None = None,
   recall: float = 1.0,
@@ -69,9 +73,8 @@ def autoencode(
     implementation: see `decode`.
     candidates: of a token that this shard offers, with 'pallas'; None for as
       many as might win. See `Coded.exhausted`.
-    recall: with 'pallas' and below 1, each shard's candidates are the top ones
-      but for a share that is expected to be no more than 1 - recall, for
-      winners in random places. Other implementations are exact.
+    recall: with 'pallas' and below 1, so much of each shard's top candidates
+      is asked to be found, see `Coded.recall`. Other implementations find all.
   """
   n_latents, width = w_enc_ND.shape
   shards = 1 if axis is None else jax.lax.axis_size(axis)
@@ -123,4 +126,5 @@ def autoencode(
     models=models,
     failed=varying.zeros((), x_BD.dtype, vals_BK),
     exhausted=varying.zeros((), bool, vals_BK),
+    recall=varying.match(jnp.ones((), x_BD.dtype), vals_BK),
   )

@@ -57,7 +57,7 @@ def _forward(
 ):
   batch = x_BD.shape[0]
   most = min(ks[-1], w_enc_ND.shape[0])
-  found_BK, idx_BK, failed_B = exact.encode_topk(
+  found_BK, idx_BK, failed_B, recall = exact.encode_topk(
     x_BD - b_pre_D,
     w_enc_ND,
     b_lat_N,
@@ -101,6 +101,7 @@ def _forward(
     models,
     failed_B.mean(dtype=x_BD.dtype),
     exhausted,
+    varying.match(jnp.asarray(recall, x_BD.dtype), found_BK),
   )
   saved = mask_N, x_BD, b_pre_D, w_enc_ND, b_lat_N, w_dec_ND, blocks, inside
   return out, saved

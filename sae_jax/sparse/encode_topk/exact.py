@@ -21,7 +21,7 @@ def encode_topk(
   dtype: jnp.dtype | None,
   tiles: tiles_lib.Tiles | None = None,
   recall: float = 1.0,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array, float]:
   """Top-k of x W_enc^T + b_lat of the latents under the mask.
 
   Args:
@@ -32,12 +32,14 @@ def encode_topk(
     k: how many are taken.
     dtype: of the factors, see `sparse.matmul`.
     tiles: of the kernel; None for those of the shape and chip.
-    recall: below 1, what the kernel finds is taken as it is, and so much of
-      the top k is expected to be in it; see `tiles.expected_recall`.
+    recall: below 1, what the kernel finds is taken as it is, but for tokens
+      that are not finite; so much of the top k is asked to be in it.
 
   Returns:
-    vals_BK, descending, idx_BK int32, and failed_B: which tokens the kernel
-    could not vouch for, so that they were computed again in full.
+    vals_BK, descending, idx_BK int32, failed_B: which tokens the kernel could
+    not vouch for, so that they were computed again in full, and the share of
+    the top k that is expected to be found, see `tiles.expected_recall`: 1
+    unless a recall below is asked for.
   """
   batch, width = x_BD.shape
   n_latents = w_enc_ND.shape[0]
@@ -59,13 +61,15 @@ def encode_topk(
   weights_ok = jnp.isfinite(w_enc_ND).all() & ~jnp.isnan(bias_N).any()
   numbers_B = jnp.isfinite(x_BD).all(-1) & weights_ok
   sure_B = (vals_BK[:, -1] > dropped_B) | jnp.isneginf(dropped_B)
-  failed_B = ~numbers_B
+  failed_B, expected = ~numbers_B, 1.0
   if recall == 1:
     failed_B |= ~sure_B
+  else:
+    expected = tiles_lib.expected_recall(n_latents, k, tiles.bins, tiles.kept)
   vals_BK, idx_BK = _again(
     failed_B, vals_BK, idx_BK, (x_BD, w_enc_ND, b_lat_N, mask_N, dtype)
   )
-  return vals_BK, idx_BK, failed_B
+  return vals_BK, idx_BK, failed_B, expected
 
 
 def _again(failed_B, vals_BK, idx_BK, inputs):

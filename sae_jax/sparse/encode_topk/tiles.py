@@ -100,14 +100,6 @@ def expected_recall(n_latents: int, k: int, bins: int, kept: int) -> float:
   return max(0.0, 1 - bins / k * lost)
 
 
-def promised_recall(n_latents: int, k: int, recall: float) -> float:
-  """The expected recall of the bins that `choose` takes; 1 if exact."""
-  if recall == 1:
-    return 1.0
-  kept, bins = _bins(n_latents, k, _unit(), recall)
-  return expected_recall(n_latents, k, bins, kept)
-
-
 def choose(
   batch: int,
   width: int,
@@ -128,7 +120,8 @@ def choose(
     k: how many are taken.
     dtype: of the factors.
     recall: below 1, bins and the values that they keep are as few as are
-      expected to keep so much of the top k.
+      expected to keep so much of the top k; fewer where those don't fit VMEM,
+      so that `expected_recall` of the result says what is kept.
 
   Raises:
     UserError: if not even the smallest blocks fit.
@@ -136,7 +129,7 @@ def choose(
   factor = jnp.float32 if dtype is None else dtype
   on_tpu = target.platform() == 'tpu'
   vmem = pltpu.get_tpu_info().vmem_capacity_bytes if on_tpu else _TEST_VMEM
-  unit = _unit()
+  unit = 128 if on_tpu else _TEST_UNIT
   kept, bins = _bins(n_latents, k, unit, recall)
   most = max(128, pl.cdiv(batch, 128) * 128)
   while bins * kept >= k:
@@ -158,10 +151,6 @@ def choose(
     f'k {k} at d_model {width} needs blocks that do not fit the {vmem} bytes '
     "of VMEM: use fewer active latents, or implementation 'gather'"
   )
-
-
-def _unit() -> int:
-  return 128 if target.platform() == 'tpu' else _TEST_UNIT
 
 
 def _bins(n_latents, k, unit, recall) -> tuple[int, int]:
