@@ -30,3 +30,19 @@ def store(tmp_path_factory):
   url = str(tmp_path_factory.mktemp('planted') / 'store')
   planted.write_store(url)
   return url
+
+
+@pytest.fixture(scope='module')
+def v5e():
+  """Four chips to compile for."""
+  from sae_jax.plan import chips
+
+  return chips.find('v5e:2x2')
+
+
+@pytest.fixture(scope='module')
+def line(v5e):
+  """A mesh of them, all along the latents."""
+  from sae_jax.plan import splits
+
+  return splits.make_mesh(v5e, 1, 4)
