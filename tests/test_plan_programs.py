@@ -1,4 +1,4 @@
-"""Compiled programs whose costs are known are read rightly, as is their text."""
+"""Programs of known cost are read rightly, and so is their text."""
 
 import json
 import tempfile
