@@ -1,5 +1,6 @@
 """The encoder's kernel: exact on any input, free of races, fit for chips."""
 
+import dataclasses
 import functools
 
 import jax
@@ -18,7 +19,21 @@ from sae_jax.sparse import dispatch, shapes
 from sae_jax.sparse.encode_topk import exact, kernel, select, tiles
 
 # Bins of 32 that keep two values each, of 64 latents in a block.
-TILES = tiles.Tiles(tokens=128, bins=32, depth=2, kept=2, rows=64, lanes=128)
+TILES = tiles.Tiles(
+  tokens=128,
+  bins=32,
+  depth=2,
+  kept=2,
+  group=1,
+  rows=64,
+  lanes=128,
+  unrolled=1,
+)
+# Each block in four products, two and two in a basic block, for each half of
+# the tokens, and of every two neighbours in a bin one alone is offered to it.
+GROUPED = dataclasses.replace(
+  TILES, tokens=256, depth=4, kept=3, group=2, rows=32, unrolled=2
+)
 
 
 def stable_top_k(x_BN, k):
@@ -31,7 +46,7 @@ def run(x_BD, w_ND, b_N, mask_N, k, tiles=TILES):
   return exact.encode_topk(x_BD, w_ND, b_N, mask_N, k, None, tiles)[:3]
 
 
-def through_identity(pre_BN, k, mask_N=None):
+def through_identity(pre_BN, k, mask_N=None, tiles=TILES):
   """The exact top-k of given pre-activations, and what the kernel gave."""
   n = pre_BN.shape[1]
   width = -(-n // 128) * 128
@@ -40,9 +55,9 @@ def through_identity(pre_BN, k, mask_N=None):
   x_BD[:, :n] = pre_BN
   mask_N = np.ones(n, bool) if mask_N is None else mask_N
   raw = kernel.encode_topk(
-    x_BD, w_ND, np.zeros(n, np.float32), k, tiles=TILES, interpret=True
+    x_BD, w_ND, np.zeros(n, np.float32), k, tiles=tiles, interpret=True
   )
-  return run(x_BD, w_ND, np.zeros(n, np.float32), mask_N, k), raw
+  return run(x_BD, w_ND, np.zeros(n, np.float32), mask_N, k, tiles), raw
 
 
 N, K = 192, 9
@@ -78,6 +93,43 @@ def test_the_top_k_is_that_of_a_stable_sort(name):
   assert failed.all() if name in BEYOND else not wrong.any()
   if name == 'winners in one bin':
     assert wrong.all()
+
+
+# By whether two winners meet, of the latents n and n + 8 in a product of 32.
+GROUPS = {
+  'in no group': ([0, 1, 2, 3], False),
+  'in one group': ([0, 8, 1, 2], True),
+  'in one bin, in two groups': ([0, 16, 1, 2], False),
+  'in a bin that overflows': ([0, 16, 128, 144], True),
+}
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize('name', GROUPS)
+def test_winners_that_meet_in_a_group_are_found_again(name):
+  places, fails = GROUPS[name]
+  pre_BN = np.random.default_rng(6).random((3, 256)).astype(np.float32)
+  pre_BN[:, places] += 10
+  k = len(places)
+  want_vals, want_idx = stable_top_k(pre_BN, k)
+  (vals, idx, failed), raw = through_identity(pre_BN, k, tiles=GROUPED)
+  np.testing.assert_array_equal(vals, want_vals)
+  np.testing.assert_array_equal(idx, want_idx)
+  assert failed.all() == failed.any() == fails
+  assert (np.asarray(raw[1]) != want_idx).any(1).all() == fails
+
+
+@pytest.mark.fast
+def test_groups_are_as_large_as_seldom_have_two_winners():
+  rng = np.random.default_rng(7)
+  pairs_TK = [rng.choice(4096, 8, replace=False) // 2 for _ in range(20_000)]
+  seen = np.mean([len(set(pairs)) < 8 for pairs in pairs_TK])
+  want = tiles.grouped_share(4096, 8, 2)
+  assert abs(seen - want) < 4 * np.sqrt(want / 20_000)
+  # Control: of the same latents in groups of four more would be seen.
+  assert tiles.grouped_share(4096, 8, 4) - seen > 9 * np.sqrt(want / 20_000)
+  for n, group in ((32_768, 1), (131_072, 2), (1_048_576, 4)):
+    assert tiles.choose(4096, 768, n, 32, jnp.bfloat16).group == group
 
 
 @pytest.mark.fast
@@ -122,14 +174,18 @@ SHAPES = [
 ]
 
 
+@pytest.mark.parametrize('tiles', [TILES, GROUPED], ids=['whole', 'grouped'])
 @pytest.mark.parametrize('shape', SHAPES)
-def test_products_and_shapes_equal_the_dense_ones(shape):
+def test_products_and_shapes_equal_the_dense_ones(shape, tiles):
   batch, n, d, k = shape
   rng = np.random.default_rng(1)
   x_BD, w_ND = rng.standard_normal((batch, d)), rng.standard_normal((n, d))
   b_N = rng.standard_normal(n)
   vals, idx, _ = run(
-    *(a.astype(np.float32) for a in (x_BD, w_ND, b_N)), np.ones(n, bool), k
+    *(a.astype(np.float32) for a in (x_BD, w_ND, b_N)),
+    np.ones(n, bool),
+    k,
+    tiles,
   )
   want_vals, want_idx = stable_top_k(x_BD @ w_ND.T + b_N, k)
   np.testing.assert_array_equal(idx, want_idx)
@@ -171,7 +227,7 @@ def test_no_memory_is_raced_for_or_read_unwritten():
     w_ND.astype(np.float32),
     np.zeros(150, np.float32),
     3,
-    tiles=TILES,
+    tiles=GROUPED,
     interpret=pltpu.InterpretParams(
       detect_races=True,
       uninitialized_memory='nan',

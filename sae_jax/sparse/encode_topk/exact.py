@@ -8,8 +8,11 @@ from sae_jax.sparse import varying
 from sae_jax.sparse.encode_topk import kernel, reference
 from sae_jax.sparse.encode_topk import tiles as tiles_lib
 
-# Pre-activations of the tokens that are done again at a time, in bytes.
-_REDO_BYTES = 2**25
+# Tokens that are done again at a time, for each of which the pre-activations
+# exist, and the most bytes of these. A pass reads the encoder, so that few
+# tokens should not need many.
+_REDO_TOKENS = 64
+_REDO_BYTES = 2**28
 
 
 def encode_topk(
@@ -48,6 +51,9 @@ def encode_topk(
   bias_N = b_lat_N
   if mask_N is not None:
     bias_N = jnp.where(mask_N, b_lat_N, -jnp.inf)
+  # Rounded once, for the kernel and for what is done again.
+  if dtype is not None:
+    w_enc_ND = w_enc_ND.astype(dtype)
   vals_BK, idx_BK, dropped_B = kernel.encode_topk(
     x_BD,
     w_enc_ND,
@@ -77,7 +83,7 @@ def _again(failed_B, vals_BK, idx_BK, inputs):
   x_BD, w_enc_ND, b_lat_N, mask_N, dtype = inputs
   batch, k = vals_BK.shape
   size = max(8, _REDO_BYTES // (4 * w_enc_ND.shape[0]))
-  size = min(batch, size)
+  size = min(batch, size, _REDO_TOKENS)
   # Places past the last failed token repeat it, and write it once more.
   order_B = jnp.argsort(~failed_B, stable=True)
   total = failed_B.sum(dtype=jnp.int32)

@@ -1,16 +1,19 @@
 """Pallas TensorCore kernel: the encoder's product with a running top-k.
 
-Blocks of latents stream through VMEM; pre-activations never leave it. Each
-latent belongs to a bin, its place in the block mod `bins`, and every bin keeps
-its `kept` largest values of each token in order, while the largest value that
-any bin of the token had to drop is remembered. After the last block the k
-largest kept values are sorted out exactly. They are the exact top k if the
-k-th is above everything that was dropped; the kernel returns the greatest
-dropped value so that its caller can tell, and recompute the few tokens that
-fail.
+Blocks of latents stream through VMEM; pre-activations never leave it. A latent
+belongs to a bin, by its place in the block, and every bin keeps its `kept`
+largest values of each token in order, while the largest value that any bin of
+the token had to drop is remembered. Before that, latents of one bin and one
+product may compete in groups of which only the largest is offered to the bin,
+and what loses counts as dropped. After the last block the k largest kept
+values are sorted out exactly. They are the exact top k if the k-th is above
+everything that was dropped; the kernel returns the greatest dropped value so
+that its caller can tell, and recompute the few tokens that fail.
 
 Tokens lie on lanes and latents on sublanes, so that bins are updated without
-moving data within a register.
+moving data within a register. A product is small and its results go to the
+bins by registers; many products stand in one basic block, where the compiler
+lays the update of one beside the next product.
 """
 
 import functools
@@ -45,6 +48,19 @@ def _insert(bins, value, first):
   return after, dropped
 
 
+def _compete(values, firsts, most):
+  """The largest of a group, its latent, and the greatest that was dropped."""
+  group = list(zip(values, firsts))
+  while len(group) > 1:
+    winners = []
+    for (a, first_a), (b, first_b) in zip(group[::2], group[1::2]):
+      most = jnp.maximum(most, jnp.minimum(a, b))
+      first = jnp.where(b > a, first_b, first_a)
+      winners.append((jnp.maximum(a, b), first))
+    group = winners
+  return *group[0], most
+
+
 def _kernel(
   x_ref,
   w_ref,
@@ -52,8 +68,6 @@ def _kernel(
   vals_ref,
   idx_ref,
   dropped_ref,
-  even_ref,
-  odd_ref,
   bins_ref,
   where_ref,
   most_ref,
@@ -65,12 +79,11 @@ def _kernel(
   precision,
 ):
   block = pl.program_id(1)
-  rows = tiles.bins * tiles.depth
-  products = rows // tiles.rows
-  # Groups of eight bins that are updated beside one product.
-  groups = tiles.bins // _SUBLANES // products
+  # Bins that one product is for.
+  own_bins = tiles.rows // tiles.depth
   pieces = tiles.tokens // tiles.lanes
   candidates = tiles.kept * tiles.bins
+  start = jnp.minimum(block * tiles.bins * tiles.depth, last)
 
   @pl.when(block == 0)
   def _():
@@ -78,92 +91,78 @@ def _kernel(
     where_ref[...] = jnp.zeros(where_ref.shape, jnp.int32)
     most_ref[...] = jnp.full(most_ref.shape, -jnp.inf, jnp.float32)
 
-  def product(part, lanes, out_ref):
-    """Pre-activations of `tiles.rows` latents of the block in VMEM."""
+  def product(part, lanes):
+    """Pre-activations of `tiles.rows` latents."""
     at = pl.ds(pl.multiple_of(part * tiles.rows, tiles.rows), tiles.rows)
     pre = jnp.dot(
       w_ref[at, :],
-      x_ref[:, lanes],
+      x_ref[lanes],
       preferred_element_type=jnp.float32,
       precision=precision,
     )
     # The bias is a row in memory, where a column would be padded 128 times.
     row = jnp.broadcast_to(bias_ref[0, :, at], (_LANES, tiles.rows))
-    out_ref[at, lanes] = pre + jnp.tile(row.T, (1, tiles.lanes // _LANES))
+    return pre + jnp.tile(row.T, (1, tiles.lanes // _LANES))
 
-  def update(group, lanes, in_ref, first):
-    """Eight bins take in what a block, from the latent `first`, has."""
-    at = pl.multiple_of(group * _SUBLANES, _SUBLANES)
+  def update(at, lanes, values, first, most):
+    """Eight bins take in their latents of one product."""
     levels = [
       pl.ds(level * tiles.bins + at, _SUBLANES) for level in range(tiles.kept)
     ]
     bins = [
-      (bins_ref[level, lanes], where_ref[level, lanes]) for level in levels
+      (bins_ref[lanes, level], where_ref[lanes, level]) for level in levels
     ]
-    most = most_ref[:, lanes]
-    for part in range(tiles.depth):
-      value = in_ref[pl.ds(part * tiles.bins + at, _SUBLANES), lanes]
-      latent = jnp.full(value.shape, first + part * tiles.bins, jnp.int32)
+    firsts = [
+      jnp.full(values[0].shape, first + i * own_bins, jnp.int32)
+      for i in range(tiles.depth)
+    ]
+    for i in range(0, tiles.depth, tiles.group):
+      group = slice(i, i + tiles.group)
+      value, latent, most = _compete(values[group], firsts[group], most)
       bins, dropped = _insert(bins, value, latent)
       most = jnp.maximum(most, dropped)
     for level, (kept, where) in zip(levels, bins):
-      bins_ref[level, lanes] = kept
-      where_ref[level, lanes] = where
-    most_ref[:, lanes] = most
+      bins_ref[lanes, level] = kept
+      where_ref[lanes, level] = where
+    return most
 
-  def each(body):
-    """Runs over products and pieces of the tokens, in one loop."""
+  def body(i, carry):
+    lanes = i % pieces
+    most = most_ref[lanes]
+    for product_of_body in range(tiles.unrolled):
+      part = i // pieces * tiles.unrolled + product_of_body
+      pre = product(part, lanes)
+      for eight in range(0, own_bins, _SUBLANES):
+        at = pl.multiple_of(part * own_bins + eight, _SUBLANES)
+        values = [
+          pre[level * own_bins + eight :][:_SUBLANES]
+          for level in range(tiles.depth)
+        ]
+        most = update(at, lanes, values, start + part * tiles.rows, most)
+    most_ref[lanes] = most
+    return carry
 
-    def step(i, carry):
-      lanes = pl.multiple_of(i % pieces * tiles.lanes, tiles.lanes)
-      body(i // pieces, pl.ds(lanes, tiles.lanes))
+  bodies = tiles.bins // own_bins // tiles.unrolled
+  lax.fori_loop(0, bodies * pieces, body, 0)
+
+  @pl.when(block == blocks - 1)
+  def _():
+    def piece(p, carry):
+      def number(group, carry):
+        at = pl.ds(pl.multiple_of(group * _SUBLANES, _SUBLANES), _SUBLANES)
+        place = lax.broadcasted_iota(jnp.int32, (_SUBLANES, tiles.lanes), 0)
+        own = (group * _SUBLANES + place) % own_bins
+        where_ref[p, at, :] = where_ref[p, at, :] + own
+        return carry
+
+      lax.fori_loop(0, candidates // _SUBLANES, number, 0)
+      lanes = pl.ds(pl.multiple_of(p * tiles.lanes, tiles.lanes), tiles.lanes)
+      dropped_ref[:, lanes] = most_ref[p].max(0, keepdims=True)
+      outs = (r.at[:, lanes] for r in (vals_ref, idx_ref))
+      select.top_k(bins_ref.at[p], where_ref.at[p], candidates, k, *outs)
       return carry
 
-    lax.fori_loop(0, products * pieces, step, 0)
-
-  def updates(part, lanes, in_ref, first):
-    for i in range(groups):
-      update(part * groups + i, lanes, in_ref, first)
-
-  # The product of one block runs beside the update of the one before. Two
-  # buffers with fixed roles: one indexed by parity would not be seen to be
-  # free of conflicts, and nothing would overlap.
-  def both(new_ref, old_ref):
-    def body(part, lanes):
-      product(part, lanes, new_ref)
-      updates(part, lanes, old_ref, (block - 1) * rows)
-
-    each(body)
-
-  inside = (block > 0) & (block < blocks)
-
-  @pl.when(block == 0)
-  def _():
-    each(lambda part, lanes: product(part, lanes, even_ref))
-
-  @pl.when(inside & (block % 2 == 1))
-  def _():
-    both(odd_ref, even_ref)
-
-  @pl.when(inside & (block % 2 == 0))
-  def _():
-    both(even_ref, odd_ref)
-
-  @pl.when(block == blocks)
-  def _():
-    last_ref = even_ref if blocks % 2 else odd_ref
-    each(lambda part, lanes: updates(part, lanes, last_ref, last))
-
-    def number(group, carry):
-      at = pl.ds(pl.multiple_of(group * _SUBLANES, _SUBLANES), _SUBLANES)
-      place = lax.broadcasted_iota(jnp.int32, (_SUBLANES, tiles.tokens), 0)
-      own = (group * _SUBLANES + place) % tiles.bins
-      where_ref[at, :] = where_ref[at, :] + own
-      return carry
-
-    lax.fori_loop(0, candidates // _SUBLANES, number, 0)
-    dropped_ref[...] = most_ref[...].max(0, keepdims=True)
-    select.top_k(bins_ref, where_ref, candidates, k, vals_ref, idx_ref)
+    lax.fori_loop(0, pieces, piece, 0)
 
 
 @functools.partial(
@@ -205,7 +204,8 @@ def encode_topk(
   last = n_latents + short - rows
   padded = -(-batch // tiles.tokens) * tiles.tokens
   factor = jnp.float32 if dtype is None else dtype
-  x_DB = jnp.pad(x_BD.astype(factor), ((0, padded - batch), (0, 0))).T
+  x_DB = jnp.pad(x_BD.astype(factor), ((0, padded - batch), (0, 0)))
+  x_DB = x_DB.reshape(-1, tiles.lanes, width).swapaxes(1, 2)
   w_enc_ND = jnp.pad(w_enc_ND.astype(factor), ((0, short), (0, 0)))
   bias_N = jnp.pad(b_lat_N, (0, short), constant_values=-jnp.inf)
   before = (blocks - 1) * rows
@@ -217,7 +217,8 @@ def encode_topk(
     ]
   )
   steps = select.scratch_steps(tiles.kept * tiles.bins, k)
-  scratch = (steps * _SUBLANES, tiles.tokens)
+  pieces = tiles.tokens // tiles.lanes
+  scratch = (pieces, steps * _SUBLANES, tiles.lanes)
 
   shapes = ((k, jnp.float32), (k, jnp.int32), (1, jnp.float32))
   vals, idx, dropped = pl.pallas_call(
@@ -233,26 +234,22 @@ def encode_topk(
       varying.shape((n, padded), kind, x_BD, w_enc_ND, b_lat_N)
       for n, kind in shapes
     ],
-    grid=(padded // tiles.tokens, blocks + 1),
+    grid=(padded // tiles.tokens, blocks),
     in_specs=[
-      pl.BlockSpec((width, tiles.tokens), lambda i, j: (0, i)),
+      pl.BlockSpec((pieces, width, tiles.lanes), lambda i, j: (i, 0, 0)),
       pl.BlockSpec(
         (pl.Element(rows), pl.Element(width)),
         lambda i, j: (pl.multiple_of(jnp.minimum(j * rows, last), 16), 0),
       ),
-      pl.BlockSpec(
-        (1, 1, rows), lambda i, j: (jnp.minimum(j, blocks - 1), 0, 0)
-      ),
+      pl.BlockSpec((1, 1, rows), lambda i, j: (j, 0, 0)),
     ],
     out_specs=[
       pl.BlockSpec((n, tiles.tokens), lambda i, j: (0, i)) for n, _ in shapes
     ],
     scratch_shapes=[
-      pltpu.VMEM((rows, tiles.tokens), jnp.float32),
-      pltpu.VMEM((rows, tiles.tokens), jnp.float32),
       pltpu.VMEM(scratch, jnp.float32),
       pltpu.VMEM(scratch, jnp.int32),
-      pltpu.VMEM((_SUBLANES, tiles.tokens), jnp.float32),
+      pltpu.VMEM((pieces, _SUBLANES, tiles.lanes), jnp.float32),
     ],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'arbitrary'),

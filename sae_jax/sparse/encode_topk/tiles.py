@@ -17,6 +17,22 @@ from sae_jax.sparse.encode_topk import select
 # not happen to most batches of some thousand tokens.
 _FAILING = 1e-4
 _KEPT = 3
+# Share that fails since two winners meet in a group. Tokens that are done again
+# share a pass over the encoder, at some 10 times what a token costs the kernel
+# on v6e, and a group of two saves a fourth of that.
+_MEETING = 5e-3
+_GROUPS = (4, 2, 1)
+# By the compiler's estimate on v6e at D 768, in cycles a token for 32,768
+# latents, of which 96 are the product's: 142 with products of 256 latents and
+# 256 tokens, 24 in a row, in groups of two. 149 with 128 latents, 153 with 512;
+# 152 with 512 tokens, 222 with 128; 154 with 12 in a row. What a product leaves
+# in registers must not be much more than fits, and a basic block takes 560
+# cycles to get going. Groups of four: 134, none: 190.
+_ROWS = _LANES = 256
+_BODY = 24 * _ROWS * _LANES * 768
+_TOKENS = (1024, 512, 256, 128)
+# Deeper blocks load and store bins less often.
+_DEPTHS = (8, 4, 2, 1)
 # What an interpreted kernel is laid out for. Lanes set its unit on a TPU.
 _TEST_VMEM = 2**26
 _TEST_UNIT = 16
@@ -29,19 +45,24 @@ class Tiles:
   Attributes:
     tokens: of a block, a multiple of 128.
     bins: that a token's latents fall into: a multiple of 128 on a TPU.
-    depth: latents of each bin in a block.
+    depth: latents of each bin in a block, a power of two.
     kept: values that a bin keeps.
+    group: latents of a bin of which the largest alone is offered to it, a
+      divisor of `depth`.
     rows: latents of one product: a divisor of bins * depth, and a multiple of
       8 * depth.
     lanes: tokens of one product, a multiple of 128 and a divisor of `tokens`.
+    unrolled: products of one basic block, a divisor of bins * depth / rows.
   """
 
   tokens: int
   bins: int
   depth: int
   kept: int
+  group: int
   rows: int
   lanes: int
+  unrolled: int
 
   def vmem_bytes(self, width: int, k: int, dtype: jnp.dtype) -> int:
     """VMEM that the kernel needs, with double buffers of what streams."""
@@ -50,9 +71,10 @@ class Tiles:
     streams = 2 * size * width * (self.tokens + block) + 2 * 32 * block
     results = 2 * 4 * self.tokens * (2 * k + 8)
     steps = select.scratch_steps(self.kept * self.bins, k)
-    scratch = 4 * self.tokens * (2 * block + 2 * 8 * steps + 8)
+    scratch = 4 * self.tokens * (2 * 8 * steps + 8)
+    # What does not fit registers.
     product = 2 * 4 * self.rows * (self.lanes + 128)
-    return int(1.1 * (streams + results + scratch + product)) + 2**20
+    return int(1.1 * (streams + results + scratch + product)) + 2**21
 
 
 def failing_share(k: int, bins: int, kept: int) -> float:
@@ -131,16 +153,21 @@ def choose(
   vmem = pltpu.get_tpu_info().vmem_capacity_bytes if on_tpu else _TEST_VMEM
   unit = 128 if on_tpu else _TEST_UNIT
   kept, bins = _bins(n_latents, k, unit, recall)
+  group = _group(n_latents, k) if recall == 1 else 1
   most = max(128, pl.cdiv(batch, 128) * 128)
   while bins * kept >= k:
-    for tokens, depth in itertools.product((1024, 512, 256, 128), (4, 2, 1)):
+    for tokens, depth in itertools.product(_TOKENS, _DEPTHS):
+      rows = _rows(bins, depth, unit)
+      lanes = min(tokens, _LANES)
       tiles = Tiles(
         tokens=tokens,
         bins=bins,
         depth=depth,
         kept=kept,
-        rows=_rows(bins, depth, unit),
-        lanes=min(tokens, 512),
+        group=min(group, depth),
+        rows=rows,
+        lanes=lanes,
+        unrolled=_unrolled(bins * depth // rows, rows * lanes * width),
       )
       fits = tiles.vmem_bytes(width, k, factor) <= 0.9 * vmem
       if fits and tokens <= most:
@@ -183,17 +210,37 @@ def _bins(n_latents, k, unit, recall) -> tuple[int, int]:
   return _KEPT, min(exact, fewest(_KEPT, recalls))
 
 
-def _rows(bins: int, depth: int, unit: int) -> int:
-  """Latents of one product: a whole block of latents, up to some 2,048.
+def grouped_share(n_latents: int, k: int, group: int) -> float:
+  """Share of tokens of which two of the top k meet in a group of latents.
 
-  A product takes about 100 cycles to fill and drain the MXU (the compiler's
-  estimate on v6e at D 768: 267 cycles a token for 32,768 latents in products
-  of 256 x 256, 164 of 1,024 x 512, 126 of 1,024 x 1,024; 96 is the least).
+  For winners among random latents; the expected number of pairs that meet,
+  close where it is small.
   """
-  block = bins * depth
+  return min(1.0, k * (k - 1) / 2 * (group - 1) / max(1, n_latents - 1))
+
+
+def _group(n_latents: int, k: int) -> int:
+  """The largest group that seldom has two winners."""
+  return next(
+    group
+    for group in _GROUPS
+    if group == 1 or grouped_share(n_latents, k, group) <= _MEETING
+  )
+
+
+def _rows(bins: int, depth: int, unit: int) -> int:
+  """Latents of one product: as many as `_ROWS`, or the fewest there can be."""
   fits = [
-    block // parts
-    for parts in range(1, bins // 8 + 1)
-    if not bins % (8 * parts) and not block % (parts * unit)
+    own * depth
+    for own in range(bins, 0, -8)
+    if not bins % own and not own * depth % unit
   ]
-  return next((rows for rows in fits if rows <= 2048), fits[-1])
+  return next((rows for rows in fits if rows <= _ROWS), fits[-1])
+
+
+def _unrolled(products: int, size: int) -> int:
+  """Products of a basic block: about as long for any width."""
+  most = max(1, _BODY // size)
+  return max(
+    i for i in range(1, products + 1) if i <= most and not products % i
+  )
