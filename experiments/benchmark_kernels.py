@@ -29,8 +29,14 @@ NOTE = (
 )
 
 
+def _temporary(found) -> int | None:
+  """Bytes of HBM for a while, None if it does not compile."""
+  return None if found.error else found.temporary
+
+
 def _row(chip, shape, operation, results) -> dict:
   """One line of the table."""
+  ours, theirs = (results[one] for one in operation.whole)
   kernel, xla = operation.kernel(results), operation.xla(results)
   bound, other = kernel.seconds(chip), xla.seconds(chip)
   peak = CHIPS[chip]
@@ -53,6 +59,10 @@ def _row(chip, shape, operation, results) -> dict:
     'xla_bound_s': other,
     'over_xla': bound and other and round(bound / other, 2),
     'xla_no_estimate': xla.reason,
+    'temporary_bytes': _temporary(ours),
+    'does_not_compile': ours.error,
+    'xla_temporary_bytes': _temporary(theirs),
+    'xla_does_not_compile': theirs.error,
   }
 
 
@@ -96,7 +106,7 @@ def measure(chips, shapes, workers: int, report=None) -> dict:
     one
     for each in wanted.values()
     for operation in each
-    for one in operation.jobs
+    for one in (*operation.jobs, *operation.whole)
   ]
   jobs += filter(None, (kernel_costs.sort_job(*where) for where in wanted))
   results = compiler_estimate.run(jobs, workers, report)
@@ -118,14 +128,18 @@ def measure(chips, shapes, workers: int, report=None) -> dict:
   }
 
 
+def _mib(nbytes: int | None) -> str:
+  return '-' if nbytes is None else f'{nbytes / 2**20:,.0f}'
+
+
 def lines(found: dict):
   """The table as text."""
   yield found['note']
   head = (
     *('chip', 'shape', 'operation', 'cycles'),
-    *('bound ms', 'by', 'over least', 'over XLA'),
+    *('bound ms', 'by', 'over least', 'over XLA', 'MiB', 'XLA MiB'),
   )
-  form = '{:6} {:10} {:17} {:>13} {:>10} {:>7} {:>10} {:>9}'
+  form = '{:6} {:10} {:17} {:>13} {:>10} {:>7} {:>10} {:>9} {:>8} {:>9}'
   yield form.format(*head)
   for row in found['kernels']:
     cycles = f'{row["cycles"]:,}' if row['cycles'] else 'none'
@@ -138,6 +152,8 @@ def lines(found: dict):
       row['bound_by'] or '-',
       str(row['over_least'] or '-'),
       str(row['over_xla'] or '-'),
+      _mib(row['temporary_bytes']),
+      _mib(row['xla_temporary_bytes']),
     )
   for step in found['steps']:
     where = f'{step["chip"]} {step["shape"]}'
@@ -162,7 +178,8 @@ def main(argv: list[str]) -> None:
   def report(one, found, seconds):
     print(
       f'{one.chip} {one.program} {dict(one.arguments)}: '
-      f'{found.error or f"{found.of():,} cycles"}, {seconds:.0f} s',
+      f'{found.error or f"{found.of():,} cycles"}, '
+      f'{found.temporary / 2**20:,.1f} MiB, {seconds:.0f} s',
       file=sys.stderr,
       flush=True,
     )

@@ -42,11 +42,14 @@ class Job:
     chip: one of `aot.CHIPS`.
     program: a function of `kernel_probes`.
     arguments: of that function, by name.
+    estimated: whether cycles are asked for; else the program is compiled as
+      it would be for use.
   """
 
   chip: str
   program: str
   arguments: tuple[tuple[str, int | float | str], ...]
+  estimated: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,20 +60,22 @@ class Found:
     cycles: of each operation by name; empty if there is no estimate.
     sizes: what the program chose, such as its tiles.
     error: why there is nothing, else empty.
+    temporary: bytes of HBM beside arguments and results.
   """
 
   cycles: dict[str, int]
   sizes: dict[str, float]
   error: str
+  temporary: int = 0
 
   def of(self, name: str = '') -> int:
     """Cycles of the operations whose names begin so."""
     return sum(c for op, c in self.cycles.items() if op.startswith(name))
 
 
-def job(chip: str, program: str, **arguments) -> Job:
+def job(chip: str, program: str, estimated: bool = True, **arguments) -> Job:
   """A job with its arguments as keywords."""
-  return Job(chip, program, tuple(sorted(arguments.items())))
+  return Job(chip, program, tuple(sorted(arguments.items())), estimated)
 
 
 def run(jobs: Iterable[Job], workers: int = 2, report=None) -> dict[Job, Found]:
@@ -100,7 +105,7 @@ def _in_process(one: Job) -> tuple[Found, float]:
     environment = dict(
       os.environ,
       JAX_PLATFORMS='cpu',
-      LIBTPU_INIT_ARGS=f'{_PROFILE}={folder}',
+      LIBTPU_INIT_ARGS=f'{_PROFILE}={folder}' if one.estimated else '',
     )
     ran = None
     try:
@@ -109,7 +114,7 @@ def _in_process(one: Job) -> tuple[Found, float]:
           sys.executable,
           '-m',
           __spec__.name,
-          json.dumps(dataclasses.astuple(one)),
+          json.dumps([one.chip, one.program, one.arguments]),
         ],
         env=environment,
         capture_output=True,
@@ -119,10 +124,11 @@ def _in_process(one: Job) -> tuple[Found, float]:
     except subprocess.TimeoutExpired:
       error = f'not done after {_TIMEOUT_S} s'
     if ran is not None and not ran.returncode:
-      sizes = json.loads(ran.stdout.splitlines()[-1])
+      sizes, temporary = json.loads(ran.stdout.splitlines()[-1])
       cycles = _cycles(folder)
-      error = '' if cycles else 'no estimate was written'
-      found = Found(cycles, sizes, error)
+      missing = one.estimated and not cycles
+      error = 'no estimate was written' if missing else ''
+      found = Found(cycles, sizes, error, temporary)
     else:
       found = Found({}, {}, _reason(ran.stderr) if ran else error)
   return found, time.monotonic() - began
@@ -168,8 +174,9 @@ def _compile(chip, program, arguments):
       jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
       for shape, dtype in probe.arguments
     ]
-    jax.jit(probe.function).lower(*args).compile()
-  print(json.dumps(probe.sizes))
+    compiled = jax.jit(probe.function).lower(*args).compile()
+  temporary = compiled.memory_analysis().temp_size_in_bytes
+  print(json.dumps([probe.sizes, temporary]))
 
 
 if __name__ == '__main__':

@@ -19,6 +19,8 @@ _MATMUL_TOKENS = 2048
 # XLA's sort is estimated up to so many pairs; a larger one is left out.
 _MOST_SORTED = 2**18
 _LANES = 128
+# With more latents a pass for tokens that failed has no estimate; it is scaled.
+_AGAIN_LATENTS = 2**17
 
 _Results = dict[Job, Found]
 
@@ -56,6 +58,8 @@ class Operation:
     xla: its cost as XLA does it.
     flops: of products that it can't do without.
     least_bytes: that it must move.
+    whole: compilations at the shape itself, with our kernel and as XLA does
+      it, that say what HBM each needs for a while.
   """
 
   name: str
@@ -64,6 +68,7 @@ class Operation:
   xla: Callable[[_Results], Cost]
   flops: float
   least_bytes: float
+  whole: tuple[Job, Job]
 
 
 def _more(results: _Results, few: Job, many: Job, name: str = '') -> float:
@@ -97,30 +102,42 @@ def operations(chip: str, shape: Shape) -> Iterator[Operation]:
   yield _adam_rows(chip, shape)
 
 
+def _pair(chip, name, kernel, xla, other=''):
+  """Compilations at a whole shape with our kernel, and as XLA does it."""
+  return (
+    job(chip, name, estimated=False, **kernel),
+    job(chip, other or name, estimated=False, **xla),
+  )
+
+
 def _encode(chip, shape):
   b, d, n, k = shape.batch, shape.d_model, shape.n_latents, shape.k
   given = {'batch': b, 'd': d, 'n': n, 'k': k}
-  few, many = (job(chip, 'encode_blocks', blocks=i, **given) for i in (2, 4))
+  few, many = (job(chip, 'encode_bodies', blocks=i, **given) for i in (2, 4))
   # A network's unit is a power of two of at least k, where bins are many.
   unit = 1 << (k - 1).bit_length()
   one, two = (
     job(chip, 'select_units', k=k, unit=unit, units=i) for i in (1, 2)
   )
+  again = job(chip, 'encode_again', d=d, n=min(n, _AGAIN_LATENTS), k=k)
 
   def cycles(results):
     sizes = results[few].sizes
-    block = _more(results, few, many, 'encode_topk') / 2
+    body = _more(results, few, many, 'encode_topk') / 2
+    body *= sizes['bodies'] / sizes['bodies_of_block']
     fold = _more(results, one, two, 'select')
     select = results[one].of('select') + (sizes['select_units'] - 1) * fold
-    blocks = -(-n // sizes['rows'])
-    each = (blocks + 1) * block + select * sizes['tokens'] / _LANES
-    return -(-b // (sizes['tokens'] * sizes['cores'])) * each
+    each = -(-n // sizes['rows']) * body + select * sizes['tokens'] / _LANES
+    each *= -(-b // (sizes['tokens'] * sizes['cores']))
+    more = max(1, n / _AGAIN_LATENTS)
+    return each + sizes['passes'] * results[again].of() * more
 
   def moved(results):
-    blocks = -(-b // results[few].sizes['tokens'])
-    return 2 * blocks * n * d + 2 * b * d + 8 * k * b
+    sizes = results[few].sizes
+    reads = -(-b // sizes['tokens']) + sizes['passes']
+    return 2 * reads * n * d + 2 * b * d + 8 * k * b
 
-  jobs = few, many, one, two
+  jobs = few, many, one, two, again
   tokens = min(b, _MATMUL_TOKENS)
   half, whole = (
     job(chip, 'xla_matmul', batch=tokens, d=d, n=i) for i in (8192, 16_384)
@@ -136,18 +153,15 @@ def _encode(chip, shape):
     ),
     2 * b * n * d,
     2 * n * d + 2 * b * d + 8 * k * b,
+    _pair(chip, 'encode_whole', given | {'kernel': 1}, given | {'kernel': 0}),
   )
 
 
 def _gather(chip, shape, name):
   b, d, n, k = shape.batch, shape.d_model, shape.n_latents, shape.k
-  few, many = (
-    job(
-      chip, 'gather', kind=name, batch=b, d=d, n=n, k=k, active=shape.active,
-      blocks=i,
-    )
-    for i in (4, 8)
-  )  # fmt: skip
+  given = {'batch': b, 'd': d, 'n': n, 'k': k}
+  ours = given | {'kind': name, 'active': shape.active}
+  few, many = (job(chip, 'gather', blocks=i, **ours) for i in (4, 8))
   real = b * k * shape.active
 
   def cycles(results):
@@ -171,18 +185,15 @@ def _gather(chip, shape, name):
     ),
     0,
     rows + 8 * real,
+    _pair(chip, 'gather', ours | {'blocks': 0}, given, f'xla_{name}'),
   )
 
 
 def _segment_sums(chip, shape):
   b, d, n, k = shape.batch, shape.d_model, shape.n_latents, shape.k
-  few, many = (
-    job(
-      chip, 'segment_sums', batch=b, d=d, n=n, k=k, active=shape.active,
-      chunks=i,
-    )
-    for i in (8, 16)
-  )  # fmt: skip
+  given = {'batch': b, 'd': d, 'n': n, 'k': k}
+  ours = given | {'active': shape.active}
+  few, many = (job(chip, 'segment_sums', chunks=i, **ours) for i in (8, 16))
   real = b * k * shape.active
 
   def cycles(results):
@@ -212,6 +223,9 @@ def _segment_sums(chip, shape):
     ),
     0,
     4 * d * (real + 2 * n) + 12 * real,
+    _pair(
+      chip, 'segment_sums', ours | {'chunks': 0}, given, 'xla_segment_sums'
+    ),
   )
 
 
@@ -230,6 +244,9 @@ def _adam_rows(chip, shape):
     _cost(xla, lambda results: _more(results, *xla) / 4096 * n, 64 * n * d),
     0,
     36 * n * d,
+    _pair(
+      chip, 'adam_rows', {'d': d, 'n': n}, {'d': d, 'n': n}, 'xla_adam_rows'
+    ),
   )
 
 

@@ -9,8 +9,10 @@ adds them up.
 """
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
 import functools
+import math
 from typing import Any
 from unittest import mock
 
@@ -25,7 +27,9 @@ from sae_jax.sparse.adam_rows import kernel as adam_kernel
 from sae_jax.sparse.adam_rows import reference as adam_reference
 from sae_jax.sparse.decode import kernel as decode_kernel
 from sae_jax.sparse.decode import tiles as decode_tiles
+from sae_jax.sparse.encode_topk import exact as encode_exact
 from sae_jax.sparse.encode_topk import kernel as encode_kernel
+from sae_jax.sparse.encode_topk import reference as encode_reference
 from sae_jax.sparse.encode_topk import select
 from sae_jax.sparse.encode_topk import tiles as encode_tiles
 from sae_jax.sparse.weight_grad import kernel as grad_kernel
@@ -52,21 +56,36 @@ class Probe:
   sizes: dict[str, float]
 
 
-def encode_blocks(batch: int, d: int, n: int, k: int, blocks: int) -> Probe:
-  """The encoder's kernel of a shape, over so many blocks of latents."""
+def encode_bodies(batch: int, d: int, n: int, k: int, blocks: int) -> Probe:
+  """The encoder's kernel of a shape, with two basic blocks to so many blocks.
+
+  A basic block of the kernel is for some of the bins and some of the tokens,
+  and what it costs does not depend on how many more there are; but the
+  estimate counts VMEM twice, so that whole blocks would not always fit.
+  """
   tiles = encode_tiles.choose(batch, d, n, k, _BF16)
-  rows, cores = tiles.bins * tiles.depth, decode_tiles.cores()
-  shapes = ((cores * tiles.tokens, d), (blocks * rows, d), (blocks * rows,))
+  bins = tiles.rows // tiles.depth * tiles.unrolled
+  part = dataclasses.replace(tiles, bins=bins, tokens=2 * tiles.lanes)
+  rows, cores = bins * tiles.depth, decode_tiles.cores()
+  shapes = ((cores * part.tokens, d), (blocks * rows, d), (blocks * rows,))
   unit = min(pl.next_power_of_2(k), _steps_unit(tiles))
+  again = encode_tiles.failing_share(k, tiles.bins, tiles.kept)
+  again += encode_tiles.grouped_share(n, k, tiles.group)
   return Probe(
-    functools.partial(encode_kernel.encode_topk, k=k, tiles=tiles, dtype=_BF16),
+    functools.partial(
+      encode_kernel.encode_topk, k=_SUBLANES, tiles=part, dtype=_BF16
+    ),
     [(shapes[0], _BF16), (shapes[1], _BF16), (shapes[2], _F32)],
     {
       'tokens': tiles.tokens,
-      'rows': rows,
+      'rows': tiles.bins * tiles.depth,
+      'bodies': tiles.bins // bins * tiles.tokens // tiles.lanes,
+      'bodies_of_block': 2,
       'cores': cores,
       'bins': tiles.bins,
       'kept': tiles.kept,
+      'group': tiles.group,
+      'passes': math.ceil(again * batch / encode_exact.REDO_TOKENS),
       'select_units': -(-tiles.kept * tiles.bins // _SUBLANES // unit),
       'select_unit': unit,
     },
@@ -75,6 +94,26 @@ def encode_blocks(batch: int, d: int, n: int, k: int, blocks: int) -> Probe:
 
 def _steps_unit(tiles):
   return pl.next_power_of_2(tiles.kept * tiles.bins // _SUBLANES)
+
+
+def encode_whole(batch: int, d: int, n: int, k: int, kernel: int) -> Probe:
+  """The exact encoder of a shape, with the kernel or as XLA does it."""
+  encode = encode_exact.encode_topk if kernel else encode_reference.encode_topk
+
+  def function(x_BD, w_ND, b_N):
+    return encode(x_BD, w_ND, b_N, None, k, _BF16)[:2]
+
+  return Probe(function, [((batch, d), _F32), ((n, d), _F32), ((n,), _F32)], {})
+
+
+def encode_again(d: int, n: int, k: int) -> Probe:
+  """A pass for tokens that the encoder's kernel could not vouch for."""
+
+  def function(x_BD, w_ND, b_N):
+    return encode_reference.encode_topk(x_BD, w_ND, b_N, None, k, _BF16)
+
+  x_BD = ((encode_exact.REDO_TOKENS, d), _F32)
+  return Probe(function, [x_BD, ((n, d), _BF16), ((n,), _F32)], {})
 
 
 def select_units(k: int, unit: int, units: int) -> Probe:
@@ -117,14 +156,19 @@ def _all_real(plan, share):
 def gather(
   kind: str, batch: int, d: int, n: int, k: int, active: float, blocks: int
 ) -> Probe:
-  """`gather_sum` or `sampled_products` over so many blocks of tokens."""
+  """`gather_sum` or `sampled_products` over so many blocks of tokens.
+
+  Without a number the kernel as it is, over all tokens.
+  """
   tokens = decode_tiles.block_tokens(batch, d, k, active)
+  known = blocks > 0
+  blocks = blocks or -(-batch // tokens)
   slots = tokens * k
   plan = decode_tiles.plan(blocks, slots, d, tokens)
 
   def function(rows, token, weights, count, g_BD, w_ND):
     common = {'block_tokens': tokens, 'dtype': _BF16}
-    with _all_real(plan, active):
+    with _all_real(plan, active) if known else contextlib.nullcontext():
       if kind == 'gather_sum':
         return decode_kernel.gather_sum(
           rows, token, weights, count, w_ND, **common
@@ -176,7 +220,8 @@ def segment_sums(
 ) -> Probe:
   """Both weight gradients over so many chunks of pairs, spread evenly.
 
-  A chunk of pairs has some blocks of latents, or a block some chunks.
+  A chunk of pairs has some blocks of latents, or a block some chunks. Without
+  a number the kernel as it is, over all pairs.
   """
   n_pairs = batch * k
   expected = round(n_pairs * active)
@@ -249,9 +294,21 @@ def segment_sums(
         expected=expected,
       )
 
-  per_pair = (chunks * plan.pairs,)
+  def whole(latent, row, enc, dec, g_BD, x_BD):
+    return grad_kernel.segment_sums(
+      latent,
+      row,
+      (dec, enc),
+      (g_BD, x_BD),
+      n,
+      jnp.int32(0),
+      dtype=_BF16,
+      expected=expected,
+    )
+
+  per_pair = (chunks * plan.pairs or n_pairs,)
   return Probe(
-    function,
+    function if chunks else whole,
     [
       (per_pair, _I32),
       (per_pair, _I32),

@@ -12,8 +12,9 @@ from sae_jax.sparse.shapes import SHAPES
 
 SHAPE = SHAPES[0]
 SIZES = {
-  'encode_blocks': {
-    'tokens': 1024, 'rows': 4096, 'cores': 1, 'select_units': 9,
+  'encode_bodies': {
+    'tokens': 1024, 'rows': 4096, 'bodies': 8, 'bodies_of_block': 2,
+    'cores': 1, 'passes': 3, 'select_units': 9,
   },
   'gather': {'tokens': 32},
   'segment_sums': {'packed': 1.0, 'chunks': 256},
@@ -25,7 +26,7 @@ def made_up(jobs, cycles=lambda job: 1000, error=''):
 
   def one(job):
     name = dict(job.arguments).get('kind', job.program)
-    name = {'encode_blocks': 'encode_topk', 'select_units': 'select'}.get(
+    name = {'encode_bodies': 'encode_topk', 'select_units': 'select'}.get(
       name, name
     )
     return Found({f'{name}.1': cycles(job)}, SIZES.get(job.program, {}), error)
@@ -81,16 +82,17 @@ def test_costs_grow_with_what_there_is_to_do():
     return found
 
   once = costs(SHAPE)
-  # Blocks of latents and one more, and the selection by 128 tokens.
-  blocks = SHAPE.n_latents / 4096 + 1
+  # Blocks of latents, the selection by 128 tokens, and what is done again.
+  blocks = SHAPE.n_latents / 4096
   select = 1077 + 8 * 1000
-  want = SHAPE.batch / 1024 * (1000 * blocks + 8 * select)
-  assert once['encode_topk'] == pytest.approx(want)
+  again = 3 * (1000 * SHAPE.n_latents + 77)
+  want = SHAPE.batch / 1024 * (4000 * blocks + 8 * select)
+  assert once['encode_topk'] == pytest.approx(want + again)
   assert once['gather_sum'] == 1000 * SHAPE.batch / 32
   assert once['adam_rows'] == 1000 * SHAPE.n_latents
   twice = costs(dataclasses.replace(SHAPE, batch=2 * SHAPE.batch))
   assert twice['gather_sum'] == 2 * once['gather_sum']
-  assert twice['encode_topk'] == 2 * once['encode_topk']
+  assert twice['encode_topk'] - again == 2 * (once['encode_topk'] - again)
   assert twice['adam_rows'] == once['adam_rows']
 
 

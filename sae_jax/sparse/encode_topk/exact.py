@@ -11,7 +11,7 @@ from sae_jax.sparse.encode_topk import tiles as tiles_lib
 # Tokens that are done again at a time, for each of which the pre-activations
 # exist, and the most bytes of these. A pass reads the encoder, so that few
 # tokens should not need many.
-_REDO_TOKENS = 64
+REDO_TOKENS = 64
 _REDO_BYTES = 2**28
 
 
@@ -83,7 +83,7 @@ def _again(failed_B, vals_BK, idx_BK, inputs):
   x_BD, w_enc_ND, b_lat_N, mask_N, dtype = inputs
   batch, k = vals_BK.shape
   size = max(8, _REDO_BYTES // (4 * w_enc_ND.shape[0]))
-  size = min(batch, size, _REDO_TOKENS)
+  size = min(batch, size, REDO_TOKENS)
   # Places past the last failed token repeat it, and write it once more.
   order_B = jnp.argsort(~failed_B, stable=True)
   total = failed_B.sum(dtype=jnp.int32)

@@ -40,7 +40,8 @@ def top_k(x_BN: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     and k <= _BUCKETS // 4
   )
   if bucketed:
-    return reference.bucketed_top_k(x_BN, k, _BUCKETS)
+    # What is in the chosen buckets may be wide again.
+    return reference.bucketed_top_k(x_BN, k, _BUCKETS, top_k)
   return reference.sorted_top_k(x_BN, k)
 
 

@@ -1,5 +1,7 @@
 """Exact top-k in plain jax.numpy."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -11,7 +13,12 @@ def sorted_top_k(x_BN: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 
 
 def bucketed_top_k(
-  x_BN: jax.Array, k: int, n_buckets: int
+  x_BN: jax.Array,
+  k: int,
+  n_buckets: int,
+  search: Callable[
+    [jax.Array, int], tuple[jax.Array, jax.Array]
+  ] = sorted_top_k,
 ) -> tuple[jax.Array, jax.Array]:
   """The same result without ordering the whole row.
 
@@ -23,6 +30,7 @@ def bucketed_top_k(
     x_BN: values; N must be a multiple of n_buckets.
     k: how many to take, at most n_buckets.
     n_buckets: how many buckets a row is split into.
+    search: finds the top k in the chosen buckets, as `sorted_top_k` does.
 
   Returns:
     vals_BK, descending, and idx_BK.
@@ -33,7 +41,7 @@ def bucketed_top_k(
   _, bucket_BK = jax.lax.top_k(x_BGW.max(-1), k)
   bucket_BK = jnp.sort(bucket_BK, axis=-1)
   candidates_BKW = jnp.take_along_axis(x_BGW, bucket_BK[:, :, None], axis=1)
-  vals_BK, place_BK = jax.lax.top_k(candidates_BKW.reshape(batch, k * width), k)
+  vals_BK, place_BK = search(candidates_BKW.reshape(batch, k * width), k)
   idx_BK = (
     jnp.take_along_axis(bucket_BK, place_BK // width, axis=1) * width
     + place_BK % width
