@@ -110,7 +110,9 @@ def encode_again(d: int, n: int, k: int) -> Probe:
   """A pass for tokens that the encoder's kernel could not vouch for."""
 
   def function(x_BD, w_ND, b_N):
-    return encode_reference.encode_topk(x_BD, w_ND, b_N, None, k, _BF16)
+    return encode_reference.encode_topk(
+      x_BD, w_ND, b_N, None, k, _BF16, kernels=True
+    )
 
   x_BD = ((encode_exact.REDO_TOKENS, d), _F32)
   return Probe(function, [x_BD, ((n, d), _BF16), ((n,), _F32)], {})
@@ -333,7 +335,9 @@ def pair_sort(pairs: int) -> Probe:
   """XLA's sort of all candidates by latent, with what goes along."""
 
   def function(latent, token, grads, vals):
-    return jax.lax.sort((latent, token, grads, vals), num_keys=1)
+    return jax.lax.sort(
+      (latent, token, grads, vals), num_keys=2, is_stable=False
+    )
 
   kinds = (_I32, _I32, _F32, _F32)
   return Probe(function, [((pairs,), kind) for kind in kinds], {})

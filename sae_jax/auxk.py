@@ -134,12 +134,16 @@ def aux_error(
     The ratio, and grads with its gradient added, times the weight. Where it
     is not finite it counts as 0, and adds nothing.
   """
+  # Places past the last dead latent are past all latents, in order too, so that
+  # nothing has to be sorted to add to the gradients.
+  n_latents, number_M = dead_N.shape[0], jnp.arange(size)
+  real_M = number_M < dead_N.sum()
   place_M = jnp.nonzero(dead_N, size=size, fill_value=0)[0]
-  real_M = jnp.arange(size) < dead_N.sum()
+  place_M = jnp.where(real_M, place_M, n_latents + number_M)
   rows = _Rows(
-    w_enc_MD=sae.w_enc_ND[place_M],
-    w_dec_MD=sae.w_dec_ND[place_M],
-    b_lat_M=sae.b_lat_N[place_M],
+    w_enc_MD=sae.w_enc_ND.at[place_M].get(mode='clip'),
+    w_dec_MD=sae.w_dec_ND.at[place_M].get(mode='clip'),
+    b_lat_M=sae.b_lat_N.at[place_M].get(mode='clip'),
   )
 
   implementation = aux.implementation
@@ -183,9 +187,11 @@ def aux_error(
 
   def add(grad, rows_grad):
     kept = real_M.reshape(-1, *[1] * (rows_grad.ndim - 1)) & usable
-    # Places past the last dead latent repeat latent 0, and add 0 to it.
     return grad.at[place_M].add(
-      jnp.where(kept, aux.weight / norm * rows_grad, 0)
+      jnp.where(kept, aux.weight / norm * rows_grad, 0),
+      mode='drop',
+      unique_indices=True,
+      indices_are_sorted=True,
     )
 
   grads = grads.replace(

@@ -133,11 +133,12 @@ def check(sae_config: SaeConfig, config: ObjectiveConfig) -> None:
 
 
 def _topk_sums(
-  sae, x_BD, sae_config, config, split, implementation, candidates
+  sae, tally_N, x_BD, sae_config, config, split, implementation, candidates
 ):
   """Sums and error of a TopK autoencoder on some tokens.
 
-  And whether the candidates of this shard were too few.
+  And whether the candidates of this shard were too few. Which latents fired is
+  for the gradient of `tally_N` to tell, see `sparse.autoencode`.
   """
   ks = (sae_config.k,)
   if config.multi_topk:
@@ -154,6 +155,7 @@ def _topk_sums(
     implementation=implementation,
     candidates=candidates,
     recall=config.topk_recall,
+    tally_N=tally_N,
   )
   # One sum for both reconstructions: collectives cost a wait each.
   models = split.over_latents(coded.models)
@@ -162,12 +164,6 @@ def _topk_sums(
   for missed_BD in missed:
     multi = (missed_BD**2).sum()
   active_BK = coded.vals_BK > 0
-  fired_N = varying.zeros(
-    sae.b_lat_N.shape, jnp.int32, coded.vals_BK, coded.idx_BK
-  )
-  fired_N = fired_N.at[coded.idx_BK.reshape(-1)].max(
-    active_BK.reshape(-1).astype(jnp.int32)
-  )
   sums = _Sums(
     error=(error_BD**2).sum(),
     multi=multi,
@@ -175,7 +171,7 @@ def _topk_sums(
     active=_count(active_BK).astype(x_BD.dtype),
     redone=coded.failed * x_BD.shape[0],
     recall=coded.recall * x_BD.shape[0],
-    fired_N=fired_N,
+    fired_N=varying.zeros(sae.b_lat_N.shape, jnp.int32, error_BD),
   )
   return sums, error_BD, coded.exhausted
 
@@ -252,11 +248,18 @@ def value_and_grad(
   # and are summed once, however many micro-batches there are.
   own = jax.tree.map(lambda a: varying.match(a, x_BD), sae)
 
-  def share(sae: Sae, x_BD, candidates):
+  def share(sae: Sae, tally_N, x_BD, candidates):
     """This shard's part of the loss."""
     if sae_config.activation == 'topk':
       sums, error_BD, short = _topk_sums(
-        sae, x_BD, sae_config, config, split, implementation, candidates
+        sae,
+        tally_N,
+        x_BD,
+        sae_config,
+        config,
+        split,
+        implementation,
+        candidates,
       )
     else:
       sums, error_BD, short = _dense_sums(
@@ -267,9 +270,12 @@ def value_and_grad(
     return total / tokens, (sums, jax.lax.stop_gradient(error_BD), short)
 
   def part(x_BD, candidates=None):
-    (value, (sums, error_BD, short)), grads = jax.value_and_grad(
-      share, has_aux=True
-    )(own, x_BD, candidates)
+    tally_N = jnp.zeros_like(own.b_lat_N)
+    (value, (sums, error_BD, short)), (grads, used_N) = jax.value_and_grad(
+      share, (0, 1), has_aux=True
+    )(own, tally_N, x_BD, candidates)
+    fired_N = sums.fired_N + (used_N > 0)
+    sums = sums.replace(fired_N=fired_N)
     return (value, sums, grads), (error_BD, short)
 
   def whole_part(x_BD):
@@ -321,7 +327,8 @@ def value_and_grad(
       k=config.k_aux,
       weight=config.aux_weight,
       dtype=sae_config.matmul_dtype,
-      implementation=implementation,
+      # Not None, which would be chosen again, for fewer latents.
+      implementation=name if kernels else implementation,
     )
     aux, grads = auxk.add_gradient(
       told, own, grads, x_BD, error_BD, dead_N, split

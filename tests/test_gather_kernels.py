@@ -218,17 +218,18 @@ class Pairs:
     grads = np.zeros((n_tables, self.n, tables.shape[2]))
     for grad, weight, table in zip(grads, weights, tables):
       np.add.at(grad, latent, weight[:, None] * table[row])
-    bias = np.zeros(self.n)
-    np.add.at(bias, latent, self.weights[n_tables - 1][: self.count])
-    return grads, bias
+    totals = np.zeros((n_tables, self.n))
+    for total, weight in zip(totals, self.weights):
+      np.add.at(total, latent, weight[: self.count])
+    return grads, totals
 
 
 def segment_sums(n, n_tables, latent, row, weights, tables, count, **options):
-  grads, bias = grad_kernel.segment_sums(
+  grads, totals = grad_kernel.segment_sums(
     latent, row, tuple(weights[:n_tables]), tuple(tables[:n_tables]), n, count,
     **options,
   )  # fmt: skip
-  return jnp.stack(grads), bias
+  return jnp.stack(grads), jnp.stack(totals)
 
 
 def spread(count, n, seed=1):
@@ -250,13 +251,13 @@ LATENTS = {
 
 
 def is_right(pairs, found, n_tables=2, dtype=None):
-  (grads, bias), (want, want_bias) = found, pairs.want(n_tables, dtype)
+  (grads, totals), (want, want_totals) = found, pairs.want(n_tables, dtype)
   empty = np.setdiff1d(np.arange(pairs.n), pairs.latent[: pairs.count])
   return (
     close(grads, want)
-    and close(bias, want_bias)
+    and close(totals, want_totals)
     and (np.asarray(grads)[:, empty] == 0).all()
-    and (np.asarray(bias)[empty] == 0).all()
+    and (np.asarray(totals)[:, empty] == 0).all()
   )
 
 
@@ -302,9 +303,9 @@ def test_pairs_in_parts_of_real_size(real_sizes):
 def test_a_weight_that_is_no_number_spoils_its_latent_alone():
   pairs = Pairs(spread(131, 50), 200, 50, 23, 128)
   pairs.weights[:, 40] = np.nan
-  grads, bias = pairs.sums(interpret=True)
+  grads, totals = pairs.sums(interpret=True)
   spoiled = np.arange(50) == pairs.latent[40]
-  np.testing.assert_array_equal(np.isnan(bias), spoiled)
+  np.testing.assert_array_equal(np.isnan(totals), [spoiled] * 2)
   np.testing.assert_array_equal(np.isnan(grads).any(2), [spoiled] * 2)
 
 

@@ -1,40 +1,14 @@
 """`autoencode`: a TopK autoencoder's whole pass over some tokens."""
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 
 from sae_jax.sparse import dispatch, varying
-from sae_jax.sparse.autoencode import fused
+from sae_jax.sparse.autoencode import dense, fused, tally
+from sae_jax.sparse.autoencode.coded import Coded, plain
 from sae_jax.sparse.decode import api as decode_api
 from sae_jax.sparse.encode_topk import api as encode_api
 from sae_jax.sparse.top_k import api as top_k_api
-
-
-@flax.struct.dataclass
-class Coded:
-  """A shard's codes and its part of the reconstructions.
-
-  Attributes:
-    vals_BK: values of the active latents for the first of the ks, 0 for a
-      candidate that is not active. No gradient passes through them.
-    idx_BK: their latents.
-    models: sum_k vals[b, k] w_dec[idx[b, k]] for each of the ks, [B, D].
-    failed: tokens whose top k the kernel could not vouch for, so that they
-      were encoded again; a share of the batch, 0 with other implementations.
-    exhausted: whether some token's winners are all of this shard's candidates
-      and fewer than k, so that there may be more; all of it is to be done
-      again with k candidates then. False where those were asked for.
-    recall: the share of this shard's top candidates that is expected to be
-      found, 1 if all are.
-  """
-
-  vals_BK: jax.Array
-  idx_BK: jax.Array
-  models: tuple[jax.Array, ...]
-  failed: jax.Array
-  exhausted: jax.Array
-  recall: jax.Array
 
 
 def autoencode(
@@ -51,11 +25,13 @@ def autoencode(
   implementation: str | None = None,
   candidates: int | None = None,
   recall: float = 1.0,
+  tally_N: jax.Array | None = None,
 ) -> Coded:
   """W_dec ReLU(TopK(W_enc (x - b_pre) + b_lat)) for one or more k.
 
   The same as `encode_topk`, `global_top_k` and `decode` one after another, and
-  with 'gather' and 'dense' made of them. With 'pallas' the backward pass is
+  with 'gather' made of them. With 'dense' codes are pre-activations [B, N]
+  under a mask, without gathers or scatters. With 'pallas' the backward pass is
   one too: pairs of tokens and latents are sorted once, and a token's input and
   cotangent come by the same copy, for the gradients of encoder and decoder.
 
@@ -75,6 +51,10 @@ def autoencode(
       many as might win. See `Coded.exhausted`.
     recall: with 'pallas' and below 1, so much of each shard's top candidates
       is asked to be found, see `Coded.recall`. Other implementations find all.
+    tally_N: zeros, float32. Whatever the cotangents of the models, its own is
+      the sum of each latent's active values for the first of the ks, so above
+      0 for those that fired: the backward pass adds up by latent anyway, and a
+      TPU would sort all pairs once more to mark them.
   """
   n_latents, width = w_enc_ND.shape
   shards = 1 if axis is None else jax.lax.axis_size(axis)
@@ -93,7 +73,21 @@ def autoencode(
         dtype,
         candidates,
         recall,
+        tally_N,
       )
+    )
+  if name == 'dense':
+    return dense.autoencode(
+      x_BD,
+      w_enc_ND,
+      b_lat_N,
+      w_dec_ND,
+      ks,
+      b_pre_D,
+      mask_N,
+      axis,
+      dtype,
+      tally_N,
     )
   found_BK, idx_BK = encode_api.encode_topk(
     x_BD,
@@ -120,11 +114,11 @@ def autoencode(
     for vals_BK in codes
   )
   vals_BK = jax.lax.stop_gradient(codes[0])
-  return Coded(
-    vals_BK=vals_BK,
-    idx_BK=idx_BK[:, : vals_BK.shape[1]],
-    models=models,
-    failed=varying.zeros((), x_BD.dtype, vals_BK),
-    exhausted=varying.zeros((), bool, vals_BK),
-    recall=varying.match(jnp.ones((), x_BD.dtype), vals_BK),
-  )
+  idx_BK = idx_BK[:, : vals_BK.shape[1]]
+  if tally_N is not None:
+    used_N = varying.match(jnp.zeros_like(tally_N), vals_BK)
+    used_N = used_N.at[idx_BK.reshape(-1)].add(
+      vals_BK.reshape(-1).astype(used_N.dtype)
+    )
+    models = tally.counted(models, used_N, tally_N)
+  return plain(x_BD, vals_BK, idx_BK, models)

@@ -28,10 +28,13 @@ def autoencode(
   dtype,
   candidates,
   recall,
+  tally_N,
 ):
   """See `autoencode.api`; returns what its `Coded` holds, in that order."""
   x_BD = varying.match(x_BD, w_enc_ND)
-  others = (b_pre_D, w_enc_ND, b_lat_N, w_dec_ND)
+  if tally_N is None:
+    tally_N = jnp.zeros_like(b_lat_N)
+  others = (b_pre_D, w_enc_ND, b_lat_N, w_dec_ND, tally_N)
   others = (varying.match(a, x_BD) for a in others)
   static = ks, axis, dtype, candidates, recall
   return _autoencode(*static, mask_N, x_BD, *others)
@@ -54,7 +57,9 @@ def _forward(
   w_enc_ND,
   b_lat_N,
   w_dec_ND,
+  tally_N,
 ):
+  del tally_N
   batch = x_BD.shape[0]
   most = min(ks[-1], w_enc_ND.shape[0])
   found_BK, idx_BK, failed_B, recall = exact.encode_topk(
@@ -69,7 +74,7 @@ def _forward(
   width = found_BK.shape[1]
   codes, exhausted = [], varying.zeros((), bool, found_BK)
   for k in ks:
-    won_B = top_k_api.winners(found_BK[:, :k], axis, k)
+    won_B = top_k_api.winners(found_BK[:, :k], axis, k, kernels=True)
     if width < min(k, most):
       exhausted |= (won_B == width).any()
     won_BK = jnp.arange(min(k, width)) < won_B[:, None]
@@ -157,9 +162,12 @@ def _backward(ks, axis, dtype, candidates, recall, saved, cotangents):
     dtype=dtype,
     interpret=target.platform() != 'tpu',
   )
-  (dec_ND, enc_ND), bias_N = sums((decs[-1], enc_P), (gs[-1], x_BD - b_pre_D))
-  for dec_P, g_BD in zip(decs[:-1], gs[:-1]):
-    (more_ND,), _ = sums((dec_P,), (g_BD,))
+  (dec_ND, enc_ND), (used_N, bias_N) = sums(
+    (decs[-1], enc_P), (gs[-1], x_BD - b_pre_D)
+  )
+  # Of the least k, the first, in the end.
+  for dec_P, g_BD in zip(reversed(decs[:-1]), reversed(gs[:-1])):
+    (more_ND,), (used_N,) = sums((dec_P,), (g_BD,))
     dec_ND += more_ND
   return (
     None if mask_N is None else np.zeros(mask_N.shape, jax.dtypes.float0),
@@ -170,6 +178,7 @@ def _backward(ks, axis, dtype, candidates, recall, saved, cotangents):
     enc_ND.astype(w_enc_ND.dtype),
     bias_N.astype(b_lat_N.dtype),
     dec_ND.astype(w_dec_ND.dtype),
+    used_N.astype(b_lat_N.dtype),
   )
 
 

@@ -85,7 +85,7 @@ def _again(failed_B, vals_BK, idx_BK, inputs):
   size = max(8, _REDO_BYTES // (4 * w_enc_ND.shape[0]))
   size = min(batch, size, REDO_TOKENS)
   # Places past the last failed token repeat it, and write it once more.
-  order_B = jnp.argsort(~failed_B, stable=True)
+  order_B = jnp.nonzero(failed_B, size=batch)[0]
   total = failed_B.sum(dtype=jnp.int32)
 
   def body(carry):
@@ -93,7 +93,7 @@ def _again(failed_B, vals_BK, idx_BK, inputs):
     place = jnp.minimum(start + jnp.arange(size), total - 1)
     token = order_B[place]
     vals, idx = reference.encode_topk(
-      x_BD[token], w_enc_ND, b_lat_N, mask_N, k, dtype
+      x_BD[token], w_enc_ND, b_lat_N, mask_N, k, dtype, kernels=True
     )
     vals_BK = vals_BK.at[token].set(vals)
     idx_BK = idx_BK.at[token].set(idx)

@@ -21,14 +21,17 @@ def pre_activations(
   return matmul(x_BD, w_enc_ND.T, dtype) + b_lat_N
 
 
-def encode_topk(x_BD, w_enc_ND, b_lat_N, mask_N, k, dtype):
-  """Exact top-k of the pre-activations of the latents under the mask."""
+def encode_topk(x_BD, w_enc_ND, b_lat_N, mask_N, k, dtype, kernels=False):
+  """Exact top-k of the pre-activations of the latents under the mask.
+
+  See `exact.encode_topk` for the arguments, and `top_k` for `kernels`.
+  """
 
   def block(x_BD):
     pre_BN = pre_activations(x_BD, w_enc_ND, b_lat_N, dtype)
     if mask_N is not None:
       pre_BN = jnp.where(mask_N, pre_BN, -jnp.inf)
-    return top_k_api.top_k(pre_BN, k)
+    return top_k_api.top_k(pre_BN, k, kernels)
 
   batch, width = x_BD.shape
   token_bytes = w_enc_ND.shape[0] * x_BD.dtype.itemsize

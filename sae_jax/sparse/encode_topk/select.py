@@ -212,13 +212,13 @@ def top_k(vals_ref, idx_ref, candidates: int, k: int, out_vals, out_idx):
   """Writes the first k candidates of each token, in order.
 
   Args:
-    vals_ref: [8 * scratch_steps, T] candidates, used up; rows past
-      `candidates` are filled here.
+    vals_ref: [8 * scratch_steps, T] candidates, floats or integers, used up;
+      rows past `candidates` are filled here.
     idx_ref: their indices, all different where values are finite.
     candidates: how many there are, a multiple of 8.
     k: how many to take.
-    out_vals: [k, T], descending, equal values by ascending index.
-    out_idx: [k, T].
+    out_vals: [k, T] or more rows, descending, equal values by ascending index.
+    out_idx: of the same shape.
   """
   limit = pl.next_power_of_2(k)
   steps_count = candidates // _SUBLANES
@@ -228,8 +228,10 @@ def top_k(vals_ref, idx_ref, candidates: int, k: int, out_vals, out_idx):
   def lane(i, carry):
     steps = _Steps(vals_ref, idx_ref, i)
     shape = (_SUBLANES, _LANES)
+    whole = jnp.issubdtype(vals_ref.dtype, jnp.integer)
+    lowest = jnp.iinfo(vals_ref.dtype).min if whole else -jnp.inf
     nothing = (
-      jnp.full(shape, -jnp.inf, jnp.float32),
+      jnp.full(shape, lowest, vals_ref.dtype),
       jnp.full(shape, jnp.iinfo(jnp.int32).max, jnp.int32),
     )
     for step in range(steps_count, count):
@@ -247,10 +249,21 @@ def top_k(vals_ref, idx_ref, candidates: int, k: int, out_vals, out_idx):
 
       lax.fori_loop(1, count // unit, fold, 0)
     _join_sublanes(steps, unit, limit)
-    for row in range(k):
-      value, index = steps.get(row)
-      out_vals[pl.ds(row, 1), steps.lanes] = value[:1]
-      out_idx[pl.ds(row, 1), steps.lanes] = index[:1]
+
+    def write(row, count):
+      pairs = [steps.get(row + i) for i in range(count)]
+      for out, several in zip((out_vals, out_idx), zip(*pairs)):
+        first = jnp.concatenate([one[:1] for one in several])
+        out[pl.ds(row, count), steps.lanes] = first
+
+    def eight(i, carry):
+      write(pl.multiple_of(i * _SUBLANES, _SUBLANES), _SUBLANES)
+      return carry
+
+    if k >= _SUBLANES:
+      lax.fori_loop(0, k // _SUBLANES, eight, 0)
+    if k % _SUBLANES:
+      write(k // _SUBLANES * _SUBLANES, k % _SUBLANES)
     return carry
 
   lax.fori_loop(0, out_vals.shape[1] // _LANES, lane, 0)

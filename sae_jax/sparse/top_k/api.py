@@ -1,12 +1,14 @@
 """Exact top-k: one shard, then the exchange that makes it global."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 
 from sae_jax import target
 from sae_jax.config import UserError
 from sae_jax.sparse import varying
-from sae_jax.sparse.top_k import reference
+from sae_jax.sparse.top_k import kernel, reference
 
 # On two x86 cores buckets won 2.7x at N 32,768, K 32 and nothing at 4,096. By
 # the TPU compiler's estimate they win 6x at N 131,072 on v6e; and it takes more
@@ -15,12 +17,15 @@ _BUCKETED_FROM = 16_384
 _BUCKETS = 1_024
 
 
-def top_k(x_BN: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
+def top_k(
+  x_BN: jax.Array, k: int, kernels: bool = False
+) -> tuple[jax.Array, jax.Array]:
   """The k largest entries of each row.
 
   Args:
     x_BN: values.
     k: how many to take.
+    kernels: whether rows are sorted by a kernel, on a TPU.
 
   Returns:
     vals_BK in descending order and idx_BK int32. Of equal values the one with
@@ -41,11 +46,16 @@ def top_k(x_BN: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
   )
   if bucketed:
     # What is in the chosen buckets may be wide again.
-    return reference.bucketed_top_k(x_BN, k, _BUCKETS, top_k)
+    search = functools.partial(top_k, kernels=kernels)
+    return reference.bucketed_top_k(x_BN, k, _BUCKETS, search)
+  if kernels and target.platform() == 'tpu':
+    return kernel.top_k(x_BN, k)
   return reference.sorted_top_k(x_BN, k)
 
 
-def winners(vals_BK: jax.Array, axis: str | None, k: int) -> jax.Array:
+def winners(
+  vals_BK: jax.Array, axis: str | None, k: int, kernels: bool = False
+) -> jax.Array:
   """How many of a shard's candidates are in the top k of all shards.
 
   Each shard offers its sorted list. What wins is a prefix of it, so a count
@@ -60,6 +70,7 @@ def winners(vals_BK: jax.Array, axis: str | None, k: int) -> jax.Array:
     vals_BK: the shard's candidates in descending order, as `top_k` gives them.
     axis: the mesh axis the latents are sharded over; None for one shard.
     k: how many are kept of all shards' candidates.
+    kernels: see `top_k`.
 
   Returns:
     The counts, [B] int32. They are exact if each list holds the shard's k
@@ -75,11 +86,11 @@ def winners(vals_BK: jax.Array, axis: str | None, k: int) -> jax.Array:
   if batch % shards:
     all_PBK = jax.lax.all_gather(vals_BK, axis)
     all_BC = all_PBK.transpose(1, 0, 2).reshape(-1, shards * width)
-    _, place_Bk = jax.lax.top_k(all_BC, k)
+    _, place_Bk = top_k(all_BC, k, kernels)
     own_Bk = place_Bk // width == jax.lax.axis_index(axis)
     return own_Bk.sum(-1, dtype=jnp.int32)
   share_BC = jax.lax.all_to_all(vals_BK, axis, 0, 1, tiled=True)
-  _, place_Bk = jax.lax.top_k(share_BC, k)
+  _, place_Bk = top_k(share_BC, k, kernels)
   of_shard_BkP = (place_Bk // width)[:, :, None] == jnp.arange(shards)
   count_BP = of_shard_BkP.sum(1, dtype=jnp.int32)
   return jax.lax.all_to_all(count_BP, axis, 1, 0, tiled=True)[:, 0]

@@ -30,7 +30,7 @@ def bucketed_top_k(
     x_BN: values; N must be a multiple of n_buckets.
     k: how many to take, at most n_buckets.
     n_buckets: how many buckets a row is split into.
-    search: finds the top k in the chosen buckets, as `sorted_top_k` does.
+    search: finds the top k of maxima and of the chosen buckets.
 
   Returns:
     vals_BK, descending, and idx_BK.
@@ -38,7 +38,7 @@ def bucketed_top_k(
   batch, n = x_BN.shape
   width = n // n_buckets
   x_BGW = x_BN.reshape(batch, n_buckets, width)
-  _, bucket_BK = jax.lax.top_k(x_BGW.max(-1), k)
+  _, bucket_BK = search(x_BGW.max(-1), k)
   bucket_BK = jnp.sort(bucket_BK, axis=-1)
   candidates_BKW = jnp.take_along_axis(x_BGW, bucket_BK[:, :, None], axis=1)
   vals_BK, place_BK = search(candidates_BKW.reshape(batch, k * width), k)

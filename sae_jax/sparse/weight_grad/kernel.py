@@ -33,7 +33,7 @@ def segment_sums(
   dtype: jnp.dtype | None = None,
   expected: int | None = None,
   interpret: bool | pltpu.InterpretParams = False,
-) -> tuple[list[jax.Array], jax.Array]:
+) -> tuple[list[jax.Array], list[jax.Array]]:
   """Weighted sums of the rows of each latent's pairs, for one or two tables.
 
   Row n of a result is the sum of weights[p] table[row[p]] over the pairs p
@@ -59,7 +59,7 @@ def segment_sums(
 
   Returns:
     The sums of each table, [N, D], zero for latents without pairs, and the
-    sums of the last weights, [N], all float32.
+    sums of its weights, [N], all float32.
 
   Raises:
     UserError: if a shape or a type is none the kernel takes.
@@ -84,7 +84,7 @@ def segment_sums(
     return values_P.reshape(-1, 1, plan.pairs)
 
   latents = in_chunks(latent_P, n_latents)
-  *grads, bias = _run(
+  *grads, totals = _run(
     plan,
     dtype,
     expected,
@@ -96,7 +96,8 @@ def segment_sums(
     [in_chunks(weights_P) for weights_P in weights],
     tables,
   )
-  return grads, bias.reshape(-1)[:n_latents]
+  totals = totals.swapaxes(0, 1).reshape(len(weights), -1)
+  return grads, list(totals[:, :n_latents])
 
 
 def _check(weights, tables):
@@ -246,27 +247,29 @@ def _run(
   lanes = pl.BlockSpec((1, 1, plan.pairs), summed)
   in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
   grad = pl.BlockSpec((plan.latents, d_model), lambda *a: (written(*a), 0))
-  bias = pl.BlockSpec((1, 1, plan.latents), lambda *a: (written(*a), 0, 0))
+  results = len(weights)
+  total = pl.BlockSpec(
+    (1, results, plan.latents), lambda *a: (written(*a), 0, 0)
+  )
   return pl.pallas_call(
     functools.partial(
-      _kernel, plan, dtype, not interpret, len(weights), len(tables)
+      _kernel, plan, dtype, not interpret, results, len(tables)
     ),
     out_shape=[
-      *[varying.shape((n_latents, d_model), jnp.float32, *arrays)]
-      * len(weights),
-      varying.shape((n_blocks, 1, plan.latents), jnp.float32, *arrays),
+      *[varying.shape((n_latents, d_model), jnp.float32, *arrays)] * results,
+      varying.shape((n_blocks, results, plan.latents), jnp.float32, *arrays),
     ],
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=len(items),
       grid=(plan.cores, steps),
       in_specs=[
         pl.BlockSpec((1, 1, plan.pairs), copied, memory_space=pltpu.SMEM),
-        *[lanes] * (1 + len(weights)),
+        *[lanes] * (1 + results),
         *[in_hbm] * len(tables),
       ],
-      out_specs=[*[grad] * len(weights), bias],
+      out_specs=[*[grad] * results, total],
       scratch_shapes=[
-        pltpu.VMEM((plan.latents, row_copies.PART), jnp.float32),
+        pltpu.VMEM((results, plan.latents, row_copies.PART), jnp.float32),
         *row_copies.scratch(plan.pairs, tables),
       ],
     ),
@@ -280,7 +283,7 @@ def _run(
       expected,
       n_latents,
       d_model,
-      len(weights),
+      results,
       len(tables),
       latents.size,
     ),
@@ -296,7 +299,7 @@ def _kernel(plan, dtype, unroll, results, copied, *refs):
   weights_refs = [take() for _ in range(results)]
   table_refs = [take() for _ in range(copied)]
   grad_refs = [take() for _ in range(results)]
-  bias_ref, partial_ref = take(), take()
+  totals_ref, partial_ref = take(), take()
   buffers = row_copies.pair(refs[-2 * copied - 1 :])
 
   core, step = pl.program_id(0), pl.program_id(1)
@@ -326,11 +329,13 @@ def _kernel(plan, dtype, unroll, results, copied, *refs):
     shape = plan.latents, row_copies.PART
     hits_LR = jax.lax.broadcasted_iota(jnp.int32, shape, 0) == latent_1R
     rows = rows if copied == results else _unpacked(rows[0])
-    for rows_RD, weights_ref, grad_ref in zip(rows, weights_refs, grad_refs):
+    for i, (rows_RD, weights_ref, grad_ref) in enumerate(
+      zip(rows, weights_refs, grad_refs)
+    ):
       # Selected, not multiplied: what is no number stays in its row.
       weights_LR = jnp.where(hits_LR, weights_ref[0, :, lanes], 0.0)
       grad_ref[...] += multiply(weights_LR, rows_RD, ((1,), (0,)), dtype)
-    partial_ref[...] += weights_LR
+      partial_ref[i] += weights_LR
 
   copies = ((step == 0) | chunk_opens) & (chunk < items.chunk_I[stop - 1])
   row_copies.overlap(
@@ -350,8 +355,9 @@ def _kernel(plan, dtype, unroll, results, copied, *refs):
   def _():
     # By the MXU, since the sums over lanes are wanted in lanes.
     ones = jnp.ones((8, row_copies.PART), jnp.float32)
-    sums_8L = multiply(ones, partial_ref[...], ((1,), (1,)), None)
-    bias_ref[0] = sums_8L[:1]
+    for i in range(results):
+      sums_8L = multiply(ones, partial_ref[i], ((1,), (1,)), None)
+      totals_ref[0, i : i + 1] = sums_8L[:1]
 
 
 def _count(items, plan, chunk, counts):
