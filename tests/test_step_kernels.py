@@ -152,6 +152,51 @@ def test_control_a_lost_pair_is_seen(monkeypatch):
     )
 
 
+@pytest.mark.parametrize('implementation', ['gather', 'dense', 'pallas'])
+def test_the_backward_pass_says_how_much_latents_were_used(implementation):
+  rng = np.random.default_rng(2)
+  x_BD, w_enc_ND, w_dec_ND = (
+    rng.standard_normal((n, 128)).astype(np.float32) for n in (12, 200, 200)
+  )
+  b_N, b_D = np.zeros(200, np.float32), np.zeros(128, np.float32)
+
+  def total(tally_N, factor):
+    coded = sparse.autoencode(
+      x_BD,
+      w_enc_ND,
+      b_N,
+      w_dec_ND,
+      (3, 12),
+      b_pre_D=b_D,
+      implementation=implementation,
+      tally_N=tally_N,
+    )
+    error = sum(((factor * model - x_BD) ** 2).sum() for model in coded.models)
+    return error, (coded.vals_BK, coded.idx_BK)
+
+  run = jax.jit(jax.grad(total, has_aux=True))
+  for factor in (0.0, 1.0):
+    used_N, (vals_BK, idx_BK) = run(np.zeros(200, np.float32), factor)
+    want_N = np.zeros(200)
+    # Of the first k, and whatever the loss.
+    np.add.at(want_N, idx_BK[:, :3], np.asarray(vals_BK)[:, :3])
+    assert 20 < (want_N > 0).sum() < 40
+    np.testing.assert_allclose(used_N, want_N, rtol=1e-5)
+
+
+def test_a_weight_that_is_no_number_reaches_dense_models():
+  rng = np.random.default_rng(3)
+  x_BD, w_ND = (
+    rng.standard_normal((n, 128)).astype(np.float32) for n in (4, 40)
+  )
+  w_ND[7, 5] = np.nan
+  zeros = np.zeros(40, np.float32), np.zeros(128, np.float32)
+  coded = sparse.autoencode(
+    x_BD, w_ND, zeros[0], w_ND, (3,), b_pre_D=zeros[1], implementation='dense'
+  )
+  assert np.isnan(coded.models[0]).any(1).all()
+
+
 @pytest.mark.parametrize('ks', [(4,), (3, 12)])
 def test_one_backward_pass_equals_that_of_its_parts(ks):
   rng = np.random.default_rng(1)

@@ -56,6 +56,9 @@ def autoencode(
       0 for those that fired: the backward pass adds up by latent anyway, and a
       TPU would sort all pairs once more to mark them.
   """
+  x_BD, w_enc_ND, b_lat_N, w_dec_ND, b_pre_D = map(
+    jnp.asarray, (x_BD, w_enc_ND, b_lat_N, w_dec_ND, b_pre_D)
+  )
   n_latents, width = w_enc_ND.shape
   shards = 1 if axis is None else jax.lax.axis_size(axis)
   name = dispatch.choose(n_latents * shards, ks[-1], implementation, width)

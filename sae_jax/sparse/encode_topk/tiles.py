@@ -167,7 +167,10 @@ def choose(
         group=min(group, depth),
         rows=rows,
         lanes=lanes,
-        unrolled=_unrolled(bins * depth // rows, rows * lanes * width),
+        # Interpreted, many products in a row would only be slow to compile.
+        unrolled=_unrolled(bins * depth // rows, rows * lanes * width)
+        if on_tpu
+        else 1,
       )
       fits = tiles.vmem_bytes(width, k, factor) <= 0.9 * vmem
       if fits and tokens <= most:
