@@ -53,7 +53,9 @@ def test_a_shard_that_offers_too_few_candidates_is_asked_again(
 ):
   made = dataclasses.replace(config(), steps=2)
   made = dataclasses.replace(
-    made, sae=dataclasses.replace(made.sae, n_latents=256, k=16)
+    made,
+    sae=dataclasses.replace(made.sae, n_latents=256, k=16),
+    objective=dataclasses.replace(made.objective, k_aux=0),
   )
   shape = (1, 2)
   # Sixteen are chosen of two shards of which each offers twelve.
