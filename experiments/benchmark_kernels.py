@@ -2,10 +2,12 @@
 
 For every chip, named shape and operation of a training step: the cycles that
 the TPU compiler estimates, the bytes of HBM, the bound (the longer of the two
-at the chip's clock and bandwidth), and its ratio to the bound of XLA's way and
-to the least that is possible. NOTHING IS MEASURED: there is no TPU here, and
-the estimate knows no waiting for HBM. It is good to a tenth for products, and
-to a factor of some three for copies of single rows, so it ranks designs.
+at the chip's clock and bandwidth), its ratio to the bound of XLA's way and to
+the least that is possible, and the temporary HBM of both. NOTHING IS MEASURED:
+there is no TPU here, and the estimate knows no waiting for HBM. Where there is
+none for tokens that are encoded again, their product at the peak rate stands
+for it. It is good to a tenth for products, and to a factor of some three for
+copies of single rows, so it ranks designs.
 
   python -m experiments.benchmark_kernels --chip=v6e --json=kernels.json
 """
@@ -20,8 +22,12 @@ from etils import epath
 
 from experiments import compiler_estimate, kernel_costs
 from sae_jax import aot
+from sae_jax.autoencoder import SaeConfig
+from sae_jax.plan import footprint
 from sae_jax.plan.chips import CHIPS
+from sae_jax.sparse import dispatch
 from sae_jax.sparse.shapes import SHAPES
+from sae_jax.step import TrainConfig
 
 NOTE = (
   "nothing was measured: cycles are the TPU compiler's estimate, times are "
@@ -86,6 +92,21 @@ def _step(chip, shape, rows, results) -> dict:
     'sort_counted': 'sort' in parts,
     'parts_s': parts,
   }
+
+
+# Where the temporary HBM of whole steps is compared.
+STEP = {'d_model': 768, 'n_latents': 131_072, 'k': 32}
+STEP_BATCH = 8192
+
+
+def step_temporaries(chip: str) -> dict:
+  """Temporary HBM of a training step on one chip, by implementation."""
+  config = TrainConfig(sae=SaeConfig(**STEP), batch_size=STEP_BATCH)
+  mesh, found = aot.one_chip(chip), {}
+  for name in dispatch.IMPLEMENTATIONS:
+    compiled = footprint.compile_step(config, mesh, name)
+    found[name] = compiled.footprint.temporaries
+  return {'chip': chip, **STEP, 'batch': STEP_BATCH, 'temporary_bytes': found}
 
 
 def measure(chips, shapes, workers: int, report=None) -> dict:
@@ -155,6 +176,15 @@ def lines(found: dict):
       _mib(row['temporary_bytes']),
       _mib(row['xla_temporary_bytes']),
     )
+  for step in found.get('step_temporaries', ()):
+    given = ', '.join(
+      f'{name} {_mib(nbytes)} MiB'
+      for name, nbytes in step['temporary_bytes'].items()
+    )
+    yield (
+      f'{step["chip"]} step of {step["batch"]:,} tokens, '
+      f'{step["n_latents"]:,} latents, temporary HBM: {given}'
+    )
   for step in found['steps']:
     where = f'{step["chip"]} {step["shape"]}'
     if step['step_s'] is None:
@@ -185,6 +215,7 @@ def main(argv: list[str]) -> None:
     )
 
   found = measure(chips, shapes, values.workers, report)
+  found['step_temporaries'] = [step_temporaries(chip) for chip in chips]
   for line in lines(found):
     print(line)
   if values.json:

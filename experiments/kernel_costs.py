@@ -9,6 +9,7 @@ import dataclasses
 
 from experiments.compiler_estimate import Found, Job, job
 from sae_jax.plan.chips import CHIPS
+from sae_jax.sparse.encode_topk import exact
 from sae_jax.sparse.shapes import Shape
 
 # GHz. Those of v5e and v5p follow from their peak rates; tpu7x's is assumed.
@@ -121,6 +122,13 @@ def _encode(chip, shape):
   )
   again = job(chip, 'encode_again', d=d, n=min(n, _AGAIN_LATENTS), k=k)
 
+  def pass_cycles(results):
+    """Of tokens that are done again: without an estimate, their product."""
+    if results[again].error:
+      product = 2 * exact.REDO_TOKENS * n * d / CHIPS[chip].flops
+      return product * 1e9 * CLOCKS[chip]
+    return results[again].of() * max(1, n / _AGAIN_LATENTS)
+
   def cycles(results):
     sizes = results[few].sizes
     body = _more(results, few, many, 'encode_topk') / 2
@@ -129,22 +137,21 @@ def _encode(chip, shape):
     select = results[one].of('select') + (sizes['select_units'] - 1) * fold
     each = -(-n // sizes['rows']) * body + select * sizes['tokens'] / _LANES
     each *= -(-b // (sizes['tokens'] * sizes['cores']))
-    more = max(1, n / _AGAIN_LATENTS)
-    return each + sizes['passes'] * results[again].of() * more
+    return each + sizes['passes'] * pass_cycles(results)
 
   def moved(results):
     sizes = results[few].sizes
     reads = -(-b // sizes['tokens']) + sizes['passes']
     return 2 * reads * n * d + 2 * b * d + 8 * k * b
 
-  jobs = few, many, one, two, again
+  jobs = few, many, one, two
   tokens = min(b, _MATMUL_TOKENS)
   half, whole = (
     job(chip, 'xla_matmul', batch=tokens, d=d, n=i) for i in (8192, 16_384)
   )
   return Operation(
     'encode_topk',
-    (*jobs, half, whole),
+    (*jobs, again, half, whole),
     _cost(jobs, cycles, moved),
     _cost(
       (half, whole),
