@@ -192,8 +192,13 @@ def test_products_and_shapes_equal_the_dense_ones(shape, tiles):
   np.testing.assert_allclose(vals, want_vals, rtol=1e-5, atol=1e-5)
 
 
+# Runs of 16 are those of a TPU.
+@pytest.mark.parametrize('run', [4, 16])
 @pytest.mark.parametrize('k, candidates', [(100, 128), (24, 200), (1, 8)])
-def test_the_network_sorts_any_number_of_candidates(k, candidates):
+def test_the_network_sorts_any_number_of_candidates(
+  monkeypatch, k, candidates, run
+):
+  monkeypatch.setattr(select, '_run', lambda: run)
   vals_RT = np.random.default_rng(2).integers(0, 20, (candidates, 128))
   vals_RT = vals_RT.astype(np.float32)
   steps = 8 * select.scratch_steps(candidates, k)

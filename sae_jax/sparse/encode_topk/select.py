@@ -14,13 +14,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
+from sae_jax import target
+
 _SUBLANES = 8
 _LANES = 128
 # Steps that are sorted without leaving registers: 16 values and 16 indices
-# are half of the register file.
-_RUN = 16
+# are half of the register file. Interpreted, long runs are slow to compile.
+_RUN = {'tpu': 16}
+_TEST_RUN = 4
 
 _Pair = tuple[jax.Array, jax.Array]
+
+
+def _run() -> int:
+  return _RUN.get(target.platform(), _TEST_RUN)
 
 
 def _batcher(n: int) -> list[tuple[int, int]]:
@@ -108,8 +115,8 @@ def _sort_runs(steps: _Steps, count: int, run: int) -> None:
 
 def _clean_blocks(steps: _Steps, start, length: int, count: int) -> None:
   """Sorts `count` bitonic sequences that follow each other from `start`."""
-  stride = length // 2
-  while stride >= _RUN:
+  stride, whole = length // 2, _run()
+  while stride >= whole:
 
     def exchange(i, carry, stride=stride):
       low = start + i // stride * (2 * stride) + i % stride
@@ -120,7 +127,7 @@ def _clean_blocks(steps: _Steps, start, length: int, count: int) -> None:
 
     lax.fori_loop(0, count * length // 2, exchange, 0, unroll=2)
     stride //= 2
-  run = min(length, _RUN)
+  run = min(length, whole)
 
   def block(i, carry):
     first = start + i * run
@@ -236,7 +243,7 @@ def top_k(vals_ref, idx_ref, candidates: int, k: int, out_vals, out_idx):
     )
     for step in range(steps_count, count):
       steps.set(step, nothing)
-    run = min(unit, _RUN)
+    run = min(unit, _run())
     _sort_runs(steps, count, run)
     while run < unit:
       _merge(steps, run, count // run)

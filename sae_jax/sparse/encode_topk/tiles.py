@@ -36,6 +36,7 @@ _DEPTHS = (8, 4, 2, 1)
 # What an interpreted kernel is laid out for. Lanes set its unit on a TPU.
 _TEST_VMEM = 2**26
 _TEST_UNIT = 16
+_TEST_ROWS = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,7 +158,7 @@ def choose(
   most = max(128, pl.cdiv(batch, 128) * 128)
   while bins * kept >= k:
     for tokens, depth in itertools.product(_TOKENS, _DEPTHS):
-      rows = _rows(bins, depth, unit)
+      rows = _rows(bins, depth, unit, _ROWS if on_tpu else _TEST_ROWS)
       lanes = min(tokens, _LANES)
       tiles = Tiles(
         tokens=tokens,
@@ -231,14 +232,14 @@ def _group(n_latents: int, k: int) -> int:
   )
 
 
-def _rows(bins: int, depth: int, unit: int) -> int:
-  """Latents of one product: as many as `_ROWS`, or the fewest there can be."""
+def _rows(bins: int, depth: int, unit: int, most: int) -> int:
+  """Latents of one product: `most` at most, or the fewest there can be."""
   fits = [
     own * depth
     for own in range(bins, 0, -8)
     if not bins % own and not own * depth % unit
   ]
-  return next((rows for rows in fits if rows <= _ROWS), fits[-1])
+  return next((rows for rows in fits if rows <= most), fits[-1])
 
 
 def _unrolled(products: int, size: int) -> int:
