@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
+from sae_jax import aot, step
 from sae_jax import plan as plan_lib
 from sae_jax.autoencoder import SaeConfig
 from sae_jax.config import UserError
@@ -418,3 +419,16 @@ def test_the_binary_prints_a_table_and_writes_json_and_hlo(tmp_path):
   wrong = run('--topology=v6e:3x3', '--d=256')
   assert wrong.returncode == 2 and wrong.stdout == ''
   assert wrong.stderr.strip().endswith('use v6e:4x4')
+
+
+def test_a_large_batch_is_cut_for_auxk_whoever_chose_the_kernels():
+  # Its 33 million candidates are too many for one kernel.
+  made = train_config(
+    sae=SaeConfig(d_model=128, n_latents=2**20, k=256),
+    objective=ObjectiveConfig(k_aux=256),
+    batch_size=131_072,
+  )
+  mesh = aot.mesh('v6e:4x4', 1, 16)
+  for implementation in (None, 'pallas'):
+    lowered = step.lowered(made, mesh, implementation)
+    assert 'segment_sums' in lowered.as_text()
