@@ -4,12 +4,15 @@ Blocks of neighbouring tokens each have a list of their active pairs, packed to
 its front; the same pairs sorted by latent serve the weight gradients.
 """
 
+import math
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 # Pairs that are sorted and summed at a time: their list of chunks is in SMEM.
 _MOST_PAIRS = 2**22
+_LANES = 128
 
 
 @flax.struct.dataclass
@@ -23,6 +26,7 @@ class Blocks:
     count_G: how many pairs of the block are real, the first ones.
     place_GR: the slot it came from, token * K + k.
     tokens: of a block.
+    k: slots of a token, K.
   """
 
   latent_GR: jax.Array
@@ -31,6 +35,41 @@ class Blocks:
   count_G: jax.Array
   place_GR: jax.Array
   tokens: int = flax.struct.field(pytree_node=False)
+  k: int = flax.struct.field(pytree_node=False)
+
+  def some(self, start: jax.Array | int, slots: int) -> 'Blocks':
+    """A window of each block's slots, of which the real ones come first.
+
+    Args:
+      start: of the window.
+      slots: of the window; past the last slot there is nothing real.
+    """
+    return self.replace(
+      latent_GR=window(self.latent_GR, start, slots),
+      token_GR=window(self.token_GR, start, slots),
+      vals_GR=window(self.vals_GR, start, slots),
+      count_G=jnp.clip(self.count_G - start, 0, slots),
+      place_GR=window(self.place_GR, start, slots),
+    )
+
+
+def window(of_GR: jax.Array, start: jax.Array | int, slots: int) -> jax.Array:
+  """So many slots of each block from the start, zeros past the last."""
+  of_GR = jnp.pad(of_GR, ((0, 0), (0, -of_GR.shape[1] % slots)))
+  return jax.lax.dynamic_slice_in_dim(of_GR, start, slots, axis=1)
+
+
+def slots(tokens: int, k: int, active: float) -> int:
+  """The first slots of a packed block, which mostly hold all that is real.
+
+  Args:
+    tokens: of a block.
+    k: slots of a token.
+    active: the share of them that is expected to be real. Twice as many fit,
+      since not every shard of the latents is as busy.
+  """
+  expected = tokens * k * active
+  return min(tokens * k, max(1, math.ceil(2 * expected / _LANES)) * _LANES)
 
 
 def parts(batch: int, k: int) -> int:
@@ -79,6 +118,7 @@ def blocks(
     count_G=count_G,
     place_GR=place_GR,
     tokens=tokens,
+    k=k,
   )
 
 

@@ -86,6 +86,11 @@ def _forward(
     batch, x_BD.shape[1], width, expected / (batch * width)
   )
   blocks = pairs.blocks(codes[-1], idx_BK, tokens, pack=sharded)
+  if width < most:
+    # What exhausts the candidates is done again in any case.
+    slots = _slots(blocks, expected)
+    exhausted |= (blocks.count_G > slots).any()
+    blocks = blocks.some(0, slots)
   inside = tuple(_inside(blocks, vals_BK) for vals_BK in codes[:-1])
   sums = functools.partial(
     blocks_lib.sums,
@@ -118,15 +123,20 @@ def _expected(batch, ks, width, axis):
   return min(batch * width, -(-batch * ks[-1] // shards))
 
 
+def _slots(blocks, expected):
+  """How many of each block's slots to look at, at a time."""
+  n_slots = blocks.vals_GR.shape[0] * blocks.tokens * blocks.k
+  return pairs.slots(blocks.tokens, blocks.k, expected / n_slots)
+
+
 def _inside(blocks, vals_BK):
   """Which of the pairs are active in the codes of a lesser k."""
-  k = blocks.vals_GR.shape[1] // blocks.tokens
   active_B = (vals_BK != 0).sum(1, dtype=jnp.int32)
   active_GT = pairs.pad_tokens(active_B, blocks.tokens).reshape(
     -1, blocks.tokens
   )
   least_GR = jnp.take_along_axis(active_GT, blocks.token_GR, axis=1)
-  return blocks.place_GR % k < least_GR
+  return blocks.place_GR % blocks.k < least_GR
 
 
 def _backward(ks, axis, dtype, candidates, recall, saved, cotangents):
@@ -137,38 +147,17 @@ def _backward(ks, axis, dtype, candidates, recall, saved, cotangents):
   # ReLU: pairs that are not active have no gradient.
   chosen = [(g_BD, mask) for g_BD, mask in zip(gs, inside)]
   chosen.append((gs[-1], blocks.vals_GR != 0))
-  width = blocks.vals_GR.shape[1] // blocks.tokens
-  expected = _expected(batch, ks, width, axis)
+  expected = _expected(batch, ks, blocks.k, axis)
   grads_GR = sum(
     jnp.where(
       mask_GR, blocks_lib.products(blocks, g_BD, w_dec_ND, dtype, expected), 0
     )
     for g_BD, mask_GR in chosen
   )
-  count, latent_P, token_P, *payload = pairs.by_latent(
-    blocks,
-    n_latents,
-    grads_GR,
-    *(jnp.where(mask_GR, blocks.vals_GR, 0) for _, mask_GR in chosen),
+  vals = [jnp.where(mask_GR, blocks.vals_GR, 0) for _, mask_GR in chosen]
+  (dec_ND, enc_ND), (used_N, bias_N) = _weight_grads(
+    blocks, grads_GR, vals, gs, x_BD - b_pre_D, n_latents, dtype, expected
   )
-  enc_P, *decs = payload
-  sums = functools.partial(
-    weight_grad_kernel.segment_sums,
-    latent_P,
-    token_P,
-    n_latents=n_latents,
-    count=count,
-    expected=expected,
-    dtype=dtype,
-    interpret=target.platform() != 'tpu',
-  )
-  (dec_ND, enc_ND), (used_N, bias_N) = sums(
-    (decs[-1], enc_P), (gs[-1], x_BD - b_pre_D)
-  )
-  # Of the least k, the first, in the end.
-  for dec_P, g_BD in zip(reversed(decs[:-1]), reversed(gs[:-1])):
-    (more_ND,), (used_N,) = sums((dec_P,), (g_BD,))
-    dec_ND += more_ND
   return (
     None if mask_N is None else np.zeros(mask_N.shape, jax.dtypes.float0),
     blocks_lib.sums(blocks, grads_GR, w_enc_ND, batch, dtype, expected).astype(
@@ -180,6 +169,54 @@ def _backward(ks, axis, dtype, candidates, recall, saved, cotangents):
     dec_ND.astype(w_dec_ND.dtype),
     used_N.astype(b_lat_N.dtype),
   )
+
+
+def _weight_grads(
+  blocks, grads_GR, vals, gs, centred_BD, n_latents, dtype, expected
+):
+  """Gradients of decoder and encoder, and the sums of their weights."""
+  slots = _slots(blocks, expected)
+
+  def of_some(start):
+    count, latent_P, token_P, enc_P, *decs = pairs.by_latent(
+      blocks.some(start, slots),
+      n_latents,
+      *(pairs.window(a, start, slots) for a in (grads_GR, *vals)),
+    )
+    sums = functools.partial(
+      weight_grad_kernel.segment_sums,
+      latent_P,
+      token_P,
+      n_latents=n_latents,
+      count=count,
+      expected=expected,
+      dtype=dtype,
+      interpret=target.platform() != 'tpu',
+    )
+    (dec_ND, enc_ND), (used_N, bias_N) = sums(
+      (decs[-1], enc_P), (gs[-1], centred_BD)
+    )
+    # Of the least k, the first, in the end.
+    for dec_P, g_BD in zip(reversed(decs[:-1]), reversed(gs[:-1])):
+      (more_ND,), (used_N,) = sums((dec_P,), (g_BD,))
+      dec_ND += more_ND
+    return (dec_ND, enc_ND), (used_N, bias_N)
+
+  found = of_some(0)
+  if slots == blocks.vals_GR.shape[1]:
+    return found
+
+  # A sort of all slots would take longer by their number and more, few of which
+  # are real, and the compiler minutes.
+  def add(carry):
+    start, found = carry
+    return start + slots, jax.tree.map(jnp.add, found, of_some(start))
+
+  start = varying.match(jnp.int32(slots), blocks.count_G)
+  _, found = jax.lax.while_loop(
+    lambda carry: carry[0] < blocks.count_G.max(), add, (start, found)
+  )
+  return found
 
 
 _autoencode.defvjp(_forward, _backward)

@@ -32,19 +32,21 @@ _SUBLANES = 8
 _LANES = 128
 
 
+# In the loops that are unrolled `lax` is used, of which the many operations are
+# traced several times faster than those of `jax.numpy`.
 def _insert(bins, value, first):
   """Puts a value into sorted bins, a list of (value, first latent) pairs.
 
   Strict comparisons keep the earlier, lower latent of equal values ahead.
   """
   after, dropped = [], value
-  above = [value > kept for kept, _ in bins]
+  above = [lax.gt(value, kept) for kept, _ in bins]
   for level, (kept, where) in enumerate(bins):
-    shifted = jnp.where(above[level], first, where)
+    shifted = lax.select(above[level], first, where)
     if level:
-      shifted = jnp.where(above[level - 1], bins[level - 1][1], shifted)
-    after.append((jnp.maximum(kept, dropped), shifted))
-    dropped = jnp.minimum(kept, dropped)
+      shifted = lax.select(above[level - 1], bins[level - 1][1], shifted)
+    after.append((lax.max(kept, dropped), shifted))
+    dropped = lax.min(kept, dropped)
   return after, dropped
 
 
@@ -54,9 +56,9 @@ def _compete(values, firsts, most):
   while len(group) > 1:
     winners = []
     for (a, first_a), (b, first_b) in zip(group[::2], group[1::2]):
-      most = jnp.maximum(most, jnp.minimum(a, b))
-      first = jnp.where(b > a, first_b, first_a)
-      winners.append((jnp.maximum(a, b), first))
+      most = lax.max(most, lax.min(a, b))
+      first = lax.select(lax.gt(b, a), first_b, first_a)
+      winners.append((lax.max(a, b), first))
     group = winners
   return *group[0], most
 
@@ -113,14 +115,14 @@ def _kernel(
       (bins_ref[lanes, level], where_ref[lanes, level]) for level in levels
     ]
     firsts = [
-      jnp.full(values[0].shape, first + i * own_bins, jnp.int32)
+      lax.broadcast(first + i * own_bins, values[0].shape)
       for i in range(tiles.depth)
     ]
     for i in range(0, tiles.depth, tiles.group):
       group = slice(i, i + tiles.group)
       value, latent, most = _compete(values[group], firsts[group], most)
       bins, dropped = _insert(bins, value, latent)
-      most = jnp.maximum(most, dropped)
+      most = lax.max(most, dropped)
     for level, (kept, where) in zip(levels, bins):
       bins_ref[lanes, level] = kept
       where_ref[lanes, level] = where
@@ -135,8 +137,8 @@ def _kernel(
       for eight in range(0, own_bins, _SUBLANES):
         at = pl.multiple_of(part * own_bins + eight, _SUBLANES)
         values = [
-          pre[level * own_bins + eight :][:_SUBLANES]
-          for level in range(tiles.depth)
+          lax.slice_in_dim(pre, row, row + _SUBLANES)
+          for row in range(eight, tiles.rows, own_bins)
         ]
         most = update(at, lanes, values, start + part * tiles.rows, most)
     most_ref[lanes] = most

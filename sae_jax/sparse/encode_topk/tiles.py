@@ -29,7 +29,8 @@ _GROUPS = (4, 2, 1)
 # in registers must not be much more than fits, and a basic block takes 560
 # cycles to get going. Groups of four: 134, none: 190.
 _ROWS = _LANES = 256
-_BODY = 24 * _ROWS * _LANES * 768
+_PRODUCTS = 24
+_BODY = _PRODUCTS * _ROWS * _LANES * 768
 _TOKENS = (1024, 512, 256, 128)
 # Deeper blocks load and store bins less often.
 _DEPTHS = (8, 4, 2, 1)
@@ -191,6 +192,9 @@ def _bins(n_latents, k, unit, recall) -> tuple[int, int]:
     bins = unit
     while not enough(bins, kept):
       bins += unit
+    # Many are whole products several times over, to unroll these by.
+    step = 4 * _ROWS if bins >= 16 * _ROWS else unit
+    bins = -(-bins // step) * step
     # Where bins would hold no more than they keep, all of it is kept.
     return min(bins, -(-n_latents // kept // unit) * unit)
 
@@ -243,8 +247,11 @@ def _rows(bins: int, depth: int, unit: int, most: int) -> int:
 
 
 def _unrolled(products: int, size: int) -> int:
-  """Products of a basic block: about as long for any width."""
-  most = max(1, _BODY // size)
+  """Products of a basic block: about as long for any width.
+
+  Smaller ones are no more, since each takes as long to trace and to compile.
+  """
+  most = min(_PRODUCTS, max(1, _BODY // size))
   return max(
     i for i in range(1, products + 1) if i <= most and not products % i
   )
