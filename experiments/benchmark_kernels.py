@@ -23,10 +23,13 @@ from etils import epath
 from experiments import compiler_estimate, kernel_costs
 from sae_jax import aot
 from sae_jax.autoencoder import SaeConfig
-from sae_jax.plan import footprint
+from sae_jax.objective import ObjectiveConfig
+from sae_jax.plan import chips as chips_lib
+from sae_jax.plan import footprint, planner
+from sae_jax.plan import parts as parts_lib
 from sae_jax.plan.chips import CHIPS
 from sae_jax.sparse import dispatch
-from sae_jax.sparse.shapes import SHAPES
+from sae_jax.sparse.shapes import Shape, SHAPES
 from sae_jax.step import TrainConfig
 
 NOTE = (
@@ -50,6 +53,7 @@ def _row(chip, shape, operation, results) -> dict:
     operation.flops / peak.flops, operation.least_bytes / peak.hbm_bandwidth
   )
   moved = kernel.hbm_bytes / peak.hbm_bandwidth
+  copies = operation.copies and operation.copies(results).seconds(chip)
   return {
     'chip': chip,
     'shape': shape.name,
@@ -60,6 +64,8 @@ def _row(chip, shape, operation, results) -> dict:
     'bound_by': bound and ('bytes' if bound == moved else 'cycles'),
     'least_s': least,
     'over_least': bound and round(bound / least, 2),
+    'copies_s': copies,
+    'over_least_or_copies': bound and round(bound / max(least, copies or 0), 2),
     'no_estimate': kernel.reason,
     'xla_cycles': xla.cycles and round(xla.cycles),
     'xla_bound_s': other,
@@ -107,6 +113,72 @@ def step_temporaries(chip: str) -> dict:
     compiled = footprint.compile_step(config, mesh, name)
     found[name] = compiled.footprint.temporaries
   return {'chip': chip, **STEP, 'batch': STEP_BATCH, 'temporary_bytes': found}
+
+
+# Where dense codes are compared with kernels, which SHAPES have at this k.
+_CROSSING = ('32k', '128k')
+
+
+def dense_seconds(chip: str, shape: Shape) -> float:
+  """Bound of a step with dense codes, but for what the optimiser takes.
+
+  Of its products and of its HBM traffic, which the compiled program says; what
+  it takes to select the top k is not in it.
+  """
+  config = TrainConfig(
+    sae=SaeConfig(d_model=shape.d_model, n_latents=shape.n_latents, k=shape.k),
+    objective=ObjectiveConfig(k_aux=0),
+    batch_size=shape.batch,
+  )
+  mesh = aot.one_chip(chip)
+  compiled = footprint.compile_step(config, mesh, 'dense')
+  slices = chips_lib.find(aot.CHIPS[chip], 1)
+  parts = planner.read(config, slices, mesh, compiled, 'none').roofline.parts
+  return sum(part.seconds for part in parts if part.name != parts_lib.OPTIMIZER)
+
+
+def crossing(rows: list[dict], dense_s: float) -> float | None:
+  """N / K from which on kernels are the faster ones, by the bounds.
+
+  With dense codes time is in proportion to N. The encoder's kernel has a part
+  that is too, and its selection, and what works on pairs does not know N.
+
+  Args:
+    rows: of one chip, of the table.
+    dense_s: `dense_seconds` of the first shape of `_CROSSING`.
+
+  Returns:
+    The ratio at their K, None where there is no estimate.
+  """
+  few, many = (
+    {row['operation']: row['bound_s'] for row in rows if row['shape'] == name}
+    for name in _CROSSING
+  )
+  shapes = {shape.name: shape for shape in SHAPES}
+  first, last = (shapes[name] for name in _CROSSING)
+  names = 'gather_sum', 'sampled_products', 'segment_sums'
+  if not all(few.get(name) for name in ('encode_topk', *names)):
+    return None
+  each = (many['encode_topk'] - few['encode_topk']) / (
+    last.n_latents - first.n_latents
+  )
+  # Sums fill the whole gradient, which dense products do too.
+  fixed = few['encode_topk'] - each * first.n_latents
+  fixed += sum(few[name] for name in names)
+  return fixed / (dense_s / first.n_latents - each) / first.k
+
+
+def crossover(chip: str, rows: list[dict]) -> dict:
+  """`crossing` of a chip, and what it came from."""
+  first = next(shape for shape in SHAPES if shape.name == _CROSSING[0])
+  dense_s = dense_seconds(chip, first)
+  own = [row for row in rows if row['chip'] == chip]
+  return {
+    'chip': chip,
+    'dense_s': dense_s,
+    'shape': first.name,
+    'from_ratio': crossing(own, dense_s),
+  }
 
 
 def measure(chips, shapes, workers: int, report=None) -> dict:
@@ -158,9 +230,10 @@ def lines(found: dict):
   yield found['note']
   head = (
     *('chip', 'shape', 'operation', 'cycles'),
-    *('bound ms', 'by', 'over least', 'over XLA', 'MiB', 'XLA MiB'),
+    *('bound ms', 'by', 'over least', 'or copies', 'over XLA'),
+    *('MiB', 'XLA MiB'),
   )
-  form = '{:6} {:10} {:17} {:>13} {:>10} {:>7} {:>10} {:>9} {:>8} {:>9}'
+  form = '{:6} {:10} {:17} {:>13} {:>10} {:>7} {:>10} {:>9} {:>8} {:>8} {:>9}'
   yield form.format(*head)
   for row in found['kernels']:
     cycles = f'{row["cycles"]:,}' if row['cycles'] else 'none'
@@ -172,6 +245,7 @@ def lines(found: dict):
       f'{1e3 * row["bound_s"]:.3f}' if row['bound_s'] else '-',
       row['bound_by'] or '-',
       str(row['over_least'] or '-'),
+      str(row['over_least_or_copies'] or '-'),
       str(row['over_xla'] or '-'),
       _mib(row['temporary_bytes']),
       _mib(row['xla_temporary_bytes']),
@@ -184,6 +258,13 @@ def lines(found: dict):
     yield (
       f'{step["chip"]} step of {step["batch"]:,} tokens, '
       f'{step["n_latents"]:,} latents, temporary HBM: {given}'
+    )
+  for one in found.get('crossings', ()):
+    ratio = one['from_ratio']
+    yield f'{one["chip"]}: kernels ' + (
+      f'are faster than dense codes from N / K {ratio:,.0f}'
+      if ratio
+      else 'have no estimate to compare with dense codes'
     )
   for step in found['steps']:
     where = f'{step["chip"]} {step["shape"]}'
@@ -216,6 +297,8 @@ def main(argv: list[str]) -> None:
 
   found = measure(chips, shapes, values.workers, report)
   found['step_temporaries'] = [step_temporaries(chip) for chip in chips]
+  if {shape.name for shape in shapes} >= set(_CROSSING):
+    found['crossings'] = [crossover(chip, found['kernels']) for chip in chips]
   for line in lines(found):
     print(line)
   if values.json:

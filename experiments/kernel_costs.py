@@ -61,6 +61,8 @@ class Operation:
     least_bytes: that it must move.
     whole: compilations at the shape itself, with our kernel and as XLA does
       it, that say what HBM each needs for a while.
+    copies: cycles to issue the copies of single rows that it can't do without;
+      None where there are none.
   """
 
   name: str
@@ -70,6 +72,7 @@ class Operation:
   flops: float
   least_bytes: float
   whole: tuple[Job, Job]
+  copies: Callable[[_Results], Cost] | None = None
 
 
 def _more(results: _Results, few: Job, many: Job, name: str = '') -> float:
@@ -175,6 +178,7 @@ def _gather(chip, shape, name):
     blocks = -(-b // results[few].sizes['tokens'])
     return _more(results, few, many, name) / 4 * blocks
 
+  copies, copies_of = _row_copies(chip, shape)
   rows = 4 * d * (real + b)
   some, twice = (
     job(chip, f'xla_{name}', batch=i, d=d, n=n, k=k)
@@ -182,7 +186,7 @@ def _gather(chip, shape, name):
   )
   return Operation(
     name,
-    (few, many, some, twice),
+    (few, many, some, twice, *copies),
     _cost((few, many), cycles, rows + 12 * b * k),
     _cost(
       (some, twice),
@@ -193,7 +197,31 @@ def _gather(chip, shape, name):
     0,
     rows + 8 * real,
     _pair(chip, 'gather', ours | {'blocks': 0}, given, f'xla_{name}'),
+    copies_of,
   )
+
+
+def _row_copies(chip, shape):
+  """Jobs, and the cost, of issuing a copy for each pair and nothing else."""
+  b = shape.batch
+  given = {'batch': b, 'd': shape.d_model, 'n': shape.n_latents, 'k': shape.k}
+  jobs = few, many = [
+    job(
+      chip,
+      'gather',
+      kind='row_copies',
+      blocks=blocks,
+      active=shape.active,
+      **given,
+    )
+    for blocks in (4, 8)
+  ]
+
+  def cycles(results):
+    blocks = -(-b // results[few].sizes['tokens'])
+    return _more(results, few, many, 'gather_sum') / 4 * blocks
+
+  return jobs, _cost(jobs, cycles, 0)
 
 
 def _segment_sums(chip, shape):
@@ -218,9 +246,10 @@ def _segment_sums(chip, shape):
     job(chip, 'xla_segment_sums', batch=i, d=d, n=n, k=k)
     for i in (_TOKENS // 2, _TOKENS)
   )
+  copies, copies_of = _row_copies(chip, shape)
   return Operation(
     'segment_sums',
-    (few, many, some, twice),
+    (few, many, some, twice, *copies),
     _cost((few, many), cycles, moved),
     _cost(
       (some, twice),
@@ -233,6 +262,8 @@ def _segment_sums(chip, shape):
     _pair(
       chip, 'segment_sums', ours | {'chunks': 0}, given, 'xla_segment_sums'
     ),
+    # At least one for a pair: both tables' rows may come by it.
+    copies_of,
   )
 
 
@@ -259,8 +290,17 @@ def _adam_rows(chip, shape):
 
 def sort_job(chip: str, shape: Shape) -> Job | None:
   """The sort of a shape's candidates, if it is not too large to estimate."""
-  pairs = shape.batch * shape.k
-  return job(chip, 'pair_sort', pairs=pairs) if pairs <= _MOST_SORTED else None
+  # Some twice as many as are real are looked at, see `pairs.slots`.
+  if shape.batch * shape.k * min(1, 2 * shape.active) > _MOST_SORTED:
+    return None
+  return job(
+    chip,
+    'pair_sort',
+    batch=shape.batch,
+    d=shape.d_model,
+    k=shape.k,
+    active=shape.active,
+  )
 
 
 def rest_bytes(shape: Shape) -> float:

@@ -22,7 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 
-from sae_jax.sparse import row_copies
+from sae_jax.sparse import pairs, row_copies
 from sae_jax.sparse.adam_rows import kernel as adam_kernel
 from sae_jax.sparse.adam_rows import reference as adam_reference
 from sae_jax.sparse.decode import kernel as decode_kernel
@@ -144,15 +144,42 @@ def select_units(k: int, unit: int, units: int) -> Probe:
   return Probe(function, [(shape, _F32), (shape, _I32)], {})
 
 
-def _all_real(plan, share):
+@contextlib.contextmanager
+def _all_real(plan, real):
   """Every chunk of a row kernel has the same number of rows."""
-  real = max(1, round(plan.slots * share))
+  real = max(1, round(real / plan.chunks))
 
   def count(counts_ref, chunk, exists):
     del counts_ref, chunk
     return jnp.where(exists, real, 0)
 
-  return mock.patch.object(decode_kernel, '_count', count)
+  with (
+    mock.patch.object(decode_kernel, '_count', count),
+    _plain_products(decode_kernel),
+  ):
+    yield
+
+
+def slots(batch: int, d: int, k: int, active: float) -> int:
+  """Pairs that are looked at, real or not."""
+  tokens = decode_tiles.block_tokens(batch, d, k, active)
+  return -(-batch // tokens) * pairs.slots(tokens, k, active)
+
+
+def _unmasked(product, a, *others):
+  """A product whose factor is no selection, as far as the compiler knows.
+
+  It folds one into the product's own mask, which the estimate's type check
+  refuses for bfloat16. A comparison for each of the factor's registers is next
+  to nothing.
+  """
+  return product(jnp.minimum(a, jnp.finfo(a.dtype).max), *others)
+
+
+def _plain_products(module):
+  """Makes a kernel's products such that there is an estimate of them."""
+  product = functools.partial(_unmasked, decode_kernel.multiply)
+  return mock.patch.object(module, 'multiply', product)
 
 
 def gather(
@@ -160,24 +187,27 @@ def gather(
 ) -> Probe:
   """`gather_sum` or `sampled_products` over so many blocks of tokens.
 
-  Without a number the kernel as it is, over all tokens.
+  Or 'row_copies', the former without its sums. Without a number the kernel as
+  it is, over all tokens.
   """
   tokens = decode_tiles.block_tokens(batch, d, k, active)
-  known = blocks > 0
+  known, real = blocks > 0, tokens * k * active
   blocks = blocks or -(-batch // tokens)
-  slots = tokens * k
+  slots = pairs.slots(tokens, k, active)
   plan = decode_tiles.plan(blocks, slots, d, tokens)
 
   def function(rows, token, weights, count, g_BD, w_ND):
     common = {'block_tokens': tokens, 'dtype': _BF16}
-    with _all_real(plan, active) if known else contextlib.nullcontext():
-      if kind == 'gather_sum':
+    with _all_real(plan, real) if known else contextlib.nullcontext():
+      if kind == 'sampled_products':
+        return decode_kernel.sampled_products(
+          rows, token, count, g_BD, w_ND, **common
+        )
+      copies = mock.patch.object(decode_kernel, '_sum_part', lambda *_: None)
+      with copies if kind == 'row_copies' else contextlib.nullcontext():
         return decode_kernel.gather_sum(
           rows, token, weights, count, w_ND, **common
         )
-      return decode_kernel.sampled_products(
-        rows, token, count, g_BD, w_ND, **common
-      )
 
   per_slot = (blocks, slots)
   return Probe(
@@ -225,8 +255,7 @@ def segment_sums(
   A chunk of pairs has some blocks of latents, or a block some chunks. Without
   a number the kernel as it is, over all pairs.
   """
-  n_pairs = batch * k
-  expected = round(n_pairs * active)
+  expected, n_pairs = round(batch * k * active), slots(batch, d, k, active)
   packed = grad_tiles.packs(expected, batch)
   plan = grad_tiles.plan(n_pairs, expected, n, d, 2, 1 if packed else 2)
   real_chunks = -(-expected // plan.pairs)
@@ -282,6 +311,7 @@ def segment_sums(
         lambda items, plan, chunk, counts: jnp.where(counts, plan.pairs, 0),
       ),
       mock.patch.object(grad_kernel, '_span', span),
+      _plain_products(grad_kernel),
       mock.patch.object(grad_kernel.tiles, 'plan', lambda *_: plan),
     ):
       Known._fields = real_items._fields
@@ -331,7 +361,7 @@ def segment_sums(
   )
 
 
-def pair_sort(pairs: int) -> Probe:
+def pair_sort(batch: int, d: int, k: int, active: float) -> Probe:
   """XLA's sort of all candidates by latent, with what goes along."""
 
   def function(latent, token, grads, vals):
@@ -340,7 +370,8 @@ def pair_sort(pairs: int) -> Probe:
     )
 
   kinds = (_I32, _I32, _F32, _F32)
-  return Probe(function, [((pairs,), kind) for kind in kinds], {})
+  n_pairs = slots(batch, d, k, active)
+  return Probe(function, [((n_pairs,), kind) for kind in kinds], {})
 
 
 def adam_rows(d: int, n: int) -> Probe:

@@ -26,9 +26,11 @@ def made_up(jobs, cycles=lambda job: 1000, error=''):
 
   def one(job):
     name = dict(job.arguments).get('kind', job.program)
-    name = {'encode_bodies': 'encode_topk', 'select_units': 'select'}.get(
-      name, name
-    )
+    name = {
+      'encode_bodies': 'encode_topk',
+      'select_units': 'select',
+      'row_copies': 'gather_sum',
+    }.get(name, name)
     return Found({f'{name}.1': cycles(job)}, SIZES.get(job.program, {}), error)
 
   return {job: one(job) for job in jobs}
@@ -122,3 +124,32 @@ def test_without_an_estimate_there_is_no_bound_and_the_table_says_so(
   np.testing.assert_allclose(step['step_s'], sum(step['parts_s'].values()))
   for row in found['kernels']:
     assert row['bound_s'] >= row['hbm_bytes'] / CHIPS['v6e'].hbm_bandwidth
+    copied = row['operation'] not in ('encode_topk', 'adam_rows')
+    assert (row['copies_s'] is not None) == copied
+    # Where a thousand cycles for a block of copies are what takes longest.
+    least = max(row['least_s'], row['copies_s'] or 0)
+    want = round(row['bound_s'] / least, 2)
+    assert row['over_least_or_copies'] == want <= row['over_least']
+
+
+@pytest.mark.fast
+def test_kernels_cross_dense_codes_where_both_take_as_long():
+  def rows(fixed_s, each_s):
+    for shape in SHAPES[:2]:
+      assert shape.k == 32
+      encoder_s = fixed_s / 4 + each_s * shape.n_latents
+      yield {
+        'shape': shape.name, 'operation': 'encode_topk', 'bound_s': encoder_s
+      }  # fmt: skip
+      for name in ('gather_sum', 'sampled_products', 'segment_sums'):
+        yield {
+          'shape': shape.name, 'operation': name, 'bound_s': fixed_s / 4
+        }  # fmt: skip
+
+  given = list(rows(fixed_s=2e-3, each_s=1e-8))
+  dense_s = 32_768 * 1.1e-7
+  # 2e-3 + 1e-8 N = 1.1e-7 N.
+  ratio = benchmark_kernels.crossing(given, dense_s)
+  assert ratio == pytest.approx(2e-3 / 1e-7 / 32)
+  given[1]['bound_s'] = None
+  assert benchmark_kernels.crossing(given, dense_s) is None
