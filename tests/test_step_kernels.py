@@ -47,10 +47,7 @@ def test_kernels_change_nothing_but_rounding(shape):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('crowded', [False, True])
-def test_a_shard_that_offers_too_few_candidates_is_asked_again(
-  monkeypatch, crowded
-):
+def test_a_shard_that_offers_too_few_candidates_is_asked_again(monkeypatch):
   made = dataclasses.replace(config(), steps=2)
   made = dataclasses.replace(
     made,
@@ -58,33 +55,38 @@ def test_a_shard_that_offers_too_few_candidates_is_asked_again(
     objective=dataclasses.replace(made.objective, k_aux=0),
   )
   shape = (1, 2)
-  # Sixteen are chosen of two shards of which each offers twelve.
-  monkeypatch.setattr(sparse, 'candidates', lambda *_: 12)
+  # Sixteen are chosen of two shards of which each offers fifteen.
+  monkeypatch.setattr(sparse, 'candidates', lambda *_: 15)
   rows_BD = rows()
-  if crowded:
-    # The first shard's latents look alike, and win every token.
-    first = test_step.step.init_state
 
-    def init(*args):
-      state = first(*args)
-      shifted = state.sae.b_lat_N.at[:128].add(10.0)
-      return state.replace(sae=state.sae.replace(b_lat_N=shifted))
+  def run(implementation):
+    found = test_step.run(made, shape, rows_BD, implementation)
+    return found, [values.pop('redone', 0) for values in found[0]]
 
-    monkeypatch.setattr(test_step.step, 'init_state', init)
-  plain = test_step.run(made, shape, rows_BD, 'gather')
-  kernels = test_step.run(made, shape, rows_BD, 'pallas')
-  redone = [values.pop('redone') for values in kernels[0]]
+  (plain, _), (kernels, redone) = run('gather'), run('pallas')
   test_step.assert_same_run(kernels, plain)
-  if crowded:
-    assert redone == [1.0, 1.0]
-    # Control: without the second look it is another run.
-    monkeypatch.setattr(
-      objective.split_lib.Split, 'anywhere', lambda *_: jax.numpy.array(False)
-    )
-    test_step.step._program.cache_clear()
-    wrong = test_step.run(made, shape, rows_BD, 'pallas')
-    with pytest.raises(AssertionError):
-      test_step.assert_same_run(wrong, plain)
+  assert max(redone) < 1
+
+  # The first shard's latents look alike, and win every token.
+  first = test_step.step.init_state
+
+  def init(*args):
+    state = first(*args)
+    shifted = state.sae.b_lat_N.at[:128].add(10.0)
+    return state.replace(sae=state.sae.replace(b_lat_N=shifted))
+
+  monkeypatch.setattr(test_step.step, 'init_state', init)
+  (plain, _), (kernels, redone) = run('gather'), run('pallas')
+  test_step.assert_same_run(kernels, plain)
+  assert redone == [1.0, 1.0]
+  # Control: without the second look it is another run.
+  monkeypatch.setattr(
+    objective.split_lib.Split, 'anywhere', lambda *_: jax.numpy.array(False)
+  )
+  test_step.step._program.cache_clear()
+  wrong, _ = run('pallas')
+  with pytest.raises(AssertionError):
+    test_step.assert_same_run(wrong, plain)
   test_step.step._program.cache_clear()
 
 
@@ -107,6 +109,8 @@ def test_an_approximate_run_says_what_recall_it_has(shape):
   same = (near[1][0] & sure[1][0]).sum() / sure[1][0].sum()
   assert same > 0.7
   np.testing.assert_allclose(values['nmse'], want['nmse'], rtol=0.1)
+  if shape != (1, 1):
+    return
   # Control: at a recall of one nothing is said, as nothing is lost.
   exact = dataclasses.replace(
     made, objective=dataclasses.replace(made.objective, topk_recall=1.0)
