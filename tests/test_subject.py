@@ -25,8 +25,8 @@ forward = jax.jit(transformer.forward, static_argnums=0)
   [
     (
       'gpt5',
-      "subject 'gpt5' is not known: "
-      'use smollm2-135m or the path of a .gguf file',
+      "subject 'gpt5' is not known: use smollm2-135m, the path of a .gguf "
+      'file, or a folder with config.json, *.safetensors and tokenizer.json',
     ),
     (
       '/nowhere/m.gguf',

@@ -147,8 +147,10 @@ def test_site_names_round_trip():
     '14',
     'blocks.x.resid_post',
     'blocks.-1.resid_post',
-    'blocks.1.mlp_out',
+    'blocks.1.mlp_outs',
     'blocks.1.resid_post.',
+    'blocks.1.embed',
+    'resid_post',
     ' blocks.1.resid_post',
   ],
 )
@@ -156,8 +158,10 @@ def test_a_bad_site_is_refused(text):
   with pytest.raises(config_lib.UserError) as error:
     capture.parse_site(text)
   assert str(error.value) == (
-    f'site {text!r} is not known: use blocks.N.resid_post, '
-    'for example blocks.14.resid_post'
+    f'site {text!r} is not known: use blocks.N.KIND, as '
+    'blocks.14.resid_post, KIND one of resid_pre, attn_in, q, k, v, z, '
+    'attn_raw, attn_out, resid_mid, mlp_in, mlp_act, mlp_raw, mlp_out, '
+    'resid_post; or embed, pos_embed, final_norm'
   )
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sae_jax import config as config_lib
-from sae_jax.subject import transformer
+from sae_jax.subject import attention, transformer
 
 pytestmark = pytest.mark.fast
 
@@ -186,7 +186,9 @@ def test_gradient_equals_float64_differences():
     logits_BTV = transformer.unembed(CONFIG, params, resid_BTD)
     return jnp.sum(logits_BTV * weight_BTV)
 
-  gradient_BTD = jax.jit(jax.grad(loss))(transformer.embed(params, tokens))
+  gradient_BTD = jax.jit(jax.grad(loss))(
+    transformer.embed(CONFIG, params, tokens)
+  )
   slope = np.sum(np.asarray(gradient_BTD, np.float64) * direction_BTD)
   step = 1e-5
   up, down = (
@@ -230,10 +232,13 @@ def test_attention_one_group_at_a_time_equals_the_batched_product():
   rng = np.random.default_rng(3)
   query_BGQTE = rng.normal(size=(2, 3, 4, 7, 8)).astype(np.float32)
   key_BGTE, value_BGTE = rng.normal(size=(2, 2, 3, 7, 8)).astype(np.float32)
-  batched = jax.vmap(jax.vmap(transformer._attend_group))
+  seen_TU = np.tri(7, dtype=bool)
   np.testing.assert_allclose(
-    transformer._attend(query_BGQTE, key_BGTE, value_BGTE),
-    batched(query_BGQTE, key_BGTE, value_BGTE),
+    attention.attend(query_BGQTE, key_BGTE, value_BGTE, seen_TU, 0.3),
+    # A mask for each sequence takes the batched product.
+    attention.attend(
+      query_BGQTE, key_BGTE, value_BGTE, np.stack([seen_TU] * 2), 0.3
+    ),
     rtol=1e-5,
     atol=1e-6,
   )

@@ -4,11 +4,13 @@ import dataclasses
 import importlib.util
 import os
 
+from etils import epath
+import jax
 import tokenizers
 
 from sae_jax import config as config_lib
+from sae_jax.subject import folder, saved, sharding, transformer, weights
 from sae_jax.subject import tokenizer as tokenizer_lib
-from sae_jax.subject import transformer, weights
 
 # name -> Python package, its requirement for pip, the file inside it.
 _PACKAGED = {
@@ -27,9 +29,9 @@ class Subject:
   Attributes:
     name: the name or path it was loaded by.
     config: its shape, static under jit.
-    params: its float32 parameters (`transformer.param_shapes`).
+    params: its parameters (`transformer.param_shapes`).
     tokenizer: its tokenizer (`subject.tokenizer` has encode and decode).
-    weights_sha256: hex digest of the file it came from.
+    weights_sha256: hex digest of the files it came from.
   """
 
   name: str
@@ -44,13 +46,17 @@ def find(name_or_path: str) -> str:
 
   Raises:
     UserError: if the subject's package is not installed, or the text is
-      neither a name nor a .gguf path.
+      neither a name, nor a .gguf path, nor a folder that is there.
   """
   if name_or_path not in _PACKAGED:
-    if not name_or_path.endswith('.gguf'):
+    if (
+      not name_or_path.endswith('.gguf')
+      and not epath.Path(name_or_path).is_dir()
+    ):
       raise config_lib.UserError(
-        f'subject {name_or_path!r} is not known: use {", ".join(_PACKAGED)} '
-        'or the path of a .gguf file'
+        f'subject {name_or_path!r} is not known: use {", ".join(_PACKAGED)}, '
+        'the path of a .gguf file, or a folder with config.json, '
+        '*.safetensors and tokenizer.json'
       )
     return name_or_path
   package, requirement, filename = _PACKAGED[name_or_path]
@@ -64,14 +70,55 @@ def find(name_or_path: str) -> str:
   return os.path.join(spec.submodule_search_locations[0], filename)
 
 
-def load(name_or_path: str | os.PathLike[str] = 'smollm2-135m') -> Subject:
-  """Loads a subject: 'smollm2-135m', or a local or gs:// .gguf file.
+def load(
+  name_or_path: str | os.PathLike[str] = 'smollm2-135m',
+  dtype: str = 'float32',
+  mesh: jax.sharding.Mesh | None = None,
+) -> Subject:
+  """Loads a subject.
+
+  Args:
+    name_or_path: 'smollm2-135m'; a .gguf file; a folder with config.json,
+      *.safetensors (one, or several and their index) and tokenizer.json as
+      transformers writes it; or one that `save` wrote. Paths are local or
+      gs://.
+    dtype: of the parameters: 'float32' or 'bfloat16'.
+    mesh: devices to lay the parameters over (`sharding.param_shardings`);
+      None for one device.
 
   Raises:
     UserError: if it is not there, or not a model this package can run.
   """
   name = os.fspath(name_or_path)
-  file = weights.open_gguf(find(name))
-  tokenizer = tokenizer_lib.from_metadata(file.metadata)
-  config, params = weights.load_params(file)
-  return Subject(name, config, params, tokenizer, file.sha256)
+  path = find(name)
+  shardings = None
+  if mesh is not None:
+
+    def shardings(config):
+      return sharding.param_shardings(config, mesh)
+
+  if path.endswith('.gguf'):
+    file = weights.open_gguf(path)
+    tokenizer = tokenizer_lib.from_metadata(file.metadata)
+    config, params = weights.load_params(file, dtype, shardings)
+    digest = file.sha256
+  else:
+    # Read first: it fails at once where the weights take minutes.
+    tokenizer = tokenizer_lib.from_folder(path)
+    read = saved.load if saved.is_saved(path) else folder.load_params
+    config, params, digest = read(path, dtype, shardings)
+  return Subject(name, config, params, tokenizer, digest)
+
+
+def save(subject: Subject, url: str) -> None:
+  """Writes a subject to a folder, its parameters with Orbax.
+
+  `load` reads it back onto any mesh, every process its own part.
+  """
+  saved.save(
+    url,
+    subject.config,
+    subject.params,
+    subject.tokenizer,
+    subject.weights_sha256,
+  )

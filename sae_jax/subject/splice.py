@@ -1,9 +1,10 @@
-"""Running the subject on activations that were replaced at a site."""
+"""Running the subject on activations that were replaced at sites."""
 
 from collections.abc import Callable
 
 import jax
 
+from sae_jax import config as config_lib
 from sae_jax.subject import capture, transformer
 
 
@@ -13,7 +14,7 @@ def resume(
   resid_BTD: jax.Array,
   site: capture.Site,
 ) -> jax.Array:
-  """Activations at a site -> next-token logits_BTV.
+  """Activations of the stream after a block -> next-token logits_BTV.
 
   `resume` of what `capture` read equals `forward` (`run_blocks` says how
   closely).
@@ -22,12 +23,18 @@ def resume(
     config: the subject's shape, static under jit.
     params: the subject's parameters.
     resid_BTD: activations at the site, whole sequences from position 0.
-    site: where the activations belong, static under jit.
+    site: where the activations belong, static under jit: a resid_post.
 
   Raises:
-    UserError: if the subject has no such block.
+    UserError: if the subject has no such block, or the site is one from which
+      the rest of a block cannot go on.
   """
   capture.check_site(config, site)
+  if site.name != 'resid_post':
+    raise config_lib.UserError(
+      f'a pass cannot go on from {site} alone: use a resid_post, or '
+      'splice.splice, which runs the whole'
+    )
   resid_BTD = transformer.run_blocks(
     config, params, resid_BTD, site.block + 1, config.n_layers
   )
@@ -48,10 +55,32 @@ def splice(
     params: the subject's parameters.
     tokens_BT: int32 token ids, padded on the right with any id.
     site: where to replace, static under jit.
-    replace: resid_BTD -> resid_BTD; the identity changes no logit.
+    replace: activations -> activations; the identity changes no logit.
 
   Raises:
-    UserError: if the subject has no such block.
+    UserError: if the subject has no such site.
   """
-  resid_BTD = capture.capture(config, params, tokens_BT, site)
-  return resume(config, params, replace(resid_BTD), site)
+  return splice_many(config, params, tokens_BT, {site: replace})
+
+
+def splice_many(
+  config: transformer.TransformerConfig,
+  params: transformer.Params,
+  tokens_BT: jax.Array,
+  edits: capture.Edits,
+) -> jax.Array:
+  """Next-token logits_BTV with the activations at several sites replaced.
+
+  Each edit sees what the edits before it left.
+
+  Args:
+    config: the subject's shape, static under jit.
+    params: the subject's parameters.
+    tokens_BT: int32 token ids, padded on the right with any id.
+    edits: site -> function of its activations.
+
+  Raises:
+    UserError: if the subject has no such site.
+  """
+  out = capture.run(config, params, tokens_BT, edits=edits, logits=True)
+  return out.logits_BTV

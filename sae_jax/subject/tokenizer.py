@@ -1,8 +1,10 @@
-"""Byte-level BPE tokenizers from GGUF metadata, and text of single tokens."""
+"""Tokenizers from tokenizer.json or GGUF metadata, and single tokens' text."""
 
 from collections.abc import Sequence
+import os
 from typing import Any
 
+from etils import epath
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
@@ -65,6 +67,32 @@ def from_metadata(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
         if its_kind == kind
       ]
     )
+  result.encode_special_tokens = True
+  return result
+
+
+def from_folder(url: str | os.PathLike[str]) -> tokenizers.Tokenizer:
+  """The tokenizer in a folder's tokenizer.json.
+
+  As with `from_metadata` control tokens in a text are text. What the file's
+  own post-processor adds, as Llama's BOS, stays.
+
+  Raises:
+    UserError: if there is no such file, or not a tokenizer.
+  """
+  path = epath.Path(url) / 'tokenizer.json'
+  if not path.is_file():
+    raise config_lib.UserError(
+      f'{url} has no tokenizer.json: save the fast tokenizer of the model '
+      'there too'
+    )
+  try:
+    result = tokenizers.Tokenizer.from_str(path.read_text())
+  except Exception as error:  # The library raises no narrower class.
+    raise config_lib.UserError(
+      f'{path} is not a tokenizer ({" ".join(str(error).split())}): download '
+      'it again'
+    ) from error
   result.encode_special_tokens = True
   return result
 

@@ -1,4 +1,4 @@
-"""GGUF files -> metadata and float32 parameters."""
+"""GGUF files -> metadata and parameters."""
 
 import dataclasses
 import hashlib
@@ -9,12 +9,13 @@ from typing import Any
 
 from etils import epath
 import gguf
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sae_jax import config as config_lib
-from sae_jax.subject import families, transformer
+from sae_jax.subject import assembly, gguf_families, transformer
+
+# What Llama 3.1's stretching divides each rotary frequency by.
+_ROPE_FACTORS = 'rope_freqs.weight'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,56 +88,49 @@ def _one_line(error: Exception) -> str:
 
 
 def load_params(
-  file: GgufFile,
+  file: GgufFile, dtype: str = 'float32', shardings=None
 ) -> tuple[transformer.TransformerConfig, transformer.Params]:
   """Dequantises a model.
 
+  Args:
+    file: the opened file.
+    dtype: of the parameters.
+    shardings: config -> shardings of the parameters; None for one device.
+
   Returns:
-    The transformer's shape, and its float32 parameters.
+    The transformer's shape, and its parameters.
 
   Raises:
     UserError: if the architecture is not supported, or a tensor is missing,
       misshapen, unknown to the family, or of a type that can't be dequantised.
   """
-  family = families.find(file.metadata)
-  embed = _tensor(file, family.whole['embed'])
-  config = families.transformer_config(file.metadata, int(embed.shape[-1]))
-  shapes = transformer.param_shapes(config)
+  family = gguf_families.find(file.metadata)
+  embed = _tensor(file, 'token_embd.weight')
+  config = gguf_families.transformer_config(
+    file.metadata,
+    vocab_size=int(embed.shape[-1]),
+    tied='output.weight' not in file.tensors,
+    rope_factors=_rope_factors(file),
+  )
+  sources = family.sources(config)
+  assembly.check_all_used(
+    config, sources, set(file.tensors) - {_ROPE_FACTORS}, file.url
+  )
+  params = assembly.assemble(
+    config,
+    sources,
+    lambda name: _dequantized(file, name),
+    file.url,
+    dtype,
+    shardings(config) if shardings else None,
+  )
+  return config, params
 
-  wanted = [
-    (name, family.whole[name], shape)
-    for name, shape in (shapes | {'unembed': shapes['embed']}).items()
-    if name != 'blocks'
-    and not (
-      family.whole[name] in family.optional
-      and family.whole[name] not in file.tensors
-    )
-  ]
-  block_names = {
-    name: [f'blk.{i}.{suffix}' for i in range(config.n_layers)]
-    for name, suffix in family.blocks.items()
-  }
-  known = {tensor for _, tensor, _ in wanted}.union(*block_names.values())
-  unknown = sorted(set(file.tensors) - known)
-  if unknown:
-    raise config_lib.UserError(
-      f'{file.url} has {len(unknown)} tensors that the family does not use, '
-      f'as {unknown[0]}: its model is of another kind, use a plain one'
-    )
 
-  # Tables of tokens stay [V, D]; matrices turn from GGUF's [outputs, inputs].
-  params = {
-    name: jnp.array(_dequantized(file, tensor, shape))
-    for name, tensor, shape in wanted
-  }
-  params['blocks'] = {}
-  for name, tensors in block_names.items():
-    shape = shapes['blocks'][name]
-    stacked = np.empty(shape, np.float32)
-    for i, tensor in enumerate(tensors):
-      stacked[i] = _dequantized(file, tensor, shape[:0:-1]).T
-    params['blocks'][name] = jnp.asarray(stacked)
-  return config, jax.block_until_ready(params)
+def _rope_factors(file: GgufFile) -> tuple[float, ...]:
+  if _ROPE_FACTORS not in file.tensors:
+    return ()
+  return tuple(_dequantized(file, _ROPE_FACTORS).tolist())
 
 
 def _tensor(file: GgufFile, name: str) -> gguf.ReaderTensor:
@@ -148,16 +142,8 @@ def _tensor(file: GgufFile, name: str) -> gguf.ReaderTensor:
   return file.tensors[name]
 
 
-def _dequantized(
-  file: GgufFile, name: str, shape: tuple[int, ...]
-) -> np.ndarray:
+def _dequantized(file: GgufFile, name: str) -> np.ndarray:
   tensor = _tensor(file, name)
-  found = tuple(int(n) for n in reversed(tensor.shape))
-  if found != shape:
-    raise config_lib.UserError(
-      f'tensor {name} of {file.url} has shape {found}, its metadata asks for '
-      f'{shape}: convert the model again'
-    )
   try:
     return gguf.dequantize(tensor.data, tensor.tensor_type)
   except NotImplementedError as error:
