@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from sae_jax.subject import sites as sites_lib
 from sae_jax.subject import transformer
@@ -22,7 +23,7 @@ class Pass(NamedTuple):
   Attributes:
     resid_BTD: the residual stream after the last block that ran.
     recorded: site -> activations there.
-    logits_BTV: next-token logits, if they were asked for.
+    logits_BTV: next-token logits, if they were asked for; T of those tokens.
     cache: the cache with the new positions, if one was given.
   """
 
@@ -41,6 +42,7 @@ def run(
   edits: Edits | None = None,
   n_blocks: int | None = None,
   logits: bool = False,
+  logits_at_B: jax.Array | None = None,
   cache: transformer.Cache | None = None,
   first_B: jax.Array | None = None,
 ) -> Pass:
@@ -55,6 +57,8 @@ def run(
       their shape.
     n_blocks: how many blocks to run; None for all.
     logits: whether to go on to the logits.
+    logits_at_B: the one token of each sequence, counted here from 0, whose
+      logits are wanted; None for those of all.
     cache: keys and values of earlier positions (`transformer.make_cache`).
     first_B: with a cache, the position of each sequence's first token.
 
@@ -105,7 +109,10 @@ def run(
       resid_BTD = tap(last, resid_BTD)
   logits_BTV = None
   if logits or Site(None, 'final_norm') in record:
-    x_BTD = transformer.final_norm(config, params, resid_BTD)
+    last_BTD = resid_BTD
+    if logits_at_B is not None:
+      last_BTD = jnp.take_along_axis(resid_BTD, logits_at_B[:, None, None], 1)
+    x_BTD = transformer.final_norm(config, params, last_BTD)
     x_BTD = tap(Site(None, 'final_norm'), x_BTD)
     if logits:
       logits_BTV = transformer.project(config, params, x_BTD)
