@@ -1,16 +1,19 @@
 """Metrics of an autoencoder, and where a run's metrics are written."""
 
 import dataclasses
+import io
 import json
 import math
 from typing import Any
 
+from absl import logging
 from etils import epath
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import tensorboardX
+from tensorboardX import record_writer
 
 from sae_jax import autoencoder, files
 
@@ -208,6 +211,43 @@ def _step_of(line: str) -> float:
     return json.loads(line)['step']
   except (ValueError, KeyError, TypeError):
     return math.inf
+
+
+class _BucketEvents:
+  """TensorBoard's file in a bucket, put there whole at every flush.
+
+  tensorboardX's own writer uploads on condition of the object's generation.
+  When an answer is lost the upload is sent again and refused; that ends
+  tensorboardX's thread, and the run waits for it for ever.
+  """
+
+  def __init__(self, path: str):
+    self._path = path
+    self._buffer = io.BytesIO()
+
+  def write(self, data: bytes) -> None:
+    self._buffer.write(data)
+
+  def flush(self) -> None:
+    try:
+      files.write_bytes(self._path, self._buffer.getvalue())
+    except Exception as error:
+      # Retries are used up. These are copies of what metrics.jsonl has, and
+      # the next flush writes all of it again.
+      logging.warning('cannot write %s: %s', self._path, error)
+
+  def close(self) -> None:
+    self.flush()
+
+
+class _BucketEventsFactory:
+  open = staticmethod(_BucketEvents)
+
+  def directory_check(self, path: str) -> None:
+    """Objects need no folder."""
+
+
+record_writer.register_writer_factory('gs', _BucketEventsFactory())
 
 
 class Writer:

@@ -2,20 +2,95 @@
 
 Serves the calls TensorStore's `gcs` driver, gcsfs and Orbax make: conditional
 writes, generation headers, (suffix) byte ranges, paged listings with a
-delimiter, media / multipart / resumable uploads, copies and compose.
+delimiter, media / multipart / resumable uploads, copies, moves and compose. It
+counts requests and bytes, and with `Faults` it fails as the real one does.
 """
 
+import asyncio
 import base64
+import collections
+from collections.abc import Callable
 import dataclasses
+import hashlib
 import http.server
 import itertools
 import json
+import os
 import re
 import socketserver
 import threading
+import time
+import types
+from typing import NamedTuple
 import urllib.parse
 
 import google_crc32c
+import tensorstore as ts
+
+# Else every call of gcsfs asks a service that is not there; read on import.
+os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
+import gcsfs.retry
+
+# What a request is for; requests and bytes are counted by these.
+CLASSES = ('object read', 'range read', 'metadata', 'list', 'write', 'delete')
+
+# 503, 429: the error, at once. 429-after: with a Retry-After header.
+# drop: hangs up instead of doing anything. drop-after: does what was asked,
+#   then hangs up, so the client does not know; of writes and deletes alone.
+# cut: a download ends half way. slow: the answer waits, then pauses half way.
+# stale: 412 to a conditional media upload or delete that would succeed. Only
+#   a client that reads, changes and writes again can be expected to go on.
+KINDS = ('503', '429', '429-after', 'drop', 'drop-after', 'cut', 'slow')
+ALL_KINDS = (*KINDS, 'stale')
+
+
+@dataclasses.dataclass(frozen=True)
+class Faults:
+  """Which requests fail and how: a pure function of the seed and the request.
+
+  A request is drawn for by its method, class, object, range and how often it
+  was sent before. So what other threads ask meanwhile changes nothing, and a
+  request that is sent again may succeed.
+
+  Attributes:
+    seed: another one fails other requests.
+    rate: share of the requests that fail.
+    kinds: the faults to choose from, all alike; see `KINDS`.
+    retry_after: seconds that a 429-after asks for.
+    delay: seconds a slow answer waits, twice.
+  """
+
+  seed: int
+  rate: float
+  kinds: tuple[str, ...] = KINDS
+  retry_after: int = 1
+  delay: float = 0.02
+
+  def __post_init__(self):
+    if unknown := set(self.kinds) - set(ALL_KINDS):
+      raise ValueError(f'no such faults: {sorted(unknown)}')
+
+  def draw(self, request: tuple, possible: set[str]) -> str | None:
+    """The fault of a request, or None.
+
+    Args:
+      request: what it is and its number; any tuple of strings and numbers.
+      possible: kinds that it can meet.
+    """
+    key = repr((self.seed, *request)).encode()
+    digest = hashlib.blake2b(key, digest_size=16).digest()
+    kinds = [kind for kind in self.kinds if kind in possible]
+    if not kinds or int.from_bytes(digest[:8]) >= self.rate * 2**64:
+      return None
+    return kinds[int.from_bytes(digest[8:]) % len(kinds)]
+
+
+class Count(NamedTuple):
+  """Requests, and bytes of their bodies in and out."""
+
+  requests: int
+  received: int
+  sent: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,20 +100,60 @@ class _Object:
   content_type: str = 'application/octet-stream'
 
 
-class FakeGcs:
-  """`with FakeGcs(['bucket']) as url:` serves until the block is left."""
+@dataclasses.dataclass
+class _Upload:
+  """A resumable upload; `answer` once it is complete."""
 
-  def __init__(self, buckets):
+  name: str
+  query: dict[str, str]
+  data: bytearray
+  answer: tuple | None = None
+
+
+class FakeGcs:
+  """`with FakeGcs(['bucket']) as url:` serves until the block is left.
+
+  Attributes:
+    objects: bucket -> name -> object with `data`.
+    log: (method, path, Range header) of every request, in order.
+    faults_met: kind -> how many requests met that fault.
+    fault_log: (method, class, object, kind) of those.
+
+  What clients do, found by running them (TensorStore 0.1.86, gcsfs 2026.10):
+
+  TensorStore repeats 503, 429, lost connections and cut downloads, 32 times
+  from 1 s on, and ignores Retry-After. Where a conditional write was done but
+  its answer lost, the repeated one is refused: `write(if_equal=)` reports
+  that it did not happen, partial writes of a shard read again and go on, but
+  a transaction on OCDBT (so a checkpoint) may end in ALREADY_EXISTS about its
+  own write. It dies of a segmentation fault where a server refuses a
+  condition that holds, so `stale` gives the object a new generation.
+
+  gcsfs repeats the same ones 6 times from 1 to 2 s on, without a timeout of
+  its own, and ignores Retry-After. After a lost answer its rm_file and mv_file
+  raise FileNotFoundError and mode='create' FileExistsError, although they
+  have done what was asked; rm(recursive=True), plain and resumable writes and
+  copies go well.
+  """
+
+  def __init__(self, buckets, faults: Faults | None = None):
     self.objects = {bucket: {} for bucket in buckets}
+    self.faults = faults
     self.lock = threading.Lock()
     self.uploads = {}
     self.log = []
+    self.faults_met = collections.Counter()
+    self.fault_log = []
+    self._counts = {}
+    self._times_sent = collections.Counter()
     self._generation = itertools.count(1_000_001)
 
   def __enter__(self):
     handler = type('Handler', (_Handler,), {'gcs': self})
     self._server = _Server(('127.0.0.1', 0), handler)
-    threading.Thread(target=self._server.serve_forever, daemon=True).start()
+    threading.Thread(
+      target=self._server.serve_forever, args=(0.02,), daemon=True
+    ).start()
     self.url = f'http://127.0.0.1:{self._server.server_port}'
     return self.url
 
@@ -46,27 +161,81 @@ class FakeGcs:
     self._server.shutdown()
     self._server.server_close()
 
+  def counts(self) -> dict[tuple[str, str], Count]:
+    """(method, class) -> what was counted since the last `reset_counts`."""
+    with self.lock:
+      return {key: Count(*count) for key, count in self._counts.items()}
+
+  def reset_counts(self) -> None:
+    """Counts requests, bytes and faults from zero; the schedule goes on."""
+    with self.lock:
+      self._counts.clear()
+      self.faults_met.clear()
+
+  def table(self, per: int = 1) -> str:
+    """Requests and bytes by method and class, a line each.
+
+    Args:
+      per: what all numbers are divided by: batches, say.
+    """
+    lines = [
+      f'{method:6} {what:11} {c.requests / per:10.2f} requests '
+      f'{c.received / per:12.0f} bytes in {c.sent / per:12.0f} bytes out'
+      for (method, what), c in sorted(self.counts().items())
+    ]
+    met = ', '.join(
+      f'{n} {kind}' for kind, n in sorted(self.faults_met.items())
+    )
+    return '\n'.join([*lines, f'faults: {met or "none"}'])
+
+  def count(self, method, what, requests=0, received=0, sent=0):
+    with self.lock:
+      count = self._counts.setdefault((method, what), [0, 0, 0])
+      for i, number in enumerate((requests, received, sent)):
+        count[i] += number
+
+  def draw_fault(self, request, possible):
+    """The fault that a request which has come in is to meet, or None."""
+    if self.faults is None:
+      return None
+    with self.lock:
+      self._times_sent[request] += 1
+      return self.faults.draw((*request, self._times_sent[request]), possible)
+
+  def fault_met(self, method, what, target, kind):
+    with self.lock:
+      self.faults_met[kind] += 1
+      self.fault_log.append((method, what, target, kind))
+
   def put(
     self, bucket, name, data, query, content_type='application/octet-stream'
   ):
     """Returns the new object, or None if a precondition failed."""
     with self.lock:
-      if not self._precondition(bucket, name, query):
+      if not self.precondition(bucket, name, query):
         return None
       obj = _Object(data, next(self._generation), content_type)
       self.objects[bucket][name] = obj
       return obj
 
+  def touch(self, bucket, name):
+    """Gives an object a new generation, as another writer would."""
+    with self.lock:
+      obj = self.objects[bucket][name]
+      self.objects[bucket][name] = dataclasses.replace(
+        obj, generation=next(self._generation)
+      )
+
   def delete(self, bucket, name, query):
     with self.lock:
       if name not in self.objects[bucket]:
         return 404
-      if not self._precondition(bucket, name, query):
+      if not self.precondition(bucket, name, query):
         return 412
       del self.objects[bucket][name]
       return 204
 
-  def _precondition(self, bucket, name, query):
+  def precondition(self, bucket, name, query):
     have = self.objects[bucket].get(name)
     have = have.generation if have else 0
     want = query.get('ifGenerationMatch')
@@ -103,6 +272,23 @@ def _resource(bucket, name, obj):
   }
 
 
+_OBJECT = '/storage/v1/b/([^/]+)/o/([^/]+)'
+# What the groups of a path are given to.
+_ROUTES = tuple(
+  (re.compile(pattern), name)
+  for pattern, name in (
+    ('/(?:resumable/)?upload/storage/v1/b/([^/]+)/o', '_upload'),
+    (f'(?:/download)?{_OBJECT}', '_object'),
+    ('/storage/v1/b/([^/]+)/o', '_list'),
+    (f'{_OBJECT}/(?:rewriteTo|copyTo)/b/([^/]+)/o/([^/]+)', '_copy'),
+    (f'{_OBJECT}/moveTo/o/([^/]+)', '_move'),
+    (f'{_OBJECT}/compose', '_compose'),
+    ('/storage/v1/b/([^/]+)', '_bucket'),
+    ('/storage/v1/b/([^/]+)/storageLayout', '_layout'),
+  )
+)
+
+
 class _Handler(http.server.BaseHTTPRequestHandler):
   protocol_version = 'HTTP/1.1'
   disable_nagle_algorithm = True  # Else every reply waits 40 ms for an ACK.
@@ -116,17 +302,35 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     if isinstance(body, (dict, list)):
       body = json.dumps(body).encode()
       headers = [('Content-Type', 'application/json'), *headers]
+    if self.fault == 'drop-after':
+      self.close_connection = True
+      return
     self.send_response(status)
     for key, value in headers:
       self.send_header(key, value)
-    if status not in (204, 304):
-      self.send_header('Content-Length', str(len(body)))
+    if status in (204, 304):
+      self.end_headers()
+      return
+    self.send_header('Content-Length', str(len(body)))
     self.end_headers()
-    if self.command != 'HEAD' and status not in (204, 304):
-      self.wfile.write(body)
+    if self.command == 'HEAD':
+      return
+    half = len(body) // 2
+    if self.fault == 'cut' and body and status in (200, 206):
+      self._met()
+      body = body[:half]
+      self.close_connection = True
+    elif self.fault == 'slow':
+      self.wfile.write(body[:half])
+      self.wfile.flush()
+      time.sleep(self.gcs.faults.delay)
+    self.wfile.write(body[half:] if self.fault == 'slow' else body)
+    self.gcs.count(self.command, self.what, sent=len(body))
 
-  def _error(self, status, message=''):
-    self._reply(status, {'error': {'code': status, 'message': message}})
+  def _error(self, status, message='', headers=()):
+    self._reply(
+      status, {'error': {'code': status, 'message': message}}, headers
+    )
 
   def _body(self):
     if self.headers.get('Transfer-Encoding') == 'chunked':
@@ -138,61 +342,126 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       return b''.join(parts)
     return self.rfile.read(int(self.headers.get('Content-Length') or 0))
 
+  def _met(self):
+    self.gcs.fault_met(self.command, self.what, self.target, self.fault)
+
+  def _find(self, path):
+    for pattern, handler in _ROUTES:
+      if match := pattern.fullmatch(path):
+        return handler, [urllib.parse.unquote(g) for g in match.groups()]
+    return '_unknown', []
+
+  def _classify(self, handler, query):
+    if handler == '_object':
+      if self.command == 'DELETE':
+        return 'delete'
+      if query.get('alt') == 'media':
+        return 'range read' if self.headers.get('Range') else 'object read'
+    if handler in ('_upload', '_copy', '_move', '_compose'):
+      return 'write'
+    return 'list' if handler == '_list' else 'metadata'
+
   def _route(self):
     body = self._body()
     url = urllib.parse.urlsplit(self.path)
     query = dict(urllib.parse.parse_qsl(url.query, keep_blank_values=True))
-    unquote = urllib.parse.unquote
-    self.gcs.log.append((self.command, self.path, self.headers.get('Range')))
-    buckets = re.findall('/b/([^/]+)', url.path)
-    if not {unquote(bucket) for bucket in buckets} <= self.gcs.objects.keys():
-      return self._error(404)
-    if m := re.fullmatch(
-      r'/(?:resumable/)?upload/storage/v1/b/([^/]+)/o', url.path
-    ):
-      return self._upload(unquote(m[1]), query, body)
-    if m := re.fullmatch(
-      r'/(?:download/)?storage/v1/b/([^/]+)/o/([^/]+)', url.path
-    ):
-      return self._object(unquote(m[1]), unquote(m[2]), query)
-    if m := re.fullmatch(r'/storage/v1/b/([^/]+)/o', url.path):
-      return self._list(unquote(m[1]), query)
-    if m := re.fullmatch(
-      r'/storage/v1/b/([^/]+)/o/([^/]+)/(?:rewriteTo|copyTo)/b/([^/]+)/o/([^/]+)',
-      url.path,
-    ):
-      return self._copy(
-        *map(unquote, m.groups()), query, 'rewriteTo' in url.path
-      )
-    if m := re.fullmatch(r'/storage/v1/b/([^/]+)/o/([^/]+)/compose', url.path):
-      return self._compose(unquote(m[1]), unquote(m[2]), query, body)
-    if m := re.fullmatch(r'/storage/v1/b/([^/]+)', url.path):
-      name = unquote(m[1])
-      return self._reply(
-        200,
-        {
-          'kind': 'storage#bucket',
-          'name': name,
-          'id': name,
-          'location': 'US',
-          'locationType': 'multi-region',
-          'storageClass': 'STANDARD',
-        },
-      )
-    if m := re.fullmatch(r'/storage/v1/b/([^/]+)/storageLayout', url.path):
-      return self._reply(
-        200,
-        {
-          'kind': 'storage#storageLayout',
-          'bucket': unquote(m[1]),
-          'hierarchicalNamespace': {'enabled': False},
-        },
-      )
-    self._error(501, self.path)
+    byte_range = self.headers.get('Range')
+    handler, groups = self._find(url.path)
+    self.fault = None
+    self.what = self._classify(handler, query)
+    with self.gcs.lock:
+      self.gcs.log.append((self.command, self.path, byte_range))
+    self.gcs.count(self.command, self.what, 1, len(body))
+    self.target = '/'.join(groups)
+    if handler == '_list':
+      self.target += '/' + query.get('prefix', '')
+    elif handler == '_upload':
+      self.target += '/' + self._upload_name(query, body)
+    # An upload's chunks are told apart by where they begin.
+    part = byte_range or self.headers.get('Content-Range')
+    self.fault = self.gcs.draw_fault(
+      (self.command, self.what, self.target, part),
+      self._possible(handler, groups, query),
+    )
+    if self.fault not in (None, 'cut'):
+      self._met()
+    if self.fault == 'slow':
+      time.sleep(self.gcs.faults.delay)
+    if self.fault == 'drop':
+      self.close_connection = True
+    elif self.fault == 'stale':
+      self.gcs.touch(groups[0], query.get('name') or groups[1])
+      self._error(412, 'conditionNotMet')
+    elif self.fault == '429-after':
+      after = str(self.gcs.faults.retry_after)
+      self._error(429, 'rateLimitExceeded', [('Retry-After', after)])
+    elif self.fault in ('503', '429'):
+      self._error(int(self.fault), 'try again')
+    elif groups and groups[0] not in self.gcs.objects:
+      self._error(404)
+    else:
+      getattr(self, handler)(query, body, *groups)
 
   do_GET = do_POST = do_PUT = do_DELETE = do_PATCH = do_HEAD = _route
 
-  def _object(self, bucket, name, query):
+  def _upload_name(self, query, body):
+    if 'upload_id' in query:
+      return self.gcs.uploads[query['upload_id']].name
+    if 'name' in query:
+      return query['name']
+    # The first part of a multipart body is short.
+    found = re.search(rb'"name": *("(?:[^"\\]|\\.)*")', body[:10_000])
+    return json.loads(found[1]) if found else ''
+
+  def _possible(self, handler, groups, query):
+    possible = {'503', '429', '429-after', 'drop', 'slow'}
+    if self.what in ('write', 'delete'):
+      possible.add('drop-after')
+    bucket = groups[0] if groups else None
+    if bucket not in self.gcs.objects:
+      return possible
+    if self.what.endswith('read'):
+      obj = self.gcs.objects[bucket].get(groups[1])
+      # What the client has already is answered without a body.
+      fresh = self.gcs.precondition(bucket, groups[1], query)
+      if obj is not None and obj.data and fresh:
+        possible.add('cut')
+    conditional = 'ifGenerationMatch' in query
+    media = query.get('uploadType') == 'media'
+    if conditional and (media or self.what == 'delete'):
+      name = query['name'] if media else groups[1]
+      exists = name in self.gcs.objects[bucket]
+      if exists and self.gcs.precondition(bucket, name, query):
+        possible.add('stale')
+    return possible
+
+  def _unknown(self, query, body):
+    self._error(501, self.path)
+
+  def _bucket(self, query, body, name):
+    self._reply(
+      200,
+      {
+        'kind': 'storage#bucket',
+        'name': name,
+        'id': name,
+        'location': 'US',
+        'locationType': 'multi-region',
+        'storageClass': 'STANDARD',
+      },
+    )
+
+  def _layout(self, query, body, bucket):
+    self._reply(
+      200,
+      {
+        'kind': 'storage#storageLayout',
+        'bucket': bucket,
+        'hierarchicalNamespace': {'enabled': False},
+      },
+    )
+
+  def _object(self, query, body, bucket, name):
     if self.command == 'DELETE':
       status = self.gcs.delete(bucket, name, query)
       return self._reply(204) if status == 204 else self._error(status)
@@ -233,7 +502,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     headers.append(('Content-Range', f'bytes {start}-{stop - 1}/{size}'))
     self._reply(206, obj.data[start:stop], headers)
 
-  def _list(self, bucket, query):
+  def _list(self, query, body, bucket):
     prefix, delimiter = query.get('prefix', ''), query.get('delimiter')
     first = max(query.get('startOffset', ''), query.get('pageToken', ''))
     last = query.get('endOffset')
@@ -267,75 +536,151 @@ class _Handler(http.server.BaseHTTPRequestHandler):
   def _store(
     self, bucket, name, data, query, content_type='application/octet-stream'
   ):
+    """Status and body that answer a write."""
     obj = self.gcs.put(bucket, name, data, query, content_type)
     if obj is None:
-      return self._error(412, 'conditionNotMet')
-    self._reply(200, _resource(bucket, name, obj))
+      return 412, {'error': {'code': 412, 'message': 'conditionNotMet'}}
+    return 200, _resource(bucket, name, obj)
 
-  def _upload(self, bucket, query, body):
+  def _upload(self, query, body, bucket):
     kind = query.get('uploadType')
     if kind == 'media':
-      return self._store(
-        bucket,
-        query['name'],
-        body,
-        query,
-        self.headers.get('Content-Type') or 'application/octet-stream',
+      content_type = self.headers.get('Content-Type')
+      self._reply(
+        *self._store(
+          bucket,
+          query['name'],
+          body,
+          query,
+          content_type or 'application/octet-stream',
+        )
       )
-    if kind == 'multipart':
+    elif kind == 'multipart':
       boundary = (
         re.search('boundary="?([^";]+)', self.headers['Content-Type'])[1]
         .encode()
         .strip(b"'")
       )
-      meta, media = [
-        p.lstrip(b'\r\n').split(b'\r\n\r\n', 1)[-1]
-        if b'\r\n\r\n' in p
-        else p.lstrip(b'\n').split(b'\n\n', 1)[-1]
-        for p in re.split(rb'\r?\n?--' + re.escape(boundary), body)[1:3]
-      ]
-      return self._store(
-        bucket, query.get('name') or json.loads(meta)['name'], media, query
+      # gcsfs ends lines with \n, Google's own client with \r\n.
+      end = b'\r\n' if body.startswith(b'--%b\r\n' % boundary) else b'\n'
+      between = end + b'--' + boundary
+      _, meta, rest = (end + body).split(between, 2)
+      meta, media = (
+        part.split(end + end, 1)[1]
+        for part in (meta, rest.rsplit(between, 1)[0])
       )
-    if kind == 'resumable' and 'upload_id' not in query:
+      name = query.get('name') or json.loads(meta)['name']
+      self._reply(*self._store(bucket, name, media, query))
+    elif kind == 'resumable' and 'upload_id' not in query:
       name = query.get('name') or json.loads(body)['name']
-      upload = str(len(self.gcs.uploads))
-      self.gcs.uploads[upload] = (name, query, bytearray())
-      location = f'http://{self.headers["Host"]}{urllib.parse.urlsplit(self.path).path}?uploadType=resumable&upload_id={upload}'
-      return self._reply(
+      with self.gcs.lock:
+        upload = str(len(self.gcs.uploads))
+        self.gcs.uploads[upload] = _Upload(name, query, bytearray())
+      path = urllib.parse.urlsplit(self.path).path
+      location = (
+        f'http://{self.headers["Host"]}{path}'
+        f'?uploadType=resumable&upload_id={upload}'
+      )
+      self._reply(
         200, b'', [('Location', location), ('X-GUploader-UploadID', upload)]
       )
-    if kind == 'resumable':
-      name, start_query, data = self.gcs.uploads[query['upload_id']]
-      data += body
-      if (self.headers.get('Content-Range') or '').endswith('/*'):
-        headers = [('Range', f'bytes=0-{len(data) - 1}')] if data else []
-        return self._reply(308, b'', headers)
-      return self._store(bucket, name, bytes(data), start_query)
-    self._error(501, self.path)
+    elif kind == 'resumable':
+      self._resume(bucket, self.gcs.uploads[query['upload_id']], body)
+    else:
+      self._error(501, self.path)
 
-  def _copy(self, bucket, name, to_bucket, to_name, query, rewrite):
+  def _resume(self, bucket, upload, body):
+    """Takes a chunk; one that is sent again does no harm."""
+    if self.command == 'DELETE':
+      return self._error(499)
+    if upload.answer is not None:
+      return self._reply(*upload.answer)
+    # bytes 0-9/*, bytes 10-14/15 or bytes */15; none with a whole upload.
+    given = self.headers.get('Content-Range') or f'bytes 0-/{len(body)}'
+    start, total = re.fullmatch(
+      r'bytes (?:\*|(\d+)-\d*)/(\*|\d+)', given
+    ).groups()
+    data = upload.data
+    if start is not None:
+      if int(start) > len(data):
+        return self._error(400, f'{len(data)} bytes are here, not {start}')
+      data[int(start) : int(start) + len(body)] = body
+    if total != str(len(data)):
+      headers = [('Range', f'bytes=0-{len(data) - 1}')] if data else []
+      return self._reply(308, b'', headers)
+    upload.answer = self._store(bucket, upload.name, bytes(data), upload.query)
+    self._reply(*upload.answer)
+
+  def _copy(self, query, body, bucket, name, to_bucket, to_name):
     obj = self.gcs.objects[bucket].get(name)
-    if obj is None:
+    if obj is None or to_bucket not in self.gcs.objects:
       return self._error(404)
-    new = self.gcs.put(to_bucket, to_name, obj.data, query, obj.content_type)
-    if new is None:
-      return self._error(412)
-    resource = _resource(to_bucket, to_name, new)
-    self._reply(
-      200,
-      {
+    status, resource = self._store(
+      to_bucket, to_name, obj.data, query, obj.content_type
+    )
+    if status == 200 and '/rewriteTo/' in self.path:
+      resource = {
         'kind': 'storage#rewriteResponse',
         'done': True,
         'resource': resource,
         'objectSize': str(len(obj.data)),
         'totalBytesRewritten': str(len(obj.data)),
       }
-      if rewrite
-      else resource,
-    )
+    self._reply(status, resource)
 
-  def _compose(self, bucket, name, query, body):
+  def _move(self, query, body, bucket, name, to_name):
+    with self.gcs.lock:
+      obj = self.gcs.objects[bucket].pop(name, None)
+    if obj is None:
+      return self._error(404)
+    self._reply(*self._store(bucket, to_name, obj.data, {}, obj.content_type))
+
+  def _compose(self, query, body, bucket, name):
     names = [s['name'] for s in json.loads(body)['sourceObjects']]
     objects = self.gcs.objects[bucket]
-    self._store(bucket, name, b''.join(objects[n].data for n in names), query)
+    data = b''.join(objects[n].data for n in names)
+    self._reply(*self._store(bucket, name, data, query))
+
+
+def filesystem(url: str) -> gcsfs.GCSFileSystem:
+  """gcsfs on a server, with nothing cached by others."""
+  return gcsfs.GCSFileSystem(
+    endpoint_url=url, token='anon', skip_instance_cache=True
+  )
+
+
+# TensorStore waits a second and more by default: for ts.Context.
+QUICK_RETRIES = {
+  'gcs_request_retries': {
+    'max_retries': 32,
+    'initial_delay': '5ms',
+    'max_delay': '50ms',
+  }
+}
+
+
+def hurry() -> Callable[[], None]:
+  """Makes clients of this process try again some 100 times sooner.
+
+  gcsfs has no setting for its 1 to 2 seconds. TensorStore's contexts that are
+  made afterwards get `QUICK_RETRIES`; its default context keeps its seconds.
+
+  Returns:
+    What undoes it.
+  """
+
+  async def sleep(seconds):
+    await asyncio.sleep(seconds / 100)
+
+  class Context(ts.Context):
+    def __init__(self, spec=None, parent=None):
+      super().__init__(QUICK_RETRIES | (spec or {}), parent)
+
+  before = gcsfs.retry.asyncio, ts.Context
+  gcsfs.retry.asyncio = types.SimpleNamespace(sleep=sleep)
+  ts.Context = Context
+
+  def undo():
+    gcsfs.retry.asyncio, ts.Context = before
+
+  return undo
