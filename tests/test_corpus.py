@@ -3,17 +3,24 @@
 import collections
 import csv
 import gzip
+import hashlib
 import importlib.util
 import io
 import itertools
 import json
+import random
 import sysconfig
+import tracemalloc
 
+import fsspec
+import pyarrow as pa
+from pyarrow import parquet
 import pytest
 import zstandard
 
 from sae_jax import config
 from sae_jax.activations import corpus
+from tests import fake_gcs
 
 pytestmark = pytest.mark.fast
 
@@ -34,6 +41,12 @@ def _write_task(folder, name, prompts):
   writer.writerows([prompt, len(prompt), 0] for prompt in prompts)
   data = zstandard.ZstdCompressor().compress(text.getvalue().encode())
   (folder / f'{name}.csv.zst').write_bytes(data)
+
+
+def _pack(data, suffix):
+  if suffix == '.gz':
+    return gzip.compress(data)
+  return zstandard.ZstdCompressor().compress(data) if suffix else data
 
 
 @pytest.fixture
@@ -163,13 +176,8 @@ def test_an_excerpt_of_one_long_line_keeps_its_length(tmp_path):
 def test_jsonl_files(tmp_path, suffix):
   texts = ['one\ntwo', 'naïve ✓', 'three']
   data = ''.join(json.dumps({'text': t, 'n': 1}) + '\n\n' for t in texts)
-  pack = {
-    '': lambda b: b,
-    '.gz': gzip.compress,
-    '.zst': zstandard.ZstdCompressor().compress,
-  }[suffix]
   path = tmp_path / f'x.jsonl{suffix}'
-  path.write_bytes(pack(data.encode()))
+  path.write_bytes(_pack(data.encode(), suffix))
   assert set(_texts((str(path),), seed=0)) == set(texts)
 
 
@@ -185,10 +193,28 @@ def test_txt_files_are_cut_at_blank_lines(tmp_path):
   assert ''.join(order) == ''.join(paragraphs)
 
 
-def test_bad_bytes_are_dropped(tmp_path):
-  path = tmp_path / 'latin.txt'
-  path.write_bytes(b'caf\xe9 cr\xc3\xa8me')
-  assert _texts((str(path),), seed=0) == ['caf crème']
+@pytest.mark.parametrize('suffix', ['', '.gz', '.zst'])
+def test_bytes_that_are_not_utf8_are_named(tmp_path, suffix):
+  path = tmp_path / f'latin.txt{suffix}'
+  path.write_bytes(_pack(b'cr\xc3\xa8me\r\n\ncaf\xe9\n', suffix))
+  with pytest.raises(
+    config.UserError, match=r'line 3 of .*latin\.txt.* is not UTF-8.*0xe9'
+  ):
+    _texts((str(path),), seed=0)
+  path = tmp_path / f'latin.jsonl{suffix}'
+  path.write_bytes(_pack(b'{"text": "a"}\n{"text": "\xe9"}\n', suffix))
+  with pytest.raises(config.UserError, match=r'line 2 of .* is not UTF-8'):
+    _texts((str(path),), seed=0)
+
+
+def test_bad_bytes_of_packaged_tables_are_dropped(probes, tmp_path):
+  data = 'prompt,target\n"caf\udce9 crème",0\n'.encode(
+    'utf-8', 'surrogateescape'
+  )
+  folder = tmp_path / 'data' / 'cleaned_data'
+  data = zstandard.ZstdCompressor().compress(data)
+  (folder / '7_latin.csv.zst').write_bytes(data)
+  assert 'caf crème' in _texts(('sae-probes',), seed=0)
 
 
 def test_standard_library_is_source_that_decodes(tmp_path, monkeypatch):
@@ -275,3 +301,221 @@ def test_half_a_surrogate_pair_is_dropped_and_nesting_refused(tmp_path):
   path.write_text('{"text":' + '[' * 200_000)
   with pytest.raises(config.UserError, match='line 1 of'):
     list(corpus.documents((str(path),), 0))
+
+
+def test_the_order_of_a_file_is_what_it_was(tmp_path):
+  # Stores are named by it; these digests are of version 0.1.0.
+  path = _write_jsonl(tmp_path / 'a.jsonl', [f'text {i}' for i in range(5000)])
+  (tmp_path / 'b.txt.gz').write_bytes(
+    gzip.compress(b''.join(b'line %d\r\n\r\n' % i for i in range(9000)))
+  )
+  found = [
+    hashlib.sha256('\0'.join(_texts((source,), seed=7)).encode()).hexdigest()
+    for source in (path, str(tmp_path / 'b.txt.gz'))
+  ]
+  assert [digest[:16] for digest in found] == [
+    '257499e21ab0fe5e',
+    '8d7c0b936dc3d856',
+  ]
+
+
+def _write_parquet(path, texts, column='text'):
+  table = pa.table({'n': range(len(texts)), column: pa.array(texts)})
+  parquet.write_table(table, path, row_group_size=100)
+  return str(path)
+
+
+def test_parquet_gives_what_jsonl_gives(tmp_path):
+  texts = [f'naïve {i}' for i in range(700)]
+  table = _write_parquet(tmp_path / 'x.parquet', texts)
+  lines = _write_jsonl(tmp_path / 'x.jsonl', texts)
+  assert _texts((table,), seed=2) == _texts((lines,), seed=2)
+
+
+def test_a_field_is_named_after_the_source(tmp_path):
+  path = tmp_path / 'x.jsonl'
+  path.write_text('{"body": "b", "text": "t"}\n')
+  assert _texts((str(path),), seed=0) == ['t']
+  (found,) = corpus.documents((f'{path}#body',), seed=0)
+  assert (found.text, found.source) == ('b', f'{path}#body')
+  table = _write_parquet(tmp_path / 'x.parquet', ['one'], 'body')
+  assert _texts((f'{table}#body',), seed=0) == ['one']
+  # A name that was a file's stays one.
+  odd = _write_jsonl(tmp_path / 'a#b.jsonl', ['odd'])
+  assert _texts((odd,), seed=0) == ['odd']
+  assert _texts((f'{odd}#text',), seed=0) == ['odd']
+
+
+def _write_folder(folder):
+  (folder / 'deep').mkdir(parents=True)
+  (folder / '.hidden').mkdir()
+  one, two = [[f'{name} {i}' for i in range(40)] for name in ('one', 'two')]
+  _write_jsonl(folder / 'one.jsonl', one)
+  _write_parquet(folder / 'deep' / 'two.parquet', two)
+  (folder / 'deep' / 'three.txt.gz').write_bytes(gzip.compress(b'three'))
+  _write_jsonl(folder / '_marks.jsonl', ['never'])
+  _write_jsonl(folder / '.hidden' / 'x.jsonl', ['never'])
+  (folder / 'notes.md').write_text('never')
+  return one, two
+
+
+def test_a_folder_or_a_glob_is_all_its_files(tmp_path, monkeypatch):
+  folder = tmp_path / 'data'
+  one, two = _write_folder(folder)
+  texts = _texts((str(folder),), seed=0)
+  assert sorted(texts) == sorted([*one, *two, 'three'])
+  assert texts != _texts((str(folder),), seed=1)
+  # Where it lies, and how that is written, changes nothing.
+  folder.rename(tmp_path / 'moved')
+  monkeypatch.chdir(tmp_path)
+  assert _texts(('moved/',), seed=0) == texts
+  assert _texts(('moved/**',), seed=0) == texts
+  assert sorted(_texts(('moved/*.jsonl',), seed=0)) == sorted(one)
+  assert sorted(_texts(('moved/[d]*/*.parquet',), seed=0)) == sorted(two)
+
+
+def test_a_url_is_read_as_a_path_is(tmp_path):
+  one, two = _write_folder(tmp_path / 'data')
+  memory = fsspec.filesystem('memory')
+  memory.put(str(tmp_path / 'data'), '/corpus', recursive=True)
+  here = _texts((str(tmp_path / 'data'),), seed=0)
+  assert _texts(('memory://corpus',), seed=0) == here
+  assert sorted(_texts(('memory://corpus/*.jsonl',), seed=0)) == sorted(one)
+  table = 'memory://corpus/deep/two.parquet'
+  assert sorted(_texts((table,), seed=0)) == sorted(two)
+
+
+def test_a_bucket_is_read_as_a_folder_is(tmp_path, monkeypatch):
+  one, _ = _write_folder(tmp_path / 'data')
+  faults = fake_gcs.Faults(0, 0.1)
+  server = fake_gcs.FakeGcs(['bucket'], faults)
+  for path in (tmp_path / 'data').rglob('*.*'):
+    if path.is_file():
+      name = path.relative_to(tmp_path).as_posix()
+      server.put('bucket', name, path.read_bytes(), {})
+  undo = fake_gcs.hurry()
+  with server as url:
+    files = fake_gcs.filesystem(url)
+    monkeypatch.setattr(
+      fsspec, 'url_to_fs', lambda place: (files, files._strip_protocol(place))
+    )
+    found = _texts(('gs://bucket/data',), seed=0)
+    few = _texts(('gs://bucket/data/*.jsonl',), seed=0)
+  undo()
+  monkeypatch.undo()
+  assert found == _texts((str(tmp_path / 'data'),), seed=0)
+  assert sorted(few) == sorted(one)
+
+
+@pytest.mark.parametrize(
+  ('source', 'message'),
+  [
+    ('empty', r'empty holds none of the files .* among 0'),
+    ('none-*.jsonl', 'holds none of the files'),
+    ('nosuch://x/y.jsonl', 'cannot look for source nosuch:.*Protocol'),
+    ('memory://gone/x.jsonl', 'does not exist'),
+    ('book.txt#body', 'names a field, but .txt files have none'),
+    ('x.parquet.gz', 'is not known'),
+  ],
+)
+def test_wrong_places(tmp_path, monkeypatch, source, message):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'empty').mkdir()
+  (tmp_path / 'book.txt').write_text('text')
+  (tmp_path / 'x.parquet.gz').write_bytes(b'')
+  with pytest.raises(config.UserError, match=message) as caught:
+    corpus.documents((source,), seed=0)
+  assert '\n' not in str(caught.value)
+
+
+def test_pyarrow_is_asked_for_where_it_is_needed(tmp_path, monkeypatch):
+  table = _write_parquet(tmp_path / 'x.parquet', ['one'])
+  lines = _write_jsonl(tmp_path / 'x.jsonl', ['one'])
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  assert _texts((lines,), seed=0) == ['one']
+  with pytest.raises(config.UserError, match=r'install "sae_jax\[parquet\]"'):
+    corpus.documents((table,), seed=0)
+
+
+def test_a_field_that_is_not_there_is_named(tmp_path):
+  path = tmp_path / 'x.jsonl'
+  path.write_text('{"text": "a"}\n\n{"body": "b", "id": 1}\n')
+  with pytest.raises(
+    config.UserError, match=r'line 3 of .*x\.jsonl .*`text`, it has body, id'
+  ):
+    _texts((str(path),), seed=0)
+  table = _write_parquet(tmp_path / 'x.parquet', ['one', None])
+  with pytest.raises(
+    config.UserError, match=r'no column `body`, it has n, text'
+  ):
+    _texts((f'{table}#body',), seed=0)
+  with pytest.raises(
+    config.UserError, match=r'row 2 of .*x\.parquet has no str'
+  ):
+    _texts((table,), seed=0)
+  with pytest.raises(config.UserError, match=r'row 1 of .* but int'):
+    _texts((f'{table}#n',), seed=0)
+
+
+@pytest.mark.parametrize('suffix', ['.gz', '.zst'])
+def test_a_file_that_is_cut_is_named_with_its_line(tmp_path, suffix):
+  rng = random.Random(0)
+  texts = [rng.randbytes(40).hex() for _ in range(3000)]
+  data = ''.join(json.dumps({'text': t}) + '\n' for t in texts).encode()
+  packed = _pack(data, suffix)
+  path = tmp_path / f'x.jsonl{suffix}'
+  path.write_bytes(packed)
+  assert len(_texts((str(path),), seed=0)) == 3000
+  for left in (len(packed) - 3, len(packed) // 2, 30):
+    path.write_bytes(packed[:left])
+    with pytest.raises(
+      config.UserError, match=r'cannot read .*x\.jsonl.* after line \d+: .*end'
+    ) as caught:
+      _texts((str(path),), seed=0)
+    assert '\n' not in str(caught.value)
+  # Frames laid end to end are whole.
+  path.write_bytes(packed + _pack(b'{"text": "last"}\n', suffix))
+  assert 'last' in _texts((str(path),), seed=0)
+
+
+def test_a_parquet_file_that_is_cut_is_named(tmp_path):
+  path = tmp_path / 'x.parquet'
+  _write_parquet(path, ['one', 'two'])
+  path.write_bytes(path.read_bytes()[:-20])
+  with pytest.raises(config.UserError, match=r'cannot read .*x\.parquet after'):
+    _texts((str(path),), seed=0)
+
+
+@pytest.mark.parametrize('name', ['x.jsonl', 'x.jsonl.zst', 'x.parquet'])
+def test_a_big_file_is_never_in_memory(tmp_path, name):
+  texts = [f'{i:05}' + 'x' * 9_995 for i in range(6000)]
+  path = tmp_path / name
+  if name == 'x.parquet':
+    _write_parquet(path, texts)
+  else:
+    data = ''.join(json.dumps({'text': t}) + '\n' for t in texts).encode()
+    path.write_bytes(_pack(data, path.suffix if '.zst' in name else ''))
+    del data
+  del texts
+
+  def peak(characters):
+    files = corpus._find(str(path))
+    stream = corpus._in_blocks(corpus._read(files, name), 0, 4096, characters)
+    tracemalloc.start()
+    count = sum(1 for _ in stream)
+    size = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 6000
+    return size
+
+  assert peak(10**6) < 12 * 10**6
+  # And so it is the block that is held.
+  assert peak(10**9) > 40 * 10**6
+
+
+def test_a_text_without_lines_is_cut(tmp_path, monkeypatch):
+  monkeypatch.setattr(corpus, '_LONGEST_TEXT', 5000)
+  path = tmp_path / 'x.txt'
+  path.write_text('ab' * 8000)
+  texts = _texts((str(path),), seed=0)
+  assert {len(t) for t in texts} == {5000, 1000}
