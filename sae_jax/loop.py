@@ -135,7 +135,7 @@ class Run:
     self._about = {
       'train_config': dataclasses.asdict(config),
       'mse_of_mean': float(state.mse_of_mean),
-      'dataset': dataclasses.asdict(data.manifest),
+      'dataset': data.about,
       'metric_definitions': checkpoint.METRIC_DEFINITIONS,
     }
     self._writer = metrics.Writer(

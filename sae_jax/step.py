@@ -30,6 +30,14 @@ class TrainConfig(config_lib.Config):
   optimizer: OptimizerConfig = dataclasses.field(
     default_factory=OptimizerConfig
   )
+  site: str = config_lib.option(
+    '', 'of the store, to read; may be left out where it has one'
+  )
+  store_version: int = config_lib.option(
+    0,
+    'of the store, as it was before more was appended; 0 for the last',
+    least=0,
+  )
   batch_size: int = config_lib.option(2048, 'tokens per step', least=1)
   micro_batches: int = config_lib.option(
     1,

@@ -22,6 +22,8 @@ from sae_jax.step import abstract_state, init_state, TrainConfig, TrainState
 # What may change when a run is resumed: where it runs and what it tells.
 _MAY_CHANGE = frozenset(
   (
+    'site',
+    'store_version',
     'mesh_data',
     'mesh_latent',
     'micro_batches',
@@ -37,6 +39,8 @@ _MAY_CHANGE = frozenset(
 )
 # What runs from one reading have in common.
 _SHARED = (
+  'site',
+  'store_version',
   'batch_size',
   'order_seed',
   'window_chunks',
@@ -77,7 +81,10 @@ def resolve(config: TrainConfig, manifest: store.Manifest) -> TrainConfig:
 
 
 def _check_same(
-  config: TrainConfig, workdir: str, identity: str, about: dict[str, Any]
+  config: TrainConfig,
+  workdir: str,
+  dataset: dict[str, Any],
+  about: dict[str, Any],
 ) -> None:
   """Raises UserError if the workdir's checkpoints are of another run."""
   old = config_lib.from_dict(TrainConfig, about['train_config'])
@@ -91,8 +98,17 @@ def _check_same(
     for name, value in config_lib.flat(config).items()
     if found[name] != value and name not in may_change
   ]
-  if about['dataset']['identity'] != identity:
-    changed.append(f'dataset: {about["dataset"]["identity"]} -> {identity}')
+  old = about['dataset']
+  changed += [
+    f'{name} of the data: {old[name]} -> {dataset[name]}'
+    for name in ('site', 'identity')
+    if old[name] != dataset[name]
+  ]
+  if old['version'] < dataset['version']:
+    changed.append(
+      'the store got another version: --store_version='
+      f'{old["version"]} is that of the run'
+    )
   if changed:
     raise config_lib.UserError(
       f'{workdir} holds a run with another config ({"; ".join(changed)}): '
@@ -179,8 +195,6 @@ def train_many(
     UserError: see `train`; also where runs do not go together.
     FloatingPointError: see `train`.
   """
-  data = store.open_store(store_url)
-  configs = {w: resolve(c, data.manifest) for w, c in configs.items()}
   first = next(iter(configs.values()))
   for name in _SHARED:
     found = {getattr(config, name) for config in configs.values()}
@@ -189,6 +203,9 @@ def train_many(
         f'{name} differs between runs on the same batches '
         f'({", ".join(map(str, sorted(found)))}): train those apart'
       )
+  data = store.open_store(store_url, first.site, first.store_version or None)
+  configs = {w: resolve(c, data.manifest) for w, c in configs.items()}
+  first = next(iter(configs.values()))
   mesh = mesh_lib.make_mesh(first.mesh_data, first.mesh_latent)
   for config in configs.values():
     check(config, data.manifest, mesh)
@@ -229,7 +246,7 @@ def _state(config, workdir, mesh, data, checkpointer) -> TrainState:
     sample_BD = data.read_rows(0, min(config.sample_rows, data.n_train))
     return init_state(config, mesh, sample_BD)
   about = checkpoint.about(checkpointer, checkpointer.latest.step)
-  _check_same(config, workdir, data.manifest.identity, about)
+  _check_same(config, workdir, data.about, about)
   state = loop.restore(checkpointer, abstract_state(config, mesh))
   logging.info('%s resumes after step %d', workdir, int(state.step))
   return state

@@ -41,31 +41,35 @@ def write_store(
   documents = -(-n_rows // per_document)
   n_rows = documents * per_document
   rows_RD = activations(n_rows) if rows_RD is None else rows_RD
-  with store.StoreWriter(url, rows_RD.shape[1], 'float32', 64, 256) as writer:
-    for document in range(documents):
-      length = context * contexts_per_document
-      positions = np.tile(np.arange(context), contexts_per_document)
-      first = document * per_document
-      writer.append(
-        rng.integers(0, vocabulary, length),
-        np.full(length, document),
+  plan = store.Plan(
+    subject=subject,
+    sites=(site,),
+    d_model=rows_RD.shape[1],
+    weights_sha256=weights_sha256,
+    chunk_rows=64,
+    shard_rows=256,
+    context_length=context,
+    sources=('made',),
+  )
+
+  def contexts():
+    for i in range(documents * contexts_per_document):
+      positions = np.arange(context)
+      yield (
+        rng.integers(0, vocabulary, context),
+        np.full(context, i // contexts_per_document),
         positions,
         positions > 0,
-        rows_RD[first : first + per_document],
+        {site: rows_RD[(context - 1) * i :][: context - 1]},
       )
-    return writer.finish(
-      subject=subject,
-      weights_sha256=weights_sha256,
-      site=site,
-      holdout_rows=holdout_documents * per_document,
-      context_length=context,
-      sources=('made',),
-      source_rows={'made': n_rows},
-      seed=0,
-      mask={'rule': 'position 0'},
-      config={},
-      software={},
-    )
+
+  return store.write(
+    url,
+    plan,
+    contexts(),
+    holdout_rows=holdout_documents * per_document,
+    mask={'rule': 'position 0'},
+  )
 
 
 def train_config(**kwargs):

@@ -64,39 +64,47 @@ def residuals(tokens):
 
 
 def write_store(
-  url, lengths=LENGTHS, heldout=HELDOUT, share_kept=0.8, **kwargs
+  url, lengths=LENGTHS, heldout=HELDOUT, share_kept=0.8, site=SITE, **kwargs
 ):
   """A finished store with the subject's residuals; opened."""
   rng = np.random.default_rng(0)
-  with store.StoreWriter(url, D_MODEL, 'float32', 16, 64) as writer:
-    for document, contexts in enumerate(lengths):
-      if document == len(lengths) - heldout:
-        n_train = writer.n_rows
-      for length in contexts:
-        tokens = rng.integers(0, VOCABULARY, length)
-        keep = rng.random(length) < share_kept
-        keep[0] &= rng.random() < 0.2
-        writer.append(
+  stretches = []
+  for document, contexts in enumerate(lengths):
+    for length in contexts:
+      tokens = rng.integers(0, VOCABULARY, length)
+      keep = rng.random(length) < share_kept
+      keep[0] &= rng.random() < 0.2
+      stretches.append(
+        (
           tokens,
           np.full(length, document),
           np.arange(length),
           keep,
-          residuals(tokens)[keep],
+          {str(site): residuals(tokens)[keep]},
         )
-    fields = {
+      )
+  plan = store.Plan(
+    **{
       'subject': 'made',
+      'sites': (str(site),),
+      'd_model': D_MODEL,
       'weights_sha256': make_subject().weights_sha256,
-      'site': str(SITE),
-      'holdout_rows': writer.n_rows - n_train if heldout else 0,
+      'chunk_rows': 16,
+      'shard_rows': 64,
       'context_length': CONTEXT,
       'sources': ('made',),
-      'source_rows': {'made': writer.n_rows},
-      'seed': 0,
-      'mask': {'rule': 'at random'},
-      'config': {},
-      'software': {},
     }
-    writer.finish(**(fields | kwargs))
+    | kwargs
+  )
+  first = len(lengths) - heldout
+  held = sum(keep.sum() for _, d, _, keep, _ in stretches if d[0] >= first)
+  store.write(
+    url,
+    plan,
+    stretches,
+    holdout_rows=int(held),
+    mask={'rule': 'at random'},
+  )
   return store.open_store(url)
 
 

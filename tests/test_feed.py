@@ -1,5 +1,6 @@
 """The order as a pure function, and batches that follow it."""
 
+import dataclasses
 import shutil
 import threading
 
@@ -12,8 +13,16 @@ from sae_jax.activations import feed, store
 pytestmark = pytest.mark.fast
 
 # n_rows, chunk_rows, window_chunks: short last chunk, one window, one chunk,
-# chunks that divide, windows of one chunk.
-ORDERS = [(1003, 16, 4), (50, 16, 9), (7, 16, 4), (512, 32, 4), (300, 10, 1)]
+# chunks that divide, windows of one chunk; shards.
+ORDERS = [
+  (1003, 16, 4),
+  (50, 16, 9),
+  (7, 16, 4),
+  (512, 32, 4),
+  (300, 10, 1),
+  # Shards that are not full, of which the last is held out in part.
+  (150, 16, 3, (61, 16, 30, 64)),
+]
 
 
 def _order(shape=(1003, 16, 4), seed=0):
@@ -29,28 +38,34 @@ def url(tmp_path_factory):
   """1,003 rows that hold their own number, the last 103 held out."""
   url = str(tmp_path_factory.mktemp('feed') / 'store')
   n = 1003
-  with store.StoreWriter(url, 4, chunk_rows=16, shard_rows=64) as writer:
-    rows = np.arange(n)
-    writer.append(
-      rows,
-      rows // 103,
-      rows % 103,
-      np.ones(n, bool),
-      (rows[:, None] + np.array([0, 0.25, 0.5, 0.75])).astype(np.float32),
-    )
-    writer.finish(
-      subject='none',
-      weights_sha256='',
-      site='blocks.0.resid_post',
-      holdout_rows=103,
-      context_length=103,
-      sources=(),
-      source_rows={},
-      seed=0,
-      mask={},
-      config={},
-      software={},
-    )
+  plan = store.Plan(
+    subject='none',
+    sites=('blocks.0.resid_post',),
+    d_model=4,
+    chunk_rows=16,
+    shard_rows=64,
+    context_length=103,
+  )
+
+  def stretches():
+    # Shards of 64, 61, 64, ... rows: not all of them are full.
+    stop = 0
+    while stop < n:
+      start, stop = stop, min(n, stop + (64 if stop % 125 == 0 else 61))
+      rows = np.arange(start, stop)
+      yield (
+        rows,
+        rows // 103,
+        rows % 103,
+        np.ones(len(rows), bool),
+        {
+          'blocks.0.resid_post': (
+            rows[:, None] + np.array([0, 0.25, 0.5, 0.75])
+          ).astype(np.float32)
+        },
+      )
+
+  store.write(url, plan, stretches(), holdout_rows=103)
   return url
 
 
@@ -104,16 +119,22 @@ def _slow_epoch(order, epoch):
       key = _splitmix64(key ^ part)
     return _splitmix64(key ^ item)
 
-  chunks = range(-(-order.n_rows // order.chunk_rows))
-  chunks = sorted(chunks, key=lambda chunk: hashed(1, chunk))
+  by_chunk, row = [], 0
+  for shard in order.shards or (order.n_rows,):
+    stop = row + shard
+    while row < min(stop, order.n_rows):
+      end = min(row + order.chunk_rows, stop, order.n_rows)
+      by_chunk.append(range(row, end))
+      row = end
+    row = stop
+  chunks = sorted(range(len(by_chunk)), key=lambda chunk: hashed(1, chunk))
   rows = []
   for start in range(0, len(chunks), order.window_chunks):
     window = [
-      chunk * order.chunk_rows + i
+      row
       for chunk in chunks[start : start + order.window_chunks]
-      for i in range(order.chunk_rows)
+      for row in by_chunk[chunk]
     ]
-    window = [row for row in window if row < order.n_rows]
     rows += sorted(window, key=lambda row: hashed(2, row))
   return rows
 
@@ -184,7 +205,7 @@ def test_no_held_out_row_appears(url, rows_of):
 
   np.testing.assert_array_equal(np.sort(epoch(order)), np.arange(900))
   # An order of all rows does show them, so they could have been seen.
-  everything = feed.Order(1, opened.manifest.n_rows, 16, 4)
+  everything = dataclasses.replace(order, n_rows=opened.manifest.n_rows)
   assert epoch(everything).max() >= 900
 
 
@@ -202,15 +223,15 @@ def test_resuming_at_any_step_gives_the_same_batches(url):
 
 def test_two_windows_are_in_memory(url):
   opened = store.open_store(url)
-  order = feed.train_order(opened, seed=2, window_chunks=4)
+  order = feed.train_order(opened, seed=2, window_chunks=8)
   batches = feed.Feed(opened, order, 32)
   held = []
   for step in range(60):
     batches.batch(step)
     held.append(sum(len(data) for data, _ in batches._windows.values()))
   # A batch may straddle two windows, and the next is read ahead.
-  assert max(held) <= 3 * 4 * 16
-  assert np.median(held) <= 2 * 4 * 16
+  assert max(held) <= 3 * 8 * 16
+  assert np.median(held) <= 2 * 8 * 16
 
 
 def _feed_threads():
@@ -252,7 +273,7 @@ def test_damaged_shards_are_one_line_errors(url, tmp_path):
   shutil.copytree(url, copy)
   opened = store.open_store(str(copy))
   order = feed.train_order(opened, seed=0, window_chunks=2)
-  for shard in (copy / 'activations' / 'c').glob('*/0'):
+  for shard in (copy / 'activations').glob('*/c/*/0'):
     shard.write_bytes(shard.read_bytes()[:-10])
   with pytest.raises(config.UserError, match='cannot read store'):
     for _ in feed.Feed(opened, order, 10).iterate(0, 100):

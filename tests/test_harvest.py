@@ -50,7 +50,7 @@ def _config(path, **changes):
   return harvest.HarvestConfig(
     **{
       'subject': 'toy',
-      'site': str(SITE),
+      'sites': (str(SITE),),
       'sources': (str(path),),
       'n_tokens': 10**6,
       'context_length': 20,
@@ -190,14 +190,14 @@ def test_loud_tokens_are_masked_and_counted(tmp_path):
   assert masked.mask['masked_first'] == 40
   assert masked.mask['masked_norm'] == 40
   norms = np.linalg.norm(opened.read_rows(0, masked.n_rows), axis=1)
-  assert norms.max() <= 10 * masked.mask['median_norm']
+  assert norms.max() <= 10 * masked.mask['median_norm'][str(SITE)]
   # Without the rules these rows are there, and loud.
   config = _config(path, mask_norm_multiple=0.0, mask_first=False)
   everything = _run(config, tmp_path / 'all')
   opened = store.open_store(str(tmp_path / 'all'))
   assert everything.n_rows == everything.n_stream == len(stream)
   norms = np.linalg.norm(opened.read_rows(0, len(stream)), axis=1)
-  assert (norms > 10 * masked.mask['median_norm']).sum() == 40
+  assert (norms > 10 * masked.mask['median_norm'][str(SITE)]).sum() == 40
   assert everything.mask['masked_norm'] == 0
 
 
@@ -208,7 +208,7 @@ def test_the_median_is_that_of_the_first_contexts(texts, tmp_path):
   pool = [_resid(tokens)[1:] for _, tokens in _expected_contexts(config)[:32]]
   norms = np.linalg.norm(np.concatenate(pool).astype(np.float64), axis=1)
   np.testing.assert_allclose(
-    manifest.mask['median_norm'], np.median(norms), rtol=1e-5
+    manifest.mask['median_norm'][config.sites[0]], np.median(norms), rtol=1e-5
   )
 
 
@@ -269,32 +269,43 @@ def test_one_document_cannot_be_split(tmp_path):
 
 
 @pytest.mark.fast
-def test_a_killed_harvest_starts_over(texts, tmp_path, monkeypatch):
+def test_a_killed_harvest_goes_on(texts, tmp_path, monkeypatch):
   url = str(tmp_path / 'store')
-  appended = []
-  append = store.StoreWriter.append
+  finish = store.ShardWriter.finish
 
   def killed(self, *args):
-    if len(appended) == 2:
+    if self.number == 2:
       raise KeyboardInterrupt
-    appended.append(append(self, *args))
+    return finish(self, *args)
 
   with monkeypatch.context() as patch:
-    patch.setattr(store.StoreWriter, 'append', killed)
+    patch.setattr(store.ShardWriter, 'finish', killed)
     with pytest.raises(KeyboardInterrupt):
       _run(_config(texts), url)
-  assert len(appended) == 2
-  assert list((tmp_path / 'store' / 'activations').rglob('0'))
+  assert len(list((tmp_path / 'store' / 'shards').iterdir())) == 2
   with pytest.raises(config_lib.UserError, match='not a finished store'):
     store.open_store(url)
-  again = _run(_config(texts), url)
+  some = store.open_store(url, unsealed=True)
+  first = some.read_rows(0, some.manifest.n_rows)
+  made = []
+  with monkeypatch.context() as patch:
+    patch.setattr(
+      store.ShardWriter,
+      'finish',
+      lambda self, *args: made.append(self.number) or finish(self, *args),
+    )
+    again = _run(_config(texts), url)
   clean = _run(_config(texts), tmp_path / 'clean')
   assert again == clean
   for path in (tmp_path / 'clean').rglob('*'):
     if path.is_file():
       twin = tmp_path / 'store' / path.relative_to(tmp_path / 'clean')
       assert twin.read_bytes() == path.read_bytes()
-  store.open_store(url).verify()
+  whole = store.open_store(url)
+  whole.verify()
+  np.testing.assert_array_equal(whole.read_rows(0, len(first)), first)
+  # What was there is not made again.
+  assert made == list(range(2, len(whole.manifest.shard_counts)))
 
 
 @pytest.mark.fast
@@ -348,8 +359,8 @@ def test_a_bucket_gets_the_same_store(texts, tmp_path, monkeypatch):
     ({'mask_norm_multiple': float('nan')}, 'mask_norm_multiple nan'),
     ({'min_context_tokens': 21}, 'is above context_length 20'),
     ({'dtype': 'float16'}, "dtype 'float16' is not known"),
-    ({'site': 'blocks.9.resid_post'}, 'beyond the last block'),
-    ({'site': 'blocks.1.mlp'}, 'is not known: use blocks.N'),
+    ({'sites': ('blocks.9.resid_post',)}, 'beyond the last block'),
+    ({'sites': ('blocks.1.mlp',)}, 'is not known: use blocks.N'),
     ({'subject': 'other'}, 'the subject given is toy'),
     ({'shard_rows': 33}, 'shard_rows 33 must be a multiple'),
     ({'sources': ('nowhere.txt',)}, 'nowhere.txt does not exist'),
@@ -381,7 +392,7 @@ def test_the_packaged_subject_s_sinks_are_found_by_their_norm(tmp_path):
   )
   manifest = harvest.harvest(config, str(tmp_path))
   opened = store.open_store(str(tmp_path))
-  assert 100 < manifest.mask['median_norm'] < 250
+  assert 100 < manifest.mask['median_norm'][config.sites[0]] < 250
   assert 0 not in opened.positions()[opened.stream_index()]
   # All first tokens, and hardly another.
   firsts = (opened.positions() == 0).sum()

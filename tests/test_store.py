@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import shutil
+import threading
 
 import ml_dtypes
 import numpy as np
@@ -16,16 +17,16 @@ from tests import fake_gcs
 pytestmark = pytest.mark.fast
 
 D, CHUNK, SHARD = 6, 8, 32
-FIELDS = {
+SITES = ('blocks.1.resid_post', 'blocks.0.mlp_out')
+PLAN = {
   'subject': 'toy',
+  'sites': SITES[:1],
+  'd_model': D,
   'weights_sha256': 'ab',
-  'site': 'blocks.1.resid_post',
-  'holdout_rows': 11,
+  'chunk_rows': CHUNK,
+  'shard_rows': SHARD,
   'context_length': 16,
   'sources': ('text',),
-  'source_rows': {'text': 1},
-  'seed': 0,
-  'mask': {'rule': 'none'},
   'config': {'sources': ('text',)},
   'software': {'sae_jax': '0'},
 }
@@ -40,22 +41,44 @@ def _data(n_stream=150, seed=0):
     'documents': np.sort(rng.integers(0, 9, n_stream)),
     'positions': np.arange(n_stream) % 16,
     'keep_mask': keep,
-    'resid_kept': rng.normal(size=(keep.sum(), D)).astype(np.float32),
+    'kept': rng.normal(size=(keep.sum(), D)).astype(np.float32),
   }
 
 
-def _write(url, data, dtype='float32', cuts=(), finish=True, **fields):
-  with store.StoreWriter(url, D, dtype, CHUNK, SHARD) as writer:
-    edges = [0, *cuts, len(data['tokens'])]
-    row = 0
-    for start, stop in itertools.pairwise(edges):
-      part = {k: v[start:stop] for k, v in data.items() if k != 'resid_kept'}
-      rows = part['keep_mask'].sum()
-      writer.append(**part, resid_kept=data['resid_kept'][row : row + rows])
-      row += rows
-    assert writer.n_rows == len(data['resid_kept'])
-    assert writer.n_stream == len(data['tokens'])
-    return writer.finish(**(FIELDS | fields)) if finish else None
+def _stretches(data, cuts, sites=SITES[:1]):
+  """The arguments of `append` for each context, or each stretch of cuts."""
+  edges = [0, *(cuts or range(16, len(data['tokens']), 16))]
+  row = 0
+  for start, stop in itertools.pairwise([*edges, len(data['tokens'])]):
+    part = [v[start:stop] for k, v in data.items() if k != 'kept']
+    kept = data['kept'][row : row + part[-1].sum()]
+    row += len(kept)
+    yield *part, {site: kept + i for i, site in enumerate(sites)}
+
+
+def _write(url, data, cuts=(), holdout_rows=11, mask=None, **plan):
+  made = store.Plan(**(PLAN | plan))
+  return store.write(
+    url,
+    made,
+    _stretches(data, cuts, made.sites),
+    holdout_rows=holdout_rows,
+    mask=mask or {'rule': 'none'},
+  )
+
+
+def _begin(url, data, n_shards=1, **plan):
+  """The first shards alone, as an interrupted writer leaves them."""
+  writer = store.StoreWriter(url, store.Plan(**(PLAN | plan)))
+  stretches = list(_stretches(data, ()))
+  for number in range(n_shards):
+    shard = writer.shard(number)
+    while stretches and shard.has_room(
+      len(stretches[0][0]), stretches[0][3].sum()
+    ):
+      shard.append(*stretches.pop(0))
+    shard.finish()
+  return writer
 
 
 def _files(folder):
@@ -69,7 +92,9 @@ def _files(folder):
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_what_was_written_is_read(tmp_path, dtype):
   data = _data()
-  manifest = _write(str(tmp_path), data, dtype, cuts=(3, 4, 90))
+  manifest = _write(
+    str(tmp_path), data, dtype=dtype, cuts=(3, 4, 30, 70, 90, 120)
+  )
   opened = store.open_store(str(tmp_path))
   assert opened.manifest == manifest
   for name in ('tokens', 'documents', 'positions'):
@@ -79,7 +104,7 @@ def test_what_was_written_is_read(tmp_path, dtype):
   index = opened.stream_index()
   np.testing.assert_array_equal(index, np.flatnonzero(data['keep_mask']))
   assert index.dtype == np.int64
-  resid, n = data['resid_kept'], len(data['resid_kept'])
+  resid, n = data['kept'], len(data['kept'])
   if dtype == 'bfloat16':
     rounded = resid.astype(ml_dtypes.bfloat16).astype(np.float32)
     assert not np.array_equal(rounded, resid)
@@ -97,25 +122,53 @@ def test_what_was_written_is_read(tmp_path, dtype):
 
 
 def test_the_layout_is_sharded_zarr(tmp_path):
-  _write(str(tmp_path), _data(), 'bfloat16')
-  meta = json.loads((tmp_path / 'activations' / 'zarr.json').read_text())
-  n = store.open_store(str(tmp_path)).manifest.n_rows
-  assert meta['shape'] == [n, D]
+  _write(str(tmp_path), _data(), dtype='bfloat16')
+  folder = tmp_path / 'activations' / SITES[0]
+  meta = json.loads((folder / 'zarr.json').read_text())
+  counts = store.open_store(str(tmp_path)).manifest.shard_counts
+  assert meta['shape'] == [len(counts) * SHARD, D]
   assert meta['data_type'] == 'bfloat16'
   assert meta['chunk_grid']['configuration']['chunk_shape'] == [SHARD, D]
   (codec,) = meta['codecs']
   assert codec['name'] == 'sharding_indexed'
   assert codec['configuration']['chunk_shape'] == [CHUNK, D]
-  shards = list((tmp_path / 'activations' / 'c').glob('*/0'))
-  assert len(shards) == -(-n // SHARD)
+  assert len(list((folder / 'c').glob('*/0'))) == len(counts)
+  # A shard ends with a context, so few are full.
+  assert {rows < SHARD for rows, _ in counts} == {True}
 
 
-def test_how_appends_are_cut_changes_nothing(tmp_path):
+def test_zarr_reads_it_without_this_library(tmp_path):
+  zarr = pytest.importorskip('zarr')
   data = _data()
-  whole = _write(str(tmp_path / 'whole'), data)
-  cuts = tuple(range(1, 150, 7))
-  assert _write(str(tmp_path / 'cut'), data, cuts=cuts) == whole
-  assert _files(tmp_path / 'cut') == _files(tmp_path / 'whole')
+  manifest = _write(str(tmp_path), data)
+  group = zarr.open(str(tmp_path / 'activations' / SITES[0]), mode='r')
+  rows = [
+    group[i * SHARD : i * SHARD + n]
+    for i, (n, _) in enumerate(manifest.shard_counts)
+  ]
+  np.testing.assert_array_equal(np.concatenate(rows), data['kept'])
+  tokens = zarr.open(str(tmp_path / 'tokens'), mode='r')
+  parts = [
+    tokens[2 * i * SHARD :][:n]
+    for i, (_, n) in enumerate(manifest.shard_counts)
+  ]
+  np.testing.assert_array_equal(np.concatenate(parts), data['tokens'])
+
+
+def test_several_sites_share_a_stream(tmp_path):
+  data = _data()
+  _write(str(tmp_path), data, sites=SITES)
+  with pytest.raises(config.UserError, match='name one of them as the site'):
+    store.open_store(str(tmp_path))
+  with pytest.raises(config.UserError, match=r'not blocks\.7\.resid_post'):
+    store.open_store(str(tmp_path), 'blocks.7.resid_post')
+  for i, site in enumerate(SITES):
+    opened = store.open_store(str(tmp_path), site)
+    assert opened.site == site
+    np.testing.assert_array_equal(
+      opened.read_rows(0, len(data['kept'])), data['kept'] + np.float32(i)
+    )
+    opened.verify()
 
 
 def _flip(array):
@@ -125,79 +178,166 @@ def _flip(array):
 
 
 def test_identity_names_data_and_config(tmp_path):
-  data = _data()
-  url = str(tmp_path / 'store')
-  first = _write(url, data)
-  assert _write(url, data).identity == first.identity
-  assert _write(url, data, software={'jax': '9'}).identity == first.identity
-  others = [_write(url, data, 'bfloat16').identity]
-  for name in ('tokens', 'documents', 'positions', 'resid_kept'):
-    others.append(_write(url, data | {name: _flip(data[name])}).identity)
+  data, numbers = _data(), itertools.count()
+
+  def made(data, **fields):
+    return _write(str(tmp_path / str(next(numbers))), data, **fields).identity
+
+  first = made(data)
+  assert made(data) == first
+  assert made(data, software={'jax': '9'}) == first
+  others = [made(data, dtype='bfloat16')]
+  for name in ('tokens', 'documents', 'positions', 'kept'):
+    others.append(made(data | {name: _flip(data[name])}))
   moved = data | {'keep_mask': np.roll(data['keep_mask'], 1)}
-  others.append(_write(url, moved).identity)
-  for name in FIELDS.keys() - {'software'}:
-    changed = {'sources': ('other',)}.get(name, 'other')
-    others.append(_write(url, data, **{name: changed}).identity)
-  assert len({first.identity, *others}) == 1 + len(others)
+  others.append(made(moved))
+  changes = {
+    'subject': 'other', 'weights_sha256': 'other', 'context_length': 17,
+    'sources': ('other',), 'seed': 1, 'config': {}, 'sites': SITES[1:],
+    'holdout_rows': 12, 'mask': {'rule': 'other'}, 'chunk_rows': 16,
+  }  # fmt: skip
+  for name, value in changes.items():
+    others.append(made(data, **{name: value}))
+  assert len({first, *others}) == 1 + len(others)
 
 
-def test_an_unfinished_store_is_refused_and_started_over(tmp_path):
+def test_an_unfinished_store_is_refused_and_goes_on(tmp_path):
   url = str(tmp_path / 'store')
-  longer = _data(400, seed=1)
-  _write(url, longer, finish=False)
-  assert (tmp_path / 'store' / 'activations' / 'zarr.json').exists()
+  _begin(url, _data(), 2)
   with pytest.raises(config.UserError, match='not a finished store'):
     store.open_store(url)
+  # Asked for, what is complete can be read.
+  some = store.open_store(url, unsealed=True)
+  assert len(some.manifest.shard_counts) == 2 and some.n_train > SHARD
+  np.testing.assert_array_equal(
+    some.read_rows(0, some.n_train), _data()['kept'][: some.n_train]
+  )
+  # Its shards stay as they are.
+  before = _files(tmp_path / 'store')
   _write(url, _data())
-  clean = tmp_path / 'clean'
-  _write(str(clean), _data())
-  assert _files(tmp_path / 'store') == _files(clean)
-  assert len(_files(clean)) > 6
+  after = _files(tmp_path / 'store')
+  assert {name: after[name] for name in before} == before
+  _write(str(tmp_path / 'clean'), _data())
+  assert after == _files(tmp_path / 'clean')
+  assert len(after) > 6
 
 
-def test_a_writer_that_fails_leaves_no_manifest_of_an_earlier_store(tmp_path):
-  url = str(tmp_path)
-  _write(url, _data())
-  assert layout.read_manifest(url) is not None
-  _write(url, _data(seed=1), finish=False)
-  assert layout.read_manifest(url) is None
+def test_of_two_writers_the_first_stays_whole_and_the_other_is_told(tmp_path):
+  url = str(tmp_path / 'store')
+  first = _begin(url, _data())
+  before = _files(tmp_path / 'store')
+  # The same bytes are the same work.
+  _begin(url, _data())
+  assert _files(tmp_path / 'store') == before
+  with pytest.raises(config.UserError, match=r'c/0/0 of store .* other bytes'):
+    _begin(url, _data(seed=1))
+  assert _files(tmp_path / 'store') == before
+  # Also if the first one is not done yet: what it wrote stays.
+  (tmp_path / 'store' / 'shards' / '000000.json').unlink()
+  assert first.record(0) is None
+  with pytest.raises(config.UserError, match='another harvest is writing'):
+    _begin(url, _data(seed=1))
+  _begin(url, _data())
+  assert _files(tmp_path / 'store') == before
 
 
-def test_only_the_store_is_deleted(tmp_path):
-  (tmp_path / 'notes.txt').write_text('mine')
-  _write(str(tmp_path), _data())
-  _write(str(tmp_path), _data())
-  assert (tmp_path / 'notes.txt').read_text() == 'mine'
+def test_two_writers_at_once_leave_one_whole_shard(tmp_path):
+  url = str(tmp_path / 'store')
+  told, barrier = [], threading.Barrier(2)
+
+  def work(seed):
+    barrier.wait()
+    try:
+      _begin(url, _data(seed=seed))
+    except config.UserError as error:
+      told.append(str(error))
+
+  threads = [threading.Thread(target=work, args=(seed,)) for seed in (0, 1)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert len(told) == 1 and 'other bytes' in told[0]
+  some = store.open_store(url, unsealed=True)
+  found = some.read_rows(0, some.n_train)
+  assert (
+    sum(
+      np.array_equal(found, _data(seed=seed)['kept'][: some.n_train])
+      for seed in (0, 1)
+    )
+    == 1
+  )
+  some.tokens()
+
+
+def test_another_plan_is_refused(tmp_path):
+  _begin(str(tmp_path), _data())
+  with pytest.raises(config.UserError, match=r'another plan \(dtype: float32'):
+    _begin(str(tmp_path), _data(), dtype='bfloat16')
+  _begin(str(tmp_path), _data(), software={'jax': 'newer'})
+
+
+def test_appending_makes_a_version_and_leaves_the_first(tmp_path):
+  url, data = str(tmp_path), _data()
+  first = _write(url, data)
+  before = _files(tmp_path)
+  writer = store.StoreWriter(url, store.Plan(**PLAN))
+  more = _data(seed=1)
+  shard = writer.shard(len(first.shard_counts))
+  shard.append(*next(_stretches(more, ())))
+  shard.finish()
+  second = writer.seal(
+    writer.complete(len(first.shard_counts) + 1), holdout_rows=3
+  )
+  assert (first.version, second.version) == (1, 2)
+  assert second.n_rows == first.n_rows + shard.rows
+  assert second.identity != first.identity
+  assert store.open_store(url).manifest == second
+  old = store.open_store(url, version=1)
+  assert old.manifest == first
+  np.testing.assert_array_equal(old.read_rows(0, first.n_rows), data['kept'])
+  old.verify()
+  after = _files(tmp_path)
+  changed = {name for name in before if after[name] != before[name]}
+  assert {name.split('/')[-1] for name in changed} == {'zarr.json'}
+  with pytest.raises(config.UserError, match='not version 3 of a finished'):
+    store.open_store(url, version=3)
 
 
 def test_a_damaged_chunk_does_not_read(tmp_path):
   _write(str(tmp_path), _data())
-  shard = tmp_path / 'activations' / 'c' / '1' / '0'
+  shard = tmp_path / 'activations' / SITES[0] / 'c' / '1' / '0'
   damaged = bytearray(shard.read_bytes())
   damaged[5] ^= 1
   shard.write_bytes(damaged)
   opened = store.open_store(str(tmp_path))
-  opened.read_rows(0, SHARD)
+  first = opened.starts[1]
+  opened.read_rows(0, first)
   with pytest.raises(config.UserError, match='cannot read an array'):
-    opened.read_rows(SHARD, SHARD + 1)
-  with pytest.raises(config.UserError, match='cannot read'):
+    opened.read_rows(first, first + 1)
+  with pytest.raises(config.UserError, match=r'1 objects .*/c/1/0 cannot read'):
     opened.verify()
 
 
 @pytest.mark.parametrize('name', ['activations', 'tokens', 'stream_index'])
 def test_verify_finds_another_store_s_data(tmp_path, name):
   data = _data()
-  keep = np.zeros(150, bool)
-  keep[: len(data['resid_kept'])] = True
+  # As many tokens are kept of each context, but others.
+  keep = np.concatenate(
+    [np.sort(part) for part in np.split(data['keep_mask'], range(16, 150, 16))]
+  )
+  assert (keep != data['keep_mask']).any()
   other = data | {'tokens': _flip(data['tokens']), 'keep_mask': keep}
-  other['resid_kept'] = _flip(data['resid_kept'])
+  other['kept'] = _flip(data['kept'])
   _write(str(tmp_path / 'a'), data)
   _write(str(tmp_path / 'b'), other)
   shutil.rmtree(tmp_path / 'a' / name)
   shutil.copytree(tmp_path / 'b' / name, tmp_path / 'a' / name)
   opened = store.open_store(str(tmp_path / 'a'))
   opened.read_rows(0, opened.manifest.n_rows)
-  with pytest.raises(config.UserError, match=f'{name} of store .* is not what'):
+  with pytest.raises(
+    config.UserError, match=f'{name}.*c/[0-9].* is not what was written'
+  ):
     opened.verify()
   store.open_store(str(tmp_path / 'b')).verify()
 
@@ -205,7 +345,7 @@ def test_verify_finds_another_store_s_data(tmp_path, name):
 def test_verify_finds_an_edited_manifest(tmp_path):
   manifest = _write(str(tmp_path), _data())
   path = tmp_path / 'manifest.json'
-  edited = dataclasses.replace(manifest, site='blocks.2.resid_post')
+  edited = dataclasses.replace(manifest, seed=7)
   path.write_text(config.to_json(edited))
   with pytest.raises(config.UserError, match='was edited'):
     store.open_store(str(tmp_path)).verify()
@@ -214,9 +354,9 @@ def test_verify_finds_an_edited_manifest(tmp_path):
 @pytest.mark.parametrize(
   ('change', 'message'),
   [
-    ({'n_rows': 5}, r'activations .* its manifest says float32 \(5, 6\)'),
+    ({'d_model': 5}, r'activations.* its manifest says float32 \(128, 5\)'),
     ({'dtype': 'bfloat16'}, 'manifest says bfloat16'),
-    ({'format_version': 9}, 'format version 9, this sae_jax reads version 1'),
+    ({'format_version': 9}, 'format version 9, this sae_jax reads version 2'),
     ({'colour': 'red'}, 'no field colour'),
   ],
 )
@@ -245,34 +385,40 @@ def test_a_missing_array_is_named(tmp_path):
 def test_a_folder_that_cannot_be_made(tmp_path):
   (tmp_path / 'file').write_text('')
   with pytest.raises(config.UserError, match='cannot write store') as caught:
-    store.StoreWriter(str(tmp_path / 'file' / 'store'), D)
+    _begin(str(tmp_path / 'file' / 'store'), _data())
   assert '\n' not in str(caught.value)
   assert 'tensorstore_spec' not in str(caught.value)
 
 
-def test_a_disk_that_fails_midway(tmp_path, monkeypatch):
-  url = str(tmp_path / 'store')
-  with store.StoreWriter(url, D, 'float32', CHUNK, SHARD) as writer:
-    shutil.rmtree(tmp_path / 'store' / 'activations')
-    (tmp_path / 'store' / 'activations').write_text('in the way')
-    with pytest.raises(config.UserError, match='cannot write store'):
-      data = _data(400)
-      writer.append(**data)
-      writer.finish(**FIELDS)
-  assert layout.read_manifest(url) is None
+def test_a_disk_that_fails_midway(tmp_path):
+  folder = tmp_path / 'store'
+  _begin(str(folder), _data(), 1)
+  shutil.rmtree(folder / 'activations')
+  (folder / 'activations').write_text('in the way')
+  (folder / 'shards' / '000000.json').unlink()
+  with pytest.raises(config.UserError, match='cannot write store'):
+    _begin(str(folder), _data(), 1)
+  assert layout.read_manifest(str(folder)) is None
+  # With the obstacle gone it goes on.
+  (folder / 'activations').unlink()
+  _write(str(folder), _data())
+  store.open_store(str(folder)).verify()
 
 
 def test_sizes_that_do_not_fit(tmp_path):
   with pytest.raises(config.UserError, match='shard_rows 100 must be a mult'):
-    store.StoreWriter(str(tmp_path), D, 'float32', 64, 100)
+    _begin(str(tmp_path), _data(), chunk_rows=64, shard_rows=100)
   with pytest.raises(config.UserError, match="dtype 'int8' cannot be stored"):
-    store.StoreWriter(str(tmp_path), D, 'int8')
-  data = _data()
-  with store.StoreWriter(str(tmp_path), D, 'float32', CHUNK, SHARD) as writer:
-    with pytest.raises(ValueError, match='keep_mask keeps'):
-      writer.append(**(data | {'resid_kept': data['resid_kept'][1:]}))
-    with pytest.raises(ValueError, match='differ in size'):
-      writer.append(**(data | {'tokens': data['tokens'][1:]}))
+    _begin(str(tmp_path), _data(), dtype='int8')
+  shard = store.StoreWriter(str(tmp_path), store.Plan(**PLAN)).shard(0)
+  *stream, kept = next(_stretches(_data(), ()))
+  with pytest.raises(ValueError, match='keep_mask keeps'):
+    shard.append(*stream, {name: rows[1:] for name, rows in kept.items()})
+  with pytest.raises(ValueError, match='differ in size'):
+    shard.append(stream[0][1:], *stream[1:], kept)
+  whole = next(_stretches(_data(), (149,)))
+  with pytest.raises(ValueError, match='do not fit a shard of 32 and 64'):
+    shard.append(*whole)
 
 
 def test_rows_beyond_the_store(tmp_path):
@@ -299,8 +445,8 @@ def bucket(monkeypatch):
 @pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
 def test_a_bucket_holds_the_same_bytes_as_a_folder(tmp_path, bucket, dtype):
   data = _data()
-  local = _write(str(tmp_path), data, dtype)
-  assert _write('gs://bucket/deep/store/', data, dtype) == local
+  local = _write(str(tmp_path), data, dtype=dtype)
+  assert _write('gs://bucket/deep/store/', data, dtype=dtype) == local
   objects = {
     name.removeprefix('deep/store/'): o.data for name, o in bucket.items()
   }
@@ -316,16 +462,16 @@ def test_a_bucket_holds_the_same_bytes_as_a_folder(tmp_path, bucket, dtype):
   remote.verify()
 
 
-def test_an_unfinished_store_in_a_bucket_is_started_over(bucket):
+def test_an_unfinished_store_in_a_bucket_goes_on(bucket):
   url = 'gs://bucket/store'
-  _write(url, _data(400, seed=1), finish=False)
+  _begin(url, _data(), 2)
+  before = {name: o.generation for name, o in bucket.items()}
   with pytest.raises(config.UserError, match='not a finished store'):
     store.open_store(url)
+  with pytest.raises(config.UserError, match='other bytes'):
+    _begin(url, _data(seed=1))
   _write(url, _data())
-  names = set(bucket)
-  bucket.clear()
-  _write(url, _data())
-  assert set(bucket) == names
+  assert {name: bucket[name].generation for name in before} == before
   # The manifest is the last object a harvest writes.
   newest = max(bucket, key=lambda name: bucket[name].generation)
   assert newest == 'store/manifest.json'
@@ -338,7 +484,7 @@ def test_a_bucket_that_is_not_there(bucket):
 
 def test_a_lost_shard_does_not_pass_for_zeros(tmp_path):
   _write(str(tmp_path), _data())
-  lost = tmp_path / 'activations' / 'c' / '1' / '0'
+  lost = tmp_path / 'activations' / SITES[0] / 'c' / '1' / '0'
   assert lost.exists()
   lost.unlink()
   opened = store.open_store(str(tmp_path))

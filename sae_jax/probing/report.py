@@ -11,6 +11,7 @@ from sae_jax import checkpoint as checkpoint_lib
 from sae_jax import config as config_lib
 from sae_jax import files, metrics
 from sae_jax import subject as subject_lib
+from sae_jax.activations import layout
 from sae_jax.activations import store as store_lib
 from sae_jax.probing import (
   baselines,
@@ -91,8 +92,8 @@ def probe(
   Raises:
     UserError: if checkpoint, store and subject do not fit each other.
   """
-  store = store_lib.open_store(store_url)
   trained = checkpoint_lib.load(checkpoint, average=config.average)
+  store = _open(store_url, trained.about['dataset'])
   check(trained, store)
   if subject is not None:
     check_subject(subject, store)
@@ -123,7 +124,7 @@ def probe(
     report
     | {
       'subject': store.manifest.subject,
-      'site': store.manifest.site,
+      'site': store.site,
       'n_latents': trained.config.n_latents,
       'k': trained.config.k,
       'd_model': trained.config.d_model,
@@ -142,6 +143,20 @@ def probe(
   return report
 
 
+def _open(url: str, trained_on: dict[str, Any]) -> store_lib.Store:
+  """The store, at the site and version that the autoencoder was trained on.
+
+  Or as much of that as there is: `check` says what does not fit.
+  """
+  manifest = layout.read_manifest(url)
+  if manifest is None:
+    return store_lib.open_store(url)
+  there = trained_on['site'] in manifest.sites
+  site = trained_on['site'] if there else manifest.sites[0]
+  version = min(trained_on['version'], manifest.version)
+  return store_lib.open_store(url, site, version)
+
+
 def check(trained: checkpoint_lib.Trained, store: store_lib.Store) -> None:
   """Raises UserError if the store is not one the autoencoder can read."""
   if trained.config.d_model != store.manifest.d_model:
@@ -153,12 +168,12 @@ def check(trained: checkpoint_lib.Trained, store: store_lib.Store) -> None:
   trained_on, manifest = trained.about['dataset'], store.manifest
   if (trained_on['weights_sha256'], trained_on['site']) != (
     manifest.weights_sha256,
-    manifest.site,
+    store.site,
   ):
     raise config_lib.UserError(
       f'the checkpoint was trained on {trained_on["site"]} of '
       f'{trained_on["subject"]} ({trained_on["weights_sha256"][:8]}), the '
-      f'store holds {manifest.site} of {manifest.subject} '
+      f'store holds {store.site} of {manifest.subject} '
       f'({manifest.weights_sha256[:8]}): give the store it was trained on'
     )
   if trained_on['identity'] != manifest.identity:
@@ -192,7 +207,7 @@ def scores(
 ) -> dict[str, Any]:
   """All scores of an autoencoder with their controls, as JSON-able values."""
   # First, as it is what a missing package or an unknown task stops.
-  task_scores = probe_tasks(config, trained, subject, store.manifest.site)
+  task_scores = probe_tasks(config, trained, subject, store.site)
   start = store.n_train
   stop = min(store.manifest.n_rows, start + config.eval_rows)
   rows = (start, stop, config.batch_rows)
