@@ -272,7 +272,9 @@ def test_two_writers_at_once_leave_one_whole_shard(tmp_path):
 
 def test_another_plan_is_refused(tmp_path):
   _begin(str(tmp_path), _data())
-  with pytest.raises(config.UserError, match=r'another plan \(dtype: float32'):
+  with pytest.raises(
+    config.UserError, match=r"another plan \(dtype: 'float32'"
+  ):
     _begin(str(tmp_path), _data(), dtype='bfloat16')
   _begin(str(tmp_path), _data(), software={'jax': 'newer'})
 

@@ -18,6 +18,7 @@ DTYPES = {'float32': np.dtype('<f4'), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
 PLAN = 'plan.json'
 METADATA = 'zarr.json'
 ACTIVATIONS = 'activations'
+RECORDS = 'shards'
 STREAM_INDEX = 'stream_index'
 STREAM = ('tokens', 'documents', 'positions')
 # A shard has room for so many tokens of the stream for each row: those that
@@ -104,7 +105,7 @@ class Manifest:
     source_rows: source -> rows that came from it.
     mask: the rule by which tokens were left out, and how many were.
     checksums: array -> of each shard, the sha256 of its little-endian bytes in
-      row order.
+      row order; and that of its record.
     identity: sha256 over all that says what data it is, so over all but
       `software`.
   """
@@ -147,9 +148,14 @@ def manifest_name(version: int) -> str:
   return 'manifest.json' if version == 1 else f'manifest-{version}.json'
 
 
+def record_sum(record: bytes) -> str:
+  """The sha256 of a shard's record."""
+  return hashlib.sha256(record).hexdigest()
+
+
 def shard_name(shard: int) -> str:
   """Where a complete shard is recorded."""
-  return f'shards/{shard:06d}.json'
+  return f'{RECORDS}/{shard:06d}.json'
 
 
 def read_manifest(url: str, version: int | None = None) -> Manifest | None:

@@ -139,10 +139,7 @@ class StoreWriter:
       shard_counts=tuple((shard.rows, shard.stream) for shard in shards),
       source_rows=_summed(shard.source_rows for shard in shards),
       mask=(mask or {}) | {f'masked_{rule}': n for rule, n in masked.items()},
-      checksums={
-        name: tuple(shard.checksums[name] for shard in shards)
-        for name in layout.array_kinds(self.plan)
-      },
+      checksums=_checksums(self.plan, shards),
       **plan,
     )
     manifest = dataclasses.replace(manifest, identity=layout.identity(manifest))
@@ -309,6 +306,16 @@ class ShardWriter:
 
 def _sha256(values: np.ndarray) -> str:
   return hashlib.sha256(np.ascontiguousarray(values).view(np.uint8)).hexdigest()
+
+
+def _checksums(plan: Plan, shards: Sequence[Shard]) -> dict[str, tuple]:
+  sums = {
+    name: tuple(shard.checksums[name] for shard in shards)
+    for name in layout.array_kinds(plan)
+  }
+  records = (config.to_json(shard).encode() for shard in shards)
+  sums[layout.RECORDS] = tuple(map(layout.record_sum, records))
+  return sums
 
 
 def _summed(counts: Iterable[dict[str, int]]) -> dict[str, int]:
@@ -497,6 +504,11 @@ class Store:
         except config.UserError as error:
           problem = str(error)
         bad.append(f'{layout.object_name(name, kind, shard)} {problem}')
+    files = ts.KvStore.open(layout.kvstore(self.url)).result()
+    for shard, want in enumerate(self.manifest.checksums[layout.RECORDS]):
+      name = layout.shard_name(shard)
+      if layout.record_sum(files.read(name).result().value) != want:
+        bad.append(f'{name} is not what was written')
     if bad:
       raise config.UserError(
         f'{len(bad)} objects of store {self.url} are damaged: '
@@ -647,9 +659,6 @@ def _unsealed(url: str) -> Manifest | None:
     shard_counts=tuple((shard.rows, shard.stream) for shard in shards),
     source_rows=_summed(shard.source_rows for shard in shards),
     mask={},
-    checksums={
-      name: tuple(shard.checksums[name] for shard in shards)
-      for name in layout.array_kinds(plan)
-    },
+    checksums=_checksums(plan, shards),
     **dataclasses.asdict(plan),
   )
