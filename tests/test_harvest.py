@@ -275,12 +275,12 @@ def test_a_killed_harvest_goes_on(texts, tmp_path, monkeypatch):
 
   def killed(self, *args):
     if self.number == 2:
-      raise KeyboardInterrupt
+      raise RuntimeError('killed')
     return finish(self, *args)
 
   with monkeypatch.context() as patch:
     patch.setattr(store.ShardWriter, 'finish', killed)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(RuntimeError, match='killed'):
       _run(_config(texts), url)
   assert len(list((tmp_path / 'store' / 'shards').iterdir())) == 2
   with pytest.raises(config_lib.UserError, match='not a finished store'):
@@ -371,6 +371,69 @@ def test_configs_that_cannot_be_met(texts, tmp_path, change, message):
   with pytest.raises(config_lib.UserError, match=message):
     _run(_config(texts, **change), url)
   assert not url.exists()
+
+
+@pytest.mark.fast
+def test_several_sites_are_read_in_one_pass(texts, tmp_path):
+  sites = (str(SITE), 'blocks.0.mlp_out')
+  both = _run(_config(texts, sites=sites), tmp_path / 'both')
+  for site in sites:
+    _run(_config(texts, sites=(site,)), tmp_path / site)
+    alone = store.open_store(str(tmp_path / site))
+    rows = store.open_store(str(tmp_path / 'both'), site).read_rows(
+      0, both.n_rows
+    )
+    np.testing.assert_array_equal(rows, alone.read_rows(0, both.n_rows))
+  with pytest.raises(config_lib.UserError, match='name one of them'):
+    store.open_store(str(tmp_path / 'both'))
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize('count', [2, 3])
+def test_processes_share_a_harvest(texts, tmp_path, count):
+  url, config = str(tmp_path / 'store'), _config(texts)
+  for index in range(count - 1):
+    assert harvest.harvest(config, url, _subject(), (index, count)) is None
+    with pytest.raises(config_lib.UserError, match='not a finished store'):
+      store.open_store(url)
+  shared = harvest.harvest(config, url, _subject(), (count - 1, count))
+  assert shared == _run(config, tmp_path / 'alone')
+  store.open_store(url).verify()
+  with pytest.raises(config_lib.UserError, match='process_index 3'):
+    harvest.harvest(config, url, _subject(), (3, 3))
+
+
+@pytest.mark.fast
+def test_more_tokens_are_appended_as_a_version(texts, tmp_path):
+  url = str(tmp_path / 'store')
+  first = _run(_config(texts, n_tokens=500), url)
+  rows = store.open_store(url).read_rows(0, first.n_rows)
+  second = _run(_config(texts, n_tokens=900), url)
+  assert (first.version, second.version) == (1, 2)
+  assert 500 <= first.n_rows < 520 and 900 <= second.n_rows < 920
+  np.testing.assert_array_equal(
+    store.open_store(url).read_rows(0, first.n_rows), rows
+  )
+  old = store.open_store(url, version=1)
+  assert old.manifest == first
+  old.verify()
+  whole = _run(_config(texts, n_tokens=900), tmp_path / 'whole')
+  # The same rows; shards are cut where the first version ended.
+  np.testing.assert_array_equal(
+    store.open_store(str(tmp_path / 'whole')).read_rows(0, whole.n_rows),
+    store.open_store(url).read_rows(0, second.n_rows),
+  )
+  assert whole.identity != second.identity
+  with pytest.raises(config_lib.UserError, match='n_tokens: 900 -> 500'):
+    _run(_config(texts, n_tokens=500), url)
+
+
+@pytest.mark.fast
+def test_a_site_of_another_width_is_refused(texts, tmp_path):
+  with pytest.raises(config_lib.UserError, match=r'is 32 wide, .* is 16'):
+    _run(
+      _config(texts, sites=(str(SITE), 'blocks.0.mlp_act')), tmp_path / 'store'
+    )
 
 
 @pytest.mark.fast

@@ -165,8 +165,15 @@ def harvest(
       f'the subject given is {subject.name}, the config says '
       f'{config.subject}: make them the same'
     )
+  widths = []
   for site in sites:
     capture.check_site(subject.config, site)
+    widths.append(capture.width(subject.config, site))
+    if widths[-1] != widths[0]:
+      raise config_lib.UserError(
+        f'site {site} is {widths[-1]} wide, {sites[0]} is {widths[0]}: a store '
+        'has one width, harvest them apart'
+      )
   plan = {
     name: value
     for name, value in dataclasses.asdict(config).items()
@@ -178,7 +185,7 @@ def harvest(
       subject=config.subject,
       weights_sha256=subject.weights_sha256,
       sites=config.sites,
-      d_model=subject.config.d_model,
+      d_model=widths[0],
       dtype=config.dtype,
       chunk_rows=config.chunk_rows,
       shard_rows=config.shard_rows,
