@@ -6,11 +6,13 @@ saves them, loads them here and compares in float32 on the CPU:
     pip install torch transformers
     python -m experiments.family_parity
 
-Prints the largest absolute difference of the logits and of the sites of each
-model, and exits 1 if one is above the bound.
+Prints for each model the largest absolute difference of logits and of sites,
+the least difference that one wrong switch makes (the control: far above the
+bound), and how many of the tokens drawn greedily agree. Exits 1 on a miss.
 """
 
 import dataclasses
+import json
 import pathlib
 import sys
 import tempfile
@@ -21,8 +23,9 @@ import jax
 import numpy as np
 import tokenizers
 
+from experiments import family_models
 from sae_jax import config as config_lib
-from sae_jax.subject import capture, folder, transformer
+from sae_jax.subject import capture, folder, generate, transformer
 
 try:
   import torch
@@ -32,242 +35,36 @@ except ImportError:
 
 _BOUND = flags.DEFINE_float('bound', 1e-4, 'largest absolute difference')
 _ONLY = flags.DEFINE_string('only', '', 'names of models that contain this')
+_GOLDEN = flags.DEFINE_string(
+  'golden', '', 'JSON file to write some numbers of some models to'
+)
+_CONTROL = 100  # bounds, that a wrong switch must differ by
+_NEW = 8
 
-# Weights drawn with this deviation make logits and attention far from flat.
-_DEVIATION = 0.2
-_TOKENS = (2, 40)
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-  """One random model.
-
-  Attributes:
-    name: what is odd about it.
-    kind: its config class and model class in transformers.
-    settings: arguments of the config.
-    shards: files its weights are split over.
-  """
-
-  name: str
-  kind: tuple[str, str]
-  settings: dict[str, Any]
-  shards: int = 1
+forward = jax.jit(transformer.forward, static_argnums=0)
+capture_many = jax.jit(capture.capture_many, static_argnums=(0, 3))
 
 
-_LLAMA = {
-  'vocab_size': 97,
-  'hidden_size': 48,
-  'intermediate_size': 80,
-  'num_hidden_layers': 4,
-  'num_attention_heads': 6,
-  'num_key_value_heads': 2,
-}
-_NEOX = {
-  'vocab_size': 97,
-  'hidden_size': 48,
-  'intermediate_size': 80,
-  'num_hidden_layers': 4,
-  'num_attention_heads': 3,
-}
-_GPT2 = {
-  'vocab_size': 97,
-  'n_embd': 48,
-  'n_layer': 4,
-  'n_head': 4,
-  'n_positions': 64,
-}
-_ROPE_3 = {
-  'rope_type': 'llama3',
-  'rope_theta': 500.0,
-  'factor': 8.0,
-  'low_freq_factor': 1.0,
-  'high_freq_factor': 4.0,
-  'original_max_position_embeddings': 32,
-}
-_GEMMA = _LLAMA | {'head_dim': 16, 'query_pre_attn_scalar': 24}
-
-
-def _kind(family: str) -> tuple[str, str]:
-  return f'{family}Config', f'{family}ForCausalLM'
-
-
-def models() -> list[Model]:
-  """The models that are compared."""
-  llama, neox = _kind('Llama'), _kind('GPTNeoX')
-  gpt2 = ('GPT2Config', 'GPT2LMHeadModel')
-  qwen2, qwen3 = _kind('Qwen2'), _kind('Qwen3')
-  gemma2 = _kind('Gemma2')
-  gemma3 = ('Gemma3TextConfig', 'Gemma3ForCausalLM')
-  return [
-    Model('gpt2', gpt2, _GPT2),
-    Model(
-      'gpt2 untied, scores by block, relu, inner width',
-      gpt2,
-      _GPT2
-      | {
-        'tie_word_embeddings': False,
-        'scale_attn_by_inverse_layer_idx': True,
-        'activation_function': 'relu',
-        'n_inner': 60,
-      },
-    ),
-    Model('neox, a quarter rotary (Pythia)', neox, _NEOX),
-    Model(
-      'neox sequential, half rotary, tanh gelu',
-      neox,
-      _NEOX
-      | {
-        'use_parallel_residual': False,
-        'rotary_pct': 0.5,
-        'hidden_act': 'gelu_new',
-      },
-    ),
-    Model(
-      'neox tied, no attention bias',
-      neox,
-      _NEOX | {'attention_bias': False, 'tie_word_embeddings': True},
-    ),
-    Model(
-      'llama, one head a group',
-      llama,
-      _LLAMA | {'num_key_value_heads': 6},
-    ),
-    Model(
-      'llama grouped, tied (SmolLM2), 3 files',
-      llama,
-      _LLAMA | {'tie_word_embeddings': True},
-      shards=3,
-    ),
-    Model(
-      'llama 3 stretched positions',
-      llama,
-      _LLAMA | {'rope_parameters': _ROPE_3},
-    ),
-    Model(
-      'llama biases, wide heads, linear stretch',
-      llama,
-      _LLAMA
-      | {
-        'attention_bias': True,
-        'mlp_bias': True,
-        'head_dim': 10,
-        'num_key_value_heads': 1,
-        'rope_parameters': {
-          'rope_type': 'linear',
-          'factor': 3.0,
-          'rope_theta': 1000.0,
-        },
-      },
-    ),
-    Model(
-      'mistral, a window', _kind('Mistral'), _LLAMA | {'sliding_window': 7}
-    ),
-    Model(
-      'mistral, no window', _kind('Mistral'), _LLAMA | {'sliding_window': None}
-    ),
-    Model('qwen2', qwen2, _LLAMA | {'tie_word_embeddings': True}),
-    Model(
-      'qwen2, windows from block 2',
-      qwen2,
-      _LLAMA
-      | {
-        'use_sliding_window': True,
-        'sliding_window': 5,
-        'max_window_layers': 2,
-      },
-    ),
-    Model('qwen3, wide heads', qwen3, _LLAMA | {'head_dim': 16}),
-    Model(
-      'qwen3 biases, tied, windows',
-      qwen3,
-      _LLAMA
-      | {
-        'head_dim': 8,
-        'attention_bias': True,
-        'tie_word_embeddings': True,
-        'use_sliding_window': True,
-        'sliding_window': 9,
-        'max_window_layers': 1,
-      },
-    ),
-    Model('gemma', _kind('Gemma'), _LLAMA | {'head_dim': 16}),
-    Model(
-      'gemma 2, caps and windows',
-      gemma2,
-      _GEMMA
-      | {
-        'sliding_window': 6,
-        'attn_logit_softcapping': 3.0,
-        'final_logit_softcapping': 5.0,
-      },
-    ),
-    Model(
-      'gemma 2, no caps, 2 files',
-      gemma2,
-      _GEMMA
-      | {
-        'sliding_window': 6,
-        'attn_logit_softcapping': None,
-        'final_logit_softcapping': None,
-      },
-      shards=2,
-    ),
-    Model(
-      'gemma 3, window of 5 in 6 blocks',
-      gemma3,
-      _GEMMA | {'num_hidden_layers': 7, 'sliding_window': 6},
-    ),
-    Model(
-      'gemma 3, stretched, other layers, cap',
-      gemma3,
-      _GEMMA
-      | {
-        'sliding_window': 5,
-        'layer_types': [
-          'full_attention',
-          'sliding_attention',
-          'sliding_attention',
-          'full_attention',
-        ],
-        'final_logit_softcapping': 4.0,
-        'rope_parameters': {
-          'full_attention': {
-            'rope_type': 'linear',
-            'factor': 8.0,
-            'rope_theta': 2000.0,
-          },
-          'sliding_attention': {'rope_type': 'default', 'rope_theta': 100.0},
-        },
-      },
-    ),
-  ]
-
-
-def build(model: Model, seed: int = 0):
-  """The model in transformers, all its parameters random."""
+def build(model: family_models.Model):
+  """The model in transformers, with the tensors of `family_models.draw`."""
   config_class, model_class = (getattr(transformers, n) for n in model.kind)
   config = config_class(**model.settings)
   config._attn_implementation = 'eager'
-  torch.manual_seed(seed)
   built = model_class(config).eval()
-  generator = torch.Generator().manual_seed(seed)
   with torch.no_grad():
-    for parameter in built.parameters():
-      # Norms' weights and biases too, which transformers starts at 1 and 0.
-      parameter.add_(
-        _DEVIATION * torch.randn(parameter.shape, generator=generator)
+    for name, parameter in built.named_parameters():
+      values = family_models.draw(
+        name, tuple(parameter.shape), config.model_type
       )
+      parameter.copy_(torch.tensor(values))
   return built
 
 
-def save(model: Model, built, url: str) -> None:
+def save(model: family_models.Model, built, url: str) -> None:
   """Writes it as transformers does, with a small tokenizer."""
   n_bytes = sum(4 * p.numel() for p in built.parameters())
-  size = n_bytes if model.shards == 1 else n_bytes // (model.shards - 1)
-  built.save_pretrained(
-    url, max_shard_size=max(size, 1) if model.shards > 1 else '1GB'
-  )
+  limit = 2 * n_bytes // (2 * model.shards - 1) if model.shards > 1 else '1GB'
+  built.save_pretrained(url, max_shard_size=limit)
   words = {f'w{i}': i for i in range(model.settings['vocab_size'])}
   tokenizer = tokenizers.Tokenizer(
     tokenizers.models.WordLevel(words, unk_token='w0')
@@ -277,49 +74,28 @@ def save(model: Model, built, url: str) -> None:
 
 def expected(built, tokens_BT: np.ndarray) -> tuple[np.ndarray, dict]:
   """Logits, and what goes in and out of modules, by site."""
-  recorded = {}
+  recorded, handles = {}, []
 
   def keep(name, array):
     array = array[0] if isinstance(array, tuple) else array
     recorded[name] = array.detach().numpy()
 
-  handles = []
-  norms_after = type(built).__name__.startswith(('Gemma2', 'Gemma3'))
+  def keep_output(name):
+    return lambda _, __, out: keep(name, out)
+
+  def keep_input(name):
+    return lambda _, args, kw: keep(
+      name, args[0] if args else kw['hidden_states']
+    )
+
   for name, module in built.named_modules():
-    parts = name.split('.')
-    in_block = len(parts) > 2 and parts[-2] in ('layers', 'h')
-    # Outputs by the very name of the module.
+    # Outputs by the very name of the module, inputs by TransformerLens'.
     if _is_site(name):
+      handles.append(module.register_forward_hook(keep_output(name)))
+    hook = _input_site(built, name)
+    if hook:
       handles.append(
-        module.register_forward_hook(
-          lambda _, __, out, name=name: keep(name, out)
-        )
-      )
-    # Inputs by the scheme's.
-    block = next((p for p in parts if p.isdigit()), None)
-    kind = None
-    if in_block:
-      kind = 'resid_pre'
-    elif parts[-1] in ('o_proj', 'dense') or name.endswith('attn.c_proj'):
-      kind = 'z'
-    elif parts[-1] in ('down_proj', 'dense_4h_to_h') or name.endswith(
-      'mlp.c_proj'
-    ):
-      kind = 'mlp_act'
-    elif parts[-1] in ('ln_2', 'pre_feedforward_layernorm') or (
-      parts[-1] == 'post_attention_layernorm' and not norms_after
-    ):
-      neox = type(built).__name__.startswith('GPTNeoX')
-      if not (neox and built.config.use_parallel_residual):
-        kind = 'resid_mid'
-    if kind:
-      handles.append(
-        module.register_forward_pre_hook(
-          lambda _, args, kw, site=f'blocks.{block}.hook_{kind}': keep(
-            _own(site), args[0] if args else kw['hidden_states']
-          ),
-          with_kwargs=True,
-        )
+        module.register_forward_pre_hook(keep_input(hook), with_kwargs=True)
       )
   with torch.no_grad():
     logits = built(torch.tensor(tokens_BT)).logits.numpy()
@@ -337,40 +113,112 @@ def _is_site(module: str) -> bool:
   return True
 
 
-def _own(name: str) -> str:
-  """Hooks' names as TransformerLens writes them."""
-  return name.replace('hook_z', 'attn.hook_z').replace(
-    'hook_mlp_act', 'mlp.hook_post'
+def _input_site(built, module: str) -> str | None:
+  """TransformerLens' name of what goes into a module."""
+  parts = module.split('.')
+  block = next((p for p in parts if p.isdigit()), None)
+  family = built.config.model_type
+  last = parts[-1]
+  before_mlp = last in ('ln_2', 'pre_feedforward_layernorm') or (
+    last == 'post_attention_layernorm'
+    and family not in ('gemma2', 'gemma3_text')
+    and not getattr(built.config, 'use_parallel_residual', False)
   )
+  if len(parts) > 1 and parts[-2] in ('layers', 'h'):
+    hook = 'hook_resid_pre'
+  elif last in ('o_proj', 'dense') or module.endswith('attn.c_proj'):
+    hook = 'attn.hook_z'
+  elif last in ('down_proj', 'dense_4h_to_h') or module.endswith('mlp.c_proj'):
+    hook = 'mlp.hook_post'
+  elif before_mlp:
+    hook = 'hook_resid_mid'
+  else:
+    return None
+  return f'blocks.{block}.{hook}'
 
 
-def compare(model: Model, url: str) -> dict[str, Any]:
+def compare(model: family_models.Model, url: str) -> dict[str, Any]:
   """Loads the model from its folder and compares it."""
   built = build(model)
   save(model, built, url)
-  rng = np.random.default_rng(1)
-  tokens_BT = rng.integers(0, model.settings['vocab_size'], _TOKENS)
+  tokens_BT = family_models.tokens(model)
   logits, sites = expected(built, tokens_BT)
   config, params, _ = folder.load_params(url)
-  # The programs must be as exact as they can be, whatever the device.
-  with jax.default_matmul_precision('highest'):
-    run = jax.jit(transformer.forward, static_argnums=0)
-    got = np.asarray(run(config, params, tokens_BT))
-    many = jax.jit(capture.capture_many, static_argnums=(0, 3))
-    found = many(config, params, tokens_BT, tuple(sites))
+  got = np.asarray(forward(config, params, tokens_BT))
+  found = capture_many(config, params, tokens_BT, tuple(sites))
   errors = {
     name: float(np.abs(np.asarray(found[name]) - value).max())
     for name, value in sites.items()
   }
+  controls = {}
+  for name, change in family_models.defects(config).items():
+    wrong = forward(dataclasses.replace(config, **change), params, tokens_BT)
+    controls[name] = float(np.abs(np.asarray(wrong) - logits).max())
   worst = max(errors, key=errors.get)
+  control = min(controls, key=controls.get)
+  new = np.asarray(generate.generate(config, params, tokens_BT, _NEW))
+  theirs = built.generate(
+    torch.tensor(tokens_BT),
+    attention_mask=torch.ones(tokens_BT.shape, dtype=torch.long),
+    max_new_tokens=_NEW,
+    min_new_tokens=_NEW,
+    do_sample=False,
+    eos_token_id=None,
+    pad_token_id=0,
+  ).numpy()[:, tokens_BT.shape[1] :]
   return {
     'logits': float(np.abs(got - logits).max()),
     'largest_logit': float(np.abs(logits).max()),
     'sites': len(errors),
     'worst_site': worst,
     'site_error': errors[worst],
+    'control': controls[control],
+    'control_name': control,
+    'new': int((new == theirs).sum()),
     'files': len(list(pathlib.Path(url).glob('*.safetensors'))),
+    'golden': golden(built, url, logits, sites),
   }
+
+
+# What config.json says beside the shape of the model.
+_BESIDE = {
+  *('architectures', 'attention_dropout', 'attn_pdrop', 'bos_token_id'),
+  *('classifier_dropout', 'dtype', 'embd_pdrop', 'eos_token_id'),
+  *('hidden_dropout', 'initializer_range', 'is_decoder', 'pad_token_id'),
+  *('pretraining_tp', 'reorder_and_upcast_attn', 'resid_pdrop', 'torch_dtype'),
+  *('transformers_version', 'use_cache'),
+}
+
+
+def golden(built, url: str, logits, sites) -> dict[str, Any]:
+  """What a test needs to write the model, and some numbers of it."""
+  settings = json.loads((pathlib.Path(url) / 'config.json').read_text())
+  tensors = {}
+  for name, parameter in built.named_parameters():
+    # Blocks are alike: {} stands for the number.
+    pattern = '.'.join('{}' if p.isdigit() else p for p in name.split('.'))
+    tensors[pattern] = list(parameter.shape)
+  return {
+    'config': {
+      name: value
+      for name, value in settings.items()
+      if value is not None
+      and name not in _BESIDE
+      and not name.startswith(('_', 'summary_'))
+    },
+    'tensors': tensors,
+    'logits': family_models.some(logits),
+    'sites': {
+      name: family_models.some(value)
+      for name, value in sites.items()
+      if _is_kept(name)
+    },
+  }
+
+
+def _is_kept(site: str) -> bool:
+  blocks = [part for part in site.split('.') if part.isdigit()]
+  return not blocks or blocks == ['1'] or site.endswith('.3')
 
 
 def main(argv):
@@ -379,24 +227,42 @@ def main(argv):
     sys.exit('pip install torch transformers')
   print(f'torch {torch.__version__}, transformers {transformers.__version__}')
   print(
-    f'{"model":<48} {"files":>5} {"|logit|":>8} {"logits":>8} '
-    f'{"sites":>5} {"worst":>8}  at'
+    f'{"model":<42}{"files":>5}{"|logit|":>8}{"logits":>9}{"sites":>6}'
+    f'{"worst":>9}{"control":>9}{"drawn":>7}  worst site, least control'
   )
-  missed = 0
-  for model in models():
+  missed, kept = 0, {}
+  for model in family_models.models():
     if _ONLY.value not in model.name:
       continue
     with tempfile.TemporaryDirectory() as url:
       row = compare(model, url)
-    bad = max(row['logits'], row['site_error']) > _BOUND.value
+    if model.golden:
+      kept[model.name] = row['golden']
+    bad = (
+      max(row['logits'], row['site_error']) > _BOUND.value
+      or row['control'] < _CONTROL * _BOUND.value
+      or row['new'] < 2 * _NEW
+    )
     missed += bad
     print(
-      f'{model.name:<48} {row["files"]:>5} {row["largest_logit"]:>8.2f} '
-      f'{row["logits"]:>8.1e} {row["sites"]:>5} {row["site_error"]:>8.1e}  '
-      f'{row["worst_site"]}{"  MISSED" if bad else ""}',
+      f'{model.name:<42}{row["files"]:>5}{row["largest_logit"]:>8.2f}'
+      f'{row["logits"]:>9.1e}{row["sites"]:>6}{row["site_error"]:>9.1e}'
+      f'{row["control"]:>9.1e}{row["new"]:>4}/{2 * _NEW}  '
+      f'{row["worst_site"]}, {row["control_name"]}'
+      f'{"  MISSED" if bad else ""}',
       flush=True,
     )
-  print(f'{missed} above {_BOUND.value}')
+  print(f'{missed} missed, bound {_BOUND.value}')
+  if _GOLDEN.value:
+    made_with = {
+      'torch': torch.__version__,
+      'transformers': transformers.__version__,
+      'numpy': np.__version__,
+    }
+    record = {'made_with': made_with, 'models': kept}
+    pathlib.Path(_GOLDEN.value).write_text(
+      json.dumps(record, separators=(',', ':')) + '\n'
+    )
   sys.exit(bool(missed))
 
 

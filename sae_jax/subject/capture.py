@@ -82,10 +82,11 @@ def run(
     Site(None, 'embed'), transformer.embed_tokens(config, params, tokens_BT)
   )
   if config.n_positions:
-    n_positions = tokens_BT.shape[1]
+    found = transformer.embed_positions(
+      config, params, tokens_BT.shape[1], first_B
+    )
     resid_BTD += tap(
-      Site(None, 'pos_embed'),
-      transformer.embed_positions(config, params, n_positions, first_B),
+      Site(None, 'pos_embed'), jnp.broadcast_to(found, resid_BTD.shape)
     )
   if not n_blocks:
     resid_BTD = tap(Site(0, 'resid_pre'), resid_BTD)
