@@ -329,9 +329,14 @@ def test_kernels_by_name_equal_the_gathers_with_their_gradients(case):
     )
 
 
-def test_dispatch_follows_the_ratio_of_latents_to_active_ones():
+def test_dispatch_follows_the_ratio_of_latents_to_active_ones(monkeypatch):
   assert dispatch.choose(4096, 32, None) == 'gather'
   assert dispatch.choose(4096, 256, None) == 'dense'
   assert dispatch.choose(4096, 256, 'gather') == 'gather'
   with pytest.raises(config.UserError, match='multiple of 128, not 576'):
     dispatch.choose(4096, 8, 'pallas', 576)
+  # On a TPU rows are dearer beside products.
+  monkeypatch.setattr(dispatch.target, 'platform', lambda: 'tpu')
+  assert dispatch.choose(450 * 32, 32, None, 768) == 'pallas'
+  assert dispatch.choose(450 * 32 - 1, 32, None, 768) == 'dense'
+  assert dispatch.choose(450 * 32, 32, None, 576) == 'gather'

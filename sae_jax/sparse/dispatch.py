@@ -9,8 +9,11 @@ IMPLEMENTATIONS = ('gather', 'dense', 'pallas')
 # cpu: experiments/benchmark_sparse.py on two x86 cores. Dense over gather took
 #   8.7x at N/K 128, 2.6x at 32, 0.6x at 8 (D 576, N 4,096); 5.8x at 1,024,
 #   1.8x at 64, 1.1x at 32 (D 768, N 32,768).
-# tpu: the compiler's estimate at D 768 on v5p; no time was measured.
-_GATHER_FROM_RATIO = {'cpu': 32, 'tpu': 600}
+# tpu: where the bound of a step with dense codes, by its HBM traffic, passes
+#   that of the kernels, by the compiler's cycles, at D 768 and K 32: 413 on v5e,
+#   438 on v5p, 515 on v6e (experiments/benchmark_kernels.py). To select the top
+#   k of dense codes is not in it. No time was measured.
+_GATHER_FROM_RATIO = {'cpu': 32, 'tpu': 450}
 _LANES = 128
 
 
@@ -29,7 +32,7 @@ def choose(
     UserError: if the name is unknown, or a kernel cannot do the shape.
   """
   if implementation is None:
-    ratio = _GATHER_FROM_RATIO.get(target.platform(), 600)
+    ratio = _GATHER_FROM_RATIO.get(target.platform(), 450)
     if n_latents < ratio * k:
       return 'dense'
     kernels = target.platform() == 'tpu' and not width % _LANES
