@@ -54,10 +54,18 @@ def build(model: family_models.Model):
   with torch.no_grad():
     for name, parameter in built.named_parameters():
       values = family_models.draw(
-        name, tuple(parameter.shape), config.model_type
+        _saved_name(name, config.model_type),
+        tuple(parameter.shape),
+        config.model_type,
       )
       parameter.copy_(torch.tensor(values))
   return built
+
+
+def _saved_name(name: str, model_type: str) -> str:
+  """GPT-NeoX's head has another name in files than in release 5's classes."""
+  head = model_type == 'gpt_neox' and name == 'lm_head.weight'
+  return 'embed_out.weight' if head else name
 
 
 def save(model: family_models.Model, built, url: str) -> None:
@@ -195,6 +203,7 @@ def golden(built, url: str, logits, sites) -> dict[str, Any]:
   settings = json.loads((pathlib.Path(url) / 'config.json').read_text())
   tensors = {}
   for name, parameter in built.named_parameters():
+    name = _saved_name(name, built.config.model_type)
     # Blocks are alike: {} stands for the number.
     pattern = '.'.join('{}' if p.isdigit() else p for p in name.split('.'))
     tensors[pattern] = list(parameter.shape)
@@ -209,7 +218,10 @@ def golden(built, url: str, logits, sites) -> dict[str, Any]:
     'tensors': tensors,
     'logits': family_models.some(logits),
     'sites': {
-      name: family_models.some(value)
+      # Learned positions come without the sequences.
+      name: family_models.some(
+        np.broadcast_to(value, (len(logits), *value.shape[1:]))
+      )
       for name, value in sites.items()
       if _is_kept(name)
     },

@@ -29,6 +29,12 @@ forward = jax.jit(transformer.forward, static_argnums=0)
       'file, or a folder with config.json, *.safetensors and tokenizer.json',
     ),
     (
+      'https://example.org/model',
+      "subject 'https://example.org/model' is not known: use smollm2-135m, "
+      'the path of a .gguf file, or a folder with config.json, '
+      '*.safetensors and tokenizer.json',
+    ),
+    (
       '/nowhere/m.gguf',
       'no file at /nowhere/m.gguf: give the path or URL of a .gguf file',
     ),

@@ -7,6 +7,7 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 import pytest
+import tokenizers
 from tokenizers import pre_tokenizers
 
 from sae_jax import config as config_lib
@@ -114,6 +115,46 @@ def test_an_unknown_tokenizer_is_refused(metadata, message):
   with pytest.raises(config_lib.UserError) as error:
     tokenizer_lib.from_metadata(metadata)
   assert str(error.value) == message
+
+
+def piece_tokenizer():
+  """As Llama 2 and Gemma have it: pieces with '▁', bytes as a last resort."""
+  letters = ['<s>', '<unk>', *(f'<0x{i:02X}>' for i in range(256))]
+  letters += ['▁', 'a', '▁a', 'b', '▁ab']
+  merges = [('▁', 'a'), ('▁a', 'b')]
+  made = tokenizers.Tokenizer(
+    tokenizers.models.BPE(
+      {text: i for i, text in enumerate(letters)},
+      merges,
+      unk_token='<unk>',
+      byte_fallback=True,
+    )
+  )
+  made.normalizer = tokenizers.normalizers.Replace(' ', '▁')
+  made.decoder = tokenizers.decoders.Sequence(
+    [
+      tokenizers.decoders.Replace('▁', ' '),
+      tokenizers.decoders.ByteFallback(),
+      tokenizers.decoders.Fuse(),
+    ]
+  )
+  made.add_special_tokens(['<s>', '<unk>'])
+  return made
+
+
+@pytest.mark.fast
+def test_a_tokenizer_of_pieces_from_its_file(tmp_path):
+  piece_tokenizer().save(str(tmp_path / 'tokenizer.json'))
+  found = tokenizer_lib.from_folder(tmp_path)
+  assert pieces(found, 'a ab é') == ['a', ' ab', ' ', '\\xc3', '\\xa9']
+  # Control tokens in a text are text here too, and bytes round trip.
+  tokens = tokenizer_lib.encode(found, 'é<s>')
+  assert 0 not in tokens
+  assert tokenizer_lib.decode(found, tokens) == 'é<s>'
+  SMALL.save(str(tmp_path / 'tokenizer.json'))
+  again = tokenizer_lib.from_folder(tmp_path)
+  for text in ('a the 1212', 'é<|end|>'):
+    assert pieces(again, text) == pieces(SMALL, text)
 
 
 @pytest.fixture(scope='module')

@@ -49,9 +49,9 @@ def find(name_or_path: str) -> str:
       neither a name, nor a .gguf path, nor a folder that is there.
   """
   if name_or_path not in _PACKAGED:
-    if (
-      not name_or_path.endswith('.gguf')
-      and not epath.Path(name_or_path).is_dir()
+    elsewhere = '://' in name_or_path and not name_or_path.startswith('gs://')
+    if not name_or_path.endswith('.gguf') and (
+      elsewhere or not epath.Path(name_or_path).is_dir()
     ):
       raise config_lib.UserError(
         f'subject {name_or_path!r} is not known: use {", ".join(_PACKAGED)}, '
@@ -99,15 +99,29 @@ def load(
 
   if path.endswith('.gguf'):
     file = weights.open_gguf(path)
+    # First: it fails at once where the weights take minutes.
     tokenizer = tokenizer_lib.from_metadata(file.metadata)
     config, params = weights.load_params(file, dtype, shardings)
     digest = file.sha256
   else:
-    # Read first: it fails at once where the weights take minutes.
     tokenizer = tokenizer_lib.from_folder(path)
     read = saved.load if saved.is_saved(path) else folder.load_params
     config, params, digest = read(path, dtype, shardings)
   return Subject(name, config, params, tokenizer, digest)
+
+
+def load_tokenizer(
+  name_or_path: str | os.PathLike[str] = 'smollm2-135m',
+) -> tokenizers.Tokenizer:
+  """A subject's tokenizer, without its weights.
+
+  Raises:
+    UserError: if it is not there, or not one this package can use.
+  """
+  path = find(os.fspath(name_or_path))
+  if path.endswith('.gguf'):
+    return tokenizer_lib.from_metadata(weights.open_gguf(path).metadata)
+  return tokenizer_lib.from_folder(path)
 
 
 def save(subject: Subject, url: str) -> None:

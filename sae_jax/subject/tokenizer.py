@@ -1,7 +1,9 @@
 """Tokenizers from tokenizer.json or GGUF metadata, and single tokens' text."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+import json
 import os
+import re
 from typing import Any
 
 from etils import epath
@@ -111,18 +113,43 @@ def token_strings(tokenizer: tokenizers.Tokenizer) -> list[str]:
   """Readable text of each token id on its own, in id order.
 
   A token is a run of bytes and may hold a piece of a character: bytes that
-  are not whole UTF-8 are shown like '\\xe2'.
+  are not whole UTF-8 are shown like '\\xe2'. An id that no token has is
+  shown as ''.
   """
-  to_byte = _byte_alphabet()
   added = tokenizer.get_added_tokens_decoder()
+  spell = _spell_bytes() if _is_byte_level(tokenizer) else _spell_pieces
   strings = []
   for i in range(tokenizer.get_vocab_size()):
-    text = tokenizer.id_to_token(i)
-    if i not in added:
-      spelled = bytes(to_byte[character] for character in text)
-      text = spelled.decode('utf-8', 'backslashreplace')
-    strings.append(text)
+    text = tokenizer.id_to_token(i) or ''
+    strings.append(text if i in added else spell(text))
   return strings
+
+
+def _is_byte_level(tokenizer: tokenizers.Tokenizer) -> bool:
+  parts = json.loads(tokenizer.to_str())
+  return any(
+    'ByteLevel' in json.dumps(parts[name])
+    for name in ('decoder', 'pre_tokenizer')
+  )
+
+
+def _spell_bytes() -> Callable[[str], str]:
+  """Of byte-level BPE (GPT-2, Llama 3, Qwen)."""
+  to_byte = _byte_alphabet()
+
+  def spell(text):
+    spelled = bytes(to_byte[character] for character in text)
+    return spelled.decode('utf-8', 'backslashreplace')
+
+  return spell
+
+
+def _spell_pieces(text: str) -> str:
+  """Of SentencePiece (Llama 2, Gemma): '▁' is a space, '<0xE2>' a byte."""
+  match = re.fullmatch('<0x([0-9A-F]{2})>', text)
+  if match:
+    return bytes.fromhex(match[1]).decode('utf-8', 'backslashreplace')
+  return text.replace('▁', ' ')
 
 
 def _byte_alphabet() -> dict[str, int]:
