@@ -336,16 +336,37 @@ def test_seeds_and_configs_change_the_identity(texts, tmp_path):
 
 
 @pytest.mark.fast
-def test_a_bucket_gets_the_same_store(texts, tmp_path, monkeypatch):
-  with fake_gcs.FakeGcs(['bucket']) as url:
+@pytest.mark.parametrize('rate', [0.0, 0.1])
+def test_a_bucket_gets_the_same_store(texts, tmp_path, monkeypatch, rate):
+  local = layout.kvstore
+
+  def quick(url):
+    spec = local(url)
+    if spec['driver'] == 'gcs':
+      spec |= fake_gcs.QUICK_RETRIES
+    return spec
+
+  monkeypatch.setattr(layout, 'kvstore', quick)
+  server = fake_gcs.FakeGcs(['bucket'], fake_gcs.Faults(0, rate))
+  with server as url:
     monkeypatch.setenv('TENSORSTORE_GCS_HTTP_URL', url)
     monkeypatch.setenv('GOOGLE_AUTH_TOKEN_FOR_TESTING', 'fake')
     remote = _run(_config(texts), 'gs://bucket/store')
     assert remote == _run(_config(texts), tmp_path / 'store')
-    rows = store.open_store('gs://bucket/store').read_rows(0, remote.n_rows)
     assert _run(_config(texts), 'gs://bucket/store') == remote
-  local = store.open_store(str(tmp_path / 'store'))
-  np.testing.assert_array_equal(rows, local.read_rows(0, remote.n_rows))
+    server.reset_counts()
+    opened = store.open_store('gs://bucket/store')
+    opened.verify()
+    print(server.table())
+  if rate:
+    assert sum(server.faults_met.values()) > 10
+  # Every byte, lost answers or not.
+  objects = server.objects['bucket']
+  paths = [p for p in (tmp_path / 'store').rglob('*') if p.is_file()]
+  assert len(objects) == len(paths)
+  for path in paths:
+    name = f'store/{path.relative_to(tmp_path / "store")}'
+    assert objects[name].data == path.read_bytes()
 
 
 @pytest.mark.fast
@@ -363,6 +384,7 @@ def test_a_bucket_gets_the_same_store(texts, tmp_path, monkeypatch):
     ({'sites': ('blocks.1.mlp',)}, 'is not known: use blocks.N'),
     ({'subject': 'other'}, 'the subject given is toy'),
     ({'shard_rows': 33}, 'shard_rows 33 must be a multiple'),
+    ({'bos': '<s>'}, "bos '<s>' is no token"),
     ({'sources': ('nowhere.txt',)}, 'nowhere.txt does not exist'),
   ],
 )
@@ -426,6 +448,45 @@ def test_more_tokens_are_appended_as_a_version(texts, tmp_path):
   assert whole.identity != second.identity
   with pytest.raises(config_lib.UserError, match='n_tokens: 900 -> 500'):
     _run(_config(texts, n_tokens=500), url)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize('bos', ['', '!'])
+def test_packed_contexts_hold_several_documents(texts, tmp_path, bos):
+  config = _config(texts, pack=True, bos=bos, min_context_tokens=1)
+  manifest = _run(config, tmp_path / 'store')
+  opened = store.open_store(str(tmp_path / 'store'))
+  subject, want, numbers = _subject(), [], []
+  first = [subject.tokenizer.token_to_id(bos)] if bos else []
+  for document in corpus.documents(config.sources, config.seed, 3 * 20 * 4):
+    ids = (first + subject.tokenizer.encode(document.text).ids)[:60]
+    want += ids
+    numbers += [document.number] * len(ids)
+  np.testing.assert_array_equal(opened.tokens(), want)
+  np.testing.assert_array_equal(
+    opened.documents(), np.unique(numbers, return_inverse=True)[1]
+  )
+  positions = np.arange(len(want)) % 20
+  np.testing.assert_array_equal(opened.positions(), positions)
+  rows = opened.read_rows(0, manifest.n_rows)
+  contexts = [want[i : i + 20] for i in range(0, len(want), 20)]
+  expected = np.concatenate([_resid(tokens)[1:] for tokens in contexts])
+  np.testing.assert_allclose(rows, expected, 1e-5, 1e-4)
+  assert sum(manifest.source_rows.values()) == manifest.n_rows == len(rows)
+  # The split is within a context: no document is on both sides.
+  documents = opened.documents()[opened.stream_index()]
+  held = documents[opened.n_train :]
+  assert held[0] > documents[opened.n_train - 1]
+  # Control: without packing it is another stream.
+  assert len(want) > len(_expected_contexts(config)) * 10
+
+
+@pytest.mark.slow
+def test_processes_that_tokenize_change_nothing(texts, tmp_path):
+  here = _run(_config(texts), tmp_path / 'here')
+  there = _run(_config(texts, tokenizer_workers=2), tmp_path / 'there')
+  assert here == there
+  assert _run(_config(texts, tokenizer_workers=1), tmp_path / 'there') == here
 
 
 @pytest.mark.fast

