@@ -32,7 +32,7 @@ def put(params, config, mesh):
 
 
 @pytest.mark.parametrize(
-  'family, data, latent', [('llama', 2, 2), ('gemma', 1, 2), ('neox', 2, 4)]
+  'family, data, latent', [('gemma', 2, 2), ('neox', 2, 4)]
 )
 def test_a_mesh_changes_nothing(family, data, latent):
   config, params = CONFIGS[family], params_of(family)
@@ -75,8 +75,8 @@ def test_generation_over_a_mesh():
   spread = put(params_of('llama'), LLAMA, mesh)
   tokens = jax.device_put(TOKENS, sharding.tokens_sharding(mesh))
   np.testing.assert_array_equal(
-    generate.generate(LLAMA, spread, tokens, 5),
-    generate.generate(LLAMA, params_of('llama'), TOKENS, 5),
+    generate.generate(LLAMA, spread, tokens, 6),
+    generate.generate(LLAMA, params_of('llama'), TOKENS, 6),
   )
 
 
@@ -86,7 +86,7 @@ def test_generation_over_a_mesh():
 BFLOAT16_BOUND = 0.03
 
 
-@pytest.mark.parametrize('family', CONFIGS)
+@pytest.mark.parametrize('family', ['gemma', 'neox'])
 def test_bfloat16_stays_close(family):
   config, params = CONFIGS[family], params_of(family)
   narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)

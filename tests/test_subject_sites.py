@@ -139,7 +139,7 @@ def halved(x):
   return 0.5 * x
 
 
-@pytest.mark.parametrize('family', CONFIGS)
+@pytest.mark.parametrize('family', ['gemma', 'gpt2'])
 def test_every_site_can_be_replaced(family):
   config, params = CONFIGS[family], params_of(family)
   logits = np.asarray(forward(config, params, TOKENS))
