@@ -10,7 +10,7 @@ import dataclasses
 from typing import Any
 
 from sae_jax import config as config_lib
-from sae_jax.subject import assembly, transformer
+from sae_jax.subject import assembly, family_tensors, transformer
 
 Source = assembly.Source
 
@@ -294,119 +294,6 @@ def _gpt2(settings: _Settings) -> transformer.TransformerConfig:
   )
 
 
-# Names of tensors, without the prefixes that `folder` takes off.
-
-
-def _modules(config, names, kinds) -> dict[str, Source]:
-  """Sources of the parameters by module: weight, and bias where there is one.
-
-  Args:
-    config: the transformer's shape.
-    names: parameter, of a block after 'blocks.' -> module.
-    kinds: parameter -> how a weight is read; a matrix is turned by default.
-  """
-  sources = {}
-  shapes = transformer.param_shapes(config)
-  for name, shape in (
-    shapes | {f'blocks.{k}': v for k, v in shapes['blocks'].items()}
-  ).items():
-    module = names.get(name.removesuffix('_bias'))
-    if name == 'blocks' or module is None:
-      continue
-    if name.endswith('_bias'):
-      sources[name] = Source(f'{module}.bias')
-    else:
-      matrix = len(shape) == 3
-      kind = kinds.get(name, assembly.turned if matrix else assembly.as_is)
-      sources[name] = Source(f'{module}.weight', kind)
-  return sources
-
-
-def _llama_sources(config) -> dict[str, Source]:
-  names = {
-    'embed': 'embed_tokens',
-    'final_norm': 'norm',
-    'unembed': 'lm_head',
-    'blocks.attn_norm': 'layers.{}.input_layernorm',
-    'blocks.query': 'layers.{}.self_attn.q_proj',
-    'blocks.key': 'layers.{}.self_attn.k_proj',
-    'blocks.value': 'layers.{}.self_attn.v_proj',
-    'blocks.query_norm': 'layers.{}.self_attn.q_norm',
-    'blocks.key_norm': 'layers.{}.self_attn.k_norm',
-    'blocks.attn_out': 'layers.{}.self_attn.o_proj',
-    'blocks.ffn_norm': 'layers.{}.post_attention_layernorm',
-    'blocks.gate': 'layers.{}.mlp.gate_proj',
-    'blocks.up': 'layers.{}.mlp.up_proj',
-    'blocks.down': 'layers.{}.mlp.down_proj',
-  }
-  if config.post_norms:
-    names |= {
-      'blocks.attn_post_norm': 'layers.{}.post_attention_layernorm',
-      'blocks.ffn_norm': 'layers.{}.pre_feedforward_layernorm',
-      'blocks.ffn_post_norm': 'layers.{}.post_feedforward_layernorm',
-    }
-  return _modules(config, names, {})
-
-
-def _gemma_sources(config) -> dict[str, Source]:
-  # Gemma stores what is added to one.
-  return {
-    name: Source(source.tensor, assembly.plus_one)
-    if name.endswith('norm')
-    else source
-    for name, source in _llama_sources(config).items()
-  }
-
-
-def _neox_sources(config) -> dict[str, Source]:
-  names = {
-    'embed': 'embed_in',
-    'final_norm': 'final_layer_norm',
-    'unembed': 'embed_out',
-    'blocks.attn_norm': 'layers.{}.input_layernorm',
-    'blocks.attn_out': 'layers.{}.attention.dense',
-    'blocks.ffn_norm': 'layers.{}.post_attention_layernorm',
-    'blocks.up': 'layers.{}.mlp.dense_h_to_4h',
-    'blocks.down': 'layers.{}.mlp.dense_4h_to_h',
-  }
-  sources = _modules(config, names, {})
-  fused = 'layers.{}.attention.query_key_value'
-  for part, name in enumerate(('query', 'key', 'value')):
-    sources[f'blocks.{name}'] = Source(
-      f'{fused}.weight', assembly.head_third(part, config.n_heads, turn=True)
-    )
-    if config.qkv_bias:
-      sources[f'blocks.{name}_bias'] = Source(
-        f'{fused}.bias', assembly.head_third(part, config.n_heads)
-      )
-  return sources
-
-
-def _gpt2_sources(config) -> dict[str, Source]:
-  names = {
-    'embed': 'wte',
-    'positions': 'wpe',
-    'final_norm': 'ln_f',
-    'unembed': 'lm_head',
-    'blocks.attn_norm': 'h.{}.ln_1',
-    'blocks.attn_out': 'h.{}.attn.c_proj',
-    'blocks.ffn_norm': 'h.{}.ln_2',
-    'blocks.up': 'h.{}.mlp.c_fc',
-    'blocks.down': 'h.{}.mlp.c_proj',
-  }
-  # Stored [inputs, outputs] already.
-  kinds = {
-    f'blocks.{name}': assembly.as_is for name in ('attn_out', 'up', 'down')
-  }
-  sources = _modules(config, names, kinds)
-  for part, name in enumerate(('query', 'key', 'value')):
-    for parameter, tensor in ((name, 'weight'), (f'{name}_bias', 'bias')):
-      sources[f'blocks.{parameter}'] = Source(
-        'h.{}.attn.c_attn.' + tensor, assembly.third(part)
-      )
-  return sources
-
-
 _QWEN = {
   'hidden_act': 'silu',
   'rms_norm_eps': 1e-6,
@@ -427,7 +314,7 @@ _GEMMA = {
 FAMILIES = {
   'gpt2': Family(
     _gpt2,
-    _gpt2_sources,
+    family_tensors.gpt2,
     {
       'n_layer': 12,
       'n_head': 12,
@@ -443,7 +330,7 @@ FAMILIES = {
   ),
   'gpt_neox': Family(
     _neox,
-    _neox_sources,
+    family_tensors.neox,
     {
       'hidden_act': 'gelu',
       'layer_norm_eps': 1e-5,
@@ -455,7 +342,7 @@ FAMILIES = {
   ),
   'llama': Family(
     _llama,
-    _llama_sources,
+    family_tensors.llama,
     {
       'hidden_act': 'silu',
       'rms_norm_eps': 1e-6,
@@ -464,7 +351,7 @@ FAMILIES = {
   ),
   'mistral': Family(
     _mistral,
-    _llama_sources,
+    family_tensors.llama,
     {
       'hidden_act': 'silu',
       'rms_norm_eps': 1e-6,
@@ -472,14 +359,14 @@ FAMILIES = {
       'tie_word_embeddings': False,
     },
   ),
-  'qwen2': Family(_qwen, _llama_sources, _QWEN),
-  'qwen3': Family(_qwen, _llama_sources, _QWEN | {'head_dim': 128}),
+  'qwen2': Family(_qwen, family_tensors.llama, _QWEN),
+  'qwen3': Family(_qwen, family_tensors.llama, _QWEN | {'head_dim': 128}),
   'gemma': Family(
-    _gemma, _gemma_sources, _GEMMA | {'hidden_act': 'gelu_pytorch_tanh'}
+    _gemma, family_tensors.gemma, _GEMMA | {'hidden_act': 'gelu_pytorch_tanh'}
   ),
   'gemma2': Family(
     _gemma,
-    _gemma_sources,
+    family_tensors.gemma,
     _GEMMA
     | {
       'num_attention_heads': 8,
@@ -492,7 +379,7 @@ FAMILIES = {
   ),
   'gemma3_text': Family(
     _gemma,
-    _gemma_sources,
+    family_tensors.gemma,
     _GEMMA
     | {
       'num_attention_heads': 8,
