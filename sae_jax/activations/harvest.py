@@ -161,7 +161,6 @@ def harvest(
       'store %s is finished: %d rows, nothing to do', store_url, finished.n_rows
     )
     return finished
-  sites = [capture.parse_site(site) for site in config.sites]
   # The text is looked for before the subject is loaded: that takes seconds.
   documents = corpus.documents(
     config.sources,
@@ -177,6 +176,7 @@ def harvest(
       f'the subject given is {subject.name}, the config says '
       f'{config.subject}: make them the same'
     )
+  sites = [capture.parse_site(site, subject.config) for site in config.sites]
   widths = []
   for site in sites:
     capture.check_site(subject.config, site)
@@ -197,7 +197,8 @@ def harvest(
     store_lib.Plan(
       subject=config.subject,
       weights_sha256=subject.weights_sha256,
-      sites=config.sites,
+      # By one name, whichever was given.
+      sites=tuple(map(str, sites)),
       d_model=widths[0],
       dtype=config.dtype,
       chunk_rows=config.chunk_rows,
@@ -233,7 +234,7 @@ def _run(
       if waiting is not None:
         done, batches = waiting
         if shard is None:
-          shard = _Open(writer.shard(done.shard), config)
+          shard = _Open(writer.shard(done.shard), config, writer.plan.sites)
         shard.append(mask, done.contexts, batches, bar)
         if done.last:
           shard.finish()
@@ -264,7 +265,7 @@ def _run(
       'or not finite, at any site',
       'mask_first': config.mask_first,
       'norm_multiple': config.mask_norm_multiple,
-      'median_norm': dict(zip(config.sites, mask.median_norm)),
+      'median_norm': dict(zip(writer.plan.sites, mask.median_norm)),
     },
     wanted={name: getattr(config, name) for name in _WANTED},
   )
@@ -346,14 +347,14 @@ class _Shards:
 class _Open:
   """A shard that fills."""
 
-  def __init__(self, shard, config):
-    self._shard, self._config = shard, config
+  def __init__(self, shard, config, names):
+    self._shard, self._config, self._names = shard, config, names
     self._masked = {'first': 0, 'norm': 0}
     self._source_rows = dict.fromkeys(config.sources, 0)
 
   def append(self, mask, pool, batches, bar):
     """Appends a pool in the order of the stream."""
-    config, names = self._config, self._config.sites
+    config, names = self._config, self._names
     resid = {name: [None] * len(pool) for name in names}
     norms = {name: [None] * len(pool) for name in names}
     for batch, outputs in batches:
@@ -500,14 +501,14 @@ def _mask(config, subject, sites, pool, writer) -> _Mask:
   found = layout.read_json(writer.url, _MASK, _Mask)
   if found is not None:
     return found
-  norms = {name: [] for name in config.sites}
+  norms = {name: [] for name in writer.plan.sites}
   for batch, outputs in _dispatch(config, subject, sites, pool):
-    for name in config.sites:
+    for name in writer.plan.sites:
       norm_BT = np.asarray(outputs[name][1])
       for row, i in enumerate(batch):
         norms[name].append((i, norm_BT[row, : len(pool[i].tokens)]))
   medians = []
-  for name in config.sites:
+  for name in writer.plan.sites:
     # In the order of the stream, so that the median is that of any batching.
     parts = [norm for _, norm in sorted(norms[name], key=lambda part: part[0])]
     allowed = [norm[_allowed(config, np.arange(len(norm)))] for norm in parts]

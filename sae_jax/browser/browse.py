@@ -9,13 +9,11 @@ from sae_jax import config as config_lib
 from sae_jax import subject as subject_lib
 from sae_jax.browser import index
 from sae_jax.subject import tokenizer as tokenizer_lib
-from sae_jax.subject import weights
 
 
 def vocabulary(subject: str) -> list[str]:
   """The text of each token of a subject, without loading its weights."""
-  file = weights.open_gguf(subject_lib.find(subject))
-  return tokenizer_lib.token_strings(tokenizer_lib.from_metadata(file.metadata))
+  return tokenizer_lib.token_strings(subject_lib.load_tokenizer(subject))
 
 
 def browse(config: index.BrowseConfig, probe_url: str, out_url: str) -> str:
