@@ -1,4 +1,4 @@
-"""Contexts: cut as harvest does, packed whole, the same from any process."""
+"""Contexts: cut by document, packed whole, the same from any process."""
 
 import itertools
 import os
@@ -14,7 +14,7 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 from sae_jax import config
-from sae_jax.activations import corpus, harvest, tokenized
+from sae_jax.activations import corpus, tokenized
 
 BOS = 300
 
@@ -54,15 +54,14 @@ def same(found, wanted):
 @pytest.mark.fast
 @pytest.mark.parametrize('most', [1, 3, 100])
 @pytest.mark.parametrize('least', [1, 4])
-def test_documents_are_cut_as_harvest_cuts_them(most, least):
-  settings = harvest.HarvestConfig(
-    context_length=16,
-    max_contexts_per_document=most,
-    min_context_tokens=least,
-  )
-  wanted = list(
-    harvest._contexts(settings, documents(LENGTHS), byte_tokenizer())
-  )
+def test_documents_are_cut_into_contexts(most, least):
+  wanted, number = [], 0
+  for document in documents(LENGTHS):
+    ids = byte_tokenizer().encode(document.text).ids[: 16 * most]
+    pieces = [ids[i : i + 16] for i in range(0, len(ids), 16)]
+    pieces = [piece for piece in pieces if len(piece) >= least]
+    wanted += [(number, document.source, piece) for piece in pieces]
+    number += bool(pieces)
   found = list(
     tokenized.contexts(
       documents(LENGTHS),
@@ -73,11 +72,11 @@ def test_documents_are_cut_as_harvest_cuts_them(most, least):
     )
   )
   assert len(found) == len(wanted) > 5
-  for a, b in zip(found, wanted):
-    np.testing.assert_array_equal(a.tokens, b.tokens)
-    assert set(a.documents.tolist()) == {b.document}
-    assert a.sources == (b.source,)
-    np.testing.assert_array_equal(a.positions, np.arange(len(b.tokens)))
+  for context, (number, source, tokens) in zip(found, wanted):
+    np.testing.assert_array_equal(context.tokens, tokens)
+    assert set(context.documents.tolist()) == {number}
+    assert context.sources == (source,)
+    np.testing.assert_array_equal(context.positions, np.arange(len(tokens)))
 
 
 @pytest.mark.fast
