@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from sae_jax.activations import store
+from sae_jax.activations import writer as writer_lib
+from sae_jax.activations.manifest import Plan
 from sae_jax.autoencoder import SaeConfig
 from sae_jax.objective import ObjectiveConfig
 from sae_jax.optimizer import OptimizerConfig
@@ -41,7 +42,7 @@ def write_store(
   documents = -(-n_rows // per_document)
   n_rows = documents * per_document
   rows_RD = activations(n_rows) if rows_RD is None else rows_RD
-  plan = store.Plan(
+  plan = Plan(
     subject=subject,
     sites=(site,),
     d_model=rows_RD.shape[1],
@@ -63,7 +64,7 @@ def write_store(
         {site: rows_RD[(context - 1) * i :][: context - 1]},
       )
 
-  return store.write(
+  return writer_lib.write(
     url,
     plan,
     contexts(),

@@ -14,6 +14,8 @@ from tokenizers import models, pre_tokenizers
 
 from sae_jax import checkpoint, subject
 from sae_jax.activations import store
+from sae_jax.activations import writer as writer_lib
+from sae_jax.activations.manifest import Plan
 from sae_jax.autoencoder import SaeConfig
 from sae_jax.probing import reconstruction
 from sae_jax.subject import capture, transformer
@@ -83,7 +85,7 @@ def write_store(
           {str(site): residuals(tokens)[keep]},
         )
       )
-  plan = store.Plan(
+  plan = Plan(
     **{
       'subject': 'made',
       'sites': (str(site),),
@@ -98,7 +100,7 @@ def write_store(
   )
   first = len(lengths) - heldout
   held = sum(keep.sum() for _, d, _, keep, _ in stretches if d[0] >= first)
-  store.write(
+  writer_lib.write(
     url,
     plan,
     stretches,

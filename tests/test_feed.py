@@ -9,6 +9,8 @@ import pytest
 
 from sae_jax import config
 from sae_jax.activations import feed, store
+from sae_jax.activations import writer as writer_lib
+from sae_jax.activations.manifest import Plan
 
 pytestmark = pytest.mark.fast
 
@@ -38,7 +40,7 @@ def url(tmp_path_factory):
   """1,003 rows that hold their own number, the last 103 held out."""
   url = str(tmp_path_factory.mktemp('feed') / 'store')
   n = 1003
-  plan = store.Plan(
+  plan = Plan(
     subject='none',
     sites=('blocks.0.resid_post',),
     d_model=4,
@@ -65,7 +67,7 @@ def url(tmp_path_factory):
         },
       )
 
-  store.write(url, plan, stretches(), holdout_rows=103)
+  writer_lib.write(url, plan, stretches(), holdout_rows=103)
   return url
 
 

@@ -13,6 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from sae_jax import config as config_lib
 from sae_jax import subject as subject_lib
 from sae_jax.activations import corpus, harvest, layout, store
+from sae_jax.activations import writer as writer_lib
 from sae_jax.subject import capture, transformer
 from tests import fake_gcs
 
@@ -271,7 +272,7 @@ def test_one_document_cannot_be_split(tmp_path):
 @pytest.mark.fast
 def test_a_killed_harvest_goes_on(texts, tmp_path, monkeypatch):
   url = str(tmp_path / 'store')
-  finish = store.ShardWriter.finish
+  finish = writer_lib.ShardWriter.finish
 
   def killed(self, *args):
     if self.number == 2:
@@ -279,7 +280,7 @@ def test_a_killed_harvest_goes_on(texts, tmp_path, monkeypatch):
     return finish(self, *args)
 
   with monkeypatch.context() as patch:
-    patch.setattr(store.ShardWriter, 'finish', killed)
+    patch.setattr(writer_lib.ShardWriter, 'finish', killed)
     with pytest.raises(RuntimeError, match='killed'):
       _run(_config(texts), url)
   assert len(list((tmp_path / 'store' / 'shards').iterdir())) == 2
@@ -290,7 +291,7 @@ def test_a_killed_harvest_goes_on(texts, tmp_path, monkeypatch):
   made = []
   with monkeypatch.context() as patch:
     patch.setattr(
-      store.ShardWriter,
+      writer_lib.ShardWriter,
       'finish',
       lambda self, *args: made.append(self.number) or finish(self, *args),
     )

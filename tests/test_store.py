@@ -12,6 +12,8 @@ import pytest
 
 from sae_jax import config
 from sae_jax.activations import layout, store
+from sae_jax.activations import writer as writer_lib
+from sae_jax.activations.manifest import Plan
 from tests import fake_gcs
 
 pytestmark = pytest.mark.fast
@@ -57,8 +59,8 @@ def _stretches(data, cuts, sites=SITES[:1]):
 
 
 def _write(url, data, cuts=(), holdout_rows=11, mask=None, **plan):
-  made = store.Plan(**(PLAN | plan))
-  return store.write(
+  made = Plan(**(PLAN | plan))
+  return writer_lib.write(
     url,
     made,
     _stretches(data, cuts, made.sites),
@@ -69,7 +71,7 @@ def _write(url, data, cuts=(), holdout_rows=11, mask=None, **plan):
 
 def _begin(url, data, n_shards=1, **plan):
   """The first shards alone, as an interrupted writer leaves them."""
-  writer = store.StoreWriter(url, store.Plan(**(PLAN | plan)))
+  writer = writer_lib.StoreWriter(url, Plan(**(PLAN | plan)))
   stretches = list(_stretches(data, ()))
   for number in range(n_shards):
     shard = writer.shard(number)
@@ -283,7 +285,7 @@ def test_appending_makes_a_version_and_leaves_the_first(tmp_path):
   url, data = str(tmp_path), _data()
   first = _write(url, data)
   before = _files(tmp_path)
-  writer = store.StoreWriter(url, store.Plan(**PLAN))
+  writer = writer_lib.StoreWriter(url, Plan(**PLAN))
   more = _data(seed=1)
   shard = writer.shard(len(first.shard_counts))
   shard.append(*next(_stretches(more, ())))
@@ -412,7 +414,7 @@ def test_sizes_that_do_not_fit(tmp_path):
     _begin(str(tmp_path), _data(), chunk_rows=64, shard_rows=100)
   with pytest.raises(config.UserError, match="dtype 'int8' cannot be stored"):
     _begin(str(tmp_path), _data(), dtype='int8')
-  shard = store.StoreWriter(str(tmp_path), store.Plan(**PLAN)).shard(0)
+  shard = writer_lib.StoreWriter(str(tmp_path), Plan(**PLAN)).shard(0)
   *stream, kept = next(_stretches(_data(), ()))
   with pytest.raises(ValueError, match='keep_mask keeps'):
     shard.append(*stream, {name: rows[1:] for name, rows in kept.items()})

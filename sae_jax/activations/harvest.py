@@ -20,7 +20,8 @@ from sae_jax import config as config_lib
 from sae_jax import progress
 from sae_jax import subject as subject_lib
 from sae_jax.activations import corpus, layout, tokenized
-from sae_jax.activations import store as store_lib
+from sae_jax.activations import manifest as manifest_lib
+from sae_jax.activations import writer as writer_lib
 from sae_jax.subject import capture
 
 option = config_lib.option
@@ -124,7 +125,7 @@ def harvest(
   store_url: str,
   subject: subject_lib.Subject | None = None,
   process: tuple[int, int] = (0, 1),
-) -> store_lib.Manifest | None:
+) -> manifest_lib.Manifest | None:
   """Writes the activations of a subject on a corpus to a store.
 
   Shards that are complete are left as they are, whoever made them, so that an
@@ -192,9 +193,9 @@ def harvest(
     for name, value in dataclasses.asdict(config).items()
     if name not in (*_WANTED, *_MACHINE)
   }
-  writer = store_lib.StoreWriter(
+  writer = writer_lib.StoreWriter(
     store_url,
-    store_lib.Plan(
+    manifest_lib.Plan(
       subject=config.subject,
       weights_sha256=subject.weights_sha256,
       # By one name, whichever was given.
@@ -217,7 +218,7 @@ def harvest(
 
 def _run(
   config, subject, sites, contexts, writer, process
-) -> store_lib.Manifest | None:
+) -> manifest_lib.Manifest | None:
   """The loop: pool n is dispatched, then pool n - 1 is stored."""
   shards = _Shards(config, contexts, writer)
   first = shards.first_pool()
@@ -259,7 +260,7 @@ def _run(
     )
   return writer.seal(
     complete,
-    holdout_rows=store_lib.holdout_rows(complete, config.holdout_fraction),
+    holdout_rows=manifest_lib.holdout_rows(complete, config.holdout_fraction),
     mask={
       'rule': 'position 0 if mask_first; norm > norm_multiple x median_norm, '
       'or not finite, at any site',

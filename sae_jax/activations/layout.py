@@ -1,7 +1,5 @@
-"""How a store lies in its folder, and the manifest that says what it is."""
+"""How a store lies in its folder: objects, arrays, and how they are made."""
 
-import dataclasses
-import hashlib
 import json
 import os
 from typing import Any, NamedTuple
@@ -11,136 +9,18 @@ import numpy as np
 import tensorstore as ts
 
 from sae_jax import config
+from sae_jax.activations import manifest as manifest_lib
+from sae_jax.activations.manifest import Manifest, Plan
 
-FORMAT_VERSION = 2
 DTYPES = {'float32': np.dtype('<f4'), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
 
 PLAN = 'plan.json'
 METADATA = 'zarr.json'
 ACTIVATIONS = 'activations'
-RECORDS = 'shards'
 STREAM_INDEX = 'stream_index'
 STREAM = ('tokens', 'documents', 'positions')
-# A shard has room for so many tokens of the stream for each row: those that
-# were left out are in it.
-_STREAM_PER_ROW = 2
 # TensorStore's generation of what is not there.
 _NOTHING = b'\x02'
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """What all shards of a store have in common; `plan.json`, written first.
-
-  Attributes:
-    subject: name or path the subject was loaded by.
-    sites: names of the sites that were read.
-    d_model: D.
-    weights_sha256: digest of the subject's file.
-    dtype: of the stored activations.
-    chunk_rows: rows of an inner chunk.
-    shard_rows: rows that a shard has room for.
-    context_length: tokens in the longest context.
-    sources: names of the text sources.
-    seed: of the order of documents.
-    config: the harvest's whole config, without how much of it is wanted.
-    software: name -> version of what wrote it.
-    format_version: of the store's layout.
-  """
-
-  subject: str
-  sites: tuple[str, ...]
-  d_model: int
-  weights_sha256: str = ''
-  dtype: str = 'float32'
-  chunk_rows: int = 1024
-  shard_rows: int = 65_536
-  context_length: int = 0
-  sources: tuple[str, ...] = ()
-  seed: int = 0
-  config: dict[str, Any] = dataclasses.field(default_factory=dict)
-  software: dict[str, str] = dataclasses.field(default_factory=dict)
-  format_version: int = FORMAT_VERSION
-
-  @property
-  def shard_stream(self) -> int:
-    """Tokens of the stream that a shard has room for."""
-    return _STREAM_PER_ROW * self.shard_rows
-
-
-@dataclasses.dataclass(frozen=True)
-class Shard:
-  """One complete shard: an object of each array; `shards/000000.json`.
-
-  Attributes:
-    rows: that it holds, at most the plan's shard_rows.
-    stream: tokens of the stream that it holds.
-    contexts: that these are.
-    documents: (document, rows of it in this shard) in order.
-    source_rows: source -> rows that came from it.
-    masked: rule -> tokens that it left out.
-    checksums: array -> sha256 of its little-endian bytes in row order.
-  """
-
-  rows: int
-  stream: int
-  contexts: int
-  documents: tuple[tuple[int, int], ...]
-  source_rows: dict[str, int]
-  masked: dict[str, int]
-  checksums: dict[str, str]
-
-
-@dataclasses.dataclass(frozen=True)
-class Manifest:
-  """What a sealed store holds and where it comes from; `manifest.json`.
-
-  Attributes:
-    version: 1, and one more for each time that something was appended.
-    n_rows: R, kept tokens.
-    n_stream: L, tokens of the stream.
-    holdout_rows: the last so many rows are the held-out split; it begins
-      with a document.
-    shard_counts: rows and tokens of the stream of each shard.
-    source_rows: source -> rows that came from it.
-    mask: the rule by which tokens were left out, and how many were.
-    checksums: array -> of each shard, the sha256 of its little-endian bytes in
-      row order; and that of its record.
-    identity: sha256 over all that says what data it is, so over all but
-      `software`.
-  """
-
-  format_version: int
-  version: int
-  subject: str
-  weights_sha256: str
-  sites: tuple[str, ...]
-  d_model: int
-  dtype: str
-  n_rows: int
-  n_stream: int
-  holdout_rows: int
-  chunk_rows: int
-  shard_rows: int
-  shard_counts: tuple[tuple[int, int], ...]
-  context_length: int
-  sources: tuple[str, ...]
-  source_rows: dict[str, int]
-  seed: int
-  mask: dict[str, Any]
-  config: dict[str, Any]
-  checksums: dict[str, tuple[str, ...]]
-  software: dict[str, str]
-  identity: str = ''
-
-
-def identity(manifest: Manifest) -> str:
-  """The sha256 that names the data and how it was made, `software` aside."""
-  content = dataclasses.asdict(manifest)
-  del content['software'], content['identity']
-  return hashlib.sha256(
-    json.dumps(content, sort_keys=True).encode()
-  ).hexdigest()
 
 
 def manifest_name(version: int) -> str:
@@ -148,14 +28,9 @@ def manifest_name(version: int) -> str:
   return 'manifest.json' if version == 1 else f'manifest-{version}.json'
 
 
-def record_sum(record: bytes) -> str:
-  """The sha256 of a shard's record."""
-  return hashlib.sha256(record).hexdigest()
-
-
 def shard_name(shard: int) -> str:
   """Where a complete shard is recorded."""
-  return f'{RECORDS}/{shard:06d}.json'
+  return f'{manifest_lib.RECORDS}/{shard:06d}.json'
 
 
 def read_manifest(url: str, version: int | None = None) -> Manifest | None:
@@ -195,11 +70,12 @@ def read_json(url: str, name: str, kind: type[Any]) -> Any:
       f'cannot read {name} in {url}: {reason(error)}: '
       'check the path and your access'
     ) from error
-  version = values.get('format_version', FORMAT_VERSION)
-  if version != FORMAT_VERSION:
+  known = manifest_lib.FORMAT_VERSION
+  version = values.get('format_version', known)
+  if version != known:
     raise config.UserError(
       f'store {url} has format version {version}, this sae_jax reads version '
-      f'{FORMAT_VERSION}: harvest it again'
+      f'{known}: harvest it again'
     )
   return config.from_dict(kind, values)
 
@@ -259,7 +135,7 @@ def array_kinds(plan: Plan | Manifest) -> dict[str, Kind]:
   rows = Kind(
     DTYPES[plan.dtype], (plan.d_model,), plan.chunk_rows, plan.shard_rows
   )
-  stream = _STREAM_PER_ROW * plan.shard_rows
+  stream = manifest_lib.STREAM_PER_ROW * plan.shard_rows
   kinds = {array_name(site): rows for site in plan.sites}
   for name, shard in [
     (STREAM_INDEX, plan.shard_rows),

@@ -17,17 +17,12 @@ seldom full: the manifest says how many of each one's rows, and tokens of the
 stream, there are. Row r of the store is row r minus those of the shards before
 of its shard.
 
-Objects are made where there are none, and never changed: of two writers of one
-shard the first one's bytes stay, and the other is told if its own differ. An
-inner chunk is the smallest read and carries a crc32c, so a damaged one fails
-to read.
+An inner chunk is the smallest read and carries a crc32c, so a damaged one fails
+to read. `writer` makes stores.
 """
 
-from collections.abc import Iterable, Sequence
 import dataclasses
 import functools
-import hashlib
-import json
 from typing import Any
 
 import numpy as np
@@ -35,359 +30,10 @@ import tensorstore as ts
 
 from sae_jax import config
 from sae_jax.activations import layout
-
-Manifest, Plan, Shard = layout.Manifest, layout.Plan, layout.Shard
+from sae_jax.activations import manifest as manifest_lib
+from sae_jax.activations.manifest import Manifest, Plan, Shard
 
 _CACHE_BYTES = 128 * 2**20
-
-
-class StoreWriter:
-  """Writes shards of a store, and seals it.
-
-  Any number of processes may have one for the same folder; what they find
-  there of the same plan stays.
-  """
-
-  def __init__(self, url: str, plan: Plan):
-    """Opens the folder, or makes it.
-
-    Args:
-      url: the store's folder.
-      plan: what all shards have in common.
-
-    Raises:
-      UserError: if sizes do not fit, the folder can't be written, or holds
-        shards of another plan.
-    """
-    if plan.chunk_rows < 1 or plan.shard_rows % plan.chunk_rows:
-      raise config.UserError(
-        f'shard_rows {plan.shard_rows} must be a multiple of chunk_rows '
-        f'{plan.chunk_rows}, which must be 1 or more'
-      )
-    if plan.dtype not in layout.DTYPES:
-      raise config.UserError(
-        f'dtype {plan.dtype!r} cannot be stored: use '
-        f'{" or ".join(layout.DTYPES)}'
-      )
-    self.url, self.plan = url, plan
-    try:
-      self._files = ts.KvStore.open(layout.kvstore(url)).result()
-      text = config.to_json(plan).encode()
-      if not layout.create(self._files, layout.PLAN, text):
-        self._check_plan()
-    except config.UserError:
-      raise
-    except (ValueError, OSError) as error:
-      raise self._error(error) from error
-
-  def agree(self, name: str, value: Any) -> Any:
-    """Stores a dataclass, and returns that of whoever was first.
-
-    Raises:
-      UserError: if it can't be written.
-    """
-    try:
-      layout.create(self._files, name, config.to_json(value).encode())
-    except (ValueError, OSError) as error:
-      raise self._error(error) from error
-    return layout.read_json(self.url, name, type(value))
-
-  def record(self, shard: int) -> Shard | None:
-    """The record of a complete shard, None where it is missing."""
-    return layout.read_json(self.url, layout.shard_name(shard), Shard)
-
-  def shard(self, number: int) -> 'ShardWriter':
-    """Opens a missing shard."""
-    return ShardWriter(self, number)
-
-  def complete(self, n_shards: int) -> list[Shard] | None:
-    """The records of the first shards, None if one is missing."""
-    shards = [self.record(i) for i in range(n_shards)]
-    return None if None in shards else shards
-
-  def seal(
-    self,
-    shards: Sequence[Shard],
-    *,
-    holdout_rows: int = 0,
-    mask: dict[str, Any] | None = None,
-    wanted: dict[str, Any] | None = None,
-  ) -> Manifest:
-    """Writes the manifest, after which readers find the store.
-
-    Args:
-      shards: the records of all of them, of `complete`.
-      holdout_rows: the last so many rows are held out, see `holdout_rows`.
-      mask: the rule by which tokens were left out; how many were is added.
-      wanted: what of the config says how much there should be.
-
-    Returns:
-      The manifest; that of another process if it was first.
-
-    Raises:
-      UserError: if it can't be written.
-    """
-    plan = dataclasses.asdict(self.plan)
-    plan['config'] = plan['config'] | (wanted or {})
-    before = layout.read_manifest(self.url)
-    masked = _summed(shard.masked for shard in shards)
-    manifest = Manifest(
-      version=1 + (before.version if before else 0),
-      n_rows=sum(shard.rows for shard in shards),
-      n_stream=sum(shard.stream for shard in shards),
-      holdout_rows=holdout_rows,
-      shard_counts=tuple((shard.rows, shard.stream) for shard in shards),
-      source_rows=_summed(shard.source_rows for shard in shards),
-      mask=(mask or {}) | {f'masked_{rule}': n for rule, n in masked.items()},
-      checksums=_checksums(self.plan, shards),
-      **plan,
-    )
-    manifest = dataclasses.replace(manifest, identity=layout.identity(manifest))
-    try:
-      for name, kind in layout.array_kinds(self.plan).items():
-        metadata = layout.array_metadata(kind, len(shards))
-        self._files.write(f'{name}/{layout.METADATA}', metadata).result()
-      name = layout.manifest_name(manifest.version)
-      if not layout.create(
-        self._files, name, config.to_json(manifest).encode()
-      ):
-        # Another process was first; what it says of the same shards holds.
-        return layout.read_manifest(self.url, manifest.version)
-    except (ValueError, OSError) as error:
-      raise self._error(error) from error
-    return layout.read_manifest(self.url, manifest.version)
-
-  def _check_plan(self):
-    found = layout.read_json(self.url, layout.PLAN, Plan)
-    # What is not there yet is like what is: lists, not tuples.
-    own = config.from_dict(Plan, json.loads(config.to_json(self.plan)))
-    changes = config.differences(
-      *(dataclasses.replace(plan, software={}) for plan in (found, own))
-    )
-    if changes:
-      raise config.UserError(
-        f'store {self.url} was begun with another plan ({"; ".join(changes)}): '
-        'use another folder or delete this one'
-      )
-
-  def _error(self, error: Exception) -> config.UserError:
-    return config.UserError(
-      f'cannot write store {self.url}: {layout.reason(error)}: '
-      'check the path, free space and your access'
-    )
-
-
-class ShardWriter:
-  """One shard: contexts are appended, then all of it is written.
-
-  It is in memory until then.
-  """
-
-  def __init__(self, writer: StoreWriter, number: int):
-    self._writer, self.number = writer, number
-    self._plan = writer.plan
-    self._parts = {name: [] for name in layout.array_kinds(self._plan)}
-    self._contexts, self._stream = 0, 0
-    self.rows = 0
-
-  def has_room(self, tokens: int, rows: int) -> bool:
-    """Whether so many tokens with so many rows fit."""
-    return (
-      self.rows + rows <= self._plan.shard_rows
-      and self._stream + tokens <= self._plan.shard_stream
-    )
-
-  def append(
-    self,
-    tokens: np.ndarray,
-    documents: np.ndarray,
-    positions: np.ndarray,
-    keep_mask: np.ndarray,
-    kept: dict[str, np.ndarray],
-  ) -> None:
-    """Appends a stretch of the token stream and its kept activations.
-
-    Args:
-      tokens: int [l] token ids.
-      documents: int [l] document numbers, never descending.
-      positions: int [l] places in the subject's context, 0 at its start.
-      keep_mask: bool [l], whose activations are kept.
-      kept: site -> [keep_mask.sum(), D] their activations.
-
-    Raises:
-      ValueError: if shapes do not fit, or the shard has no room.
-    """
-    places = self._stream + np.flatnonzero(keep_mask)
-    shape = (len(places), self._plan.d_model)
-    for site in self._plan.sites:
-      if kept[site].shape != shape:
-        raise ValueError(
-          f'activations at {site} are {kept[site].shape}, but keep_mask keeps '
-          f'{shape[0]} tokens of width {shape[1]}'
-        )
-    if not len(tokens) == len(documents) == len(positions) == len(keep_mask):
-      raise ValueError('tokens, documents, positions, keep_mask differ in size')
-    if not self.has_room(len(tokens), len(places)):
-      raise ValueError(
-        f'{len(places)} rows of {len(tokens)} tokens do not fit a shard of '
-        f'{self._plan.shard_rows} and {self._plan.shard_stream} that holds '
-        f'{self.rows} and {self._stream}'
-      )
-    for site in self._plan.sites:
-      self._take(layout.array_name(site), kept[site])
-    self._take(layout.STREAM_INDEX, places)
-    for name, values in zip(layout.STREAM, (tokens, documents, positions)):
-      self._take(name, values)
-    self._contexts += int((np.asarray(positions) == 0).sum())
-    self.rows += len(places)
-    self._stream += len(tokens)
-
-  def finish(
-    self,
-    source_rows: dict[str, int] | None = None,
-    masked: dict[str, int] | None = None,
-  ) -> Shard:
-    """Writes the objects, then the record that makes them count.
-
-    Args:
-      source_rows: source -> rows of this shard that came from it.
-      masked: rule -> tokens that were left out.
-
-    Returns:
-      The record; that of another writer if it was first with the same bytes.
-
-    Raises:
-      UserError: if the disk or bucket refuses the data, or another writer has
-        written other bytes, which stay.
-    """
-    kinds = layout.array_kinds(self._plan)
-    arrays = {
-      name: np.concatenate([np.empty((0, *kind.row), kind.dtype), *parts])
-      for (name, kind), parts in zip(kinds.items(), self._parts.values())
-    }
-    documents = arrays['documents'][arrays[layout.STREAM_INDEX]]
-    numbers, counts = np.unique(documents, return_counts=True)
-    shard = Shard(
-      rows=self.rows,
-      stream=self._stream,
-      contexts=self._contexts,
-      documents=tuple(zip(numbers.tolist(), counts.tolist())),
-      source_rows=source_rows or {},
-      masked=masked or {},
-      checksums={name: _sha256(values) for name, values in arrays.items()},
-    )
-    files = self._writer._files
-    try:
-      for name, values in arrays.items():
-        key = layout.object_name(name, kinds[name], self.number)
-        if not layout.create(files, key, layout.encode(kinds[name], values)):
-          raise self._conflict(key)
-      key = layout.shard_name(self.number)
-      text = config.to_json(shard).encode()
-      if not layout.create(files, key, text):
-        raise self._conflict(key)
-    except config.UserError:
-      raise
-    except (ValueError, OSError) as error:
-      raise self._writer._error(error) from error
-    return shard
-
-  def _take(self, name, values):
-    dtype = layout.array_kinds(self._plan)[name][0]
-    self._parts[name].append(np.asarray(values).astype(dtype))
-
-  def _conflict(self, key):
-    return config.UserError(
-      f'{key} of store {self._writer.url} is there with other bytes: another '
-      'harvest is writing this store, or one on another machine was ended '
-      'here. If none runs, delete that object and start again'
-    )
-
-
-def _sha256(values: np.ndarray) -> str:
-  return hashlib.sha256(np.ascontiguousarray(values).view(np.uint8)).hexdigest()
-
-
-def _checksums(plan: Plan, shards: Sequence[Shard]) -> dict[str, tuple]:
-  sums = {
-    name: tuple(shard.checksums[name] for shard in shards)
-    for name in layout.array_kinds(plan)
-  }
-  records = (config.to_json(shard).encode() for shard in shards)
-  sums[layout.RECORDS] = tuple(map(layout.record_sum, records))
-  return sums
-
-
-def _summed(counts: Iterable[dict[str, int]]) -> dict[str, int]:
-  total = {}
-  for one in counts:
-    for name, n in one.items():
-      total[name] = total.get(name, 0) + n
-  return total
-
-
-def holdout_rows(shards: Sequence[Shard], fraction: float) -> int:
-  """Rows of the last documents, the fewest that are the share wanted.
-
-  Raises:
-    UserError: if that is all of them.
-  """
-  rows_by_document = {}
-  for shard in shards:
-    for document, rows in shard.documents:
-      rows_by_document[document] = rows_by_document.get(document, 0) + rows
-  total = sum(rows_by_document.values())
-  holdout = 0
-  for rows in reversed(rows_by_document.values()):
-    if holdout >= fraction * total:
-      break
-    holdout += rows
-  if holdout == total:
-    raise config.UserError(
-      f'{len(rows_by_document)} documents cannot be split with '
-      f'holdout_fraction {fraction}: use more or shorter ones, or a smaller '
-      'fraction'
-    )
-  return holdout
-
-
-def write(
-  url: str,
-  plan: Plan,
-  stretches: Iterable[tuple],
-  *,
-  holdout_rows: int = 0,
-  mask: dict[str, Any] | None = None,
-) -> Manifest:
-  """Writes and seals a store of activations that come from elsewhere.
-
-  Args:
-    url: its folder.
-    plan: what it holds.
-    stretches: of the token stream with their activations, in order, each the
-      arguments of `ShardWriter.append`: whole contexts, that a shard has room
-      for.
-    holdout_rows: see `StoreWriter.seal`.
-    mask: see `StoreWriter.seal`.
-
-  Returns:
-    The manifest.
-
-  Raises:
-    UserError: if it can't be written, or the folder holds something else.
-  """
-  writer, number = StoreWriter(url, plan), 0
-  shard = writer.shard(number)
-  for stretch in stretches:
-    if not shard.has_room(len(stretch[0]), int(np.sum(stretch[3]))):
-      shard.finish()
-      number += 1
-      shard = writer.shard(number)
-    shard.append(*stretch)
-  shard.finish()
-  return writer.seal(
-    writer.complete(number + 1), holdout_rows=holdout_rows, mask=mask
-  )
 
 
 class Store:
@@ -484,7 +130,7 @@ class Store:
       UserError: if data or manifest are not what was written; it names the
         objects, all of them.
     """
-    if layout.identity(self.manifest) != self.manifest.identity:
+    if manifest_lib.identity(self.manifest) != self.manifest.identity:
       raise config.UserError(
         f'the manifest of store {self.url} was edited: its content does not '
         'give its identity: harvest it again'
@@ -498,16 +144,16 @@ class Store:
         try:
           values = self._parts(array, starts, starts[shard], starts[shard + 1])
           total += values.nbytes
-          if _sha256(values) == want:
+          if manifest_lib.sha256(values) == want:
             continue
           problem = 'is not what was written'
         except config.UserError as error:
           problem = str(error)
         bad.append(f'{layout.object_name(name, kind, shard)} {problem}')
     files = ts.KvStore.open(layout.kvstore(self.url)).result()
-    for shard, want in enumerate(self.manifest.checksums[layout.RECORDS]):
+    for shard, want in enumerate(self.manifest.checksums[manifest_lib.RECORDS]):
       name = layout.shard_name(shard)
-      if layout.record_sum(files.read(name).result().value) != want:
+      if manifest_lib.sha256(files.read(name).result().value) != want:
         bad.append(f'{name} is not what was written')
     if bad:
       raise config.UserError(
@@ -611,7 +257,7 @@ def open_store(
     site: whose activations; may be left out where there is one.
     version: of the data, see `Manifest`; None for the last.
     unsealed: whether one whose harvest is not finished will do, as far as its
-      first shards are complete. It has no held-out rows and no identity.
+      first shards are complete. Its version is 0, and it has no held-out rows.
 
   Raises:
     UserError: if there is none, its harvest was not finished, or it has no
@@ -649,16 +295,4 @@ def _unsealed(url: str) -> Manifest | None:
     if found is None:
       break
     shards.append(found)
-  if not shards:
-    return None
-  return Manifest(
-    version=0,
-    n_rows=sum(shard.rows for shard in shards),
-    n_stream=sum(shard.stream for shard in shards),
-    holdout_rows=0,
-    shard_counts=tuple((shard.rows, shard.stream) for shard in shards),
-    source_rows=_summed(shard.source_rows for shard in shards),
-    mask={},
-    checksums=_checksums(plan, shards),
-    **dataclasses.asdict(plan),
-  )
+  return manifest_lib.make(plan, shards, version=0) if shards else None
