@@ -19,7 +19,7 @@ import pytest
 import zstandard
 
 from sae_jax import config
-from sae_jax.activations import corpus
+from sae_jax.activations import corpus, text_files
 from tests import fake_gcs
 
 pytestmark = pytest.mark.fast
@@ -499,8 +499,10 @@ def test_a_big_file_is_never_in_memory(tmp_path, name):
   del texts
 
   def peak(characters):
-    files = corpus._find(str(path))
-    stream = corpus._in_blocks(corpus._read(files, name), 0, 4096, characters)
+    files = text_files.find(str(path), ())
+    stream = corpus._in_blocks(
+      text_files.read(files, name), 0, 4096, characters
+    )
     tracemalloc.start()
     count = sum(1 for _ in stream)
     size = tracemalloc.get_traced_memory()[1]
@@ -514,7 +516,7 @@ def test_a_big_file_is_never_in_memory(tmp_path, name):
 
 
 def test_a_text_without_lines_is_cut(tmp_path, monkeypatch):
-  monkeypatch.setattr(corpus, '_LONGEST_TEXT', 5000)
+  monkeypatch.setattr(text_files, '_LONGEST_TEXT', 5000)
   path = tmp_path / 'x.txt'
   path.write_text('ab' * 8000)
   texts = _texts((str(path),), seed=0)
