@@ -1,0 +1,223 @@
+"""Text files: folders, globs, URLs, parquet, fields, and what is cut off."""
+
+import gzip
+import importlib.util
+import json
+import random
+import tracemalloc
+
+import fsspec
+import pyarrow as pa
+from pyarrow import parquet
+import pytest
+
+from sae_jax import config
+from sae_jax.activations import corpus, text_files
+from tests import fake_gcs
+from tests.test_corpus import _pack, _texts, _write_jsonl
+
+pytestmark = pytest.mark.fast
+
+
+def _write_parquet(path, texts, column='text'):
+  table = pa.table({'n': range(len(texts)), column: pa.array(texts)})
+  parquet.write_table(table, path, row_group_size=100)
+  return str(path)
+
+
+def test_parquet_gives_what_jsonl_gives(tmp_path):
+  texts = [f'naïve {i}' for i in range(700)]
+  table = _write_parquet(tmp_path / 'x.parquet', texts)
+  lines = _write_jsonl(tmp_path / 'x.jsonl', texts)
+  assert _texts((table,), seed=2) == _texts((lines,), seed=2)
+
+
+def test_a_field_is_named_after_the_source(tmp_path):
+  path = tmp_path / 'x.jsonl'
+  path.write_text('{"body": "b", "text": "t"}\n')
+  assert _texts((str(path),), seed=0) == ['t']
+  (found,) = corpus.documents((f'{path}#body',), seed=0)
+  assert (found.text, found.source) == ('b', f'{path}#body')
+  table = _write_parquet(tmp_path / 'x.parquet', ['one'], 'body')
+  assert _texts((f'{table}#body',), seed=0) == ['one']
+  # A name that was a file's stays one.
+  odd = _write_jsonl(tmp_path / 'a#b.jsonl', ['odd'])
+  assert _texts((odd,), seed=0) == ['odd']
+  assert _texts((f'{odd}#text',), seed=0) == ['odd']
+
+
+def _write_folder(folder):
+  (folder / 'deep').mkdir(parents=True)
+  (folder / '.hidden').mkdir()
+  one, two = [[f'{name} {i}' for i in range(40)] for name in ('one', 'two')]
+  _write_jsonl(folder / 'one.jsonl', one)
+  _write_parquet(folder / 'deep' / 'two.parquet', two)
+  (folder / 'deep' / 'three.txt.gz').write_bytes(gzip.compress(b'three'))
+  _write_jsonl(folder / '_marks.jsonl', ['never'])
+  _write_jsonl(folder / '.hidden' / 'x.jsonl', ['never'])
+  (folder / 'notes.md').write_text('never')
+  return one, two
+
+
+def test_a_folder_or_a_glob_is_all_its_files(tmp_path, monkeypatch):
+  folder = tmp_path / 'data'
+  one, two = _write_folder(folder)
+  texts = _texts((str(folder),), seed=0)
+  assert sorted(texts) == sorted([*one, *two, 'three'])
+  assert texts != _texts((str(folder),), seed=1)
+  # Where it lies, and how that is written, changes nothing.
+  folder.rename(tmp_path / 'moved')
+  monkeypatch.chdir(tmp_path)
+  assert _texts(('moved/',), seed=0) == texts
+  assert _texts(('moved/**',), seed=0) == texts
+  assert sorted(_texts(('moved/*.jsonl',), seed=0)) == sorted(one)
+  assert sorted(_texts(('moved/[d]*/*.parquet',), seed=0)) == sorted(two)
+
+
+def test_a_url_is_read_as_a_path_is(tmp_path):
+  one, two = _write_folder(tmp_path / 'data')
+  memory = fsspec.filesystem('memory')
+  memory.put(str(tmp_path / 'data'), '/corpus', recursive=True)
+  here = _texts((str(tmp_path / 'data'),), seed=0)
+  assert _texts(('memory://corpus',), seed=0) == here
+  assert sorted(_texts(('memory://corpus/*.jsonl',), seed=0)) == sorted(one)
+  table = 'memory://corpus/deep/two.parquet'
+  assert sorted(_texts((table,), seed=0)) == sorted(two)
+
+
+def test_a_bucket_is_read_as_a_folder_is(tmp_path, monkeypatch):
+  one, _ = _write_folder(tmp_path / 'data')
+  faults = fake_gcs.Faults(0, 0.1)
+  server = fake_gcs.FakeGcs(['bucket'], faults)
+  for path in (tmp_path / 'data').rglob('*.*'):
+    if path.is_file():
+      name = path.relative_to(tmp_path).as_posix()
+      server.put('bucket', name, path.read_bytes(), {})
+  undo = fake_gcs.hurry()
+  with server as url:
+    files = fake_gcs.filesystem(url)
+    monkeypatch.setattr(
+      fsspec, 'url_to_fs', lambda place: (files, files._strip_protocol(place))
+    )
+    found = _texts(('gs://bucket/data',), seed=0)
+    few = _texts(('gs://bucket/data/*.jsonl',), seed=0)
+  undo()
+  monkeypatch.undo()
+  assert found == _texts((str(tmp_path / 'data'),), seed=0)
+  assert sorted(few) == sorted(one)
+
+
+@pytest.mark.parametrize(
+  ('source', 'message'),
+  [
+    ('empty', r'empty holds none of the files .* among 0'),
+    ('none-*.jsonl', 'holds none of the files'),
+    ('nosuch://x/y.jsonl', 'cannot look for source nosuch:.*Protocol'),
+    ('memory://gone/x.jsonl', 'does not exist'),
+    ('book.txt#body', 'names a field, but .txt files have none'),
+    ('x.parquet.gz', 'is not known'),
+  ],
+)
+def test_wrong_places(tmp_path, monkeypatch, source, message):
+  monkeypatch.chdir(tmp_path)
+  (tmp_path / 'empty').mkdir()
+  (tmp_path / 'book.txt').write_text('text')
+  (tmp_path / 'x.parquet.gz').write_bytes(b'')
+  with pytest.raises(config.UserError, match=message) as caught:
+    corpus.documents((source,), seed=0)
+  assert '\n' not in str(caught.value)
+
+
+def test_pyarrow_is_asked_for_where_it_is_needed(tmp_path, monkeypatch):
+  table = _write_parquet(tmp_path / 'x.parquet', ['one'])
+  lines = _write_jsonl(tmp_path / 'x.jsonl', ['one'])
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  assert _texts((lines,), seed=0) == ['one']
+  with pytest.raises(config.UserError, match=r'install "sae_jax\[parquet\]"'):
+    corpus.documents((table,), seed=0)
+
+
+def test_a_field_that_is_not_there_is_named(tmp_path):
+  path = tmp_path / 'x.jsonl'
+  path.write_text('{"text": "a"}\n\n{"body": "b", "id": 1}\n')
+  with pytest.raises(
+    config.UserError, match=r'line 3 of .*x\.jsonl .*`text`, it has body, id'
+  ):
+    _texts((str(path),), seed=0)
+  table = _write_parquet(tmp_path / 'x.parquet', ['one', None])
+  with pytest.raises(
+    config.UserError, match=r'no column `body`, it has n, text'
+  ):
+    _texts((f'{table}#body',), seed=0)
+  with pytest.raises(
+    config.UserError, match=r'row 2 of .*x\.parquet has no str'
+  ):
+    _texts((table,), seed=0)
+  with pytest.raises(config.UserError, match=r'row 1 of .* but int'):
+    _texts((f'{table}#n',), seed=0)
+
+
+@pytest.mark.parametrize('suffix', ['.gz', '.zst'])
+def test_a_file_that_is_cut_is_named_with_its_line(tmp_path, suffix):
+  rng = random.Random(0)
+  texts = [rng.randbytes(40).hex() for _ in range(3000)]
+  data = ''.join(json.dumps({'text': t}) + '\n' for t in texts).encode()
+  packed = _pack(data, suffix)
+  path = tmp_path / f'x.jsonl{suffix}'
+  path.write_bytes(packed)
+  assert len(_texts((str(path),), seed=0)) == 3000
+  for left in (len(packed) - 3, len(packed) // 2, 30):
+    path.write_bytes(packed[:left])
+    with pytest.raises(
+      config.UserError, match=r'cannot read .*x\.jsonl.* after line \d+: .*end'
+    ) as caught:
+      _texts((str(path),), seed=0)
+    assert '\n' not in str(caught.value)
+  # Frames laid end to end are whole.
+  path.write_bytes(packed + _pack(b'{"text": "last"}\n', suffix))
+  assert 'last' in _texts((str(path),), seed=0)
+
+
+def test_a_parquet_file_that_is_cut_is_named(tmp_path):
+  path = tmp_path / 'x.parquet'
+  _write_parquet(path, ['one', 'two'])
+  path.write_bytes(path.read_bytes()[:-20])
+  with pytest.raises(config.UserError, match=r'cannot read .*x\.parquet after'):
+    _texts((str(path),), seed=0)
+
+
+@pytest.mark.parametrize('name', ['x.jsonl', 'x.jsonl.zst', 'x.parquet'])
+def test_a_big_file_is_never_in_memory(tmp_path, name):
+  texts = [f'{i:05}' + 'x' * 9_995 for i in range(6000)]
+  path = tmp_path / name
+  if name == 'x.parquet':
+    _write_parquet(path, texts)
+  else:
+    data = ''.join(json.dumps({'text': t}) + '\n' for t in texts).encode()
+    path.write_bytes(_pack(data, path.suffix if '.zst' in name else ''))
+    del data
+  del texts
+
+  def peak(characters):
+    files = text_files.find(str(path), ())
+    stream = corpus._in_blocks(
+      text_files.read(files, name), 0, 4096, characters
+    )
+    tracemalloc.start()
+    count = sum(1 for _ in stream)
+    size = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert count == 6000
+    return size
+
+  assert peak(10**6) < 12 * 10**6
+  # And so it is the block that is held.
+  assert peak(10**9) > 40 * 10**6
+
+
+def test_a_text_without_lines_is_cut(tmp_path, monkeypatch):
+  monkeypatch.setattr(text_files, '_LONGEST_TEXT', 5000)
+  path = tmp_path / 'x.txt'
+  path.write_text('ab' * 8000)
+  texts = _texts((str(path),), seed=0)
+  assert {len(t) for t in texts} == {5000, 1000}
