@@ -44,7 +44,7 @@ class Job:
 
   Attributes:
     chip: one of `aot.CHIPS`.
-    program: a function of `kernel_probes`.
+    program: a function of `kernel_probes`, or of `xla_probes` if it begins so.
     arguments: of that function, by name.
     estimated: whether cycles are asked for; else the program is compiled as
       it would be for use.
@@ -172,13 +172,14 @@ def _compile(chip, program, arguments):
   import jax
   from jax.sharding import NamedSharding, PartitionSpec
 
-  from experiments import kernel_probes
+  from experiments import kernel_probes, xla_probes
   from sae_jax import aot
 
   jax.config.update('jax_enable_compilation_cache', False)
   mesh = aot.one_chip(chip)
   with jax.set_mesh(mesh):
-    probe = getattr(kernel_probes, program)(**dict(arguments))
+    module = xla_probes if program.startswith('xla_') else kernel_probes
+    probe = getattr(module, program)(**dict(arguments))
     sharding = NamedSharding(mesh, PartitionSpec())
     args = [
       jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)

@@ -8,12 +8,10 @@ two sizes of one program is what one more of something costs; `kernel_costs`
 adds them up.
 """
 
-from collections.abc import Callable
 import contextlib
 import dataclasses
 import functools
 import math
-from typing import Any
 from unittest import mock
 
 import jax
@@ -22,9 +20,9 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.xla_probes import ADAM, Probe
 from sae_jax.sparse import pairs, row_copies
 from sae_jax.sparse.adam_rows import kernel as adam_kernel
-from sae_jax.sparse.adam_rows import reference as adam_reference
 from sae_jax.sparse.decode import kernel as decode_kernel
 from sae_jax.sparse.decode import tiles as decode_tiles
 from sae_jax.sparse.encode_topk import exact as encode_exact
@@ -38,22 +36,6 @@ from sae_jax.sparse.weight_grad import tiles as grad_tiles
 _F32, _BF16, _I32 = jnp.float32, jnp.bfloat16, jnp.int32
 # A sublane of candidates.
 _SUBLANES, _LANES = 8, 128
-_ADAM = {'b1': 0.9, 'b2': 0.999, 'eps': 6.25e-10, 'ema_decay': 0.999}
-
-
-@dataclasses.dataclass(frozen=True)
-class Probe:
-  """A program.
-
-  Attributes:
-    function: to compile.
-    arguments: shape and dtype of each.
-    sizes: what it chose for the chip.
-  """
-
-  function: Callable
-  arguments: list[tuple[tuple[int, ...], Any]]
-  sizes: dict[str, float]
 
 
 def encode_bodies(batch: int, d: int, n: int, k: int, blocks: int) -> Probe:
@@ -378,75 +360,9 @@ def adam_rows(d: int, n: int) -> Probe:
   """The optimiser's pass over so many rows."""
 
   def function(scalars, *matrices):
-    return adam_kernel.adam_rows(scalars, *matrices, guarded=False, **_ADAM)
+    return adam_kernel.adam_rows(scalars, *matrices, guarded=False, **ADAM)
 
   return Probe(function, [((5,), _F32), *[((n, d), _F32)] * 5], {})
-
-
-def xla_matmul(batch: int, d: int, n: int) -> Probe:
-  """XLA's product alone, which writes all pre-activations."""
-
-  def function(x_BD, w_ND):
-    return jnp.dot(x_BD, w_ND.T, preferred_element_type=_F32)
-
-  return Probe(function, [((batch, d), _BF16), ((n, d), _BF16)], {})
-
-
-def xla_gather_sum(batch: int, d: int, n: int, k: int) -> Probe:
-  """XLA's decoding by a gather."""
-
-  def function(vals_BK, idx_BK, w_ND):
-    return jnp.einsum('bk,bkd->bd', vals_BK, w_ND[idx_BK])
-
-  per_slot = (batch, k)
-  return Probe(
-    function, [(per_slot, _F32), (per_slot, _I32), ((n, d), _F32)], {}
-  )
-
-
-def xla_sampled_products(batch: int, d: int, n: int, k: int) -> Probe:
-  """XLA's gradient of the values by a gather."""
-
-  def function(g_BD, idx_BK, w_ND):
-    return jnp.einsum('bd,bkd->bk', g_BD, w_ND[idx_BK])
-
-  return Probe(
-    function, [((batch, d), _F32), ((batch, k), _I32), ((n, d), _F32)], {}
-  )
-
-
-def xla_segment_sums(batch: int, d: int, n: int, k: int) -> Probe:
-  """XLA's gradients of both matrices by scatters."""
-
-  def function(vals_BK, grads_BK, idx_BK, g_BD, x_BD):
-    return [
-      jnp.zeros((n, d), _F32).at[idx_BK].add(a_BK[:, :, None] * b_BD[:, None])
-      for a_BK, b_BD in ((vals_BK, g_BD), (grads_BK, x_BD))
-    ]
-
-  per_slot = (batch, k)
-  return Probe(
-    function,
-    [
-      (per_slot, _F32),
-      (per_slot, _F32),
-      (per_slot, _I32),
-      ((batch, d), _F32),
-      ((batch, d), _F32),
-    ],
-    {},
-  )
-
-
-def xla_adam_rows(d: int, n: int) -> Probe:
-  """The optimiser's pass by XLA."""
-
-  def function(*matrices):
-    return adam_reference.adam_rows(
-      *matrices, 1e-4, jnp.int32(3), 1.0, None, **_ADAM
-    )
-
-  return Probe(function, [((n, d), _F32)] * 5, {})
 
 
 def nested(outer: int, inner: int) -> Probe:
