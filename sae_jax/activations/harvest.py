@@ -3,34 +3,26 @@
 from collections.abc import Iterator
 import contextlib
 import dataclasses
-import functools
 import importlib.metadata
 import itertools
-import math
 import platform
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import logging
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import sae_jax
 from sae_jax import config as config_lib
 from sae_jax import progress
 from sae_jax import subject as subject_lib
-from sae_jax.activations import corpus, layout, tokenized
+from sae_jax.activations import corpus, cutting, layout, pools, tokenized
 from sae_jax.activations import manifest as manifest_lib
 from sae_jax.activations import writer as writer_lib
 from sae_jax.subject import capture
 
 option = config_lib.option
 
-# Contexts are grouped by length within so many batches; the stream keeps
-# their order.
-_POOL_BATCHES = 8
-# Batches are padded to one of so many lengths, each compiled once.
-_LENGTHS = 4
 # To judge a document's size before it is tokenized.
 _CHARACTERS_PER_TOKEN = 4
 
@@ -97,27 +89,10 @@ class HarvestConfig(config_lib.Config):
   seed: int = option(0, 'sets the order of documents')
 
 
-@dataclasses.dataclass(frozen=True)
-class _Mask:
-  """Which norms are kept, of each site; `mask.json`, of the first pool."""
-
-  median_norm: tuple[float, ...]
-  norm_limit: tuple[float, ...]
-
-
-class _Work(NamedTuple):
-  """A pool of contexts of one shard, and whether it is the shard's last."""
-
-  shard: int
-  contexts: list[tokenized.Context]
-  last: bool
-
-
 # What says how much there should be, and not what a shard is like.
 _WANTED = ('n_tokens', 'holdout_fraction')
 # What changes nothing but how long it takes.
 _MACHINE = ('tokenizer_workers',)
-_MASK = 'mask.json'
 
 
 def harvest(
@@ -220,17 +195,17 @@ def _run(
   config, subject, sites, contexts, writer, process
 ) -> manifest_lib.Manifest | None:
   """The loop: pool n is dispatched, then pool n - 1 is stored."""
-  shards = _Shards(config, contexts, writer)
+  shards = cutting.Shards(config, contexts, writer)
   first = shards.first_pool()
   if not first:
     raise _nothing_kept(config)
-  mask = _mask(config, subject, sites, first, writer)
+  mask = pools.fit_mask(config, subject, sites, first, writer)
   shard, waiting = None, None
   with progress.bar(total=config.n_tokens, unit='tok', desc='harvest') as bar:
     for work in itertools.chain(shards.missing(process, bar), [None]):
       running = work and (
         work,
-        _dispatch(config, subject, sites, work.contexts),
+        pools.dispatch(config, subject, sites, work.contexts),
       )
       if waiting is not None:
         done, batches = waiting
@@ -279,72 +254,6 @@ def _nothing_kept(config: HarvestConfig) -> config_lib.UserError:
   )
 
 
-class _Shards:
-  """Cuts contexts into shards.
-
-  A shard takes contexts as long as the rows that they should give fit. One that
-  is there keeps those that it has, which may be fewer if less was wanted then.
-
-  Attributes:
-    number: of shards that there were so far.
-    expected: rows that they should have.
-  """
-
-  def __init__(self, config, contexts, writer):
-    self._config, self._contexts, self._writer = config, contexts, writer
-    self._ahead = []
-    self.number, self.expected = 0, 0
-
-  def first_pool(self) -> list[tokenized.Context]:
-    """The contexts that the mask is fitted to."""
-    self._ahead = list(itertools.islice(self._contexts, self._pool_size()))
-    return self._ahead[:]
-
-  def missing(self, process, bar) -> Iterator[_Work]:
-    """The pools of the shards that this process is to make."""
-    index, count = process
-    while self.expected < self._config.n_tokens:
-      record = self._writer.record(self.number)
-      contexts = self._take(record)
-      if not contexts:
-        break
-      if record is not None:
-        bar.update(record.rows)
-      elif self.number % count == index:
-        size = self._pool_size()
-        for start in range(0, len(contexts), size):
-          yield _Work(
-            self.number,
-            contexts[start : start + size],
-            start + size >= len(contexts),
-          )
-      self.number += 1
-
-  def _pool_size(self):
-    return _POOL_BATCHES * self._config.batch_contexts
-
-  def _take(self, record) -> list[tokenized.Context]:
-    taken, rows, tokens = [], 0, 0
-    room = self._writer.plan
-    while record is None or len(taken) < record.contexts:
-      context = (
-        self._ahead.pop(0) if self._ahead else next(self._contexts, None)
-      )
-      if context is None:
-        break
-      rows += _expected(self._config, context)
-      tokens += len(context.tokens)
-      full = rows > room.shard_rows or tokens > room.shard_stream
-      if record is None and full:
-        self._ahead.insert(0, context)
-        break
-      taken.append(context)
-      self.expected += _expected(self._config, context)
-      if record is None and self.expected >= self._config.n_tokens:
-        break
-    return taken
-
-
 class _Open:
   """A shard that fills."""
 
@@ -356,30 +265,26 @@ class _Open:
   def append(self, mask, pool, batches, bar):
     """Appends a pool in the order of the stream."""
     config, names = self._config, self._names
-    resid = {name: [None] * len(pool) for name in names}
-    norms = {name: [None] * len(pool) for name in names}
+    # Batch by batch, for a pool takes half a minute on a small machine.
     for batch, outputs in batches:
-      for name in names:
-        resid_BTD, norm_BT = (np.asarray(array) for array in outputs[name])
-        for row, i in enumerate(batch):
-          length = len(pool[i].tokens)
-          resid[name][i] = resid_BTD[row, :length]
-          norms[name][i] = norm_BT[row, :length]
-      bar.update(sum(_expected(config, pool[i]) for i in batch))
+      jax.block_until_ready(outputs)
+      bar.update(sum(pools.expected(config, pool[i]) for i in batch))
+    found = {name: pools.collect(pool, batches, name) for name in names}
     lengths = [len(context.tokens) for context in pool]
     positions = np.concatenate([context.positions for context in pool])
-    allowed = _allowed(config, positions)
+    allowed = pools.allowed(config, positions)
     keep = allowed.copy()
     for name, limit in zip(names, mask.norm_limit):
-      norm = np.concatenate(norms[name])
+      norm = np.concatenate(found[name][1])
       keep &= np.isfinite(norm) & (norm <= limit)
     self._shard.append(
       np.concatenate([context.tokens for context in pool]),
       np.concatenate([context.documents for context in pool]),
       positions,
       keep,
-      {name: np.concatenate(resid[name])[keep] for name in names},
+      {name: np.concatenate(found[name][0])[keep] for name in names},
     )
+    # The norm rule may have left some out.
     bar.update(int(keep.sum()) - int(allowed.sum()))
     ends = np.cumsum(lengths)[:-1]
     for context, part in zip(pool, np.split(keep, ends)):
@@ -457,73 +362,6 @@ def _contexts(config, documents, tokenizer) -> Iterator[tokenized.Context]:
     bos=bos,
     workers=config.tokenizer_workers,
   )
-
-
-def _expected(config: HarvestConfig, context: tokenized.Context) -> int:
-  return len(context.tokens) - config.mask_first
-
-
-def _allowed(config, positions):
-  return positions > 0 if config.mask_first else np.ones(len(positions), bool)
-
-
-@functools.partial(jax.jit, static_argnames=('config', 'sites', 'dtype'))
-def _residuals(config, params, tokens_BT, sites, dtype):
-  """Site -> activations as they are stored, and their norms."""
-  found = {}
-  captured = capture.capture_many(config, params, tokens_BT, sites)
-  for site, resid_BTD in captured.items():
-    norm_BT = jnp.linalg.norm(resid_BTD.astype(jnp.float32), axis=-1)
-    found[str(site)] = resid_BTD.astype(dtype), norm_BT
-  return found
-
-
-def _dispatch(config, subject, sites, pool):
-  """Starts the forward passes of a pool, contexts of like length together."""
-  unit = math.ceil(config.context_length / _LENGTHS)
-  by_length = sorted(range(len(pool)), key=lambda i: -len(pool[i].tokens))
-  batches = []
-  for start in range(0, len(pool), config.batch_contexts):
-    batch = by_length[start : start + config.batch_contexts]
-    longest = len(pool[batch[0]].tokens)
-    length = min(math.ceil(longest / unit) * unit, config.context_length)
-    tokens_BT = np.zeros((config.batch_contexts, length), np.int32)
-    for row, i in enumerate(batch):
-      tokens_BT[row, : len(pool[i].tokens)] = pool[i].tokens
-    outputs = _residuals(
-      subject.config, subject.params, tokens_BT, sites, config.dtype
-    )
-    batches.append((batch, outputs))
-  return batches
-
-
-def _mask(config, subject, sites, pool, writer) -> _Mask:
-  """The mask that is there, or that the first pool gives."""
-  found = layout.read_json(writer.url, _MASK, _Mask)
-  if found is not None:
-    return found
-  norms = {name: [] for name in writer.plan.sites}
-  for batch, outputs in _dispatch(config, subject, sites, pool):
-    for name in writer.plan.sites:
-      norm_BT = np.asarray(outputs[name][1])
-      for row, i in enumerate(batch):
-        norms[name].append((i, norm_BT[row, : len(pool[i].tokens)]))
-  medians = []
-  for name in writer.plan.sites:
-    # In the order of the stream, so that the median is that of any batching.
-    parts = [norm for _, norm in sorted(norms[name], key=lambda part: part[0])]
-    allowed = [norm[_allowed(config, np.arange(len(norm)))] for norm in parts]
-    finite = np.concatenate(allowed)
-    finite = finite[np.isfinite(finite)]
-    if not len(finite):
-      raise config_lib.UserError(
-        f'no activation at {name} of the first contexts is finite: '
-        "check the subject's weights"
-      )
-    medians.append(float(np.median(finite)))
-  multiple = config.mask_norm_multiple
-  limits = [multiple * median if multiple else math.inf for median in medians]
-  return writer.agree(_MASK, _Mask(tuple(medians), tuple(limits)))
 
 
 def _software(config: HarvestConfig) -> dict[str, Any]:
