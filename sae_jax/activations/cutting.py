@@ -29,14 +29,15 @@ class Shards:
   def __init__(
     self, config: Any, contexts: Iterator[tokenized.Context], writer: Any
   ):
-    """Nothing is read yet.
+    """No context is read yet.
 
     Args:
       config: the HarvestConfig.
       contexts: in the order of the stream.
       writer: the StoreWriter, which says what shards are there.
     """
-    self._config, self._contexts, self._writer = config, contexts, writer
+    self._config, self._contexts, self._plan = config, contexts, writer.plan
+    self._records = writer.records()
     self._ahead = []
     self.number, self.expected = 0, 0
 
@@ -54,7 +55,7 @@ class Shards:
     """
     index, count = process
     while self.expected < self._config.n_tokens:
-      record = self._writer.record(self.number)
+      record = self._records.get(self.number)
       contexts = self._take(record)
       if not contexts:
         break
@@ -75,7 +76,7 @@ class Shards:
 
   def _take(self, record) -> list[tokenized.Context]:
     taken, rows, tokens = [], 0, 0
-    room = self._writer.plan
+    room = self._plan
     while record is None or len(taken) < record.contexts:
       context = (
         self._ahead.pop(0) if self._ahead else next(self._contexts, None)

@@ -10,7 +10,7 @@ import tensorstore as ts
 
 from sae_jax import config
 from sae_jax.activations import manifest as manifest_lib
-from sae_jax.activations.manifest import Manifest, Plan
+from sae_jax.activations.manifest import Manifest, Plan, Shard
 
 DTYPES = {'float32': np.dtype('<f4'), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
 
@@ -78,6 +78,39 @@ def read_json(url: str, name: str, kind: type[Any]) -> Any:
       f'{known}: harvest it again'
     )
   return config.from_dict(kind, values)
+
+
+def read_records(url: str) -> dict[int, Shard]:
+  """The records of all shards that are complete, by number.
+
+  One listing, and reads all at once: a store in a bucket may have thousands.
+
+  Raises:
+    UserError: if they cannot be read.
+  """
+  try:
+    files = ts.KvStore.open(kvstore(url)).result()
+    folder = f'{manifest_lib.RECORDS}/'
+    inside = ts.KvStore.KeyRange(folder, folder + '\xff')
+    reads = {
+      name.decode(): files.read(name)
+      for name in files.list(inside).result()
+      if name.endswith(b'.json')
+    }
+    found = {
+      name: json.loads(read.result().value) for name, read in reads.items()
+    }
+  except ValueError as error:
+    raise config.UserError(
+      f'cannot read the records of shards in {url}: {reason(error)}: '
+      'check the path and your access'
+    ) from error
+  return {
+    int(name.removeprefix(folder).removesuffix('.json')): config.from_dict(
+      Shard, values
+    )
+    for name, values in found.items()
+  }
 
 
 def create(files: ts.KvStore, name: str, data: bytes) -> bool:

@@ -31,7 +31,7 @@ import tensorstore as ts
 from sae_jax import config
 from sae_jax.activations import layout
 from sae_jax.activations import manifest as manifest_lib
-from sae_jax.activations.manifest import Manifest, Plan, Shard
+from sae_jax.activations.manifest import Manifest, Plan
 
 _CACHE_BYTES = 128 * 2**20
 
@@ -289,10 +289,11 @@ def _unsealed(url: str) -> Manifest | None:
   plan = layout.read_json(url, layout.PLAN, Plan)
   if plan is None:
     return None
-  shards = []
-  while True:
-    found = layout.read_json(url, layout.shard_name(len(shards)), Shard)
-    if found is None:
-      break
-    shards.append(found)
+  found = layout.read_records(url)
+  # As far as none is missing.
+  shards = [
+    shard
+    for i, (number, shard) in enumerate(sorted(found.items()))
+    if number == i
+  ]
   return manifest_lib.make(plan, shards, version=0) if shards else None

@@ -69,9 +69,9 @@ class StoreWriter:
       raise self._error(error) from error
     return layout.read_json(self.url, name, type(value))
 
-  def record(self, shard: int) -> Shard | None:
-    """The record of a complete shard, None where it is missing."""
-    return layout.read_json(self.url, layout.shard_name(shard), Shard)
+  def records(self) -> dict[int, Shard]:
+    """The records of the shards that are complete, by number."""
+    return layout.read_records(self.url)
 
   def shard(self, number: int) -> 'ShardWriter':
     """Opens a missing shard."""
@@ -79,7 +79,8 @@ class StoreWriter:
 
   def complete(self, n_shards: int) -> list[Shard] | None:
     """The records of the first shards, None if one is missing."""
-    shards = [self.record(i) for i in range(n_shards)]
+    found = self.records()
+    shards = [found.get(number) for number in range(n_shards)]
     return None if None in shards else shards
 
   def seal(
