@@ -6,83 +6,25 @@ delimiter, media / multipart / resumable uploads, copies, moves and compose. It
 counts requests and bytes, and with `Faults` it fails as the real one does.
 """
 
-import asyncio
 import base64
 import collections
-from collections.abc import Callable
 import dataclasses
-import hashlib
 import http.server
 import itertools
 import json
-import os
 import re
 import socketserver
 import threading
 import time
-import types
 from typing import NamedTuple
 import urllib.parse
 
 import google_crc32c
-import tensorstore as ts
 
-# Else every call of gcsfs asks a service that is not there; read on import.
-os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
-import gcsfs.retry
+from tests.gcs_faults import Faults
 
 # What a request is for; requests and bytes are counted by these.
 CLASSES = ('object read', 'range read', 'metadata', 'list', 'write', 'delete')
-
-# 503, 429: the error, at once. 429-after: with a Retry-After header.
-# drop: hangs up instead of doing anything. drop-after: does what was asked,
-#   then hangs up, so the client does not know; of writes and deletes alone.
-# cut: a download ends half way. slow: the answer waits, then pauses half way.
-# stale: 412 to a conditional media upload or delete that would succeed. Only
-#   a client that reads, changes and writes again can be expected to go on.
-KINDS = ('503', '429', '429-after', 'drop', 'drop-after', 'cut', 'slow')
-ALL_KINDS = (*KINDS, 'stale')
-
-
-@dataclasses.dataclass(frozen=True)
-class Faults:
-  """Which requests fail and how: a pure function of the seed and the request.
-
-  A request is drawn for by its method, class, object, range and how often it
-  was sent before. So what other threads ask meanwhile changes nothing, and a
-  request that is sent again may succeed.
-
-  Attributes:
-    seed: another one fails other requests.
-    rate: share of the requests that fail.
-    kinds: the faults to choose from, all alike; see `KINDS`.
-    retry_after: seconds that a 429-after asks for.
-    delay: seconds a slow answer waits, twice.
-  """
-
-  seed: int
-  rate: float
-  kinds: tuple[str, ...] = KINDS
-  retry_after: int = 1
-  delay: float = 0.02
-
-  def __post_init__(self):
-    if unknown := set(self.kinds) - set(ALL_KINDS):
-      raise ValueError(f'no such faults: {sorted(unknown)}')
-
-  def draw(self, request: tuple, possible: set[str]) -> str | None:
-    """The fault of a request, or None.
-
-    Args:
-      request: what it is and its number; any tuple of strings and numbers.
-      possible: kinds that it can meet.
-    """
-    key = repr((self.seed, *request)).encode()
-    digest = hashlib.blake2b(key, digest_size=16).digest()
-    kinds = [kind for kind in self.kinds if kind in possible]
-    if not kinds or int.from_bytes(digest[:8]) >= self.rate * 2**64:
-      return None
-    return kinds[int.from_bytes(digest[8:]) % len(kinds)]
 
 
 class Count(NamedTuple):
@@ -640,47 +582,3 @@ class _Handler(http.server.BaseHTTPRequestHandler):
     objects = self.gcs.objects[bucket]
     data = b''.join(objects[n].data for n in names)
     self._reply(*self._store(bucket, name, data, query))
-
-
-def filesystem(url: str) -> gcsfs.GCSFileSystem:
-  """gcsfs on a server, with nothing cached by others."""
-  return gcsfs.GCSFileSystem(
-    endpoint_url=url, token='anon', skip_instance_cache=True
-  )
-
-
-# TensorStore waits a second and more by default: for ts.Context.
-QUICK_RETRIES = {
-  'gcs_request_retries': {
-    'max_retries': 32,
-    'initial_delay': '5ms',
-    'max_delay': '50ms',
-  }
-}
-
-
-def hurry() -> Callable[[], None]:
-  """Makes clients of this process try again some 100 times sooner.
-
-  gcsfs has no setting for its 1 to 2 seconds. TensorStore's contexts that are
-  made afterwards get `QUICK_RETRIES`; its default context keeps its seconds.
-
-  Returns:
-    What undoes it.
-  """
-
-  async def sleep(seconds):
-    await asyncio.sleep(seconds / 100)
-
-  class Context(ts.Context):
-    def __init__(self, spec=None, parent=None):
-      super().__init__(QUICK_RETRIES | (spec or {}), parent)
-
-  before = gcsfs.retry.asyncio, ts.Context
-  gcsfs.retry.asyncio = types.SimpleNamespace(sleep=sleep)
-  ts.Context = Context
-
-  def undo():
-    gcsfs.retry.asyncio, ts.Context = before
-
-  return undo

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from sae_jax import checkpoint, metrics
-from tests import fake_gcs, planted
+from tests import fake_gcs, gcs_clients, gcs_faults, planted
 
 pytestmark = pytest.mark.slow
 
 _TRAIN = """
-from tests import fake_gcs
-fake_gcs.hurry()
+from tests import gcs_clients
+gcs_clients.hurry()
 from sae_jax.cli import train
 train.main()
 """
@@ -28,8 +28,6 @@ def train(store, workdir, url):
     'TENSORSTORE_GCS_HTTP_URL': url,
     'STORAGE_EMULATOR_HOST': url,
     'GOOGLE_AUTH_TOKEN_FOR_TESTING': 'fake',
-    # Else every call of gcsfs asks a service that is not there.
-    'GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT': 'false',
     'TF_CPP_MIN_LOG_LEVEL': '3',
   }
   flags = {
@@ -67,7 +65,7 @@ def test_a_run_in_a_bucket_is_the_run_on_disk(
   tmp_path, monkeypatch, on_disk, rate
 ):
   remote = 'gs://bucket/deep/store', 'gs://bucket/deep/run'
-  server = fake_gcs.FakeGcs(['bucket'], fake_gcs.Faults(0, rate, _KINDS))
+  server = fake_gcs.FakeGcs(['bucket'], gcs_faults.Faults(0, rate, _KINDS))
   with server as url:
     monkeypatch.setenv('TENSORSTORE_GCS_HTTP_URL', url)
     monkeypatch.setenv('GOOGLE_AUTH_TOKEN_FOR_TESTING', 'fake')
@@ -101,11 +99,11 @@ def test_a_run_in_a_bucket_is_the_run_on_disk(
 
 
 def test_lost_answers_do_not_stop_the_metrics(monkeypatch):
-  faults = fake_gcs.Faults(0, 0.5, ('drop-after',))
+  faults = gcs_faults.Faults(0, 0.5, ('drop-after',))
   server = fake_gcs.FakeGcs(['bucket'], faults)
-  undo = fake_gcs.hurry()
+  undo = gcs_clients.hurry()
   with server as url:
-    files = fake_gcs.filesystem(url)
+    files = gcs_clients.filesystem(url)
     monkeypatch.setattr(backend.fsspec_backend, 'fs', lambda path: files)
     writer = metrics.Writer('gs://bucket/run', 0)
     # More than tensorboardX's queue holds when nobody takes from it.
@@ -124,10 +122,10 @@ def test_lost_answers_do_not_stop_the_metrics(monkeypatch):
 
 
 def test_a_bucket_that_refuses_does_not_stop_the_board(monkeypatch):
-  server = fake_gcs.FakeGcs(['bucket'], fake_gcs.Faults(0, 1, ('503',)))
-  undo = fake_gcs.hurry()
+  server = fake_gcs.FakeGcs(['bucket'], gcs_faults.Faults(0, 1, ('503',)))
+  undo = gcs_clients.hurry()
   with server as url:
-    files = fake_gcs.filesystem(url)
+    files = gcs_clients.filesystem(url)
     monkeypatch.setattr(backend.fsspec_backend, 'fs', lambda path: files)
     board = metrics._BucketEvents('gs://bucket/run/events')
     board.write(b'data')

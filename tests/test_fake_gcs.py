@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tensorstore as ts
 
-from tests import fake_gcs
+from tests import fake_gcs, gcs_clients, gcs_faults
 
 pytestmark = pytest.mark.fast
 
@@ -20,7 +20,7 @@ _UPLOAD = 'upload/storage/v1/b/bucket/o?uploadType=media&name=k'
 
 
 def serve(kinds, rate=1.0, seed=0, **kwargs):
-  faults = fake_gcs.Faults(seed, rate, kinds, **kwargs)
+  faults = gcs_faults.Faults(seed, rate, kinds, **kwargs)
   return fake_gcs.FakeGcs(['bucket'], faults)
 
 
@@ -39,7 +39,7 @@ def ask(url, path, method='GET', data=None, headers=None):
 @pytest.fixture
 def quick(monkeypatch):
   monkeypatch.setenv('GOOGLE_AUTH_TOKEN_FOR_TESTING', 'fake')
-  undo = fake_gcs.hurry()
+  undo = gcs_clients.hurry()
   yield
   undo()
 
@@ -47,7 +47,7 @@ def quick(monkeypatch):
 def kvstore(url, monkeypatch, max_retries=32, path=''):
   # Read when the driver opens.
   monkeypatch.setenv('TENSORSTORE_GCS_HTTP_URL', url)
-  retries = fake_gcs.QUICK_RETRIES['gcs_request_retries']
+  retries = gcs_clients.QUICK_RETRIES['gcs_request_retries']
   context = ts.Context(
     {'gcs_request_retries': retries | {'max_retries': max_retries}}
   )
@@ -208,18 +208,18 @@ def test_the_seed_is_the_schedule():
 
 
 def test_the_rate_is_the_share_that_fails():
-  faults = fake_gcs.Faults(0, 0.1)
+  faults = gcs_faults.Faults(0, 0.1)
   drawn = [faults.draw(('GET', i), {'503', 'cut'}) for i in range(4000)]
   failed = [kind for kind in drawn if kind]
   assert 320 < len(failed) < 480
   assert 120 < failed.count('cut') < 280
   assert set(failed) == {'503', 'cut'}
   with pytest.raises(ValueError, match='no such faults'):
-    fake_gcs.Faults(0, 0.1, ('504',))
+    gcs_faults.Faults(0, 0.1, ('504',))
 
 
 def test_tensorstore_gets_and_puts_the_right_bytes(quick, monkeypatch):
-  server = serve(fake_gcs.ALL_KINDS, 0.1)
+  server = serve(gcs_faults.ALL_KINDS, 0.1)
   with server as url:
     files = kvstore(url, monkeypatch)
     data = {f'k{i}': bytes([i]) * 50 * i for i in range(40)}
@@ -262,7 +262,7 @@ def test_tensorstore_gets_and_puts_the_right_bytes(quick, monkeypatch):
   assert server.faults_met.total() > 15
 
 
-@pytest.mark.parametrize('kind', fake_gcs.ALL_KINDS)
+@pytest.mark.parametrize('kind', gcs_faults.ALL_KINDS)
 def test_tensorstore_meets_every_kind(quick, monkeypatch, kind):
   server = serve((kind,), 0.5)
   with server as url:
@@ -291,10 +291,10 @@ def test_tensorstore_does_not_wait_as_long_as_it_is_asked(quick, monkeypatch):
 
 
 def test_gcsfs_gets_and_puts_the_right_bytes(quick, tmp_path):
-  kinds = tuple(k for k in fake_gcs.ALL_KINDS if k != 'drop-after')
+  kinds = tuple(k for k in gcs_faults.ALL_KINDS if k != 'drop-after')
   server = serve(kinds, 0.1)
   with server as url:
-    files = fake_gcs.filesystem(url)
+    files = gcs_clients.filesystem(url)
     data = {f'bucket/a/k{i}': bytes([i]) * 50 * i for i in range(20)}
     for name, value in data.items():
       files.pipe_file(name, value)
@@ -325,7 +325,7 @@ def test_gcsfs_gets_and_puts_the_right_bytes(quick, tmp_path):
 def test_gcsfs_writes_again_what_it_does_not_know_is_written(quick):
   server = serve(('drop-after',), 0.5)
   with server as url:
-    files = fake_gcs.filesystem(url)
+    files = gcs_clients.filesystem(url)
     for i in range(8):
       files.pipe_file(f'bucket/k{i}', b'%d' % i)
     with files.open('bucket/big', 'wb', block_size=2**18) as file:
@@ -351,6 +351,6 @@ def test_clients_give_up(quick, monkeypatch, kind):
     with pytest.raises(Exception, match=r'(?i)503|unavailable|empty reply'):
       files.write('k', b'new').result()
     with pytest.raises(Exception, match=r'(?i)try again|disconnect'):
-      fake_gcs.filesystem(url).cat_file('bucket/k')
+      gcs_clients.filesystem(url).cat_file('bucket/k')
   assert server.objects['bucket']['k'].data == b'data'
   assert os.environ['TENSORSTORE_GCS_HTTP_URL'] == url

@@ -15,7 +15,7 @@ from sae_jax import subject as subject_lib
 from sae_jax.activations import corpus, harvest, layout, store
 from sae_jax.activations import writer as writer_lib
 from sae_jax.subject import capture, transformer
-from tests import fake_gcs
+from tests import fake_gcs, gcs_clients, gcs_faults
 
 SITE = capture.Site(1, 'resid_post')
 LOUD = ord('~')  # A token whose embedding is scaled up: an attention sink.
@@ -344,11 +344,11 @@ def test_a_bucket_gets_the_same_store(texts, tmp_path, monkeypatch, rate):
   def quick(url):
     spec = local(url)
     if spec['driver'] == 'gcs':
-      spec |= fake_gcs.QUICK_RETRIES
+      spec |= gcs_clients.QUICK_RETRIES
     return spec
 
   monkeypatch.setattr(layout, 'kvstore', quick)
-  server = fake_gcs.FakeGcs(['bucket'], fake_gcs.Faults(0, rate))
+  server = fake_gcs.FakeGcs(['bucket'], gcs_faults.Faults(0, rate))
   with server as url:
     monkeypatch.setenv('TENSORSTORE_GCS_HTTP_URL', url)
     monkeypatch.setenv('GOOGLE_AUTH_TOKEN_FOR_TESTING', 'fake')

@@ -13,7 +13,7 @@ import pytest
 
 from sae_jax import config
 from sae_jax.activations import corpus, text_files
-from tests import fake_gcs
+from tests import fake_gcs, gcs_clients, gcs_faults
 from tests.test_corpus import _pack, _texts, _write_jsonl
 
 pytestmark = pytest.mark.fast
@@ -87,15 +87,15 @@ def test_a_url_is_read_as_a_path_is(tmp_path):
 
 def test_a_bucket_is_read_as_a_folder_is(tmp_path, monkeypatch):
   one, _ = _write_folder(tmp_path / 'data')
-  faults = fake_gcs.Faults(0, 0.1)
+  faults = gcs_faults.Faults(0, 0.1)
   server = fake_gcs.FakeGcs(['bucket'], faults)
   for path in (tmp_path / 'data').rglob('*.*'):
     if path.is_file():
       name = path.relative_to(tmp_path).as_posix()
       server.put('bucket', name, path.read_bytes(), {})
-  undo = fake_gcs.hurry()
+  undo = gcs_clients.hurry()
   with server as url:
-    files = fake_gcs.filesystem(url)
+    files = gcs_clients.filesystem(url)
     monkeypatch.setattr(
       fsspec, 'url_to_fs', lambda place: (files, files._strip_protocol(place))
     )

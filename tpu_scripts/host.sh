@@ -2,7 +2,7 @@
 # Runs on every host of a slice: host.sh install|start|status|tail|stop.
 set -euo pipefail
 
-venv=$HOME/sae_jax_venv
+venv=${SAE_JAX_VENV:-$HOME/sae_jax_venv}
 run=$HOME/sae_jax_run
 checkout=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
