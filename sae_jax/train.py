@@ -104,10 +104,10 @@ def _check_same(
     for name in ('site', 'identity')
     if old[name] != dataset[name]
   ]
-  if old['version'] < dataset['version']:
+  if old.get('version', 1) < dataset['version']:
     changed.append(
       'the store got another version: --store_version='
-      f'{old["version"]} is that of the run'
+      f'{old.get("version", 1)} is that of the run'
     )
   if changed:
     raise config_lib.UserError(

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from sae_jax import checkpoint, files, loop, metrics, optimizer, train
+from sae_jax.activations import layout, manifest
 from sae_jax.activations import store as store_lib
+from sae_jax.activations import writer as writer_lib
 from sae_jax.config import UserError
 from sae_jax.probing import reconstruction
 from tests import planted, processes, runs
@@ -185,6 +187,32 @@ def test_held_out_rows_teach_nothing(store, tmp_path):
     for i, url in enumerate((store, str(tmp_path / 'other')))
   ]
   runs.assert_same_bits(*states)
+
+
+@pytest.mark.fast
+def test_a_run_goes_on_with_the_version_of_the_data_that_it_began_with(
+  tmp_path,
+):
+  url, whole, workdir = (str(tmp_path / n) for n in ('store', 'whole', 'run'))
+  planted.write_store(url)
+  want = train.train(runs.train_config(), url, whole)
+  runs.break_off(15, {workdir: runs.train_config()}, url)
+  # More is appended meanwhile.
+  old = store_lib.open_store(url)
+  plan = layout.read_json(url, layout.PLAN, manifest.Plan)
+  rows_RD = planted.activations(100, seed=9)
+  made = writer_lib.StoreWriter(url, plan)
+  shard = made.shard(len(old.manifest.shard_counts))
+  places = np.arange(100)
+  shard.append(
+    places, 99 + 0 * places, places, places >= 0, {old.site: rows_RD}
+  )
+  shard.finish()
+  made.seal(made.complete(shard.number + 1), holdout_rows=100)
+  with pytest.raises(UserError, match=r'another version: --store_version=1 '):
+    train.train(runs.train_config(), url, workdir)
+  found = train.train(runs.train_config(store_version=1), url, workdir)
+  runs.assert_same_bits(found, want)
 
 
 @pytest.mark.fast

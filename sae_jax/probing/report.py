@@ -153,7 +153,8 @@ def _open(url: str, trained_on: dict[str, Any]) -> store_lib.Store:
     return store_lib.open_store(url)
   there = trained_on['site'] in manifest.sites
   site = trained_on['site'] if there else manifest.sites[0]
-  version = min(trained_on['version'], manifest.version)
+  # A checkpoint older than versions has none.
+  version = min(trained_on.get('version', 1), manifest.version)
   return store_lib.open_store(url, site, version)
 
 
