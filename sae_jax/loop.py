@@ -1,9 +1,10 @@
 """The loop over batches, for one run or many from one reading."""
 
 import collections
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
+import functools
 import time
 from typing import Any
 
@@ -11,7 +12,6 @@ from absl import logging
 from etils import epath
 import jax
 from jax.sharding import Mesh
-import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from sae_jax import checkpoint, metrics, optimizer, preemption, progress
@@ -23,8 +23,6 @@ from sae_jax.step import (
   TrainConfig,
   TrainState,
 )
-
-_READ_AHEAD = 2
 
 
 def heldout(
@@ -56,27 +54,22 @@ def evaluate(
   total = None
   first, last, size = heldout(config, data.manifest, mesh)
   for start in range(first, last - size + 1, size):
-    rows = _put(data.read_rows(start, start + size), mesh)
-    total = metrics.add_sums(total, evaluation(state, rows))
+    rows_BD = _rows(data, start, size, mesh)
+    total = metrics.add_sums(total, evaluation(state, rows_BD))
   return metrics.summarise(total, float(state.mse_of_mean))
 
 
-def _put(batch_BD: np.ndarray, mesh: Mesh) -> jax.Array:
-  return jax.make_array_from_callback(
-    batch_BD.shape, mesh_lib.sharding(mesh, 'BD'), lambda i: batch_BD[i]
+def _rows(data: store.Store, start: int, size: int, mesh: Mesh) -> jax.Array:
+  """Rows on the devices; a process reads what its own devices hold."""
+  # Devices that differ in their latents alone hold the same rows.
+  read = functools.cache(
+    lambda first, stop: data.read_rows(start + first, start + stop)
   )
-
-
-def _on_devices(
-  batches: Iterable[np.ndarray], mesh: Mesh
-) -> Iterator[jax.Array]:
-  """Batches on the devices, some ahead of the one that is used."""
-  waiting = collections.deque()
-  for batch_BD in batches:
-    waiting.append(_put(batch_BD, mesh))
-    if len(waiting) >= _READ_AHEAD:
-      yield waiting.popleft()
-  yield from waiting
+  return jax.make_array_from_callback(
+    (size, data.manifest.d_model),
+    mesh_lib.sharding(mesh, 'BD'),
+    lambda index: read(*index[0].indices(size)[:2]),
+  )
 
 
 def _parts(state: TrainState) -> dict[str, Any]:
@@ -112,7 +105,13 @@ def restore(
 
 
 class Run:
-  """One autoencoder in training: its state and where it is written."""
+  """One autoencoder in training: its state and where it is written.
+
+  Attributes:
+    done: steps done.
+    latest: values of the last step that were taken in.
+    reading: how its batches come, which is told with them.
+  """
 
   def __init__(
     self,
@@ -121,6 +120,7 @@ class Run:
     mesh: Mesh,
     state: TrainState,
     data: store.Store,
+    batches: feed.Feed,
     checkpointer: ocp.training.Checkpointer,
   ):
     """Takes a state, which it gives away to its steps."""
@@ -130,6 +130,7 @@ class Run:
     self.done = self.first = int(state.step)
     self._mesh = mesh
     self._data = data
+    self._batches = batches
     self._checkpointer = checkpointer
     self._step = make_step(config, mesh)
     self._about = {
@@ -145,6 +146,7 @@ class Run:
     self._saved = self.done
     self._began = time.monotonic()
     self.latest = {}
+    self.reading = {}
 
   @property
   def finished(self) -> bool:
@@ -184,7 +186,10 @@ class Run:
     self._take(0)
     self._writer.flush()
     self._checkpointer.save_checkpointables_async(
-      self.done, _parts(self.state), force=True, custom_metadata=self._about
+      self.done,
+      _parts(self.state),
+      force=True,
+      custom_metadata=self._about | {'feed': self._batches.cursor(self.done)},
     )
     self._saved = self.done
 
@@ -218,22 +223,12 @@ class Run:
       if done % self.config.log_every == 0 or done == self.config.steps:
         seconds = time.monotonic() - self._began
         speed = (done - self.first) * self.config.batch_size / seconds
-        self._writer.write(done, values, {'tokens_per_s': speed})
+        told = {'tokens_per_s': speed} | self.reading
+        self._writer.write(done, values, told)
 
   def _not_finite(self, done: int, values: dict[str, float]) -> None:
     """Raises, or says which step was skipped, and what its batch is."""
-    order = feed.train_order(
-      self._data, self.config.order_seed, self.config.window_chunks
-    )
-    size = self.config.batch_size
-    rows = feed.rows_at(order, (done - 1) * size, size)
-    batch_BD = feed.Feed(self._data, order, size).batch(done - 1)
-    bad = rows[~np.isfinite(batch_BD).all(1)]
-    which = (
-      f'store row {bad[0]} is not finite, one of {len(bad)} such rows'
-      if len(bad)
-      else f'its {size} store rows, {rows[0]} to {rows[-1]}, are finite'
-    )
+    which = self._batches.describe(done - 1)
     said = (
       f'loss {values["loss"]:.6g}, gradient norm {values["grad_norm"]:.6g} at '
       f'step {done} of {self.workdir} (batch {done - 1} of order_seed '
@@ -279,7 +274,47 @@ def _profile(config: TrainConfig, workdir: str) -> Iterator[Callable]:
       jax.profiler.stop_trace()
 
 
-def run_all(runs: list[Run], batches: Iterable[np.ndarray], mesh: Mesh) -> None:
+class _Clock:
+  """How long the loop waits for batches, from the second on.
+
+  Before the second the first window is read, and the step is compiled.
+  """
+
+  def __init__(self, batches: feed.Feed):
+    self._batches = batches
+    self._began = None
+    self._waited = 0.0
+
+  def timed(self, items: Iterator[jax.Array]) -> Iterator[jax.Array]:
+    """The items, each of which is waited for."""
+    while True:
+      asked = time.monotonic()
+      item = next(items, None)
+      if item is None:
+        return
+      if self._began is None:
+        self._bytes = self._batches.bytes_read
+      else:
+        self._waited += time.monotonic() - asked
+      yield item
+      if self._began is None:
+        self._began = time.monotonic()
+
+  def told(self) -> dict[str, float]:
+    """The share of the time that was waited, and bytes read a second.
+
+    The device works on the step before meanwhile: it was idle no longer.
+    """
+    if self._began is None:
+      return {}
+    seconds = max(time.monotonic() - self._began, 1e-9)
+    return {
+      'feed_wait_share': self._waited / seconds,
+      'feed_bytes_per_s': (self._batches.bytes_read - self._bytes) / seconds,
+    }
+
+
+def run_all(runs: list[Run], batches: feed.Feed) -> None:
   """Trains all runs on the same batches, until the last is finished.
 
   A run that was saved later than the others waits until they have caught up.
@@ -287,12 +322,12 @@ def run_all(runs: list[Run], batches: Iterable[np.ndarray], mesh: Mesh) -> None:
 
   Args:
     runs: they share batch size and order.
-    batches: from the first step that any of them still has to do.
-    mesh: where the states lie.
+    batches: on the devices of their states.
   """
   config = runs[0].config
   start = min(run.done for run in runs)
   total = max(run.config.steps for run in runs)
+  clock = _Clock(batches)
   with (
     preemption.Notice() as notice,
     _profile(config, runs[0].workdir) as profile,
@@ -302,11 +337,13 @@ def run_all(runs: list[Run], batches: Iterable[np.ndarray], mesh: Mesh) -> None:
       desc='train' if len(runs) == 1 else f'train {len(runs)}',
       initial=start * config.batch_size,
     ) as bar,
+    contextlib.closing(batches.iterate(start, total)) as ready_batches,
   ):
-    for step, batch_BD in enumerate(_on_devices(batches, mesh), start + 1):
+    for step, batch_BD in enumerate(clock.timed(ready_batches), start + 1):
       profile(step, lambda: jax.block_until_ready([r.state for r in runs]))
       ready = [run for run in runs if run.done == step - 1 and not run.finished]
       for run in ready:
+        run.reading = clock.told()
         run.advance(batch_BD)
       for run in ready:
         run.due()
@@ -326,3 +363,10 @@ def run_all(runs: list[Run], batches: Iterable[np.ndarray], mesh: Mesh) -> None:
           run.save()
         logging.info('SIGTERM: saved after step %d', step)
         break
+  told = clock.told()
+  if told:
+    logging.info(
+      'batches were waited for %.1f %% of the time, %.1f MB/s were read',
+      100 * told['feed_wait_share'],
+      told['feed_bytes_per_s'] / 1e6,
+    )

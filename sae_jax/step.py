@@ -66,6 +66,12 @@ class TrainConfig(config_lib.Config):
   window_chunks: int = config_lib.option(
     64, 'chunks of the store whose rows are mixed', least=1
   )
+  lanes: int = config_lib.option(
+    0,
+    'parts of the order, of which a process reads those of its devices; they '
+    'divide batch_size; 0 for as many as the store is worth',
+    least=0,
+  )
   log_every: int = config_lib.option(
     10, 'steps between lines of metrics', least=1
   )

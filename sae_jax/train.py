@@ -17,6 +17,7 @@ from sae_jax import checkpoint, files, loop
 from sae_jax import config as config_lib
 from sae_jax import mesh as mesh_lib
 from sae_jax.activations import feed, store
+from sae_jax.activations import order as order_lib
 from sae_jax.step import abstract_state, init_state, TrainConfig, TrainState
 
 # What may change when a run is resumed: where it runs and what it tells.
@@ -44,6 +45,7 @@ _SHARED = (
   'batch_size',
   'order_seed',
   'window_chunks',
+  'lanes',
   'mesh_data',
   'mesh_latent',
 )
@@ -209,6 +211,11 @@ def train_many(
   mesh = mesh_lib.make_mesh(first.mesh_data, first.mesh_latent)
   for config in configs.values():
     check(config, data.manifest, mesh)
+  lanes = first.lanes or order_lib.lanes_for(data, first.batch_size)
+  order = order_lib.train_order(
+    data, first.order_seed, first.window_chunks, lanes
+  )
+  batches = feed.Feed(data, order, first.batch_size, mesh)
   with contextlib.ExitStack() as stack:
     states, runs = {}, []
     for workdir, config in configs.items():
@@ -226,16 +233,11 @@ def train_many(
         files.write_text(
           epath.Path(workdir) / 'config.json', config_lib.to_json(config)
         )
-      run = loop.Run(config, workdir, mesh, state, data, checkpointer)
+      run = loop.Run(config, workdir, mesh, state, data, batches, checkpointer)
       stack.callback(run.close)
       runs.append(run)
     if runs:
-      order = feed.train_order(data, first.order_seed, first.window_chunks)
-      batches = feed.Feed(data, order, first.batch_size).iterate(
-        min(run.done for run in runs), max(run.config.steps for run in runs)
-      )
-      stack.callback(batches.close)
-      loop.run_all(runs, batches, mesh)
+      loop.run_all(runs, batches)
     states |= {run.workdir: run.state for run in runs}
   return {workdir: states[workdir] for workdir in configs}
 

@@ -16,6 +16,7 @@ import pytest
 from sae_jax import checkpoint, loop, mesh, train
 from sae_jax import config as config_lib
 from sae_jax.activations import feed
+from sae_jax.activations import order as order_lib
 from sae_jax.step import abstract_state, TrainConfig
 from tests import planted, processes
 
@@ -110,8 +111,8 @@ def write_spoilt_store(url):
 
 def spoilt_step(config, data):
   """The first step whose batch holds the row."""
-  order = feed.train_order(data, config.order_seed, config.window_chunks)
-  places = feed.rows_at(order, 0, data.n_train)
+  order = order_lib.train_order(data, config.order_seed, config.window_chunks)
+  places = order.lane().rows_at(0, data.n_train)
   return int(np.argmax(places == SPOILT_ROW)) // config.batch_size + 1
 
 

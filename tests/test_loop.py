@@ -13,6 +13,7 @@ import pytest
 
 from sae_jax import checkpoint, loop, mesh, metrics, train
 from sae_jax.activations import feed
+from sae_jax.activations import order as order_lib
 from sae_jax.activations import store as store_lib
 from sae_jax.config import UserError
 from sae_jax.step import init_state
@@ -207,8 +208,8 @@ def test_steps_that_are_not_finite_are_skipped_and_told(
     sample_rows=50, steps=60, on_nonfinite='skip', checkpoint_every=0
   )
   data = store_lib.open_store(spoilt)
-  order = feed.train_order(data, 0, config.window_chunks)
-  places = feed.rows_at(order, 0, 60 * config.batch_size)
+  order = order_lib.train_order(data, 0, config.window_chunks)
+  places = order.lane().rows_at(0, 60 * config.batch_size)
   steps = np.flatnonzero(places == runs.SPOILT_ROW) // config.batch_size + 1
   assert len(steps) > 1
   workdir = str(tmp_path / 'run')
@@ -236,7 +237,9 @@ def fresh(store, tmp_path):
   state = init_state(config, devices, data.read_rows(0, 500))
   workdir = str(tmp_path / 'run')
   with checkpoint.open_checkpointer(workdir) as checkpointer:
-    run = loop.Run(config, workdir, devices, state, data, checkpointer)
+    order = order_lib.train_order(data, 0)
+    batches = feed.Feed(data, order, 64, devices)
+    run = loop.Run(config, workdir, devices, state, data, batches, checkpointer)
     yield run, devices
     run.close()
 

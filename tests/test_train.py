@@ -344,10 +344,18 @@ def test_processes_that_do_not_share_the_workdir_are_refused(tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(store, tmp_path):
-  """Two hosts with four devices each, the latents over all eight."""
+@pytest.mark.parametrize(
+  'flags',
+  [
+    # The latents over all eight devices of two hosts.
+    {'steps': 60, 'checkpoint_every': 20, 'mesh_latent': 8},
+    # Each host has half of the tokens, and reads a lane of its own.
+    {'steps': 40, 'mesh_latent': 4, 'lanes': 2},
+  ],
+)
+def test_two_processes_train_what_one_does(store, tmp_path, flags):
+  """Two hosts with four devices each."""
   two, one = str(tmp_path / 'two'), str(tmp_path / 'one')
-  flags = {'steps': 60, 'checkpoint_every': 20, 'mesh_latent': 8}
   both = runs.start_two(runs.command(store, two, **flags))
   for process in both:
     runs.ended(process)
