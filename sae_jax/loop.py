@@ -1,12 +1,12 @@
 """The loop over batches, for one run or many from one reading."""
 
 import collections
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 import contextlib
 import dataclasses
 import functools
 import time
-from typing import Any
+from typing import Any, Protocol
 
 from absl import logging
 from etils import epath
@@ -16,7 +16,7 @@ from orbax.checkpoint import v1 as ocp
 
 from sae_jax import checkpoint, metrics, optimizer, preemption, progress
 from sae_jax import mesh as mesh_lib
-from sae_jax.activations import feed, store
+from sae_jax.activations import store
 from sae_jax.step import (
   make_evaluation,
   make_step,
@@ -104,6 +104,27 @@ def restore(
   )
 
 
+class Batches(Protocol):
+  """What runs are trained on, `feed.Feed` or `stream.Feed`.
+
+  Attributes:
+    bytes_read: from a store, so far.
+  """
+
+  bytes_read: int
+
+  def iterate(
+    self, start_step: int, stop_step: int | None = None
+  ) -> Generator[jax.Array, None, None]:
+    """Batches of steps, on the devices; to be closed."""
+
+  def cursor(self, step: int) -> dict[str, Any]:
+    """What goes into a checkpoint to go on after a step."""
+
+  def describe(self, step: int) -> str:
+    """Where a step's batch comes from, and whether it is finite."""
+
+
 class Run:
   """One autoencoder in training: its state and where it is written.
 
@@ -120,7 +141,7 @@ class Run:
     mesh: Mesh,
     state: TrainState,
     data: store.Store,
-    batches: feed.Feed,
+    batches: Batches,
     checkpointer: ocp.training.Checkpointer,
   ):
     """Takes a state, which it gives away to its steps."""
@@ -280,7 +301,7 @@ class _Clock:
   Before the second the first window is read, and the step is compiled.
   """
 
-  def __init__(self, batches: feed.Feed):
+  def __init__(self, batches: Batches):
     self._batches = batches
     self._began = None
     self._waited = 0.0
@@ -314,7 +335,7 @@ class _Clock:
     }
 
 
-def run_all(runs: list[Run], batches: feed.Feed) -> None:
+def run_all(runs: list[Run], batches: Batches) -> None:
   """Trains all runs on the same batches, until the last is finished.
 
   A run that was saved later than the others waits until they have caught up.

@@ -38,6 +38,11 @@ class TrainConfig(config_lib.Config):
     'of the store, as it was before more was appended; 0 for the last',
     least=0,
   )
+  stream: bool = config_lib.option(
+    False,
+    'make activations as they are used, from the text after that of the '
+    'store, which says how and is what the run is scored on',
+  )
   batch_size: int = config_lib.option(2048, 'tokens per step', least=1)
   micro_batches: int = config_lib.option(
     1,

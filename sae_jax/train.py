@@ -16,7 +16,7 @@ import numpy as np
 from sae_jax import checkpoint, files, loop
 from sae_jax import config as config_lib
 from sae_jax import mesh as mesh_lib
-from sae_jax.activations import feed, store
+from sae_jax.activations import feed, store, stream
 from sae_jax.activations import order as order_lib
 from sae_jax.step import abstract_state, init_state, TrainConfig, TrainState
 
@@ -42,6 +42,7 @@ _MAY_CHANGE = frozenset(
 _SHARED = (
   'site',
   'store_version',
+  'stream',
   'batch_size',
   'order_seed',
   'window_chunks',
@@ -211,47 +212,70 @@ def train_many(
   mesh = mesh_lib.make_mesh(first.mesh_data, first.mesh_latent)
   for config in configs.values():
     check(config, data.manifest, mesh)
-  lanes = first.lanes or order_lib.lanes_for(data, first.batch_size)
-  order = order_lib.train_order(
-    data, first.order_seed, first.window_chunks, lanes
-  )
-  batches = feed.Feed(data, order, first.batch_size, mesh)
   with contextlib.ExitStack() as stack:
-    states, runs = {}, []
+    states, unfinished = {}, []
     for workdir, config in configs.items():
       mesh_lib.log_devices(workdir)
       _claim(workdir, stack)
       checkpointer = stack.enter_context(
         checkpoint.open_checkpointer(workdir, config.checkpoint_keep)
       )
-      state = _state(config, workdir, mesh, data, checkpointer)
+      state, cursor = _state(config, workdir, mesh, data, checkpointer)
       if int(state.step) >= config.steps:
         logging.info('%s is finished: step %d', workdir, int(state.step))
         states[workdir] = state
         continue
-      if jax.process_index() == 0:
-        files.write_text(
-          epath.Path(workdir) / 'config.json', config_lib.to_json(config)
+      unfinished.append((workdir, config, state, cursor, checkpointer))
+    if unfinished:
+      # Where the one begins that has done the least.
+      _, _, _, cursor, _ = min(unfinished, key=lambda run: int(run[2].step))
+      batches = _batches(first, data, mesh, cursor)
+      runs = []
+      for workdir, config, state, _, checkpointer in unfinished:
+        if jax.process_index() == 0:
+          files.write_text(
+            epath.Path(workdir) / 'config.json', config_lib.to_json(config)
+          )
+        run = loop.Run(
+          config, workdir, mesh, state, data, batches, checkpointer
         )
-      run = loop.Run(config, workdir, mesh, state, data, batches, checkpointer)
-      stack.callback(run.close)
-      runs.append(run)
-    if runs:
+        stack.callback(run.close)
+        runs.append(run)
       loop.run_all(runs, batches)
-    states |= {run.workdir: run.state for run in runs}
+      states |= {run.workdir: run.state for run in runs}
   return {workdir: states[workdir] for workdir in configs}
 
 
-def _state(config, workdir, mesh, data, checkpointer) -> TrainState:
-  """The state a run starts or goes on from."""
+def _batches(config, data, mesh, cursor) -> loop.Batches:
+  """What runs of this config are trained on."""
+  if config.stream:
+    return stream.Feed(
+      data,
+      config.batch_size,
+      config.order_seed,
+      config.window_chunks,
+      mesh,
+      cursor,
+    )
+  lanes = config.lanes or order_lib.lanes_for(data, config.batch_size)
+  order = order_lib.train_order(
+    data, config.order_seed, config.window_chunks, lanes
+  )
+  return feed.Feed(data, order, config.batch_size, mesh)
+
+
+def _state(
+  config, workdir, mesh, data, checkpointer
+) -> tuple[TrainState, dict[str, Any]]:
+  """The state a run starts or goes on from, and the cursor of its batches."""
   if checkpointer.latest is None:
     sample_BD = data.read_rows(0, min(config.sample_rows, data.n_train))
-    return init_state(config, mesh, sample_BD)
+    return init_state(config, mesh, sample_BD), {}
   about = checkpoint.about(checkpointer, checkpointer.latest.step)
   _check_same(config, workdir, data.about, about)
   state = loop.restore(checkpointer, abstract_state(config, mesh))
   logging.info('%s resumes after step %d', workdir, int(state.step))
-  return state
+  return state, about.get('feed', {})
 
 
 def _claim(workdir: str, stack: contextlib.ExitStack) -> None:

@@ -61,6 +61,7 @@ def _config(path, **changes):
       'chunk_rows': 32,
       'shard_rows': 64,
       'mask_norm_multiple': 0.0,
+      'mesh_data': 1,
     }
     | changes
   )

@@ -43,7 +43,9 @@ class Shards:
 
   def first_pool(self) -> list[tokenized.Context]:
     """The contexts that the mask is fitted to."""
-    self._ahead = list(itertools.islice(self._contexts, self._pool_size()))
+    self._ahead = list(
+      itertools.islice(self._contexts, pools.size(self._config))
+    )
     return self._ahead[:]
 
   def missing(self, process: tuple[int, int], bar: Any) -> Iterator[Work]:
@@ -62,7 +64,7 @@ class Shards:
       if record is not None:
         bar.update(record.rows)
       elif self.number % count == index:
-        size = self._pool_size()
+        size = pools.size(self._config)
         for start in range(0, len(contexts), size):
           yield Work(
             self.number,
@@ -70,9 +72,6 @@ class Shards:
             start + size >= len(contexts),
           )
       self.number += 1
-
-  def _pool_size(self):
-    return pools.BATCHES * self._config.batch_contexts
 
   def _take(self, record) -> list[tokenized.Context]:
     taken, rows, tokens = [], 0, 0

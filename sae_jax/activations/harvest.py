@@ -11,9 +11,11 @@ from typing import Any
 from absl import logging
 import jax
 import numpy as np
+import tokenizers
 
 import sae_jax
 from sae_jax import config as config_lib
+from sae_jax import mesh as mesh_lib
 from sae_jax import progress
 from sae_jax import subject as subject_lib
 from sae_jax.activations import corpus, cutting, layout, pools, tokenized
@@ -70,6 +72,17 @@ class HarvestConfig(config_lib.Config):
     least=0,
   )
   batch_contexts: int = option(16, 'contexts in a forward pass', least=1)
+  mesh_data: int = option(
+    0,
+    "parts of a forward pass's contexts, on the devices of this process; 0 for "
+    'all that mesh_latent leaves',
+    least=0,
+  )
+  mesh_latent: int = option(
+    1,
+    "parts of the subject's weights, for one too large for a device",
+    least=1,
+  )
   dtype: str = option(
     'float32', 'of the stored activations', ('float32', 'bfloat16')
   )
@@ -92,7 +105,7 @@ class HarvestConfig(config_lib.Config):
 # What says how much there should be, and not what a shard is like.
 _WANTED = ('n_tokens', 'holdout_fraction')
 # What changes nothing but how long it takes.
-_MACHINE = ('tokenizer_workers',)
+_MACHINE = ('tokenizer_workers', 'mesh_data', 'mesh_latent')
 
 
 def harvest(
@@ -137,16 +150,11 @@ def harvest(
       'store %s is finished: %d rows, nothing to do', store_url, finished.n_rows
     )
     return finished
+  mesh = _mesh(config)
   # The text is looked for before the subject is loaded: that takes seconds.
-  documents = corpus.documents(
-    config.sources,
-    config.seed,
-    config.max_contexts_per_document
-    * config.context_length
-    * _CHARACTERS_PER_TOKEN,
-  )
+  text = documents(config)
   if subject is None:
-    subject = subject_lib.load(config.subject)
+    subject = subject_lib.load(config.subject, mesh=mesh)
   if subject.name != config.subject:
     raise config_lib.UserError(
       f'the subject given is {subject.name}, the config says '
@@ -162,7 +170,7 @@ def harvest(
         f'site {site} is {widths[-1]} wide, {sites[0]} is {widths[0]}: a store '
         'has one width, harvest them apart'
       )
-  contexts = _contexts(config, documents, subject.tokenizer)
+  running = contexts(config, text, subject.tokenizer)
   plan = {
     name: value
     for name, value in dataclasses.asdict(config).items()
@@ -186,27 +194,84 @@ def harvest(
       software=_software(config),
     ),
   )
+  forward = pools.Forward(config, subject, tuple(sites), mesh)
   # Closed, so that no process that tokenizes is left.
-  with contextlib.closing(contexts):
-    return _run(config, subject, tuple(sites), contexts, writer, process)
+  with contextlib.closing(running):
+    return _run(config, forward, running, writer, process)
+
+
+def documents(config: HarvestConfig) -> Iterator[corpus.Document]:
+  """The text of a harvest, in its order.
+
+  Raises:
+    UserError: if a source is not there, or cannot be read.
+  """
+  return corpus.documents(
+    config.sources,
+    config.seed,
+    config.max_contexts_per_document
+    * config.context_length
+    * _CHARACTERS_PER_TOKEN,
+  )
+
+
+def contexts(
+  config: HarvestConfig,
+  text: Iterator[corpus.Document],
+  tokenizer: tokenizers.Tokenizer,
+  start: tokenized.Place = tokenized.START,
+) -> Iterator[tokenized.Context]:
+  """What the subject is to see; close it to end processes that tokenize.
+
+  Args:
+    config: of the harvest.
+    text: its `documents`.
+    tokenizer: the subject's.
+    start: where to begin.
+
+  Raises:
+    UserError: if the BOS is no token, or a document cannot be tokenized.
+  """
+  bos = tokenizer.token_to_id(config.bos) if config.bos else None
+  if config.bos and bos is None:
+    raise config_lib.UserError(
+      f'bos {config.bos!r} is no token of subject {config.subject}: use one '
+      'that is, or none'
+    )
+  return tokenized.contexts(
+    text,
+    tokenizer,
+    context_length=config.context_length,
+    max_contexts_per_document=config.max_contexts_per_document,
+    min_context_tokens=config.min_context_tokens,
+    pack=config.pack,
+    bos=bos,
+    workers=config.tokenizer_workers,
+    start=start,
+  )
+
+
+def _mesh(config: HarvestConfig) -> jax.sharding.Mesh:
+  """Devices of this process: all of them, or as many as are asked for."""
+  devices = jax.local_devices()
+  if config.mesh_data:
+    devices = devices[: config.mesh_data * config.mesh_latent]
+  return mesh_lib.make_mesh(config.mesh_data, config.mesh_latent, devices)
 
 
 def _run(
-  config, subject, sites, contexts, writer, process
+  config, forward, running, writer, process
 ) -> manifest_lib.Manifest | None:
   """The loop: pool n is dispatched, then pool n - 1 is stored."""
-  shards = cutting.Shards(config, contexts, writer)
+  shards = cutting.Shards(config, running, writer)
   first = shards.first_pool()
   if not first:
     raise _nothing_kept(config)
-  mask = pools.fit_mask(config, subject, sites, first, writer)
+  mask = forward.fit_mask(first, writer)
   shard, waiting = None, None
   with progress.bar(total=config.n_tokens, unit='tok', desc='harvest') as bar:
     for work in itertools.chain(shards.missing(process, bar), [None]):
-      running = work and (
-        work,
-        pools.dispatch(config, subject, sites, work.contexts),
-      )
+      running = work and (work, forward.dispatch(work.contexts))
       if waiting is not None:
         done, batches = waiting
         if shard is None:
@@ -273,10 +338,8 @@ class _Open:
     lengths = [len(context.tokens) for context in pool]
     positions = np.concatenate([context.positions for context in pool])
     allowed = pools.allowed(config, positions)
-    keep = allowed.copy()
-    for name, limit in zip(names, mask.norm_limit):
-      norm = np.concatenate(found[name][1])
-      keep &= np.isfinite(norm) & (norm <= limit)
+    norms = [np.concatenate(found[name][1]) for name in names]
+    keep = pools.kept(config, mask, positions, norms)
     self._shard.append(
       np.concatenate([context.tokens for context in pool]),
       np.concatenate([context.documents for context in pool]),
@@ -343,25 +406,6 @@ def _more(config, store_url, finished, subject) -> bool:
       f'({"; ".join(changes)}): use another folder or delete this one'
     )
   return longer
-
-
-def _contexts(config, documents, tokenizer) -> Iterator[tokenized.Context]:
-  bos = tokenizer.token_to_id(config.bos) if config.bos else None
-  if config.bos and bos is None:
-    raise config_lib.UserError(
-      f'bos {config.bos!r} is no token of subject {config.subject}: use one '
-      'that is, or none'
-    )
-  return tokenized.contexts(
-    documents,
-    tokenizer,
-    context_length=config.context_length,
-    max_contexts_per_document=config.max_contexts_per_document,
-    min_context_tokens=config.min_context_tokens,
-    pack=config.pack,
-    bos=bos,
-    workers=config.tokenizer_workers,
-  )
 
 
 def _software(config: HarvestConfig) -> dict[str, Any]:

@@ -7,18 +7,20 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
 from sae_jax import config as config_lib
+from sae_jax import mesh as mesh_lib
 from sae_jax.activations import layout, tokenized
-from sae_jax.subject import capture
+from sae_jax.subject import capture, sharding
 
 # Contexts are grouped by length within so many batches; the stream keeps
 # their order.
-BATCHES = 8
+_BATCHES = 8
 # Batches are padded to one of so many lengths, each compiled once.
 _LENGTHS = 4
-_MASK = 'mask.json'
+MASK = 'mask.json'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +29,11 @@ class Mask:
 
   median_norm: tuple[float, ...]
   norm_limit: tuple[float, ...]
+
+
+def size(config: Any) -> int:
+  """Contexts of a pool."""
+  return _BATCHES * config.batch_contexts
 
 
 def expected(config: Any, context: tokenized.Context) -> int:
@@ -39,49 +46,141 @@ def allowed(config: Any, positions: np.ndarray) -> np.ndarray:
   return positions > 0 if config.mask_first else np.ones(len(positions), bool)
 
 
-@functools.partial(jax.jit, static_argnames=('config', 'sites', 'dtype'))
-def _residuals(config, params, tokens_BT, sites, dtype):
+def kept(
+  config: Any, mask: Mask, positions: np.ndarray, norms: list[np.ndarray]
+) -> np.ndarray:
+  """Which tokens are kept by their place and norms, bool [l].
+
+  Args:
+    config: the HarvestConfig.
+    mask: which norms are.
+    positions: [l], places in the context.
+    norms: [l] of each site, in the mask's order.
+  """
+  keep = allowed(config, positions).copy()
+  for norm, limit in zip(norms, mask.norm_limit):
+    keep &= np.isfinite(norm) & (norm <= limit)
+  return keep
+
+
+@functools.partial(
+  jax.jit, static_argnames=('config', 'sites', 'dtype', 'mesh')
+)
+def _residuals(config, params, tokens_BT, sites, dtype, mesh):
   """Site -> activations as they are stored, and their norms."""
   found = {}
   captured = capture.capture_many(config, params, tokens_BT, sites)
   for site, resid_BTD in captured.items():
     norm_BT = jnp.linalg.norm(resid_BTD.astype(jnp.float32), axis=-1)
-    found[str(site)] = resid_BTD.astype(dtype), norm_BT
+    found[str(site)] = (
+      jax.lax.with_sharding_constraint(
+        resid_BTD.astype(dtype), sharding.tokens_sharding(mesh)
+      ),
+      # On every device, so that every process can read them.
+      jax.lax.with_sharding_constraint(
+        norm_BT, NamedSharding(mesh, PartitionSpec())
+      ),
+    )
   return found
 
 
-def dispatch(
-  config: Any,
-  subject: Any,
-  sites: tuple[capture.Site, ...],
-  pool: list[tokenized.Context],
-) -> list:
-  """Starts the forward passes of a pool, contexts of like length together.
+class Forward:
+  """The subject, and how it reads pools of contexts.
 
-  Args:
+  Attributes:
     config: the HarvestConfig.
-    subject: the language model.
-    sites: where it is read.
-    pool: contexts, of which a batch takes `batch_contexts`.
-
-  Returns:
-    What `collect` takes, while the device works.
+    mesh: of the devices that it works on.
+    names: of the sites that are read.
   """
-  unit = math.ceil(config.context_length / _LENGTHS)
-  by_length = sorted(range(len(pool)), key=lambda i: -len(pool[i].tokens))
-  batches = []
-  for start in range(0, len(pool), config.batch_contexts):
-    batch = by_length[start : start + config.batch_contexts]
-    longest = len(pool[batch[0]].tokens)
-    length = min(math.ceil(longest / unit) * unit, config.context_length)
-    tokens_BT = np.zeros((config.batch_contexts, length), np.int32)
-    for row, i in enumerate(batch):
-      tokens_BT[row, : len(pool[i].tokens)] = pool[i].tokens
-    outputs = _residuals(
-      subject.config, subject.params, tokens_BT, sites, config.dtype
+
+  def __init__(
+    self,
+    config: Any,
+    subject: Any,
+    sites: tuple[capture.Site, ...],
+    mesh: jax.sharding.Mesh,
+  ):
+    """Lays the subject over the mesh.
+
+    Args:
+      config: the HarvestConfig.
+      subject: the language model.
+      sites: where it is read.
+      mesh: contexts are split over its data axis, weights over the other.
+
+    Raises:
+      UserError: if a batch of contexts cannot be split so.
+    """
+    mesh_lib.check_divides(
+      'batch_contexts', config.batch_contexts, mesh, 'data'
     )
-    batches.append((batch, outputs))
-  return batches
+    self.config, self.mesh = config, mesh
+    self.names = tuple(map(str, sites))
+    self._sites, self._subject = sites, subject
+    self._params = jax.device_put(
+      subject.params, sharding.param_shardings(subject.config, mesh)
+    )
+
+  def dispatch(self, pool: list[tokenized.Context]) -> list:
+    """Starts the forward passes of a pool, contexts of like length together.
+
+    Returns:
+      What `collect` takes, while the device works: the contexts of each batch
+      and, by site, their activations [C, T, D] and norms [C, T].
+    """
+    config = self.config
+    unit = math.ceil(config.context_length / _LENGTHS)
+    by_length = sorted(range(len(pool)), key=lambda i: -len(pool[i].tokens))
+    batches = []
+    for start in range(0, len(pool), config.batch_contexts):
+      batch = by_length[start : start + config.batch_contexts]
+      longest = len(pool[batch[0]].tokens)
+      length = min(math.ceil(longest / unit) * unit, config.context_length)
+      tokens_BT = np.zeros((config.batch_contexts, length), np.int32)
+      for row, i in enumerate(batch):
+        tokens_BT[row, : len(pool[i].tokens)] = pool[i].tokens
+      outputs = _residuals(
+        self._subject.config,
+        self._params,
+        self._put(tokens_BT),
+        self._sites,
+        config.dtype,
+        self.mesh,
+      )
+      batches.append((batch, outputs))
+    return batches
+
+  def fit_mask(self, pool: list[tokenized.Context], writer: Any) -> Mask:
+    """The mask that the store has, or that its first pool gives.
+
+    Raises:
+      UserError: if a site of the pool is finite nowhere.
+    """
+    found = layout.read_json(writer.url, MASK, Mask)
+    if found is not None:
+      return found
+    batches, medians = self.dispatch(pool), []
+    for name in self.names:
+      _, norms = collect(pool, batches, name)
+      positions = np.concatenate([context.positions for context in pool])
+      finite = np.concatenate(norms)[allowed(self.config, positions)]
+      finite = finite[np.isfinite(finite)]
+      if not len(finite):
+        raise config_lib.UserError(
+          f'no activation at {name} of the first contexts is finite: '
+          "check the subject's weights"
+        )
+      medians.append(float(np.median(finite)))
+    times = self.config.mask_norm_multiple
+    limits = [times * median if times else math.inf for median in medians]
+    return writer.agree(MASK, Mask(tuple(medians), tuple(limits)))
+
+  def _put(self, tokens_BT: np.ndarray) -> jax.Array:
+    return jax.make_array_from_callback(
+      tokens_BT.shape,
+      sharding.tokens_sharding(self.mesh),
+      lambda index: tokens_BT[index],
+    )
 
 
 def collect(
@@ -91,7 +190,7 @@ def collect(
 
   Args:
     pool: the contexts.
-    batches: of `dispatch`, which are waited for.
+    batches: of `Forward.dispatch`, which are waited for.
     name: of the site.
 
   Returns:
@@ -104,35 +203,3 @@ def collect(
       length = len(pool[i].tokens)
       resid[i], norms[i] = resid_BTD[row, :length], norm_BT[row, :length]
   return resid, norms
-
-
-def fit_mask(
-  config: Any,
-  subject: Any,
-  sites: tuple[capture.Site, ...],
-  pool: list[tokenized.Context],
-  writer: Any,
-) -> Mask:
-  """The mask that the store has, or that its first pool gives.
-
-  Raises:
-    UserError: if a site of the pool is finite nowhere.
-  """
-  found = layout.read_json(writer.url, _MASK, Mask)
-  if found is not None:
-    return found
-  batches, medians = dispatch(config, subject, sites, pool), []
-  for name in writer.plan.sites:
-    _, norms = collect(pool, batches, name)
-    positions = np.concatenate([context.positions for context in pool])
-    finite = np.concatenate(norms)[allowed(config, positions)]
-    finite = finite[np.isfinite(finite)]
-    if not len(finite):
-      raise config_lib.UserError(
-        f'no activation at {name} of the first contexts is finite: '
-        "check the subject's weights"
-      )
-    medians.append(float(np.median(finite)))
-  multiple = config.mask_norm_multiple
-  limits = [multiple * median if multiple else math.inf for median in medians]
-  return writer.agree(_MASK, Mask(tuple(medians), tuple(limits)))

@@ -7,6 +7,7 @@ are cut. How many processes tokenize changes nothing.
 import collections
 from collections.abc import Callable, Iterable, Iterator
 import contextlib
+import itertools
 from multiprocessing import connection
 import os
 import queue
@@ -32,6 +33,23 @@ _BATCHES_AHEAD = 2
 _SECONDS_TO_END = 5
 
 
+class Place(NamedTuple):
+  """Where a context begins, from where `contexts` can go on.
+
+  Attributes:
+    document: the corpus's number of the document.
+    offset: tokens of it that come before, a BOS among them.
+    number: the document's number in the contexts.
+  """
+
+  document: int = 0
+  offset: int = 0
+  number: int = 0
+
+
+START = Place()
+
+
 class Context(NamedTuple):
   """Tokens the subject sees at once.
 
@@ -39,11 +57,13 @@ class Context(NamedTuple):
     tokens: int32 [l] token ids.
     documents: int32 [l] number of each token's document, ascending.
     sources: the source of each document of the context, in their order.
+    place: where it begins.
   """
 
   tokens: np.ndarray
   documents: np.ndarray
   sources: tuple[str, ...]
+  place: Place
 
   @property
   def positions(self) -> np.ndarray:
@@ -70,6 +90,7 @@ def contexts(
   pack: bool = False,
   bos: int | None = None,
   workers: int = 0,
+  start: Place = START,
 ) -> Iterator[Context]:
   """Contexts of documents, in their order.
 
@@ -89,6 +110,8 @@ def contexts(
       Else each document begins a context.
     bos: token id that is put before each document; None for none.
     workers: processes that tokenize; 0 to do it in this one.
+    start: the place of a context, with which they begin; documents before it
+      are not tokenized.
 
   Raises:
     UserError: if a number is out of range, the tokenizer cannot be read or
@@ -113,12 +136,17 @@ def contexts(
   if max_contexts_per_document is not None:
     limit = max_contexts_per_document * context_length
   join = _packed if pack else _cut
+  rest = itertools.dropwhile(lambda d: d.number < start.document, documents)
   return join(
-    tokenize(documents, tokenizer, workers),
+    _with_offsets(
+      tokenize(rest, tokenizer, workers),
+      limit,
+      np.array([] if bos is None else [bos], np.int32),
+      start,
+    ),
     context_length,
     min_context_tokens,
-    limit,
-    np.array([] if bos is None else [bos], np.int32),
+    start.number,
   )
 
 
@@ -160,33 +188,45 @@ def tokenize(
   return _tokenize_there(documents, sent, workers)
 
 
-def _cut(tokenized, length, least, limit, bos) -> Iterator[Context]:
-  number = 0
+def _with_offsets(tokenized, limit, bos, start):
+  """Documents, their tokens from an offset on, and the offset."""
   with contextlib.closing(tokenized):
     for document, tokens in tokenized:
-      if len(bos):
-        tokens = np.concatenate([bos, tokens])
-      tokens = tokens[:limit]
-      starts = range(0, len(tokens), length)
-      pieces = [tokens[start : start + length] for start in starts]
-      pieces = [p for p in pieces if len(p) >= least]
-      for piece in pieces:
-        numbers = np.full(len(piece), number, np.int32)
-        yield Context(piece, numbers, (document.source,))
-      number += bool(pieces)
+      if len(tokens):
+        tokens = np.concatenate([bos, tokens])[:limit]
+      offset = start.offset if document.number == start.document else 0
+      yield document, tokens[offset:], offset
 
 
-def _packed(tokenized, length, least, limit, bos) -> Iterator[Context]:
-  held, room, number = [], length, 0
+def _cut(tokenized, length, least, number) -> Iterator[Context]:
   with contextlib.closing(tokenized):
-    for document, tokens in tokenized:
+    for document, tokens, offset in tokenized:
+      found = False
+      for begin in range(0, len(tokens), length):
+        piece = tokens[begin : begin + length]
+        if len(piece) >= least:
+          found = True
+          yield Context(
+            piece,
+            np.full(len(piece), number, np.int32),
+            (document.source,),
+            Place(document.number, offset + begin, number),
+          )
+      number += found
+
+
+def _packed(tokenized, length, least, number) -> Iterator[Context]:
+  held, room = [], length
+  with contextlib.closing(tokenized):
+    for document, tokens, offset in tokenized:
       if not len(tokens):
         continue
-      tokens = np.concatenate([bos, tokens])[:limit]
       while len(tokens):
-        held.append((number, document.source, tokens[:room]))
-        room -= len(tokens[:room])
-        tokens = tokens[len(held[-1][2]) :]
+        part, tokens = tokens[:room], tokens[room:]
+        place = Place(document.number, offset, number)
+        held.append((part, document.source, place))
+        offset += len(part)
+        room -= len(part)
         if not room:
           yield _joined(held)
           held, room = [], length
@@ -195,12 +235,14 @@ def _packed(tokenized, length, least, limit, bos) -> Iterator[Context]:
       yield _joined(held)
 
 
-def _joined(held: list[tuple[int, str, np.ndarray]]) -> Context:
-  numbers, sources, tokens = zip(*held)
+def _joined(held: list[tuple[np.ndarray, str, Place]]) -> Context:
+  tokens, sources, places = zip(*held)
+  numbers = np.array([place.number for place in places], np.int32)
   return Context(
     np.concatenate(tokens),
-    np.repeat(np.array(numbers, np.int32), [len(part) for part in tokens]),
+    np.repeat(numbers, [len(part) for part in tokens]),
     sources,
+    places[0],
   )
 
 

@@ -1,0 +1,216 @@
+"""Streams: the rows a longer store would have had, mixed, and resumable."""
+
+import dataclasses
+import json
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from sae_jax import autoencoder, config, mesh, train
+from sae_jax import subject as subject_lib
+from sae_jax.activations import harvest, order, store, stream
+from sae_jax.step import TrainConfig
+from tests import planted, runs, test_harvest
+
+pytestmark = pytest.mark.fast
+texts = test_harvest.texts
+
+# Of eighty documents the store has some twenty.
+STORED = 300
+
+
+def _harvest(texts, url, **changes):
+  wanted = {'n_tokens': STORED, 'mask_norm_multiple': 2.0} | changes
+  made = test_harvest._config(texts, **wanted)
+  harvest.harvest(made, str(url), test_harvest._subject())
+  return store.open_store(str(url))
+
+
+def _feed(opened, cursor=None, data=1, batch=16, chunks=1, seed=3, latent=1):
+  made = mesh.make_mesh(data, latent, jax.devices()[: data * latent])
+  return stream.Feed(
+    opened, batch, seed, chunks, made, cursor, test_harvest._subject()
+  )
+
+
+def _batches(feed, start, stop):
+  return [np.asarray(batch_BD) for batch_BD in feed.iterate(start, stop)]
+
+
+@pytest.fixture
+def opened(texts, tmp_path):
+  return _harvest(texts, tmp_path / 'store')
+
+
+def _rest(texts, tmp_path, opened, **changes):
+  """Rows that a store of all text has of documents beyond the small one."""
+  whole = _harvest(texts, tmp_path / 'whole', n_tokens=10**6, **changes)
+  documents = whole.documents()[whole.stream_index()]
+  first = int(np.argmax(documents > opened.documents()[-1]))
+  return whole.read_rows(first, whole.manifest.n_rows)
+
+
+@pytest.mark.parametrize(
+  'changes',
+  [
+    {},
+    {'pack': True, 'bos': 'a'},
+    {'dtype': 'bfloat16', 'mask_first': False, 'mask_norm_multiple': 1.2},
+  ],
+)
+def test_an_epoch_is_what_a_longer_store_has_after_the_store(
+  texts, tmp_path, changes
+):
+  opened = _harvest(texts, tmp_path / 'store', **changes)
+  want_RD = _rest(texts, tmp_path, opened, **changes)
+  # The window in which the text ends has its beginning too.
+  (got_RD,) = _batches(_feed(opened, batch=2 * len(want_RD)), 0, 1)
+
+  def farthest(some_RD, from_RD, reduce=np.max):
+    return reduce([np.abs(row_D - from_RD).max(1).min() for row_D in some_RD])
+
+  atol = 0.05 if opened.manifest.dtype == 'bfloat16' else 1e-5
+  assert max(farthest(want_RD, got_RD), farthest(got_RD, want_RD)) < atol
+  # Control: the rows of the store are others.
+  stored_RD = opened.read_rows(0, opened.manifest.n_rows)
+  assert farthest(stored_RD, got_RD, np.median) > 0.1
+
+
+def test_the_order_is_that_of_the_windows(texts, tmp_path, opened):
+  want_RD = _rest(texts, tmp_path, opened)
+  feed = _feed(opened, batch=4)
+  windows = list(_windows(feed, 2))
+  got_RD = np.concatenate(_batches(feed, 0, sum(windows) // 4))
+  at = 0
+  for number, n_rows in enumerate(windows):
+    places = at + order.mixing(3, number, n_rows)
+    some = got_RD[at : at + n_rows]
+    np.testing.assert_allclose(some, want_RD[places][: len(some)], atol=1e-5)
+    at += n_rows
+
+
+def _windows(feed, count):
+  """Rows of the first windows."""
+  starts = []
+  for step, _ in enumerate(feed.iterate(0), 1):
+    cursor = feed.cursor(step)
+    if cursor['rows'] not in starts:
+      starts.append(cursor['rows'])
+    if len(starts) > count:
+      break
+  return np.diff(starts)
+
+
+@pytest.mark.parametrize('batch', [7, 16, 300])
+def test_it_goes_on_from_a_cursor_to_the_bit(opened, batch):
+  """Through windows, batches larger than one, and the text's end."""
+  steps = 1200 // batch
+  feed, cursors = _feed(opened, batch=batch), {}
+  whole = []
+  for step, batch_BD in enumerate(feed.iterate(0, steps), 1):
+    whole.append(np.asarray(batch_BD))
+    cursors[step] = json.loads(json.dumps(feed.cursor(step)))
+  assert len({cursor['window'] for cursor in cursors.values()}) > 2
+  for step in {1, steps // 3, steps // 2, steps - 1}:
+    rest = _batches(_feed(opened, cursors[step], batch=batch), step, steps)
+    runs.assert_same_bits(rest, whole[step:])
+    # Control: another window's cursor gives other rows.
+    wrong = cursors[step] | {'window': cursors[step]['window'] + 1}
+    other = _batches(_feed(opened, wrong, batch=batch), step, step + 1)
+    assert not np.array_equal(other[0], whole[step])
+
+
+def test_no_document_of_the_store_comes_and_the_text_begins_again(
+  opened, monkeypatch
+):
+  seen, whole = [], stream._Window.append
+
+  def append(self, pool):
+    seen.extend(pool)
+    whole(self, pool)
+
+  monkeypatch.setattr(stream._Window, 'append', append)
+  _batches(_feed(opened), 0, 400)
+  documents = np.concatenate([context.documents for context in seen])
+  last = opened.documents()[-1]
+  assert documents.min() == last + 1
+  assert set(documents) == set(range(last + 1, documents.max() + 1))
+  assert np.sum(np.diff(documents) < 0) >= 2
+
+
+@pytest.mark.parametrize(('data', 'latent'), [(2, 1), (4, 2), (1, 2)])
+def test_a_mesh_changes_nothing(opened, data, latent):
+  want = _batches(_feed(opened), 0, 40)
+  got = _batches(_feed(opened, data=data, latent=latent), 0, 40)
+  np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_seeds_mix_otherwise(opened):
+  one, other = (
+    np.concatenate(_batches(_feed(opened, seed=s), 0, 2)) for s in (0, 1)
+  )
+  assert np.mean(np.abs(one - other) > 1e-4) > 0.9
+
+
+def test_a_run_is_stopped_and_goes_on_to_the_bit(opened, tmp_path, monkeypatch):
+  subject = test_harvest._subject()
+  monkeypatch.setattr(subject_lib, 'load', lambda *args, **kwargs: subject)
+  made = planted.train_config(
+    sae=autoencoder.SaeConfig(d_model=16, n_latents=64, k=4),
+    stream=True, batch_size=32, eval_rows=24, mesh_data=4, mesh_latent=2,
+  )  # fmt: skip
+  whole, broken = str(tmp_path / 'whole'), str(tmp_path / 'broken')
+  train.train(made, opened.url, whole)
+  _break_off(17, made, broken, opened.url)
+  assert runs.saved_steps(broken) == [10]
+  train.train(made, opened.url, broken)
+  runs.assert_same_run(broken, whole)
+  # It is no run on the store.
+  stored = str(tmp_path / 'stored')
+  train.train(dataclasses.replace(made, stream=False), opened.url, stored)
+  assert runs.log(stored) != runs.log(whole)
+  with pytest.raises(config.UserError, match='stream: True -> False'):
+    train.train(dataclasses.replace(made, stream=False), opened.url, whole)
+
+
+def _break_off(step, made: TrainConfig, workdir, url):
+  iterate = stream.Feed.iterate
+
+  def breaks_off(self, start, stop):
+    for number, batch_BD in enumerate(iterate(self, start, stop), start):
+      if number == step:
+        raise runs.Stop
+      yield batch_BD
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(stream.Feed, 'iterate', breaks_off)
+    with pytest.raises(runs.Stop):
+      train.train(made, url, workdir)
+
+
+def test_what_cannot_be_streamed_is_refused(texts, tmp_path, opened):
+  planted.write_store(str(tmp_path / 'planted'))
+  with pytest.raises(config.UserError, match='not made by sae-harvest'):
+    _feed(store.open_store(str(tmp_path / 'planted')))
+  whole = _harvest(texts, tmp_path / 'whole', n_tokens=10**6)
+  with pytest.raises(config.UserError, match='no text after the documents'):
+    _feed(whole)
+  with pytest.raises(config.UserError, match='batch_contexts 4 must be a mul'):
+    _feed(opened, data=8)
+  subject = dataclasses.replace(test_harvest._subject(), weights_sha256='other')
+  with pytest.raises(config.UserError, match='is not the model store'):
+    stream.Feed(opened, 4, 0, 1, mesh.make_mesh(1, 8), None, subject)
+  texts.write_text(texts.read_text().replace('a', 'b'))
+  with pytest.raises(config.UserError, match='is not what store'):
+    _feed(opened)
+
+
+def test_a_mask_that_leaves_nothing_is_refused(opened):
+  path = pathlib.Path(opened.url, 'mask.json')
+  path.write_text(
+    json.dumps(json.loads(path.read_text()) | {'norm_limit': [0.0]})
+  )
+  with pytest.raises(config.UserError, match='leaves no token of a window'):
+    _batches(_feed(opened), 0, 1)
