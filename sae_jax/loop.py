@@ -295,7 +295,7 @@ def _profile(config: TrainConfig, workdir: str) -> Iterator[Callable]:
       jax.profiler.stop_trace()
 
 
-class _Clock:
+class Clock:
   """How long the loop waits for batches, from the second on.
 
   Before the second the first window is read, and the step is compiled.
@@ -348,7 +348,7 @@ def run_all(runs: list[Run], batches: Batches) -> None:
   config = runs[0].config
   start = min(run.done for run in runs)
   total = max(run.config.steps for run in runs)
-  clock = _Clock(batches)
+  clock = Clock(batches)
   with (
     preemption.Notice() as notice,
     _profile(config, runs[0].workdir) as profile,

@@ -84,6 +84,33 @@ def _residuals(config, params, tokens_BT, sites, dtype, mesh):
   return found
 
 
+def batches(
+  config: Any, pool: list[tokenized.Context]
+) -> list[tuple[list[int], np.ndarray]]:
+  """Batches of a pool, contexts of like length together.
+
+  Args:
+    config: the HarvestConfig.
+    pool: the contexts.
+
+  Returns:
+    Which contexts are in each batch, and their tokens, padded on the right,
+    int32 [C, T].
+  """
+  unit = math.ceil(config.context_length / _LENGTHS)
+  by_length = sorted(range(len(pool)), key=lambda i: -len(pool[i].tokens))
+  found = []
+  for start in range(0, len(pool), config.batch_contexts):
+    batch = by_length[start : start + config.batch_contexts]
+    longest = len(pool[batch[0]].tokens)
+    length = min(math.ceil(longest / unit) * unit, config.context_length)
+    tokens_BT = np.zeros((config.batch_contexts, length), np.int32)
+    for row, i in enumerate(batch):
+      tokens_BT[row, : len(pool[i].tokens)] = pool[i].tokens
+    found.append((batch, tokens_BT))
+  return found
+
+
 class Forward:
   """The subject, and how it reads pools of contexts.
 
@@ -122,33 +149,24 @@ class Forward:
     )
 
   def dispatch(self, pool: list[tokenized.Context]) -> list:
-    """Starts the forward passes of a pool, contexts of like length together.
+    """Starts the forward passes of a pool.
 
     Returns:
       What `collect` takes, while the device works: the contexts of each batch
       and, by site, their activations [C, T, D] and norms [C, T].
     """
-    config = self.config
-    unit = math.ceil(config.context_length / _LENGTHS)
-    by_length = sorted(range(len(pool)), key=lambda i: -len(pool[i].tokens))
-    batches = []
-    for start in range(0, len(pool), config.batch_contexts):
-      batch = by_length[start : start + config.batch_contexts]
-      longest = len(pool[batch[0]].tokens)
-      length = min(math.ceil(longest / unit) * unit, config.context_length)
-      tokens_BT = np.zeros((config.batch_contexts, length), np.int32)
-      for row, i in enumerate(batch):
-        tokens_BT[row, : len(pool[i].tokens)] = pool[i].tokens
+    found = []
+    for batch, tokens_BT in batches(self.config, pool):
       outputs = _residuals(
         self._subject.config,
         self._params,
         self._put(tokens_BT),
         self._sites,
-        config.dtype,
+        self.config.dtype,
         self.mesh,
       )
-      batches.append((batch, outputs))
-    return batches
+      found.append((batch, outputs))
+    return found
 
   def fit_mask(self, pool: list[tokenized.Context], writer: Any) -> Mask:
     """The mask that the store has, or that its first pool gives.
@@ -159,9 +177,9 @@ class Forward:
     found = layout.read_json(writer.url, MASK, Mask)
     if found is not None:
       return found
-    batches, medians = self.dispatch(pool), []
+    running, medians = self.dispatch(pool), []
     for name in self.names:
-      _, norms = collect(pool, batches, name)
+      _, norms = collect(pool, running, name)
       positions = np.concatenate([context.positions for context in pool])
       finite = np.concatenate(norms)[allowed(self.config, positions)]
       finite = finite[np.isfinite(finite)]
