@@ -8,16 +8,10 @@ from typing import Any
 
 from etils import epath
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import pre_tokenizers
 
 from sae_jax import config as config_lib
-
-# GGUF's tokenizer.ggml.token_type.
-_CONTROL = 3
-_USER_DEFINED = 4
-
-# tokenizer.ggml.pre -> whether each digit stands alone.
-_DIGITS_ALONE = {'smollm': True, 'gpt-2': False}
+from sae_jax.subject import gguf_tokenizer
 
 
 def from_metadata(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
@@ -30,45 +24,10 @@ def from_metadata(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
     metadata: key -> value of a GGUF file.
 
   Raises:
-    UserError: if it is not byte-level BPE with a known pre-tokenizer.
+    UserError: if it is neither byte-level BPE with a known pre-tokenizer nor
+      BPE of SentencePiece, or if a part of it is missing.
   """
-  model = metadata.get('tokenizer.ggml.model')
-  splitter = metadata.get('tokenizer.ggml.pre')
-  if model != 'gpt2' or splitter not in _DIGITS_ALONE:
-    raise config_lib.UserError(
-      f'tokenizer {model!r} with pre-tokenizer {splitter!r} is not supported: '
-      f"use a GGUF file with 'gpt2' and one of {', '.join(_DIGITS_ALONE)}"
-    )
-  for key in ('tokenizer.ggml.tokens', 'tokenizer.ggml.merges'):
-    if key not in metadata:
-      raise config_lib.UserError(
-        f'the GGUF file does not hold {key}: convert the model again'
-      )
-  texts = metadata['tokenizer.ggml.tokens']
-  merges = metadata['tokenizer.ggml.merges']
-  kinds = metadata.get('tokenizer.ggml.token_type', [])
-  result = tokenizers.Tokenizer(
-    models.BPE(
-      {text: i for i, text in enumerate(texts)},
-      [tuple(merge.split(' ')) for merge in merges],
-    )
-  )
-  stages = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
-  if _DIGITS_ALONE[splitter]:
-    stages.insert(0, pre_tokenizers.Digits(individual_digits=True))
-  result.pre_tokenizer = pre_tokenizers.Sequence(stages)
-  result.decoder = decoders.ByteLevel()
-  for kind, add in (
-    (_CONTROL, result.add_special_tokens),
-    (_USER_DEFINED, result.add_tokens),
-  ):
-    add(
-      [
-        tokenizers.AddedToken(text, special=kind == _CONTROL, normalized=False)
-        for text, its_kind in zip(texts, kinds)
-        if its_kind == kind
-      ]
-    )
+  result = gguf_tokenizer.build(metadata)
   result.encode_special_tokens = True
   return result
 
