@@ -64,7 +64,12 @@ def encode(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
 
 
 def decode(tokenizer: tokenizers.Tokenizer, tokens: Sequence[int]) -> str:
-  """The text of token ids, control tokens shown; undoes `encode`."""
+  """The text of token ids, control tokens shown.
+
+  It undoes `encode`, but for what the tokenizer takes for the same text:
+  GPT-NeoX's and Qwen's compose characters (NFC), and to SentencePiece '▁' is
+  a space.
+  """
   return tokenizer.decode(list(tokens), skip_special_tokens=False)
 
 
@@ -75,12 +80,14 @@ def token_strings(tokenizer: tokenizers.Tokenizer) -> list[str]:
   are not whole UTF-8 are shown like '\\xe2'. An id that no token has is
   shown as ''.
   """
-  added = tokenizer.get_added_tokens_decoder()
-  spell = _spell_bytes() if _is_byte_level(tokenizer) else _spell_pieces
+  byte_level = _is_byte_level(tokenizer)
+  spell = _spell_bytes() if byte_level else _spell_pieces
+  # Added tokens are not spelled in bytes; those of Gemma have '▁' in them.
+  whole = tokenizer.get_added_tokens_decoder() if byte_level else {}
   strings = []
   for i in range(tokenizer.get_vocab_size()):
     text = tokenizer.id_to_token(i) or ''
-    strings.append(text if i in added else spell(text))
+    strings.append(text if i in whole else spell(text))
   return strings
 
 
