@@ -96,6 +96,11 @@ def differing(tokenizer, ids_of):
   return sum(tokenizer_lib.encode(tokenizer, x) != ids_of(x) for x in TEXTS)
 
 
+def cuts(tokenizer):
+  """Where each of TEXTS is cut before merging, whatever the vocabulary."""
+  return [tokenizer.pre_tokenizer.pre_tokenize_str(text) for text in TEXTS]
+
+
 def published(pre):
   """A small tokenizer of the structure of a family's tokenizer.json."""
   pattern, composed, whole_first = PUBLISHED[pre]
@@ -161,6 +166,7 @@ def test_byte_level_ids_equal_the_published_pipeline(pre):
   metadata = as_metadata(reference, merges, pre)
   found = tokenizer_lib.from_metadata(metadata)
   assert differing(found, ids_of) == 0
+  assert cuts(found) == cuts(reference)
   whole = tokenizer_lib.encode(found, 'a jagged') == [
     reference.token_to_id('a'),
     reference.token_to_id('Ġjagged'),

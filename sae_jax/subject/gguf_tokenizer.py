@@ -196,7 +196,7 @@ def _merges(texts, kinds, scores) -> list[tuple[str, str]]:
     if kind == _NORMAL
   }
   pairs = [
-    (-score, -cut, -len(piece), piece[:cut], piece[cut:])
+    (-score, -cut, piece[:cut], piece[cut:])
     for piece, score in score_of.items()
     for cut in range(1, len(piece))
     if piece[:cut] in score_of and piece[cut:] in score_of
@@ -207,8 +207,8 @@ def _merges(texts, kinds, scores) -> list[tuple[str, str]]:
       'convert the model again with its tokenizer.model'
     )
   # Pairs that are alike stay in the vocabulary's order.
-  pairs.sort(key=lambda pair: pair[:3])
-  return [pair[3:] for pair in pairs]
+  pairs.sort(key=lambda pair: pair[:2])
+  return [pair[2:] for pair in pairs]
 
 
 def _add(result, texts, kinds, normalized) -> None:
