@@ -85,7 +85,7 @@ def texts():
     for _ in range(400)
   ]
   spaces = [' ' * n + 'x' for n in range(70)]
-  return ['', *CORPUS[: len(CORPUS) // 3], *made, *spaces]
+  return ['', 'a.\n/b', *CORPUS[: len(CORPUS) // 3], *made, *spaces]
 
 
 TEXTS = texts()
