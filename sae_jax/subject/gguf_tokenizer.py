@@ -138,9 +138,9 @@ def _sentencepiece(metadata) -> tokenizers.Tokenizer:
   """Of Llama 2, Mistral and Gemma."""
   kinds = _value(metadata, 'token_type')
   prefix = metadata.get('tokenizer.ggml.add_space_prefix', True)
-  # A user's token is looked for where '▁' already stands for spaces, or the
-  # prefix would count as one of its own: then it is spelled with spaces.
-  spelled = (' ', _SPACE) if not prefix else (_SPACE, ' ')
+  # SentencePiece looks for users' tokens after spaces became '▁'. With a prefix
+  # `tokenizers` can't, as the token itself would get one: it looks before.
+  spelled = (_SPACE, ' ') if prefix else (' ', _SPACE)
   texts = [
     text.replace(*spelled) if kind == _USER_DEFINED else text
     for text, kind in zip(_value(metadata, 'tokens'), kinds)
