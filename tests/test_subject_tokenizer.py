@@ -91,14 +91,16 @@ def test_control_tokens_in_a_text_are_text():
   'metadata, message',
   [
     (
-      small_metadata(**{'tokenizer.ggml.model': 'llama'}),
-      "tokenizer 'llama' with pre-tokenizer 'smollm' is not supported: "
-      "use a GGUF file with 'gpt2' and one of smollm, gpt-2",
+      small_metadata(**{'tokenizer.ggml.model': 't5'}),
+      "tokenizer 't5' with pre-tokenizer 'smollm' is not supported: "
+      "use a GGUF file with 'gpt2' and one of gpt-2, smollm, olmo, mpt, "
+      "llama-bpe, qwen2, tekken, or with 'llama'",
     ),
     (
-      small_metadata(**{'tokenizer.ggml.pre': 'qwen2'}),
-      "tokenizer 'gpt2' with pre-tokenizer 'qwen2' is not supported: "
-      "use a GGUF file with 'gpt2' and one of smollm, gpt-2",
+      small_metadata(**{'tokenizer.ggml.pre': 'qwen35'}),
+      "tokenizer 'gpt2' with pre-tokenizer 'qwen35' is not supported: "
+      "use a GGUF file with 'gpt2' and one of gpt-2, smollm, olmo, mpt, "
+      "llama-bpe, qwen2, tekken, or with 'llama'",
     ),
     (
       {

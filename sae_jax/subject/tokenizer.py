@@ -8,16 +8,10 @@ from typing import Any
 
 from etils import epath
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import pre_tokenizers
 
 from sae_jax import config as config_lib
-
-# GGUF's tokenizer.ggml.token_type.
-_CONTROL = 3
-_USER_DEFINED = 4
-
-# tokenizer.ggml.pre -> whether each digit stands alone.
-_DIGITS_ALONE = {'smollm': True, 'gpt-2': False}
+from sae_jax.subject import gguf_tokenizer
 
 
 def from_metadata(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
@@ -30,45 +24,10 @@ def from_metadata(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
     metadata: key -> value of a GGUF file.
 
   Raises:
-    UserError: if it is not byte-level BPE with a known pre-tokenizer.
+    UserError: if it is neither byte-level BPE with a known pre-tokenizer nor
+      BPE of SentencePiece, or if a part of it is missing.
   """
-  model = metadata.get('tokenizer.ggml.model')
-  splitter = metadata.get('tokenizer.ggml.pre')
-  if model != 'gpt2' or splitter not in _DIGITS_ALONE:
-    raise config_lib.UserError(
-      f'tokenizer {model!r} with pre-tokenizer {splitter!r} is not supported: '
-      f"use a GGUF file with 'gpt2' and one of {', '.join(_DIGITS_ALONE)}"
-    )
-  for key in ('tokenizer.ggml.tokens', 'tokenizer.ggml.merges'):
-    if key not in metadata:
-      raise config_lib.UserError(
-        f'the GGUF file does not hold {key}: convert the model again'
-      )
-  texts = metadata['tokenizer.ggml.tokens']
-  merges = metadata['tokenizer.ggml.merges']
-  kinds = metadata.get('tokenizer.ggml.token_type', [])
-  result = tokenizers.Tokenizer(
-    models.BPE(
-      {text: i for i, text in enumerate(texts)},
-      [tuple(merge.split(' ')) for merge in merges],
-    )
-  )
-  stages = [pre_tokenizers.ByteLevel(add_prefix_space=False)]
-  if _DIGITS_ALONE[splitter]:
-    stages.insert(0, pre_tokenizers.Digits(individual_digits=True))
-  result.pre_tokenizer = pre_tokenizers.Sequence(stages)
-  result.decoder = decoders.ByteLevel()
-  for kind, add in (
-    (_CONTROL, result.add_special_tokens),
-    (_USER_DEFINED, result.add_tokens),
-  ):
-    add(
-      [
-        tokenizers.AddedToken(text, special=kind == _CONTROL, normalized=False)
-        for text, its_kind in zip(texts, kinds)
-        if its_kind == kind
-      ]
-    )
+  result = gguf_tokenizer.build(metadata)
   result.encode_special_tokens = True
   return result
 
@@ -105,7 +64,12 @@ def encode(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
 
 
 def decode(tokenizer: tokenizers.Tokenizer, tokens: Sequence[int]) -> str:
-  """The text of token ids, control tokens shown; undoes `encode`."""
+  """The text of token ids, control tokens shown.
+
+  It undoes `encode`, but for what the tokenizer takes for the same text:
+  GPT-NeoX's and Qwen's compose characters (NFC), and to SentencePiece '▁' is
+  a space.
+  """
   return tokenizer.decode(list(tokens), skip_special_tokens=False)
 
 
@@ -116,12 +80,14 @@ def token_strings(tokenizer: tokenizers.Tokenizer) -> list[str]:
   are not whole UTF-8 are shown like '\\xe2'. An id that no token has is
   shown as ''.
   """
-  added = tokenizer.get_added_tokens_decoder()
-  spell = _spell_bytes() if _is_byte_level(tokenizer) else _spell_pieces
+  byte_level = _is_byte_level(tokenizer)
+  spell = _spell_bytes() if byte_level else _spell_pieces
+  # Added tokens are not spelled in bytes; those of Gemma have '▁' in them.
+  whole = tokenizer.get_added_tokens_decoder() if byte_level else {}
   strings = []
   for i in range(tokenizer.get_vocab_size()):
     text = tokenizer.id_to_token(i) or ''
-    strings.append(text if i in added else spell(text))
+    strings.append(text if i in whole else spell(text))
   return strings
 
 
