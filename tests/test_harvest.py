@@ -12,7 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from sae_jax import config as config_lib
 from sae_jax import subject as subject_lib
-from sae_jax.activations import corpus, harvest, layout, store
+from sae_jax.activations import corpus, harvest, layout, pools, store
 from sae_jax.activations import writer as writer_lib
 from sae_jax.subject import capture, transformer
 from tests import fake_gcs, gcs_clients, gcs_faults
@@ -215,6 +215,27 @@ def test_the_median_is_that_of_the_first_contexts(texts, tmp_path):
 
 
 @pytest.mark.fast
+def test_no_context_is_read_twice(texts, tmp_path, monkeypatch):
+  """The pool that the mask is fitted to is stored, unless it was before."""
+  seen, run = [], pools._residuals
+
+  def counted(config, params, tokens_BT, *rest):
+    seen.append(np.asarray(tokens_BT))
+    return run(config, params, tokens_BT, *rest)
+
+  monkeypatch.setattr(pools, '_residuals', counted)
+  config = _config(texts, shard_rows=4096, mask_norm_multiple=10.0)
+  _run(config, tmp_path / 'store')
+  read = [row for tokens in seen for row in tokens if row.any()]
+  want = _expected_contexts(config)
+  assert len(read) == len(want)
+  # Control: shards that end before the pool does have pools of their own.
+  seen.clear()
+  _run(_config(texts, mask_norm_multiple=10.0), tmp_path / 'small')
+  again = [row for tokens in seen for row in tokens if row.any()]
+  assert len(again) > len(want)
+
+
 def test_activations_that_are_not_finite_are_masked(texts, tmp_path):
   subject = _subject()
   params = dict(subject.params)
@@ -523,3 +544,39 @@ def test_the_packaged_subject_s_sinks_are_found_by_their_norm(tmp_path):
   # All first tokens, and hardly another.
   firsts = (opened.positions() == 0).sum()
   assert firsts <= manifest.mask['masked_norm'] <= firsts + 5
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(('data', 'latent'), [(4, 1), (2, 2)])
+def test_a_mesh_harvests_the_same_rows(texts, tmp_path, data, latent):
+  """And resumes what another began: where it runs is not part of a plan."""
+  alone = _run(_config(texts), tmp_path / 'alone')
+  spread = _config(texts, mesh_data=data, mesh_latent=latent)
+  _run(spread, tmp_path / 'spread')
+  rows = [
+    store.open_store(str(tmp_path / name)).read_rows(0, alone.n_rows)
+    for name in ('alone', 'spread')
+  ]
+  np.testing.assert_allclose(*rows, atol=2e-5)
+  _run(dataclasses.replace(spread, n_tokens=10**6), tmp_path / 'alone')
+  with pytest.raises(config_lib.UserError, match='batch_contexts 4 must be'):
+    _run(_config(texts, mesh_data=8), tmp_path / 'other')
+
+
+@pytest.mark.fast
+def test_the_mesh_is_used(texts, tmp_path, monkeypatch):
+  placed, run = [], pools._residuals
+
+  def counted(config, params, tokens_BT, *rest):
+    shard = params['blocks']['gate'].addressable_shards[0].data
+    placed.append(
+      (
+        tokens_BT.addressable_shards[0].data.shape[0],
+        shard.size / params['blocks']['gate'].size,
+      )
+    )
+    return run(config, params, tokens_BT, *rest)
+
+  monkeypatch.setattr(pools, '_residuals', counted)
+  _run(_config(texts, mesh_data=2, mesh_latent=2), tmp_path / 'spread')
+  assert set(placed) == {(2, 0.5)}
