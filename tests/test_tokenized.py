@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import numpy as np
 import pytest
@@ -49,6 +50,7 @@ def same(found, wanted):
     np.testing.assert_array_equal(a.tokens, b.tokens)
     np.testing.assert_array_equal(a.documents, b.documents)
     assert a.sources == b.sources
+    assert a.place == b.place
 
 
 @pytest.mark.fast
@@ -134,6 +136,42 @@ def test_packed_documents_are_cut_off_and_a_short_end_left_out():
     pack=True,
   )
   assert [len(c.tokens) for c in kept] == [16, 16, 16, 16, 5]
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize('bos', [None, BOS])
+@pytest.mark.parametrize('pack', [False, True])
+def test_contexts_go_on_from_the_place_of_any(pack, bos):
+  seen = []
+
+  def encode(text):
+    seen.append(text)
+    return byte_tokenizer().encode(text)
+
+  def contexts(**start):
+    return tokenized.contexts(
+      documents(LENGTHS),
+      types.SimpleNamespace(encode=encode),
+      context_length=16,
+      max_contexts_per_document=5,
+      min_context_tokens=2,
+      pack=pack,
+      bos=bos,
+      **start,
+    )
+
+  whole = list(contexts())
+  assert len(whole) > 15
+  for number, context in enumerate(whole):
+    seen.clear()
+    same(contexts(start=context.place), whole[number:])
+    # What is before is not tokenized.
+    texts = [document.text for document in documents(LENGTHS)]
+    assert seen == texts[context.place.document :]
+  # Control: an offset or a number that is another is seen.
+  wrong = whole[3].place._replace(offset=whole[3].place.offset + 1)
+  with pytest.raises(AssertionError):
+    same(contexts(start=wrong), whole[3:])
 
 
 @pytest.mark.fast
