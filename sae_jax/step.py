@@ -43,6 +43,12 @@ class TrainConfig(config_lib.Config):
     'make activations as they are used, from the text after that of the '
     'store, which says how and is what the run is scored on',
   )
+  tokenizer_workers: int = config_lib.option(
+    0,
+    'processes that tokenize for a stream, 0 for this one; the batches do not '
+    'depend on it',
+    least=0,
+  )
   batch_size: int = config_lib.option(2048, 'tokens per step', least=1)
   micro_batches: int = config_lib.option(
     1,

@@ -25,6 +25,7 @@ _MAY_CHANGE = frozenset(
   (
     'site',
     'store_version',
+    'tokenizer_workers',
     'mesh_data',
     'mesh_latent',
     'micro_batches',
@@ -256,6 +257,7 @@ def _batches(config, data, mesh, cursor) -> loop.Batches:
       config.window_chunks,
       mesh,
       cursor,
+      workers=config.tokenizer_workers,
     )
   lanes = config.lanes or order_lib.lanes_for(data, config.batch_size)
   order = order_lib.train_order(

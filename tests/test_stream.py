@@ -147,6 +147,16 @@ def test_a_mesh_changes_nothing(opened, data, latent):
   np.testing.assert_allclose(got, want, atol=2e-5)
 
 
+@pytest.mark.slow
+def test_processes_that_tokenize_change_nothing(opened):
+  made = mesh.make_mesh(1, 1, jax.devices()[:1])
+  subject = test_harvest._subject()
+  with_two = stream.Feed(opened, 16, 3, 1, made, None, subject, workers=2)
+  runs.assert_same_bits(
+    _batches(with_two, 0, 20), _batches(_feed(opened), 0, 20)
+  )
+
+
 def test_seeds_mix_otherwise(opened):
   one, other = (
     np.concatenate(_batches(_feed(opened, seed=s), 0, 2)) for s in (0, 1)

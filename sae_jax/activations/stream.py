@@ -140,6 +140,7 @@ class Feed:
     mesh: jax.sharding.Mesh,
     cursor: dict[str, Any] | None = None,
     subject: subject_lib.Subject | None = None,
+    workers: int = 0,
   ):
     """Reads text up to the end of the store's, or to the cursor.
 
@@ -152,6 +153,7 @@ class Feed:
       mesh: of the subject and of the batches.
       cursor: of the run that goes on; None for one that begins.
       subject: the subject, if it is loaded already.
+      workers: processes that tokenize, 0 for this one.
 
     Raises:
       UserError: if the store was not harvested, its text or subject changed, or
@@ -164,7 +166,10 @@ class Feed:
         f'store {store.url} was not made by sae-harvest, it has no '
         f'{pools.MASK}: harvest a small one to stream on from'
       )
-    config = config_lib.from_dict(harvest.HarvestConfig, manifest.config)
+    config = dataclasses.replace(
+      config_lib.from_dict(harvest.HarvestConfig, manifest.config),
+      tokenizer_workers=workers,
+    )
     self._config, self._store = config, store
     self._batch_size, self._seed = batch_size, seed
     if subject is None:
