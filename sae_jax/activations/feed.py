@@ -62,7 +62,7 @@ class Feed:
     self._stretches = self._needed()
     numbers = sorted({number for number, _, _, _ in self._stretches})
     self._lanes = {number: order.lane(number) for number in numbers}
-    self._windows = {}
+    self._windows, self._spare = {}, []
     self._lock = threading.Lock()
     self.bytes_read = 0
 
@@ -97,7 +97,12 @@ class Feed:
       self._hold([*needed, *map(self._after, needed)])
       for window, begin, end, at in pieces:
         data, mixing = self._wait(window)
-        rows_BD[at : at + end - begin] = data[mixing[begin:end]]
+        # Clipping, which never happens, spares a copy of all of it.
+        some, out = mixing[begin:end], rows_BD[at : at + end - begin]
+        if data.dtype == out.dtype:
+          np.take(data, some, axis=0, out=out, mode='clip')
+        else:
+          out[:] = data[some]
     return rows_BD
 
   def iterate(
@@ -169,14 +174,24 @@ class Feed:
       ],
     )
 
+  def _empty(self) -> np.ndarray:
+    """Room for any window."""
+    order, source = self._order, self._store.activations
+    chunks = min(order.n_chunks, -(-order.window_chunks // order.lanes))
+    return np.empty(
+      (chunks * order.chunk_rows, source.shape[1]), source.dtype.numpy_dtype
+    )
+
   def _after(self, window: tuple[int, int, int]) -> tuple[int, int, int]:
     lane, *place = window
     return lane, *self._lanes[lane].after(*place)
 
   def _hold(self, windows: list[tuple[int, int, int]]) -> None:
     """Starts reading windows that are not in memory and drops all others."""
-    wanted = set(windows)
-    self._windows = {w: d for w, d in self._windows.items() if w in wanted}
+    for window in set(self._windows).difference(windows):
+      data, _, reads = self._windows.pop(window)
+      if not reads:
+        self._spare.append(data.base)
     for window in windows:
       if window not in self._windows:
         self._windows[window] = self._read(*window)
@@ -186,7 +201,10 @@ class Feed:
   ) -> tuple[np.ndarray, np.ndarray, list]:
     rows, mixing = self._lanes[lane].rows(epoch, window)
     source = self._store.activations
-    data = np.empty((len(rows), source.shape[1]), source.dtype.numpy_dtype)
+    # Memory is used again: the kernel takes as long to clear new pages as
+    # reading them takes.
+    spare = self._spare.pop() if self._spare else self._empty()
+    data = spare[: len(rows)]
     target, reads, filled = ts.array(data), [], 0
     starts, sizes = self._lanes[lane].chunks(epoch, window)
     places = self._store.places(starts)

@@ -85,9 +85,8 @@ class Store:
       UserError: if they cannot be read.
     """
     self._check_rows(start, stop - 1, stop == start)
-    return self._parts(self.activations, self.starts, start, stop).astype(
-      np.float32
-    )
+    rows_RD = self._parts(self.activations, self.starts, start, stop)
+    return rows_RD.astype(np.float32, copy=False)
 
   def gather(self, rows: np.ndarray) -> np.ndarray:
     """Activations of any rows in the order given, [len(rows), D] float32.
@@ -99,7 +98,8 @@ class Store:
     rows = np.asarray(rows, np.int64)
     if rows.size:
       self._check_rows(rows.min(), rows.max())
-    return self._read(self.activations[self.places(rows)]).astype(np.float32)
+    rows_RD = self._read(self.activations[self.places(rows)])
+    return rows_RD.astype(np.float32, copy=False)
 
   def tokens(self) -> np.ndarray:
     """Token ids of the whole stream, int32 [L]."""
