@@ -5,7 +5,7 @@ prints one JSON line: the share of latents that fired on none of the last
 --window tokens of training (Gao et al. 2024, section 2.4, figure 5), and NMSE
 on held-out rows. Killed, the same command goes on.
 
-  sae-harvest --store=runs/500k --n_tokens=500000
+  sae-harvest --store=runs/500k --n_tokens=500000 --mask_norm_multiple=10
   python -m experiments.dead_latents --store=runs/500k --workdir=runs/dead
 """
 

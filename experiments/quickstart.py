@@ -43,7 +43,12 @@ def stages(
   config: QuickstartConfig,
 ) -> tuple[HarvestConfig, TrainConfig, report_lib.ProbeConfig, BrowseConfig]:
   """The configs of the four stages."""
-  harvesting = HarvestConfig(n_tokens=config.n_tokens, seed=config.seed)
+  harvesting = HarvestConfig(
+    n_tokens=config.n_tokens,
+    # A token in eight thousand is a sink with a hundred times the norm.
+    mask_norm_multiple=10.0,
+    seed=config.seed,
+  )
   training = TrainConfig(
     sae=SaeConfig(n_latents=config.n_latents, k=config.k),
     # The paper's 10 million tokens of silence are more than this run has.

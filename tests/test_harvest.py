@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 
 import jax
 import numpy as np
@@ -175,7 +176,7 @@ def test_short_sources_give_what_they_have(texts, tmp_path, caplog):
 
 
 @pytest.mark.fast
-def test_loud_tokens_are_masked_and_counted(tmp_path):
+def test_loud_tokens_are_masked_and_counted(tmp_path, caplog):
   path = tmp_path / 'loud.jsonl'
   lines = [f'{i:02} abc~defgh ijk' for i in range(40)]
   path.write_text(''.join(json.dumps({'text': t}) + '\n' for t in lines))
@@ -193,6 +194,7 @@ def test_loud_tokens_are_masked_and_counted(tmp_path):
   assert masked.mask['masked_norm'] == 40
   norms = np.linalg.norm(opened.read_rows(0, masked.n_rows), axis=1)
   assert norms.max() <= 10 * masked.mask['median_norm'][str(SITE)]
+  assert 'attention sinks' not in caplog.text
   # Without the rules these rows are there, and loud.
   config = _config(path, mask_norm_multiple=0.0, mask_first=False)
   everything = _run(config, tmp_path / 'all')
@@ -201,6 +203,8 @@ def test_loud_tokens_are_masked_and_counted(tmp_path):
   norms = np.linalg.norm(opened.read_rows(0, len(stream)), axis=1)
   assert (norms > 10 * masked.mask['median_norm'][str(SITE)]).sum() == 40
   assert everything.mask['masked_norm'] == 0
+  told = r'32 of the first 512 tokens at .* more than 10 times the median'
+  assert re.search(told, caplog.text)
 
 
 @pytest.mark.fast
@@ -536,6 +540,7 @@ def test_the_packaged_subject_s_sinks_are_found_by_their_norm(tmp_path):
     context_length=64,
     max_contexts_per_document=2,
     mask_first=False,
+    mask_norm_multiple=10.0,
   )
   manifest = harvest.harvest(config, str(tmp_path))
   opened = store.open_store(str(tmp_path))

@@ -95,9 +95,9 @@ class HarvestConfig(config_lib.Config):
     True, 'leave out the first token of each context, an attention sink'
   )
   mask_norm_multiple: float = option(
-    10.0,
-    'leave out tokens whose norm is beyond this multiple of the median; 0 '
-    'keeps all',
+    0.0,
+    'leave out tokens whose norm is beyond this multiple of the median, '
+    'attention sinks; 0 keeps all, 10 is usual',
   )
   seed: int = option(0, 'sets the order of documents')
 

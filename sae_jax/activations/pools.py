@@ -6,6 +6,7 @@ import math
 import operator
 from typing import Any
 
+from absl import logging
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
@@ -22,6 +23,8 @@ _BATCHES = 8
 # Batches are padded to one of so many lengths, each compiled once.
 _LENGTHS = 4
 MASK = 'mask.json'
+# Norms of tokens that are no sinks stay within so many medians.
+_SINK = 10
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,6 +202,18 @@ class Forward:
           "check the subject's weights"
         )
       medians.append(float(np.median(finite)))
+      loud = int((finite > _SINK * medians[-1]).sum())
+      if loud and not self.config.mask_norm_multiple:
+        logging.warning(
+          '%d of the first %d tokens at %s have more than %d times the median '
+          'norm, as attention sinks do: --mask_norm_multiple=%d leaves such '
+          'out',
+          loud,
+          len(finite),
+          name,
+          _SINK,
+          _SINK,
+        )
     self._fitted = pool, running
     times = self.config.mask_norm_multiple
     limits = [times * median if times else math.inf for median in medians]
