@@ -224,3 +224,28 @@ def test_a_mask_that_leaves_nothing_is_refused(opened):
   )
   with pytest.raises(config.UserError, match='leaves no token of a window'):
     _batches(_feed(opened), 0, 1)
+
+
+@pytest.mark.slow
+def test_two_processes_stream_what_one_does(texts, tmp_path):
+  """Two hosts of four devices: contexts, weights and latents over all."""
+  folder = str(tmp_path / 'subject')
+  subject_lib.save(test_harvest._subject(), folder)
+  url = str(tmp_path / 'store')
+  made = test_harvest._config(
+    texts, subject=folder, n_tokens=STORED, batch_contexts=8
+  )
+  harvest.harvest(made, url)
+  flags = {
+    'steps': 16, 'stream': True, 'eval_rows': 24, 'mesh_data': 4,
+    'mesh_latent': 2, 'checkpoint_every': 8,
+  }  # fmt: skip
+  two, one = str(tmp_path / 'two'), str(tmp_path / 'one')
+  for process in runs.start_two(runs.command(url, two, **flags)):
+    runs.ended(process)
+  runs.run(runs.command(url, one, **flags), devices=8)
+  got, want = runs.rows(two), runs.rows(one)
+  assert len(got) == len(want) > 12
+  for a, b in zip(got, want):
+    for name in b:
+      np.testing.assert_allclose(a[name], b[name], rtol=1e-3, atol=1e-6)
