@@ -24,8 +24,14 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
     path.write_bytes(data)
     return
   partial = path.parent / f'.{path.name}.{os.getpid()}.partial'
-  partial.write_bytes(data)
-  partial.replace(path)
+  try:
+    partial.write_bytes(data)
+    partial.replace(path)
+  except OSError:
+    # A full disk needs the room; where nothing can be written none is there.
+    with contextlib.suppress(OSError):
+      partial.unlink(missing_ok=True)
+    raise
 
 
 def write_text(path: epath.PathLike, text: str) -> None:

@@ -214,10 +214,10 @@ def train_many(
     for workdir, config in configs.items():
       mesh_lib.log_devices(workdir)
       _claim(workdir, stack)
-      checkpointer = stack.enter_context(
-        checkpoint.open_checkpointer(workdir, config.checkpoint_keep)
+      saver = stack.enter_context(
+        checkpoint.Saver(workdir, config.checkpoint_keep)
       )
-      state = _state(config, workdir, mesh, data, checkpointer)
+      state = _state(config, workdir, mesh, data, saver.checkpointer)
       if int(state.step) >= config.steps:
         logging.info('%s is finished: step %d', workdir, int(state.step))
         states[workdir] = state
@@ -226,7 +226,7 @@ def train_many(
         files.write_text(
           epath.Path(workdir) / 'config.json', config_lib.to_json(config)
         )
-      run = loop.Run(config, workdir, mesh, state, data, checkpointer)
+      run = loop.Run(config, workdir, mesh, state, data, saver)
       stack.callback(run.close)
       runs.append(run)
     if runs:

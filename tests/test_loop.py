@@ -235,8 +235,8 @@ def fresh(store, tmp_path):
   data, devices = store_lib.open_store(store), mesh.make_mesh(1, 8)
   state = init_state(config, devices, data.read_rows(0, 500))
   workdir = str(tmp_path / 'run')
-  with checkpoint.open_checkpointer(workdir) as checkpointer:
-    run = loop.Run(config, workdir, devices, state, data, checkpointer)
+  with checkpoint.Saver(workdir) as saver:
+    run = loop.Run(config, workdir, devices, state, data, saver)
     yield run, devices
     run.close()
 

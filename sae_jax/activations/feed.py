@@ -20,7 +20,6 @@ import numpy as np
 import tensorstore as ts
 
 from sae_jax import config
-from sae_jax.activations import layout
 from sae_jax.activations import store as store_lib
 
 _GAMMA = np.uint64(0x9E3779B97F4A7C15)
@@ -295,7 +294,7 @@ class Feed:
     except ValueError as error:
       del self._windows[window]
       raise config.UserError(
-        f'cannot read store {self._store.url}: {layout.reason(error)}: '
+        f'cannot read store {self._store.url}: {config.reason(error)}: '
         'check the path and your access, or harvest it again'
       ) from error
     reads.clear()

@@ -143,7 +143,7 @@ class StoreWriter:
 
   def _error(self, error: Exception) -> config.UserError:
     return config.UserError(
-      f'cannot write store {self.url}: {layout.reason(error)}: '
+      f'cannot write store {self.url}: {config.reason(error)}: '
       'check the path, free space and your access'
     )
 
