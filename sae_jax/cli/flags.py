@@ -131,7 +131,7 @@ def run(main: Callable[[], Any], description: str) -> None:
     except OSError as error:
       if flags.FLAGS.debug:
         raise
-      _fail(f'{error}: check the path and its permissions', _USER_ERROR)
+      _fail(f'{error}: check the path, free space and your access', _USER_ERROR)
     except (FloatingPointError, jax.errors.JaxRuntimeError) as error:
       if flags.FLAGS.debug:
         raise
