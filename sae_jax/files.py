@@ -42,7 +42,8 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
     with contextlib.suppress(OSError):
       partial.unlink(missing_ok=True)
     # What a write raises names no file.
-    raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+    error.filename = os.fspath(path)
+    raise
 
 
 def write_text(path: epath.PathLike, text: str) -> None:

@@ -6,13 +6,12 @@ a folder should be, /proc, a bucket that answers 403.
 """
 
 import os
-import pathlib
 import subprocess
 import sys
 
 import pytest
 
-from sae_jax import config, files, metrics, train
+from sae_jax import config, metrics, train
 from sae_jax.activations import layout, store
 from tests import (
   planted,
@@ -211,18 +210,3 @@ def test_a_board_on_a_full_disk_does_not_stop_the_run(tmp_path, caplog):
   writer.close()
   assert len(runs.rows(tmp_path)) == 2000
   assert caplog.text.count('No space left on device') == 1
-
-
-@pytest.mark.fast
-def test_a_file_on_a_full_disk_leaves_no_part(tmp_path, monkeypatch):
-  files.write_text(tmp_path / 'file', 'old')
-
-  def full(self, data):
-    pathlib.Path(self).write_text('pa')
-    raise OSError(28, 'No space left on device')
-
-  monkeypatch.setattr(type(files.epath.Path(tmp_path)), 'write_bytes', full)
-  with pytest.raises(OSError, match=f'No space left.*{tmp_path}/file'):
-    files.write_text(tmp_path / 'file', 'new')
-  assert [path.name for path in tmp_path.iterdir()] == ['file']
-  assert (tmp_path / 'file').read_text() == 'old'
