@@ -18,6 +18,12 @@ class UserError(ValueError):
   """Input a user can mend; its message is one line: what, numbers, remedy."""
 
 
+def reason(error: BaseException) -> str:
+  """What an error says, without the dump that TensorStore puts after it."""
+  said = str(error).partition('\n')[0].partition(' [')[0]
+  return said or type(error).__name__
+
+
 def option(
   default: Any,
   help: str,

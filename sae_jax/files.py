@@ -16,16 +16,34 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
   Args:
     path: local path or gs:// URL; missing folders are made.
     data: the file's content.
+
+  Raises:
+    OSError: if it cannot be written.
   """
   path = epath.Path(path)
-  path.parent.mkdir(parents=True, exist_ok=True)
   if '://' in os.fspath(path):
-    # An object appears in the bucket when its upload is complete.
-    path.write_bytes(data)
+    try:
+      path.parent.mkdir(parents=True, exist_ok=True)
+      # An object appears in the bucket when its upload is complete.
+      path.write_bytes(data)
+    except Exception as error:
+      # Clients of buckets raise what they like, and name another URL.
+      raise OSError(
+        f'cannot write {path}: {config_lib.reason(error)}'
+      ) from error
     return
+  path.parent.mkdir(parents=True, exist_ok=True)
   partial = path.parent / f'.{path.name}.{os.getpid()}.partial'
-  partial.write_bytes(data)
-  partial.replace(path)
+  try:
+    partial.write_bytes(data)
+    partial.replace(path)
+  except OSError as error:
+    # A full disk needs the room; where nothing can be written none is there.
+    with contextlib.suppress(OSError):
+      partial.unlink(missing_ok=True)
+    # What a write raises names no file.
+    error.filename = os.fspath(path)
+    raise
 
 
 def write_text(path: epath.PathLike, text: str) -> None:

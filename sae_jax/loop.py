@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from orbax.checkpoint import v1 as ocp
 
 from sae_jax import checkpoint, metrics, optimizer, preemption, progress
+from sae_jax import config as config_lib
 from sae_jax import mesh as mesh_lib
 from sae_jax.activations import store
 from sae_jax.step import (
@@ -142,7 +143,7 @@ class Run:
     state: TrainState,
     data: store.Store,
     batches: Batches,
-    checkpointer: ocp.training.Checkpointer,
+    saver: checkpoint.Saver,
   ):
     """Takes a state, which it gives away to its steps."""
     self.config = config
@@ -152,7 +153,7 @@ class Run:
     self._mesh = mesh
     self._data = data
     self._batches = batches
-    self._checkpointer = checkpointer
+    self._saver = saver
     self._step = make_step(config, mesh)
     self._about = {
       'train_config': dataclasses.asdict(config),
@@ -203,20 +204,40 @@ class Run:
     """Saves the state, unless this step's is saved."""
     if self._saved == self.done:
       return
-    # The log must not lag behind what resume starts from.
     self._take(0)
+    self._cursor = self._batches.cursor(self.done)
+    self._saver.save(self.done, self._begin_save)
+    self._saved = self.done
+
+  def finish(self) -> None:
+    """Waits until the last state that was saved is there.
+
+    Raises:
+      UserError: if it cannot be written.
+    """
+    self._saver.finish(self.done, self._begin_save)
+
+  def _begin_save(self, checkpointer: ocp.training.Checkpointer):
+    # The log must not lag behind what resume starts from.
     self._writer.flush()
-    self._checkpointer.save_checkpointables_async(
+    return checkpointer.save_checkpointables_async(
       self.done,
       _parts(self.state),
       force=True,
-      custom_metadata=self._about | {'feed': self._batches.cursor(self.done)},
+      custom_metadata=self._about | {'feed': self._cursor},
     )
-    self._saved = self.done
 
   def close(self) -> None:
     """Closes its log."""
-    self._writer.close()
+    try:
+      self._writer.close()
+    except Exception as error:
+      # What is saved has its log; why the run ends matters more.
+      logging.warning(
+        'cannot write the log of %s: %s',
+        self.workdir,
+        config_lib.reason(error),
+      )
 
   def _score(self) -> None:
     self._take(0)
@@ -258,9 +279,11 @@ class Run:
     if self.config.on_nonfinite == 'skip':
       logging.warning('%s: skipped', said)
       return
+    self._saver.wait()
+    latest = self._saver.checkpointer.latest
     good = (
-      f'the checkpoint of step {self._saved} is good'
-      if self._saved
+      f'the checkpoint of step {latest.step} is good'
+      if latest
       else 'there is no checkpoint yet'
     )
     raise FloatingPointError(
@@ -384,6 +407,8 @@ def run_all(runs: list[Run], batches: Batches) -> None:
           run.save()
         logging.info('SIGTERM: saved after step %d', step)
         break
+    for run in runs:
+      run.finish()
   told = clock.told()
   if told:
     logging.info(

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import os
 from typing import Any
 
 from absl import logging
@@ -247,7 +248,48 @@ class _BucketEventsFactory:
     """Objects need no folder."""
 
 
+class _LocalEvents:
+  """TensorBoard's file on a disk.
+
+  An error, as of a full disk, would end tensorboardX's thread, and the run
+  would wait for it for ever.
+  """
+
+  def __init__(self, path: str):
+    self._path = path.removeprefix(_LOCAL)
+    self._file = epath.Path(self._path).open('wb')
+    self._failed = False
+
+  def write(self, data: bytes) -> None:
+    self._guarded(self._file.write, data)
+
+  def flush(self) -> None:
+    self._guarded(self._file.flush)
+
+  def close(self) -> None:
+    self._guarded(self._file.close)
+
+  def _guarded(self, act, *args):
+    try:
+      act(*args)
+    except OSError as error:
+      # Once: these are copies of what metrics.jsonl has.
+      if not self._failed:
+        logging.warning('cannot write %s: %s', self._path, error)
+      self._failed = True
+
+
+class _LocalEventsFactory:
+  open = staticmethod(_LocalEvents)
+
+  def directory_check(self, path: str) -> None:
+    os.makedirs(path.removeprefix(_LOCAL), exist_ok=True)
+
+
+# tensorboardX asks a factory for paths of its prefix alone.
+_LOCAL = 'local:'
 record_writer.register_writer_factory('gs', _BucketEventsFactory())
+record_writer.register_writer_factory('local', _LocalEventsFactory())
 
 
 class Writer:
@@ -271,8 +313,9 @@ class Writer:
     self._path = epath.Path(workdir) / 'metrics.jsonl'
     lines = self._path.read_text().splitlines() if self._path.exists() else []
     self._lines = [line for line in lines if _step_of(line) <= step]
+    folder = str(epath.Path(workdir) / 'tensorboard')
     self._board = tensorboardX.SummaryWriter(
-      str(epath.Path(workdir) / 'tensorboard'), purge_step=step + 1
+      folder if '://' in folder else _LOCAL + folder, purge_step=step + 1
     )
 
   def write(

@@ -218,28 +218,26 @@ def train_many(
     for workdir, config in configs.items():
       mesh_lib.log_devices(workdir)
       _claim(workdir, stack)
-      checkpointer = stack.enter_context(
-        checkpoint.open_checkpointer(workdir, config.checkpoint_keep)
+      saver = stack.enter_context(
+        checkpoint.Saver(workdir, config.checkpoint_keep)
       )
-      state, cursor = _state(config, workdir, mesh, data, checkpointer)
+      state, cursor = _state(config, workdir, mesh, data, saver.checkpointer)
       if int(state.step) >= config.steps:
         logging.info('%s is finished: step %d', workdir, int(state.step))
         states[workdir] = state
         continue
-      unfinished.append((workdir, config, state, cursor, checkpointer))
+      unfinished.append((workdir, config, state, cursor, saver))
     if unfinished:
       # Where the one begins that has done the least.
       _, _, _, cursor, _ = min(unfinished, key=lambda run: int(run[2].step))
       batches = _batches(first, data, mesh, cursor)
       runs = []
-      for workdir, config, state, _, checkpointer in unfinished:
+      for workdir, config, state, _, saver in unfinished:
         if jax.process_index() == 0:
           files.write_text(
             epath.Path(workdir) / 'config.json', config_lib.to_json(config)
           )
-        run = loop.Run(
-          config, workdir, mesh, state, data, batches, checkpointer
-        )
+        run = loop.Run(config, workdir, mesh, state, data, batches, saver)
         stack.callback(run.close)
         runs.append(run)
       loop.run_all(runs, batches)

@@ -60,6 +60,7 @@ class FakeGcs:
     log: (method, path, Range header) of every request, in order.
     faults_met: kind -> how many requests met that fault.
     fault_log: (method, class, object, kind) of those.
+    forbids: of a method, class and object: whether to answer 403.
 
   What clients do, found by running them (TensorStore 0.1.86, gcsfs 2026.10):
 
@@ -67,9 +68,10 @@ class FakeGcs:
   from 1 s on, and ignores Retry-After. Where a conditional write was done but
   its answer lost, the repeated one is refused: `write(if_equal=)` reports
   that it did not happen, partial writes of a shard read again and go on, but
-  a transaction on OCDBT (so a checkpoint) may end in ALREADY_EXISTS about its
-  own write. It dies of a segmentation fault where a server refuses a
-  condition that holds, so `stale` gives the object a new generation.
+  a transaction on OCDBT may end in ALREADY_EXISTS about its own write (so no
+  checkpoint in a bucket is of OCDBT). It dies of a segmentation fault where a
+  server refuses a condition that holds, so `stale` gives the object a new
+  generation.
 
   gcsfs repeats the same ones 6 times from 1 to 2 s on, without a timeout of
   its own, and ignores Retry-After. After a lost answer its rm_file and mv_file
@@ -86,6 +88,7 @@ class FakeGcs:
     self.log = []
     self.faults_met = collections.Counter()
     self.fault_log = []
+    self.forbids = lambda method, what, target: False
     self._counts = {}
     self._times_sent = collections.Counter()
     self._generation = itertools.count(1_000_001)
@@ -339,6 +342,8 @@ class _Handler(http.server.BaseHTTPRequestHandler):
       self._error(429, 'rateLimitExceeded', [('Retry-After', after)])
     elif self.fault in ('503', '429'):
       self._error(int(self.fault), 'try again')
+    elif self.gcs.forbids(self.command, self.what, self.target):
+      self._error(403, 'no permission for this')
     elif groups and groups[0] not in self.gcs.objects:
       self._error(404)
     else:

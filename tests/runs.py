@@ -89,12 +89,13 @@ def break_off(step, configs, store):
 
 @contextlib.contextmanager
 def batches_seen():
-  """A list that gets the step and the digest of each batch that is made."""
+  """A list that gets the step and the rows' digests of each batch made."""
   whole, seen = feed.Feed.batch, []
 
   def batch(self, step):
     made = whole(self, step)
-    seen.append((step, hashlib.sha256(made.tobytes()).hexdigest()))
+    digests = [hashlib.sha256(row.tobytes()).hexdigest()[:16] for row in made]
+    seen.append((step, ' '.join(digests)))
     return made
 
   with pytest.MonkeyPatch.context() as patch:

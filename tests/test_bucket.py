@@ -45,11 +45,6 @@ def train(store, workdir, url):
   )
 
 
-# Without drop-after: TensorStore itself may take its own lost write of a
-# checkpoint for another's, as fake_gcs.FakeGcs says.
-_KINDS = ('503', '429', '429-after', 'drop', 'cut', 'slow', 'stale')
-
-
 @pytest.fixture(scope='module')
 def on_disk(tmp_path_factory):
   """The folder of a run on disk."""
@@ -65,7 +60,8 @@ def test_a_run_in_a_bucket_is_the_run_on_disk(
   tmp_path, monkeypatch, on_disk, rate
 ):
   remote = 'gs://bucket/deep/store', 'gs://bucket/deep/run'
-  server = fake_gcs.FakeGcs(['bucket'], gcs_faults.Faults(0, rate, _KINDS))
+  faults = gcs_faults.Faults(0, rate, gcs_faults.ALL_KINDS)
+  server = fake_gcs.FakeGcs(['bucket'], faults)
   with server as url:
     monkeypatch.setenv('TENSORSTORE_GCS_HTTP_URL', url)
     monkeypatch.setenv('GOOGLE_AUTH_TOKEN_FOR_TESTING', 'fake')

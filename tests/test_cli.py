@@ -132,7 +132,7 @@ def test_a_workdir_that_cannot_be_made_is_one_line(tmp_path):
     'train', f'--store={tmp_path}/store', f'--workdir={tmp_path}/file/run',
     '--n_latents=64', '--k=4', '--batch_size=64', '--steps=2',
   )  # fmt: skip
-  one_line(found, 2, 'check the path and its permissions')
+  one_line(found, 2, 'check the path, free space and your access')
 
 
 def test_debug_shows_the_traceback(tmp_path):

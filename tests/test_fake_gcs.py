@@ -141,6 +141,17 @@ def test_conditions_are_kept_without_faults():
   assert not server.faults_met
 
 
+def test_what_is_forbidden_is_answered_403_and_not_done():
+  server = fake_gcs.FakeGcs(['bucket'])
+  asked = []
+  server.forbids = lambda *request: asked.append(request) or len(asked) < 2
+  with server as url:
+    assert ask(url, _UPLOAD, 'POST', b'data')[0] == 403
+    assert asked == [('POST', 'write', 'bucket/k')]
+    assert server.objects['bucket'] == {}
+    assert ask(url, _UPLOAD, 'POST', b'data')[0] == 200
+
+
 def test_a_chunk_sent_again_is_not_there_twice():
   server = fake_gcs.FakeGcs(['bucket'])
   start = 'upload/storage/v1/b/bucket/o?uploadType=resumable&name=k'

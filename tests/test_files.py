@@ -28,13 +28,15 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 
   def half(self, data):
     whole(self, data[: len(data) // 2])
-    raise OSError('disk full')
+    raise OSError(28, 'disk full')
 
   monkeypatch.setattr(type(epath.Path(path)), 'write_bytes', half)
-  with pytest.raises(OSError, match='disk full'):
+  with pytest.raises(OSError, match=f"disk full: '{path}'"):
     files.write_text(path, 'a longer text')
   monkeypatch.undo()
   assert path.read_text() == 'old'
+  # A full disk needs the room.
+  assert [p.name for p in tmp_path.iterdir()] == ['a.txt']
 
 
 def test_a_claimed_folder_is_refused_until_it_is_let_go(tmp_path):

@@ -68,18 +68,22 @@ def _config(path, **changes):
   )
 
 
-@pytest.fixture
-def texts(tmp_path):
+def write_texts(folder):
   """Eighty documents of 1 to 150 characters; some are cut, some skipped."""
   rng = np.random.default_rng(0)
   letters = np.array(list('abcdefgh .,\n'))
-  path = tmp_path / 'texts.jsonl'
+  path = folder / 'texts.jsonl'
   lines = [
     f'{i} ' + ''.join(rng.choice(letters, rng.integers(1, 150)))
     for i in range(80)
   ]
   path.write_text(''.join(json.dumps({'text': t}) + '\n' for t in lines))
   return path
+
+
+@pytest.fixture
+def texts(tmp_path):
+  return write_texts(tmp_path)
 
 
 def _run(config, url):

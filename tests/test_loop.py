@@ -236,10 +236,10 @@ def fresh(store, tmp_path):
   data, devices = store_lib.open_store(store), mesh.make_mesh(1, 8)
   state = init_state(config, devices, data.read_rows(0, 500))
   workdir = str(tmp_path / 'run')
-  with checkpoint.open_checkpointer(workdir) as checkpointer:
+  with checkpoint.Saver(workdir) as saver:
     order = order_lib.train_order(data, 0)
     batches = feed.Feed(data, order, 64, devices)
-    run = loop.Run(config, workdir, devices, state, data, batches, checkpointer)
+    run = loop.Run(config, workdir, devices, state, data, batches, saver)
     yield run, devices
     run.close()
 

@@ -11,7 +11,7 @@ import tensorstore as ts
 
 from sae_jax import config
 from sae_jax import mesh as mesh_lib
-from sae_jax.activations import ahead, layout
+from sae_jax.activations import ahead
 from sae_jax.activations import order as order_lib
 from sae_jax.activations import store as store_lib
 
@@ -225,7 +225,7 @@ class Feed:
       except ValueError as error:
         del self._windows[window]
         raise config.UserError(
-          f'cannot read store {self._store.url}: {layout.reason(error)}: '
+          f'cannot read store {self._store.url}: {config.reason(error)}: '
           'check the path and your access, or harvest it again'
         ) from error
       reads.clear()

@@ -67,7 +67,7 @@ def read_json(url: str, name: str, kind: type[Any]) -> Any:
     values = json.loads(found.value)
   except ValueError as error:
     raise config.UserError(
-      f'cannot read {name} in {url}: {reason(error)}: '
+      f'cannot read {name} in {url}: {config.reason(error)}: '
       'check the path and your access'
     ) from error
   known = manifest_lib.FORMAT_VERSION
@@ -102,7 +102,7 @@ def read_records(url: str) -> dict[int, Shard]:
     }
   except ValueError as error:
     raise config.UserError(
-      f'cannot read the records of shards in {url}: {reason(error)}: '
+      f'cannot read the records of shards in {url}: {config.reason(error)}: '
       'check the path and your access'
     ) from error
   return {
@@ -262,8 +262,3 @@ def object_name(name: str, kind: Kind, shard: int) -> str:
   """The object of one shard of an array."""
   folder = f'{name}/' if name else ''
   return f'{folder}c/{shard}' + '/0' * len(kind.row)
-
-
-def reason(error: Exception) -> str:
-  """The first line of an error, without TensorStore's dump of its spec."""
-  return str(error).partition('\n')[0].partition(' [')[0]

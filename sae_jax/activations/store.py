@@ -239,7 +239,7 @@ class Store:
 
   def _error(self, name: str, error: Exception) -> config.UserError:
     return config.UserError(
-      f'cannot read {name} of store {self.url}: {layout.reason(error)}: '
+      f'cannot read {name} of store {self.url}: {config.reason(error)}: '
       'check the path and your access, or copy or harvest it again'
     )
 

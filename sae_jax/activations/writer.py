@@ -143,8 +143,8 @@ class StoreWriter:
 
   def _error(self, error: Exception) -> config.UserError:
     return config.UserError(
-      f'cannot write store {self.url}: {layout.reason(error)}: '
-      'check the path, free space and your access'
+      f'cannot write store {self.url}: {config.reason(error)}: '
+      'check the path, free space and your access; the same command goes on'
     )
 
 

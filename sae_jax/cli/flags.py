@@ -16,6 +16,9 @@ from sae_jax import memory
 _Config = TypeVar('_Config')
 _USER_ERROR = 2
 _urls: list[str] = []
+# What Orbax warns of at every checkpoint that is not in OCDBT, as those in
+# buckets are not; where data is absent, reading raises.
+_FALSE_ALARMS = ('Skipping merge of OCDBT', 'TensorStore data files not found')
 _HELP = {'--help', '-help', '-h', '--helpshort', '--helpfull'}
 
 
@@ -128,7 +131,7 @@ def run(main: Callable[[], Any], description: str) -> None:
     except OSError as error:
       if flags.FLAGS.debug:
         raise
-      _fail(f'{error}: check the path and its permissions', _USER_ERROR)
+      _fail(f'{error}: check the path, free space and your access', _USER_ERROR)
     except (FloatingPointError, jax.errors.JaxRuntimeError) as error:
       if flags.FLAGS.debug:
         raise
@@ -167,6 +170,11 @@ def run_experiment(
 def _own_or_important(record: python_logging.LogRecord) -> bool:
   """Libraries' INFO lines are left out; ours and all warnings are shown."""
   own = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+  if any(alarm in str(record.msg) for alarm in _FALSE_ALARMS):
+    return False
+  # Orbax tells its exceptions, several times, and raises them too.
+  if record.exc_info and 'orbax' in record.pathname and not flags.FLAGS.debug:
+    return False
   return record.levelno >= python_logging.WARNING or (
     record.pathname.startswith((own, os.path.abspath(sys.argv[0])))
   )

@@ -1,0 +1,212 @@
+"""Full disks and refused writes: one line, nothing lost, and it goes on.
+
+A full disk is a limit on the size of files here, which needs no rights and
+whose errors take the same way. What is refused is so to root too: a file where
+a folder should be, /proc, a bucket that answers 403.
+"""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from sae_jax import config, metrics, train
+from sae_jax.activations import layout, store
+from tests import (
+  planted,
+  runs,
+  test_bucket_pipeline,
+  test_harvest,
+  test_harvest_processes,
+)
+
+texts = test_harvest.texts
+stored = test_harvest_processes.files
+REMEDY = 'check the path, free space and your access'
+_LIMITED = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+def run(command, n_bytes=None):
+  """Runs a command that can write no file beyond a size; code and errors."""
+  limit = [sys.executable, '-c', _LIMITED, str(n_bytes)]
+  found = subprocess.run(
+    [*(limit if n_bytes is not None else []), *map(str, command)],
+    env=os.environ
+    | {
+      'JAX_PLATFORMS': 'cpu',
+      'TF_CPP_MIN_LOG_LEVEL': '3',
+      'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
+      'PYTHONDONTWRITEBYTECODE': '1',
+    }
+    # No compiled program may be half there for others.
+    | (
+      {'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '1e9'}
+      if n_bytes is not None
+      else {}
+    ),
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  return found.returncode, found.stderr.splitlines()
+
+
+def harvest(texts, url, n_bytes=None, index=0, count=1):
+  command = [sys.executable, '-m', 'tests.harvest_child']
+  return run([*command, texts, url, index, count], n_bytes)
+
+
+@pytest.mark.slow
+def test_a_harvest_on_a_full_disk_goes_on_when_there_is_room(texts, tmp_path):
+  clean, url = tmp_path / 'clean', tmp_path / 'store'
+  assert harvest(texts, clean)[0] == 0
+  want = stored(clean)
+  # One process's shards are there; then there is room for none of 4 KB.
+  assert harvest(texts, url, None, 0, 2)[0] == 0
+  there = stored(url)
+  assert 20 < len(there) < len(want)
+  code, said = harvest(texts, url, 2000)
+  assert code == 1
+  error = 'sae_jax.config.UserError: cannot write store '
+  assert said[-1].startswith(f'{error}{url}: ')
+  assert 'File too large' in said[-1]
+  assert said[-1].endswith(f'{REMEDY}; the same command goes on')
+  # What was there stays, and what came is whole.
+  now = stored(url)
+  assert now.items() >= there.items()
+  assert all(want[name] == data for name, data in now.items())
+  assert layout.read_manifest(str(url)) is None
+  assert harvest(texts, url)[0] == 0
+  assert stored(url) == want
+  store.open_store(str(url)).verify()
+
+
+@pytest.mark.fast
+def test_a_harvest_whose_folder_is_in_the_way_goes_on(texts, tmp_path):
+  clean, url = tmp_path / 'clean', tmp_path / 'store'
+  plan = test_harvest._config(texts)
+  test_harvest._run(plan, clean)
+  url.mkdir()
+  for name in ('documents', 'shards'):
+    (url / name).write_text('')
+    with pytest.raises(config.UserError) as caught:
+      test_harvest._run(plan, url)
+    said = str(caught.value)
+    assert str(url) in said and 'check the path' in said and '\n' not in said
+    (url / name).unlink()
+  test_harvest._run(plan, url)
+  assert stored(url) == stored(clean)
+
+
+@pytest.mark.fast
+def test_a_folder_that_nobody_may_make(texts):
+  with pytest.raises(config.UserError, match=f'store /proc/none/.*{REMEDY}'):
+    test_harvest._run(test_harvest._config(texts), '/proc/none/store')
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize('allowed', [0, 1, 40])
+def test_a_bucket_that_forbids_writing_is_named(
+  texts, tmp_path, monkeypatch, allowed
+):
+  """It forbids all, all but reading, or the second half."""
+  plan, left = test_harvest._config(texts), [allowed]
+
+  def forbids(method, what, target):
+    left[0] -= what == 'write'
+    return left[0] < 0 or not allowed
+
+  with test_bucket_pipeline.bucket(monkeypatch) as server:
+    server.forbids = forbids
+    with pytest.raises(config.UserError) as caught:
+      test_harvest._run(plan, 'gs://bucket/store')
+    said = str(caught.value)
+    assert 'gs://bucket/store' in said and 'PERMISSION_DENIED' in said
+    assert 'your access' in said and '\n' not in said
+    # Asking again would not help.
+    assert sum(method == 'POST' for method, *_ in server.log) <= allowed + 1
+    assert len(server.objects['bucket']) == allowed
+    server.forbids = lambda *_: False
+    test_harvest._run(plan, 'gs://bucket/store')
+  test_harvest._run(plan, tmp_path / 'store')
+  assert stored(tmp_path / 'store') == {
+    name.removeprefix('store/'): o.data
+    for name, o in server.objects['bucket'].items()
+  }
+
+
+def command(folder, name, steps):
+  return runs.command(
+    folder / 'store',
+    folder / name,
+    n_latents=512,
+    steps=steps,
+    checkpoint_every=10,
+  )
+
+
+@pytest.fixture(scope='module')
+def begun(tmp_path_factory):
+  """A run of 10 steps, and the same one gone on to 30."""
+  folder = tmp_path_factory.mktemp('begun')
+  planted.write_store(str(folder / 'store'))
+  for steps in (10, 30):
+    assert run(command(folder, 'whole', steps))[0] == 0
+  return folder
+
+
+@pytest.mark.slow
+def test_training_on_a_full_disk_goes_on_when_there_is_room(begun):
+  assert run(command(begun, 'run', 10))[0] == 0
+  workdir = begun / 'run'
+  before = runs.log(workdir)
+  # Room for the log and for no checkpoint, for no log, for nothing.
+  for n_bytes in (30_000, len(before) + 100, 0):
+    code, said = run(command(begun, 'run', 30), n_bytes)
+    assert code == 2
+    assert 'Traceback' not in '\n'.join(said)
+    (error,) = (line for line in said if line.startswith('error: '))
+    assert str(workdir) in error and 'File too large' in error
+    assert REMEDY in error
+    if n_bytes:
+      assert f'checkpoints of {workdir} (that of step 10 is good)' in error
+      assert error.endswith('the same command goes on')
+    assert runs.saved_steps(workdir) == [10]
+    assert not list(workdir.glob('.*partial'))
+    assert runs.log(workdir).startswith(before)
+  assert run(command(begun, 'run', 30))[0] == 0
+  assert runs.saved_steps(workdir) == [20, 30]
+  runs.assert_same_run(str(workdir), str(begun / 'whole'))
+
+
+@pytest.mark.fast
+def test_a_workdir_that_cannot_be_written(store, tmp_path, monkeypatch):
+  (tmp_path / 'file').write_text('')
+  for workdir in (str(tmp_path / 'file' / 'run'), '/proc/none'):
+    with pytest.raises(OSError, match=workdir):
+      train.train(planted.train_config(), store, workdir)
+  with test_bucket_pipeline.bucket(monkeypatch) as server:
+    server.forbids = lambda method, what, target: what == 'write'
+    with pytest.raises(OSError, match=r'gs://bucket/run/config\.json: Forb'):
+      train.train(planted.train_config(), store, 'gs://bucket/run')
+    assert len(server.log) < 40
+  assert not server.objects['bucket']
+
+
+@pytest.mark.fast
+def test_a_board_on_a_full_disk_does_not_stop_the_run(tmp_path, caplog):
+  writer = metrics.Writer(str(tmp_path), 0)
+  events = writer._board.file_writer.event_writer._ev_writer
+  events._py_recordio_writer._writer._file = open('/dev/full', 'wb')  # noqa: SIM115
+  # More than tensorboardX's queue holds when nobody takes from it.
+  for step in range(1, 2001):
+    writer.write(step, {'loss': 1 / step})
+  writer.flush()
+  writer.close()
+  assert len(runs.rows(tmp_path)) == 2000
+  assert caplog.text.count('No space left on device') == 1
