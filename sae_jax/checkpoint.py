@@ -169,8 +169,9 @@ class Saver:
 def _damaged(checkpointer, step: int, error: Exception) -> config_lib.UserError:
   folder = epath.Path(checkpointer.directory) / str(step)
   return config_lib.UserError(
-    f'checkpoint {folder} cannot be read ({type(error).__name__}), it is '
-    'damaged: delete that folder to go on from the one before'
+    f'checkpoint {folder} cannot be read ({type(error).__name__}: '
+    f'{config_lib.reason(error)}): check your access; if it is damaged, delete '
+    'that folder to go on from the one before'
   )
 
 
