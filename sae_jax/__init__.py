@@ -14,4 +14,11 @@ so `w_dec_ND` is a decoder with one row per latent and `vals_BK` holds the K
 activations of each token of a batch.
 """
 
+import os
+
+# TensorStore waits for ever for a server that is silent. With these a transfer
+# that stays below a kilobyte a second for a minute is begun again.
+os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS', '60')
+os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES', '1024')
+
 __version__ = '0.1.0'

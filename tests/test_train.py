@@ -235,9 +235,7 @@ def test_a_damaged_checkpoint_is_named(finished, store, tmp_path, part):
     (folder / part).write_text('{}')
   else:
     shutil.rmtree(folder / part)
-  with pytest.raises(
-    UserError, match=r'30 cannot be read .* delete that fold'
-  ):
+  with pytest.raises(UserError, match=r'30 cannot be read .* delete that fold'):
     train.train(runs.train_config(), store, str(workdir))
   # As told: without it the run goes on from step 20 to the same bits.
   shutil.rmtree(folder)
