@@ -3,7 +3,7 @@
 Needs torch and transformers beside this package:
 
     pip install torch transformers
-    python -m experiments.benchmark_harvest --n_tokens=20000
+    python -m experiments.benchmark_harvest --workdir=runs/harvest
 
 Prints one JSON line last. In turns, --repeats times, in one process and with
 all cores:
@@ -151,9 +151,9 @@ def measure(config: BenchmarkConfig, workdir: pathlib.Path) -> dict:
   tokens = [tokens_CT for _, _, tokens_CT in batches]
   rows = sum(pools.expected(wanted, c) for pool in found for c in pool)
 
+  folder = workdir / 'harvest_store'
+
   def run_harvest():
-    folder = workdir / 'store'
-    shutil.rmtree(folder, ignore_errors=True)
     return harvest.harvest(wanted, str(folder), subject).n_rows
 
   def run_forward():
@@ -170,6 +170,7 @@ def measure(config: BenchmarkConfig, workdir: pathlib.Path) -> dict:
     'stopped': lambda: with_hooks(model, config.block, tokens, stop=True),
   }
   # Once before: compilation, and what the comparison needs.
+  shutil.rmtree(folder, ignore_errors=True)
   stored = ways['harvest']()
   ours_RD = kept_rows(wanted, batches, ways['forward']())
   theirs_RD = kept_rows(wanted, batches, ways['hooks']())
@@ -178,6 +179,7 @@ def measure(config: BenchmarkConfig, workdir: pathlib.Path) -> dict:
   for _ in range(config.repeats):
     one = {}
     for name, run in ways.items():
+      shutil.rmtree(folder, ignore_errors=True)
       began = time.perf_counter()
       run()
       # A harvest ends with the context in which it has enough.
@@ -223,5 +225,5 @@ def work() -> None:
 
 if __name__ == '__main__':
   flags.define(BenchmarkConfig)
-  flags.define_url('workdir', 'the store is written in it')
+  flags.define_url('workdir', 'harvest_store/ in it is written anew')
   flags.run(work, __doc__)

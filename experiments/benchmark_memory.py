@@ -71,9 +71,11 @@ class Watch:
       i = min(int(done * _TENTHS), _TENTHS - 1)
       tenths[i] = max(tenths[i], mib)
     first, last = max(tenths[1:5]), max(tenths[5:])
+    # Few shards give few looks.
+    growth = round(last / first - 1, 4) if first and last else None
     return {
       'mib': [round(mib) for mib in tenths],
-      'growth': round(last / first - 1, 4),
+      'growth': growth,
     }
 
 
@@ -88,7 +90,7 @@ def rows_there(url: str) -> int:
 
 def measure(config: BenchmarkConfig, workdir: pathlib.Path) -> dict:
   """Harvests and reads; how much memory that took."""
-  url = str(workdir / 'store')
+  url = str(workdir / 'memory_store')
   shutil.rmtree(url, ignore_errors=True)
   wanted = harvest.HarvestConfig(
     subject=config.subject, sites=(config.site,), n_tokens=config.n_tokens
@@ -122,5 +124,5 @@ def work() -> None:
 
 if __name__ == '__main__':
   flags.define(BenchmarkConfig)
-  flags.define_url('workdir', 'the store is written in it')
+  flags.define_url('workdir', 'memory_store/ in it is written anew')
   flags.run(work, __doc__)

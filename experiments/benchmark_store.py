@@ -89,7 +89,17 @@ def make(config: BenchmarkConfig, url: str) -> store.Store:
         )
 
     writer.write(url, plan, stretches(), holdout_rows=32 * _CONTEXT)
-  return store.open_store(url)
+  opened = store.open_store(url)
+  found = opened.manifest
+  for name, want in (('n_rows', n_rows), *dataclasses.asdict(plan).items()):
+    if getattr(found, name) != want and name in (
+      'n_rows', 'd_model', 'dtype', 'chunk_rows', 'shard_rows'
+    ):  # fmt: skip
+      raise config_lib.UserError(
+        f'store {url} has {name} {getattr(found, name)}, not {want}: use '
+        'another workdir, or the flags that it was made with'
+      )
+  return opened
 
 
 def objects(url: str) -> list[pathlib.Path]:
@@ -131,7 +141,12 @@ def in_order(opened: store.Store, rows: int = 65_536) -> int:
 
 def shuffled(opened: store.Store, config: BenchmarkConfig) -> int:
   """Reads an epoch of batches; returns bytes."""
-  order = order_lib.train_order(opened, 0, config.window_chunks)
+  order = order_lib.train_order(
+    opened,
+    0,
+    config.window_chunks,
+    order_lib.lanes_for(opened, config.batch),
+  )
   batches = feed.Feed(opened, order, config.batch)
   for _ in batches.iterate(0, order.n_rows // config.batch):
     pass

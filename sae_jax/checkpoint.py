@@ -107,6 +107,21 @@ class Saver:
       return error
     return None
 
+  def latest(self) -> int | None:
+    """The last step that is saved, when all that was begun has ended."""
+    error = self.wait()
+    if error is not None:
+      self._warn(error, '')
+      self._look_again()
+    latest = self.checkpointer.latest
+    return latest.step if latest else None
+
+  def _look_again(self) -> None:
+    """Orbax forgets an older step when it begins to save, though it is kept."""
+    # Processes open together or not at all.
+    if jax.process_count() == 1:
+      self._reopen()
+
   def _begin(self, begin) -> Exception | None:
     try:
       self._saving = begin(self.checkpointer)
@@ -125,6 +140,7 @@ class Saver:
         error = self._begin(begin) or self.wait()
       if error is None:
         return
+    self._look_again()
     latest = self.checkpointer.latest
     good = f'that of step {latest.step} is good' if latest else 'there is none'
     raise config_lib.UserError(

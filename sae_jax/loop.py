@@ -109,10 +109,10 @@ class Batches(Protocol):
   """What runs are trained on, `feed.Feed` or `stream.Feed`.
 
   Attributes:
-    bytes_read: from a store, so far.
+    bytes_read: from a store, so far; None where none is read.
   """
 
-  bytes_read: int
+  bytes_read: int | None
 
   def iterate(
     self, start_step: int, stop_step: int | None = None
@@ -279,10 +279,9 @@ class Run:
     if self.config.on_nonfinite == 'skip':
       logging.warning('%s: skipped', said)
       return
-    self._saver.wait()
-    latest = self._saver.checkpointer.latest
+    latest = self._saver.latest()
     good = (
-      f'the checkpoint of step {latest.step} is good'
+      f'the checkpoint of step {latest} is good'
       if latest
       else 'there is no checkpoint yet'
     )
@@ -336,20 +335,20 @@ class Clock:
       item = next(items, None)
       if item is None:
         return
-      if self._began is None:
-        self._bytes = self._batches.bytes_read
-      else:
+      if self._began is not None:
         self._waited += time.monotonic() - asked
       yield item
       if self._began is None:
         self._began = time.monotonic()
+        self._bytes = self._batches.bytes_read
 
   def told(self) -> dict[str, float]:
     """The share of the time that was waited, and bytes read a second.
 
     The device works on the step before meanwhile: it was idle no longer.
+    Nothing is told of a stream, which makes batches where steps are made.
     """
-    if self._began is None:
+    if self._began is None or self._batches.bytes_read is None:
       return {}
     seconds = max(time.monotonic() - self._began, 1e-9)
     return {
@@ -407,9 +406,9 @@ def run_all(runs: list[Run], batches: Batches) -> None:
           run.save()
         logging.info('SIGTERM: saved after step %d', step)
         break
+    told = clock.told()
     for run in runs:
       run.finish()
-  told = clock.told()
   if told:
     logging.info(
       'batches were waited for %.1f %% of the time, %.1f MB/s were read',

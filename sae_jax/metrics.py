@@ -270,13 +270,19 @@ class _LocalEvents:
     self._guarded(self._file.close)
 
   def _guarded(self, act, *args):
+    # A record behind a torn one could not be read.
+    if self._failed:
+      return
     try:
       act(*args)
     except OSError as error:
-      # Once: these are copies of what metrics.jsonl has.
-      if not self._failed:
-        logging.warning('cannot write %s: %s', self._path, error)
       self._failed = True
+      logging.warning(
+        'cannot write %s: %s: TensorBoard sees no more of this part of the '
+        'run, metrics.jsonl has it',
+        self._path,
+        error,
+      )
 
 
 class _LocalEventsFactory:

@@ -147,6 +147,8 @@ def command(folder, name, steps):
     n_latents=512,
     steps=steps,
     checkpoint_every=10,
+    # Orbax forgets the last one as soon as it begins the next.
+    checkpoint_keep=1,
   )
 
 
@@ -180,7 +182,7 @@ def test_training_on_a_full_disk_goes_on_when_there_is_room(begun):
     assert not list(workdir.glob('.*partial'))
     assert runs.log(workdir).startswith(before)
   assert run(command(begun, 'run', 30))[0] == 0
-  assert runs.saved_steps(workdir) == [20, 30]
+  assert runs.saved_steps(workdir) == [30]
   runs.assert_same_run(str(workdir), str(begun / 'whole'))
 
 

@@ -5,6 +5,7 @@ import shutil
 import threading
 import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -217,6 +218,37 @@ def test_windows_are_not_neighbouring_chunks():
   chunks = np.unique(rows // 64)
   assert len(chunks) == 32
   assert np.ptp(chunks) > 512
+
+
+def test_bfloat16_is_widened(tmp_path):
+  rows_RD = np.random.default_rng(0).standard_normal((200, 8), np.float32)
+  rows_RD = rows_RD.astype(jnp.bfloat16)
+  plan = Plan(
+    subject='none',
+    sites=('blocks.0.resid_post',),
+    d_model=8,
+    dtype='bfloat16',
+    chunk_rows=16,
+    shard_rows=64,
+    context_length=50,
+  )
+  places = np.arange(200)
+  writer_lib.write(
+    str(tmp_path),
+    plan,
+    (
+      (some, some // 50, some % 50, some >= 0, {plan.sites[0]: rows_RD[some]})
+      for some in places.reshape(4, 50)
+    ),
+    holdout_rows=50,
+  )
+  opened = store.open_store(str(tmp_path))
+  order = order_lib.train_order(opened, 0, 4)
+  for step in (0, 3):
+    batch_BD = feed.Feed(opened, order, 32).batch(step)
+    assert batch_BD.dtype == np.float32
+    rows = order_lib.batch_rows(order, step, 32)
+    np.testing.assert_array_equal(batch_BD, rows_RD[rows].astype(np.float32))
 
 
 @pytest.mark.parametrize('batch_size', [1, 64, 100, 901, 2000])

@@ -407,6 +407,11 @@ def test_a_bucket_gets_the_same_store(texts, tmp_path, monkeypatch, rate):
     ({'n_tokens': 0}, 'n_tokens 0 must be 1 or more'),
     ({'batch_contexts': -1}, 'batch_contexts -1'),
     ({'holdout_fraction': 1.0}, r'holdout_fraction 1\.0'),
+    (
+      {'shard_rows': 18},
+      r'gives up to 19 rows, a shard takes 18: use a larger',
+    ),
+    ({'sites': (str(SITE), 'blocks.1.hook_resid_post')}, 'name one twice'),
     ({'mask_norm_multiple': 0.5}, r'mask_norm_multiple 0\.5 must be above 1'),
     ({'mask_norm_multiple': float('nan')}, 'mask_norm_multiple nan'),
     ({'min_context_tokens': 21}, 'is above context_length 20'),

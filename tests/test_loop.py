@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import pathlib
+import time
 
 import jax
 import jax.numpy as jnp
@@ -242,6 +243,42 @@ def fresh(store, tmp_path):
     run = loop.Run(config, workdir, devices, state, data, batches, saver)
     yield run, devices
     run.close()
+
+
+class _Batches:
+  """Batches that take a while, and read a megabyte each."""
+
+  def __init__(self, seconds):
+    self.bytes_read, self._seconds = 0, seconds
+
+  def iterate(self, start, stop):
+    for step in range(start, stop):
+      time.sleep(0.5 if step == start else self._seconds)
+      self.bytes_read += 10**6
+      yield step
+
+
+@pytest.mark.parametrize(('making', 'step'), [(0.06, 0.02), (0.01, 0.07)])
+def test_the_clock_tells_what_waiting_there_was(making, step):
+  """Of 21 steps, of which the first, that reads and compiles, is left out."""
+  batches = _Batches(making)
+  clock = loop.Clock(batches)
+  assert clock.told() == {}
+  for number in clock.timed(batches.iterate(0, 21)):
+    time.sleep(0.5 if not number else step)
+  told = clock.told()
+  assert abs(told['feed_wait_share'] - making / (making + step)) < 0.1
+  np.testing.assert_allclose(
+    told['feed_bytes_per_s'], 1e6 / (making + step), rtol=0.2
+  )
+
+
+def test_nothing_is_told_of_batches_that_are_not_read():
+  batches = _Batches(0.0)
+  clock = loop.Clock(batches)
+  list(clock.timed(batches.iterate(0, 2)))
+  batches.bytes_read = None
+  assert clock.told() == {}
 
 
 def test_a_batch_that_is_not_on_the_devices_is_refused(fresh, store):

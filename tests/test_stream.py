@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import pathlib
+import threading
+import time
 
 import jax
 import numpy as np
@@ -103,17 +105,21 @@ def _windows(feed, count):
   return np.diff(starts)
 
 
-@pytest.mark.parametrize('batch', [7, 16, 300])
-def test_it_goes_on_from_a_cursor_to_the_bit(opened, batch):
+@pytest.mark.parametrize(
+  ('batch', 'changes'),
+  [(7, {}), (16, {'pack': True, 'bos': 'a'}), (300, {})],
+)
+def test_it_goes_on_from_a_cursor_to_the_bit(texts, tmp_path, batch, changes):
   """Through windows, batches larger than one, and the text's end."""
-  steps = 1200 // batch
+  opened = _harvest(texts, tmp_path / 'store', **changes)
+  steps = 4200 // batch
   feed, cursors = _feed(opened, batch=batch), {}
   whole = []
   for step, batch_BD in enumerate(feed.iterate(0, steps), 1):
     whole.append(np.asarray(batch_BD))
     cursors[step] = json.loads(json.dumps(feed.cursor(step)))
   assert len({cursor['window'] for cursor in cursors.values()}) > 2
-  for step in {1, steps // 3, steps // 2, steps - 1}:
+  for step in {1, steps // 3, steps - 1}:
     rest = _batches(_feed(opened, cursors[step], batch=batch), step, steps)
     runs.assert_same_bits(rest, whole[step:])
     # Control: another window's cursor gives other rows.
@@ -198,6 +204,88 @@ def _break_off(step, made: TrainConfig, workdir, url):
     patch.setattr(stream.Feed, 'iterate', breaks_off)
     with pytest.raises(runs.Stop):
       train.train(made, url, workdir)
+
+
+def test_a_sweep_goes_on_from_the_run_that_did_least(
+  opened, tmp_path, monkeypatch
+):
+  subject = test_harvest._subject()
+  monkeypatch.setattr(subject_lib, 'load', lambda *args, **kwargs: subject)
+  made = planted.train_config(
+    sae=autoencoder.SaeConfig(d_model=16, n_latents=64, k=4),
+    stream=True, batch_size=32, eval_rows=24,
+  )  # fmt: skip
+  alone = {str(tmp_path / f'alone{k}'): k for k in (2, 4)}
+  both = {str(tmp_path / f'both{k}'): k for k in (2, 4)}
+
+  def of(k):
+    return dataclasses.replace(made, sae=dataclasses.replace(made.sae, k=k))
+
+  for workdir, k in alone.items():
+    train.train(of(k), opened.url, workdir)
+  for (workdir, k), step in zip(both.items(), (25, 14)):
+    _break_off(step, of(k), workdir, opened.url)
+  assert [runs.saved_steps(w)[-1] for w in both] == [20, 10]
+  train.train_many({w: of(k) for w, k in both.items()}, opened.url)
+  for got, want in zip(both, alone):
+    runs.assert_same_run(got, want)
+
+
+@pytest.mark.parametrize('change', ['other text', 'shorter text'])
+def test_a_text_that_changed_is_refused(texts, opened, change):
+  feed = _feed(opened)
+  for step, _ in enumerate(feed.iterate(0, 60), 1):
+    cursor = feed.cursor(step)
+  lines = texts.read_text()
+  if change == 'other text':
+    texts.write_text(lines.replace('a', 'b'))
+  else:
+    texts.write_text('\n'.join(lines.splitlines()[:2]))
+  with pytest.raises(config.UserError, match='is not what this run began'):
+    _batches(_feed(opened, cursor), 60, 61)
+  # Control: the text brought back is taken.
+  texts.write_text(lines)
+  assert len(_batches(_feed(opened, cursor), 60, 61)) == 1
+
+
+def test_windows_have_the_rows_asked_for(opened):
+  """Of contexts that are not full; pools of 32 contexts have 500 rows."""
+  for chunks in (8, 32):
+    found = _windows(_feed(opened, chunks=chunks), 2)
+    assert all(chunks * 32 - 300 < rows < chunks * 32 + 600 for rows in found)
+
+
+def test_closing_does_not_wait_for_the_text_to_be_read(
+  texts, opened, monkeypatch
+):
+  feed = _feed(opened)
+  whole = stream.harvest.documents
+
+  def slow(made):
+    for document in whole(made):
+      time.sleep(0.2)
+      yield document
+
+  monkeypatch.setattr(stream.harvest, 'documents', slow)
+  batches = feed.iterate(0)
+  ended = threading.Thread(target=lambda: next(batches, None), daemon=True)
+  closed = []
+  iterate = stream.ahead.iterate
+  monkeypatch.setattr(
+    stream.ahead,
+    'iterate',
+    lambda *args: closed.append(args[-1]) or iterate(*args),
+  )
+  ended.start()
+  running = []
+  while not running:
+    time.sleep(0.01)
+    running = [t for t in threading.enumerate() if t.name == 'stream']
+  closed[0].set()
+  began = time.monotonic()
+  running[0].join(20)
+  # Eighty documents would take sixteen seconds.
+  assert not running[0].is_alive() and time.monotonic() - began < 8
 
 
 def test_what_cannot_be_streamed_is_refused(texts, tmp_path, opened):

@@ -9,7 +9,10 @@ Item = TypeVar('Item')
 
 
 def iterate(
-  items: Iterator[Item], most: int, name: str
+  items: Iterator[Item],
+  most: int,
+  name: str,
+  closed: threading.Event | None = None,
 ) -> Generator[Item, Any, None]:
   """The items, some of which wait for their use.
 
@@ -17,13 +20,15 @@ def iterate(
     items: run by the thread alone, and closed by it if it can be.
     most: how many may wait.
     name: of the thread.
+    closed: set when the items are not wanted any more; who makes them may look
+      at it, for closing waits for the one that is being made.
 
   Yields:
     The items. What making them raises is raised here, after those that came
     before. Closing the generator ends the thread.
   """
   ready = queue.Queue(maxsize=max(1, most))
-  closed = threading.Event()
+  closed = closed or threading.Event()
 
   def put(item):
     while not closed.is_set():

@@ -136,8 +136,7 @@ class Feed:
     """Which rows of the store a batch holds, and whether they are finite."""
     size = self._shape[0]
     rows = order_lib.batch_rows(self._order, step, size)
-    batch_BD = Feed(self._store, self._order, size).batch(step)
-    bad = rows[~np.isfinite(batch_BD).all(1)]
+    bad = rows[~np.isfinite(self._store.gather(rows)).all(1)]
     return (
       f'store row {bad[0]} is not finite, one of {len(bad)} such rows'
       if len(bad)

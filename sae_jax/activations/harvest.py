@@ -161,6 +161,10 @@ def harvest(
       f'{config.subject}: make them the same'
     )
   sites = [capture.parse_site(site, subject.config) for site in config.sites]
+  if len(set(sites)) < len(sites):
+    raise config_lib.UserError(
+      f'sites {", ".join(config.sites)} name one twice: name each once'
+    )
   widths = []
   for site in sites:
     capture.check_site(subject.config, site)
@@ -376,6 +380,12 @@ def _check(config: HarvestConfig) -> None:
     raise config_lib.UserError(
       f'context_length {config.context_length} with mask_first leaves no '
       'token: use 2 or more'
+    )
+  rows = config.context_length - config.mask_first
+  if rows > config.shard_rows:
+    raise config_lib.UserError(
+      f'a context gives up to {rows} rows, a shard takes {config.shard_rows}: '
+      'use a larger shard_rows, or a smaller context_length'
     )
   if config.min_context_tokens > config.context_length:
     raise config_lib.UserError(

@@ -42,7 +42,8 @@ class Order:
     seed: any int.
     n_rows: rows of an epoch; 0 to n_rows - 1 are visited, none beyond.
     chunk_rows: rows of an inner chunk of the store.
-    window_chunks: chunks whose rows are mixed, over all lanes.
+    window_chunks: chunks whose rows are mixed, over all lanes; each lane has
+      one at least.
     shards: rows of each of the store's shards, of which the last inner chunk
       may be short; none for one shard of all rows.
     lanes: independent parts of the order.
@@ -78,6 +79,12 @@ class Order:
     starts = starts[starts < self.n_rows]
     return starts, np.diff(np.append(starts, self.n_rows))
 
+  @functools.cached_property
+  def dealt(self) -> np.ndarray:
+    """The chunks in the order in which they are dealt to lanes."""
+    chunks = np.arange(self.n_chunks)
+    return np.argsort(_hash(self.seed, 0, _LANES, chunks))
+
   @property
   def n_chunks(self) -> int:
     """Inner chunks of an epoch."""
@@ -91,7 +98,7 @@ class Order:
 def train_order(
   store: store_lib.Store,
   seed: int,
-  window_chunks: int = 32,
+  window_chunks: int = 64,
   lanes: int = 1,
 ) -> Order:
   """The order of a store's training rows; the held-out split is beyond it."""
@@ -155,8 +162,7 @@ class Lane:
     starts, sizes = order.chunks
     chunks = np.arange(len(starts))
     if order.lanes > 1:
-      dealt = np.argsort(_hash(order.seed, 0, _LANES, chunks))
-      chunks = np.sort(dealt[number :: order.lanes])
+      chunks = np.sort(order.dealt[number :: order.lanes])
     self._starts, self._sizes, self._chunks = starts, sizes, chunks
     self._window_chunks = -(-order.window_chunks // order.lanes)
     self.n_rows = int(sizes[chunks].sum())

@@ -10,8 +10,9 @@ devices; the host sees the norms of its activations alone, which say what is
 kept. While one is used the next is made, a pool at a time. When the text ends
 it begins again, in other windows.
 
-What a batch holds is a function of the store, the seed and the step, whatever
-the mesh. To go on, a run keeps where its window began (`Cursor`); text before
+What a batch holds is a function of the store, the seed and the step, on any
+mesh; but rounding may decide whether a row at the limit of a norm rule is kept.
+To go on, a run keeps where its window began (`Cursor`); text before
 it is read again, and neither tokenized nor seen by the subject.
 """
 
@@ -20,6 +21,8 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
+import threading
 from typing import Any
 
 import jax
@@ -31,6 +34,7 @@ from sae_jax import config as config_lib
 from sae_jax import mesh as mesh_lib
 from sae_jax import subject as subject_lib
 from sae_jax.activations import ahead, harvest, layout, pools, tokenized
+from sae_jax.activations import manifest as manifest_lib
 from sae_jax.activations import order as order_lib
 from sae_jax.activations import store as store_lib
 from sae_jax.subject import capture
@@ -47,14 +51,22 @@ class Cursor:
   Attributes:
     first: the stream's first context, where the text begins again.
     next: the window's first context.
-    window: its number.
+    first_tokens: digest of the tokens of `first`, and
+    next_tokens: of `next`, by which a text that changed is seen.
+    window: the window's number.
     rows: of the windows before.
   """
 
   first: tokenized.Place
   next: tokenized.Place
+  first_tokens: str
+  next_tokens: str
   window: int = 0
   rows: int = 0
+
+
+def _digest(context: tokenized.Context) -> str:
+  return manifest_lib.sha256(context.tokens)[:16]
 
 
 class _Window:
@@ -126,10 +138,10 @@ class Feed:
   """Batches of a stream, in the interface of a store's `feed.Feed`.
 
   Attributes:
-    bytes_read: 0, there is no store to read.
+    bytes_read: None, there is no store to read.
   """
 
-  bytes_read = 0
+  bytes_read = None
 
   def __init__(
     self,
@@ -142,13 +154,13 @@ class Feed:
     subject: subject_lib.Subject | None = None,
     workers: int = 0,
   ):
-    """Reads text up to the end of the store's, or to the cursor.
+    """Reads text up to the end of the store's, unless there is a cursor.
 
     Args:
       store: which the stream goes on from.
       batch_size: B.
       seed: of the order in windows.
-      window_chunks: a window is at least as large as so many of the store's
+      window_chunks: a window is about as large as so many of the store's
         chunks.
       mesh: of the subject and of the batches.
       cursor: of the run that goes on; None for one that begins.
@@ -184,8 +196,10 @@ class Feed:
       capture.parse_site(site, subject.config) for site in manifest.sites
     ]
     forward = pools.Forward(config, subject, tuple(sites), mesh)
-    pool_rows = pools.size(config) * config.context_length
-    n_pools = -(-window_chunks * manifest.chunk_rows // pool_rows)
+    # As many rows as a context of the store's gives.
+    n_contexts = int((store.positions() == 0).sum())
+    pool_rows = pools.size(config) * manifest.n_rows / n_contexts
+    n_pools = math.ceil(window_chunks * manifest.chunk_rows / pool_rows)
     self._window = functools.partial(
       _Window, forward, mask, store.site, n_pools, manifest.d_model
     )
@@ -196,7 +210,8 @@ class Feed:
       self._start = Cursor(**(cursor | places))
     else:
       first = self._after_the_store()
-      self._start = Cursor(first, first)
+      digest = _digest(first)
+      self._start = Cursor(first.place, first.place, digest, digest)
     self._cursors = {}
 
   def iterate(
@@ -217,13 +232,16 @@ class Feed:
     # Tokens come from a thread. The subject is run by this one: of many
     # processes each must dispatch all programs in one order, the steps among
     # them.
-    ready = ahead.iterate(self._made_pools(self._start), _POOLS_AHEAD, 'stream')
+    closed = threading.Event()
+    ready = ahead.iterate(
+      self._made_pools(self._start, closed), _POOLS_AHEAD, 'stream', closed
+    )
     with contextlib.closing(ready) as text:
       windows = _Windows(
         self._window, text, self._start, self._batch_size, self._seed
       )
       for step in steps:
-        batch_BD, cursor = windows.batch(step)
+        batch_BD, self._at, cursor = windows.batch(step)
         self._cursors[step + 1] = cursor
         self._cursors.pop(step + 1 - _CURSORS, None)
         yield batch_BD
@@ -233,18 +251,21 @@ class Feed:
     return dataclasses.asdict(self._cursors[step])
 
   def describe(self, step: int) -> str:
-    """Where a batch comes from; one of the last few."""
-    cursor = self._cursors[step + 1]
+    """Where a batch comes from: the last one."""
+    del step
     return (
-      f'its rows are finite, of window {cursor.window} of the stream, which '
-      f'begins with document {cursor.next.number}'
+      f'its rows are finite, of window {self._at.window} of the stream, which '
+      f'begins with document {self._at.next.number}'
     )
 
-  def _contexts(self, start):
+  def _contexts(self, start, closed=None):
     text = harvest.documents(self._config)
+    if closed is not None:
+      # Text is read up to the start: for as long as somebody waits for it.
+      text = itertools.takewhile(lambda _: not closed.is_set(), text)
     return harvest.contexts(self._config, text, self._tokenizer, start)
 
-  def _after_the_store(self) -> tokenized.Place:
+  def _after_the_store(self) -> tokenized.Context:
     """The first context with none of the store's documents.
 
     Raises:
@@ -256,7 +277,7 @@ class Feed:
       for context in contexts:
         part = tokens[seen : seen + len(context.tokens)]
         if not len(part) and context.documents[0] > last:
-          found = context.place
+          found = context
           break
         # The last document may go on beyond the store.
         if not np.array_equal(part, context.tokens[: len(part)]):
@@ -275,17 +296,33 @@ class Feed:
       )
     return found
 
-  def _made_pools(self, start: Cursor) -> Iterator[list[tokenized.Context]]:
-    """Pools without end."""
-    place, size, pool = start.next, pools.size(self._config), []
-    while True:
-      with contextlib.closing(self._contexts(place)) as contexts:
-        for context in contexts:
+  def _made_pools(
+    self, start: Cursor, closed: threading.Event
+  ) -> Iterator[list[tokenized.Context]]:
+    """Pools without end.
+
+    Raises:
+      UserError: if the text is not there, or is another.
+    """
+    place, digest = start.next, start.next_tokens
+    size, pool = pools.size(self._config), []
+    while not closed.is_set():
+      with contextlib.closing(self._contexts(place, closed)) as contexts:
+        first = next(contexts, None)
+        if closed.is_set():
+          return
+        if first is None or (first.place, _digest(first)) != (place, digest):
+          raise config_lib.UserError(
+            f'the text of {", ".join(self._config.sources)} is not what this '
+            f'run began with: document {place.number} of it is another: bring '
+            'the text back, or use another workdir'
+          )
+        for context in itertools.chain([first], contexts):
           pool.append(context)
           if len(pool) == size:
             yield pool
             pool = []
-      place = start.first
+      place, digest = start.first, start.first_tokens
 
 
 class _Windows:
@@ -298,8 +335,8 @@ class _Windows:
     self._waiting = next(text)
     self._begin()
 
-  def batch(self, step: int) -> tuple[jax.Array, Cursor]:
-    """The batch of a step, and the cursor of the step after it."""
+  def batch(self, step: int) -> tuple[jax.Array, Cursor, Cursor]:
+    """The batch of a step, its window's start, and the next step's cursor."""
     start, stop = step * self._batch_size, (step + 1) * self._batch_size
     at, parts = start, []
     while at < stop:
@@ -316,8 +353,8 @@ class _Windows:
     used = (stop - self._start.rows) / len(self._places)
     while self._made.made < int(used * self._made.n_pools):
       self._make()
-    over = stop == self._stop
-    return sum(parts[1:], parts[0]), self._made_start if over else self._start
+    after = self._made_start if stop == self._stop else self._start
+    return sum(parts[1:], parts[0]), self._start, after
 
   def _begin(self) -> None:
     """Makes what is missing of the next window, and goes on to it."""
@@ -338,6 +375,7 @@ class _Windows:
       dataclasses.replace(
         self._start,
         next=self._waiting[0].place,
+        next_tokens=_digest(self._waiting[0]),
         window=self._start.window + 1,
         rows=self._stop,
       ),
