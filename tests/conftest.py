@@ -1,5 +1,6 @@
 """Settings every test shares, made before JAX starts."""
 
+import collections
 import os
 import pathlib
 import tempfile
@@ -21,6 +22,14 @@ os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES', 'none')
 # Else every call of gcsfs asks a service that is not there; read on import.
 os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
+
+
+def pytest_collection_modifyitems(items):
+  """Files that start processes first: no worker is left with one at the end."""
+  slow = collections.Counter(
+    item.path for item in items if item.get_closest_marker('slow')
+  )
+  items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture(scope='module')

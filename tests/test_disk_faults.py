@@ -36,7 +36,8 @@ def run(command, n_bytes=None):
   limit = [sys.executable, '-c', _LIMITED, str(n_bytes)]
   found = subprocess.run(
     [*(limit if n_bytes is not None else []), *map(str, command)],
-    env=os.environ
+    # Coverage's own files would meet the limit too.
+    env={k: v for k, v in os.environ.items() if not k.startswith('COVERAGE')}
     | {
       'JAX_PLATFORMS': 'cpu',
       'TF_CPP_MIN_LOG_LEVEL': '3',
