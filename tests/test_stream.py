@@ -108,12 +108,12 @@ def _windows(feed, count):
 
 @pytest.mark.parametrize(
   ('batch', 'changes'),
-  [(7, {}), (16, {'pack': True, 'bos': 'a'}), (300, {})],
+  [(30, {}), (50, {'pack': True, 'bos': 'a'}), (300, {})],
 )
 def test_it_goes_on_from_a_cursor_to_the_bit(texts, tmp_path, batch, changes):
   """Through windows, batches larger than one, and the text's end."""
   opened = _harvest(texts, tmp_path / 'store', **changes)
-  steps = 4200 // batch
+  steps = 3900 // batch
   feed, cursors = _feed(opened, batch=batch), {}
   whole = []
   for step, batch_BD in enumerate(feed.iterate(0, steps), 1):
