@@ -283,7 +283,9 @@ def test_closing_does_not_wait_for_the_text_to_be_read(
   running = []
   while not running:
     time.sleep(0.01)
-    running = [t for t in threading.enumerate() if t.name == 'stream']
+    running = [
+      t for t in threading.enumerate() if t.name == 'stream' and t.is_alive()
+    ]
   closed[0].set()
   began = time.monotonic()
   running[0].join(20)
