@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import json
 import re
 
@@ -459,6 +460,24 @@ def test_processes_share_a_harvest(texts, tmp_path, count):
   store.open_store(url).verify()
   with pytest.raises(config_lib.UserError, match='process_index 3'):
     harvest.harvest(config, url, _subject(), (3, 3))
+
+
+@pytest.mark.fast
+def test_the_manifest_says_which_text_and_tokenizer(texts, tmp_path):
+  config = _config(texts, n_tokens=200)
+  manifest = _run(config, tmp_path / 'store')
+  lines = f'{texts.stat().st_size}  texts.jsonl\n'
+  digest = hashlib.sha256(lines.encode()).hexdigest()
+  assert manifest.corpus == {str(texts): digest}
+  tokenizer = _subject().tokenizer
+  assert manifest.tokenizer_sha256 == (
+    hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+  )
+  # More of another text would be no more of this one.
+  texts.write_text(texts.read_text() + json.dumps({'text': 'more'}) + '\n')
+  more = dataclasses.replace(config, n_tokens=400)
+  with pytest.raises(config_lib.UserError, match=r'another plan .*corpus'):
+    _run(more, tmp_path / 'store')
 
 
 @pytest.mark.fast

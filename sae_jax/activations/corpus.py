@@ -12,9 +12,11 @@ from collections.abc import Iterable, Iterator
 import csv
 import dataclasses
 import hashlib
+import importlib.metadata
 import importlib.util
 import itertools
 import pathlib
+import platform
 import sys
 import sysconfig
 
@@ -76,6 +78,28 @@ def documents(
     )
   texts = [_texts(source, seed) for source in sources]
   return _interleave(sources, texts, seed, max_characters)
+
+
+def identity(source: str) -> str:
+  """Which text a source is.
+
+  A package's name and version, Python's version, or the sha256 of the names
+  and sizes of its files: bytes are not read.
+
+  Raises:
+    UserError: if it is not there.
+  """
+  if source in PACKAGES:
+    package_folder(source)
+    return f'{source} {importlib.metadata.version(source)}'
+  if source == 'python-stdlib':
+    return f'python {platform.python_version()}'
+  files = text_files.find(source, (*PACKAGES, 'python-stdlib'))
+  lines = sorted(
+    f'{files.system.info(path)["size"]}  {name}\n'
+    for name, path in files.paths.items()
+  )
+  return hashlib.sha256(''.join(lines).encode()).hexdigest()
 
 
 def package_folder(source: str) -> pathlib.Path:

@@ -193,6 +193,8 @@ def harvest(
       shard_rows=config.shard_rows,
       context_length=config.context_length,
       sources=config.sources,
+      corpus={source: corpus.identity(source) for source in config.sources},
+      tokenizer_sha256=_tokenizer_digest(subject.tokenizer),
       seed=config.seed,
       config=plan,
       software=_software(config),
@@ -416,6 +418,13 @@ def _more(config, store_url, finished, subject) -> bool:
       f'({"; ".join(changes)}): use another folder or delete this one'
     )
   return longer
+
+
+def _tokenizer_digest(tokenizer: tokenizers.Tokenizer) -> str:
+  try:
+    return manifest_lib.sha256(tokenizer.to_str().encode())
+  except Exception:  # One with parts in Python, of the caller's own.
+    return ''
 
 
 def _software(config: HarvestConfig) -> dict[str, Any]:

@@ -32,6 +32,8 @@ class Plan:
     shard_rows: rows that a shard has room for.
     context_length: tokens in the longest context.
     sources: names of the text sources.
+    corpus: source -> which text it is (`corpus.identity`).
+    tokenizer_sha256: digest of the tokenizer's JSON; empty if it has none.
     seed: of the order of documents.
     config: the harvest's whole config, without how much of it is wanted.
     software: name -> version of what wrote it.
@@ -47,6 +49,8 @@ class Plan:
   shard_rows: int = 65_536
   context_length: int = 0
   sources: tuple[str, ...] = ()
+  corpus: dict[str, str] = dataclasses.field(default_factory=dict)
+  tokenizer_sha256: str = ''
   seed: int = 0
   config: dict[str, Any] = dataclasses.field(default_factory=dict)
   software: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -115,6 +119,8 @@ class Manifest:
   shard_counts: tuple[tuple[int, int], ...]
   context_length: int
   sources: tuple[str, ...]
+  corpus: dict[str, str]
+  tokenizer_sha256: str
   source_rows: dict[str, int]
   seed: int
   mask: dict[str, Any]
