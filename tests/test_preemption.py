@@ -17,7 +17,7 @@ from sae_jax import checkpoint, preemption, train
 from tests import planted, processes, runs
 
 # More on request, 20 at most: the run must not end before.
-KILLS = int(os.environ.get('SAE_JAX_RUN_KILLS', '8'))
+KILLS = int(os.environ.get('SAE_JAX_RUN_KILLS', '5'))
 STEPS = 2400
 EVERY = 40
 
@@ -73,7 +73,7 @@ def test_killed_again_and_again_it_ends_with_the_same_bits(
     torn += bool(being_written(workdir))
     saved.append((runs.saved_steps(workdir) or [0])[-1])
     assert saved[-1] >= saved[-2]
-  assert torn >= KILLS // 6
+  assert torn >= max(1, KILLS // 6)
   assert len(set(saved)) > KILLS // 2
   assert saved[-1] < STEPS
   runs.run(command)

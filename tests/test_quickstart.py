@@ -20,6 +20,13 @@ BUDGET = {
   'task_prompts': 40,
   'downstream_tokens': 256,
 }
+# Enough to walk the path.
+SMALLER = {
+  'n_tokens': 1500,
+  'steps': 20,
+  'task_prompts': 16,
+  'downstream_tokens': 64,
+}
 
 
 def demo(workdir):
@@ -127,7 +134,7 @@ def test_the_notebook_runs_on_a_small_budget(tmp_path):
   settings = next(c for c in notebook.cells if 'QuickstartConfig(' in c.source)
   settings.source = (
     'from experiments.quickstart import QuickstartConfig\n'
-    f'config = QuickstartConfig(**{BUDGET})\n'
+    f'config = QuickstartConfig(**{BUDGET | SMALLER})\n'
     f'workdir = {str(tmp_path / "colab")!r}'
   )
   client = NotebookClient(
