@@ -30,7 +30,7 @@ from sae_jax.plan import parts as parts_lib
 from sae_jax.plan.chips import CHIPS
 from sae_jax.sparse import dispatch
 from sae_jax.sparse.shapes import Shape, SHAPES
-from sae_jax.step import TrainConfig
+from sae_jax.train_config import TrainConfig
 
 NOTE = (
   "nothing was measured: cycles are the TPU compiler's estimate, times are "

@@ -28,7 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sae_jax import autoencoder, loop, mesh, step
+from sae_jax import autoencoder, loop, mesh, step, train_config
 from sae_jax import config as config_lib
 from sae_jax.activations import feed, layout, manifest, store, writer
 from sae_jax.activations import order as order_lib
@@ -178,7 +178,7 @@ def rates(opened: store.Store, config: BenchmarkConfig) -> list[dict]:
 
 def waiting(opened: store.Store, config: BenchmarkConfig) -> dict[str, float]:
   """Trains as the demo does; how batches came."""
-  made = step.TrainConfig(
+  made = train_config.TrainConfig(
     sae=autoencoder.SaeConfig(d_model=config.d, n_latents=config.n, k=config.k),
     batch_size=config.batch,
     steps=config.steps,

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sae_jax import autoencoder, mesh, optimizer, sparse, step
+from sae_jax import autoencoder, mesh, optimizer, sparse, step, train_config
 from sae_jax import config as config_lib
 from sae_jax.cli import flags
 
@@ -63,7 +63,10 @@ def _backward(vals_BK, idx_BK, x_BD, g_BD, w_dec_ND):
 
 
 def parts(
-  config: step.TrainConfig, sae: autoencoder.Sae, x_BD: jax.Array, times: int
+  config: train_config.TrainConfig,
+  sae: autoencoder.Sae,
+  x_BD: jax.Array,
+  times: int,
 ) -> dict[str, float]:
   """Least seconds of each part of a step, run alone."""
 
@@ -105,7 +108,7 @@ def parts(
 def measure(shape: BenchmarkConfig) -> dict:
   """Times of the step and its parts at one shape."""
   d, n, k, batch, steps = dataclasses.astuple(shape)
-  config = step.TrainConfig(
+  config = train_config.TrainConfig(
     sae=autoencoder.SaeConfig(d_model=d, n_latents=n, k=k),
     batch_size=batch,
     steps=steps + _WARM_UP,

@@ -20,7 +20,7 @@ from sae_jax.autoencoder import SaeConfig
 from sae_jax.cli import flags
 from sae_jax.objective import ObjectiveConfig
 from sae_jax.optimizer import OptimizerConfig
-from sae_jax.step import TrainConfig
+from sae_jax.train_config import TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,9 +21,9 @@ from sae_jax.activations import store
 from sae_jax.step import (
   make_evaluation,
   make_step,
-  TrainConfig,
   TrainState,
 )
+from sae_jax.train_config import TrainConfig
 
 
 def heldout(

@@ -18,7 +18,8 @@ from sae_jax import config as config_lib
 from sae_jax import mesh as mesh_lib
 from sae_jax.activations import feed, store, stream
 from sae_jax.activations import order as order_lib
-from sae_jax.step import abstract_state, init_state, TrainConfig, TrainState
+from sae_jax.step import abstract_state, init_state, TrainState
+from sae_jax.train_config import TrainConfig
 
 # What may change when a run is resumed: where it runs and what it tells.
 _MAY_CHANGE = frozenset(

@@ -7,7 +7,7 @@ from sae_jax.activations.manifest import Plan
 from sae_jax.autoencoder import SaeConfig
 from sae_jax.objective import ObjectiveConfig
 from sae_jax.optimizer import OptimizerConfig
-from sae_jax.step import TrainConfig
+from sae_jax.train_config import TrainConfig
 
 D_MODEL, DIRECTIONS, ACTIVE = 16, 32, 3
 

@@ -17,7 +17,8 @@ from sae_jax import checkpoint, loop, mesh, train
 from sae_jax import config as config_lib
 from sae_jax.activations import feed
 from sae_jax.activations import order as order_lib
-from sae_jax.step import abstract_state, TrainConfig
+from sae_jax.step import abstract_state
+from sae_jax.train_config import TrainConfig
 from tests import planted, processes
 
 SPOILT_ROW = 100

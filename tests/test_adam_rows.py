@@ -10,7 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 
-from sae_jax import aot, optimizer, step
+from sae_jax import aot, optimizer, step, train_config
 from sae_jax import mesh as mesh_lib
 from sae_jax.autoencoder import SaeConfig
 from sae_jax.config import UserError
@@ -434,7 +434,7 @@ def test_control_other_widths_are_copied():
 def test_an_update_on_a_mesh_needs_no_matrix_of_memory(clip, guard):
   n, width = NAMED[2]
   mesh = aot.mesh('v5p:2x2x1', data=2, latent=2)
-  config = step.TrainConfig(
+  config = train_config.TrainConfig(
     sae=SaeConfig(d_model=width, n_latents=n),
     optimizer=optimizer.OptimizerConfig(clip_norm=clip),
   )

@@ -11,7 +11,7 @@ from sae_jax import config, memory
 from sae_jax.activations.harvest import HarvestConfig
 from sae_jax.browser.index import BrowseConfig
 from sae_jax.probing.report import ProbeConfig
-from sae_jax.step import TrainConfig
+from sae_jax.train_config import TrainConfig
 from tests import planted, runs
 
 pytestmark = pytest.mark.slow

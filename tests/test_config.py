@@ -6,7 +6,7 @@ import json
 import pytest
 
 from sae_jax import config
-from sae_jax.step import TrainConfig
+from sae_jax.train_config import TrainConfig
 
 pytestmark = pytest.mark.fast
 

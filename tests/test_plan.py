@@ -33,7 +33,7 @@ from sae_jax.plan import (
   splits,
   table,
 )
-from sae_jax.step import TrainConfig
+from sae_jax.train_config import TrainConfig
 from tests import test_plan_programs
 
 BF16, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32

@@ -13,7 +13,7 @@ import pytest
 from sae_jax import autoencoder, config, mesh, train
 from sae_jax import subject as subject_lib
 from sae_jax.activations import harvest, order, store, stream
-from sae_jax.step import TrainConfig
+from sae_jax.train_config import TrainConfig
 from tests import planted, runs, test_harvest
 
 pytestmark = pytest.mark.slow

@@ -13,7 +13,7 @@ from sae_jax.config import UserError
 from sae_jax.plan import table
 from sae_jax.plan.planner import DEAD
 from sae_jax.sparse import dispatch
-from sae_jax.step import TrainConfig
+from sae_jax.train_config import TrainConfig
 
 _SHORT = {'d': 'd_model', 'n': 'n_latents', 'batch': 'batch_size'}
 

@@ -7,7 +7,7 @@ from sae_jax import mesh
 from sae_jax import train as train_lib
 from sae_jax.cli import flags
 from sae_jax.config import UserError
-from sae_jax.step import TrainConfig
+from sae_jax.train_config import TrainConfig
 
 
 def define() -> None:

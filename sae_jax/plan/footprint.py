@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from sae_jax import mesh as mesh_lib
 from sae_jax import step
-from sae_jax.step import TrainConfig
+from sae_jax.train_config import TrainConfig
 
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 _OUT_OF_MEMORY = re.compile(

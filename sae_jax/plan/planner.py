@@ -20,7 +20,7 @@ from sae_jax.plan.chips import Slices
 from sae_jax.plan.footprint import Compiled
 from sae_jax.plan.program import Costs
 from sae_jax.plan.record import Plan, Split
-from sae_jax.step import TrainConfig
+from sae_jax.train_config import TrainConfig
 
 DEAD = ('none', 'few', 'all')
 # Splits that are listed, compiled or not.

@@ -9,7 +9,7 @@ from sae_jax.plan.footprint import Footprint
 from sae_jax.plan.program import Buffer, Costs, Kernel
 from sae_jax.plan.remedies import Remedy
 from sae_jax.plan.roofline import Roofline
-from sae_jax.step import TrainConfig
+from sae_jax.train_config import TrainConfig
 
 GIB = 2**30
 NOTHING_MEASURED = (

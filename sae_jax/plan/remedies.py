@@ -10,7 +10,7 @@ from sae_jax.plan import chips as chips_lib
 from sae_jax.plan import footprint, splits
 from sae_jax.plan.chips import Slices
 from sae_jax.plan.footprint import Footprint
-from sae_jax.step import TrainConfig
+from sae_jax.train_config import TrainConfig
 
 # Fewer tokens than this at a time leave a matrix unit idle.
 _LEAST_TOKENS = 256

@@ -12,7 +12,7 @@ from sae_jax.plan import footprint, roofline
 from sae_jax.plan.chips import Slices
 from sae_jax.plan.footprint import Footprint
 from sae_jax.sparse import dispatch
-from sae_jax.step import TrainConfig
+from sae_jax.train_config import TrainConfig
 
 # Of pre-activations at a time, see `sparse.encode_topk.reference`.
 _BLOCK_BYTES = 2**27
