@@ -43,6 +43,14 @@ def store(tmp_path_factory):
   return url
 
 
+@pytest.fixture
+def texts(tmp_path):
+  """Texts for a toy's harvest."""
+  from tests import toy
+
+  return toy.write_texts(tmp_path)
+
+
 @pytest.fixture(scope='module')
 def v5e():
   """Four chips to compile for."""

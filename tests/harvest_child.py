@@ -6,15 +6,15 @@ python -m tests.harvest_child TEXTS STORE INDEX COUNT
 import sys
 
 from sae_jax.activations import harvest
-from tests import test_harvest
+from tests import toy
 
 
 def main(texts, url, index, count):
   """Harvests, and says when it begins."""
-  subject = test_harvest._subject()
+  subject = toy.subject()
   print('ready', flush=True)
   found = harvest.harvest(
-    test_harvest._config(texts), url, subject, (int(index), int(count))
+    toy.config(texts), url, subject, (int(index), int(count))
   )
   print('sealed' if found else 'done', flush=True)
 

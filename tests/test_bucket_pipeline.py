@@ -17,7 +17,7 @@ from sae_jax.autoencoder import SaeConfig
 from sae_jax.browser import index
 from sae_jax.probing import report, tasks
 from sae_jax.probing.features import FeatureConfig
-from tests import fake_gcs, gcs_clients, gcs_faults, planted, runs, test_harvest
+from tests import fake_gcs, gcs_clients, gcs_faults, planted, runs, toy
 
 pytestmark = pytest.mark.slow
 
@@ -45,8 +45,8 @@ def made_tasks(names, n_tasks, n_prompts, max_chars, seed):
 
 def harvested(texts, url):
   """A store of some thousand rows: chunks of 32, eight to a shard."""
-  plan = test_harvest._config(texts, chunk_rows=32, shard_rows=256)
-  return harvest.harvest(plan, url, test_harvest._subject())
+  plan = toy.config(texts, chunk_rows=32, shard_rows=256)
+  return harvest.harvest(plan, url, toy.subject())
 
 
 def trained(store_url, workdir, steps=STEPS):
@@ -62,7 +62,7 @@ def whole_pipeline(texts, root):
   # The second part reads what the first one saved.
   trained(f'{root}/store', f'{root}/run', STEPS // 2)
   trained(f'{root}/store', f'{root}/run')
-  subject = test_harvest._subject()
+  subject = toy.subject()
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(tasks, 'load_tasks', made_tasks)
     found = report.probe(
@@ -115,7 +115,7 @@ def bucket(monkeypatch, faults=None):
 def on_disk(tmp_path_factory):
   """The text, and the folder of every stage on a disk."""
   root = tmp_path_factory.mktemp('local')
-  texts = test_harvest.write_texts(root)
+  texts = toy.write_texts(root)
   whole_pipeline(texts, str(root))
   return texts, root
 

@@ -17,11 +17,10 @@ from tests import (
   planted,
   runs,
   test_bucket_pipeline,
-  test_harvest,
   test_harvest_processes,
+  toy,
 )
 
-texts = test_harvest.texts
 stored = test_harvest_processes.files
 REMEDY = 'check the path, free space and your access'
 _LIMITED = """
@@ -90,24 +89,24 @@ def test_a_harvest_on_a_full_disk_goes_on_when_there_is_room(texts, tmp_path):
 @pytest.mark.fast
 def test_a_harvest_whose_folder_is_in_the_way_goes_on(texts, tmp_path):
   clean, url = tmp_path / 'clean', tmp_path / 'store'
-  plan = test_harvest._config(texts)
-  test_harvest._run(plan, clean)
+  plan = toy.config(texts)
+  toy.run(plan, clean)
   url.mkdir()
   for name in ('documents', 'shards'):
     (url / name).write_text('')
     with pytest.raises(config.UserError) as caught:
-      test_harvest._run(plan, url)
+      toy.run(plan, url)
     said = str(caught.value)
     assert str(url) in said and 'check the path' in said and '\n' not in said
     (url / name).unlink()
-  test_harvest._run(plan, url)
+  toy.run(plan, url)
   assert stored(url) == stored(clean)
 
 
 @pytest.mark.fast
 def test_a_folder_that_nobody_may_make(texts):
   with pytest.raises(config.UserError, match=f'store /proc/none/.*{REMEDY}'):
-    test_harvest._run(test_harvest._config(texts), '/proc/none/store')
+    toy.run(toy.config(texts), '/proc/none/store')
 
 
 @pytest.mark.fast
@@ -116,7 +115,7 @@ def test_a_bucket_that_forbids_writing_is_named(
   texts, tmp_path, monkeypatch, allowed
 ):
   """It forbids all, all but reading, or the second half."""
-  plan, left = test_harvest._config(texts), [allowed]
+  plan, left = toy.config(texts), [allowed]
 
   def forbids(method, what, target):
     left[0] -= what == 'write'
@@ -125,7 +124,7 @@ def test_a_bucket_that_forbids_writing_is_named(
   with test_bucket_pipeline.bucket(monkeypatch) as server:
     server.forbids = forbids
     with pytest.raises(config.UserError) as caught:
-      test_harvest._run(plan, 'gs://bucket/store')
+      toy.run(plan, 'gs://bucket/store')
     said = str(caught.value)
     assert 'gs://bucket/store' in said and 'PERMISSION_DENIED' in said
     assert 'your access' in said and '\n' not in said
@@ -133,8 +132,8 @@ def test_a_bucket_that_forbids_writing_is_named(
     assert sum(method == 'POST' for method, *_ in server.log) <= allowed + 1
     assert len(server.objects['bucket']) == allowed
     server.forbids = lambda *_: False
-    test_harvest._run(plan, 'gs://bucket/store')
-  test_harvest._run(plan, tmp_path / 'store')
+    toy.run(plan, 'gs://bucket/store')
+  toy.run(plan, tmp_path / 'store')
   assert stored(tmp_path / 'store') == {
     name.removeprefix('store/'): o.data
     for name, o in server.objects['bucket'].items()

@@ -12,10 +12,9 @@ import pytest
 
 from sae_jax import config
 from sae_jax.activations import store
-from tests import test_harvest
+from tests import toy
 
 pytestmark = pytest.mark.slow
-texts = test_harvest.texts
 
 # How often a harvest is killed; more on request.
 KILLS = int(os.environ.get('SAE_JAX_KILLS', '5'))
@@ -88,7 +87,7 @@ def test_two_processes_make_one_store(texts, tmp_path):
 
 
 def test_flipped_bytes_are_found_and_named(texts, tmp_path):
-  manifest = test_harvest._run(test_harvest._config(texts), tmp_path / 'store')
+  manifest = toy.run(toy.config(texts), tmp_path / 'store')
   folder = tmp_path / 'store'
   paths = sorted(p for p in folder.glob('**/c/**/*') if p.is_file())
   paths += sorted((folder / 'shards').iterdir())

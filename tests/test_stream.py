@@ -14,10 +14,9 @@ from sae_jax import autoencoder, config, mesh, train
 from sae_jax import subject as subject_lib
 from sae_jax.activations import harvest, order, store, stream
 from sae_jax.train_config import TrainConfig
-from tests import planted, runs, test_harvest
+from tests import planted, runs, toy
 
 pytestmark = pytest.mark.slow
-texts = test_harvest.texts
 
 # Of eighty documents the store has some twenty.
 STORED = 300
@@ -25,16 +24,14 @@ STORED = 300
 
 def _harvest(texts, url, **changes):
   wanted = {'n_tokens': STORED, 'mask_norm_multiple': 2.0} | changes
-  made = test_harvest._config(texts, **wanted)
-  harvest.harvest(made, str(url), test_harvest._subject())
+  made = toy.config(texts, **wanted)
+  harvest.harvest(made, str(url), toy.subject())
   return store.open_store(str(url))
 
 
 def _feed(opened, cursor=None, data=1, batch=16, chunks=1, seed=3, latent=1):
   made = mesh.make_mesh(data, latent, jax.devices()[: data * latent])
-  return stream.Feed(
-    opened, batch, seed, chunks, made, cursor, test_harvest._subject()
-  )
+  return stream.Feed(opened, batch, seed, chunks, made, cursor, toy.subject())
 
 
 def _batches(feed, start, stop):
@@ -157,7 +154,7 @@ def test_a_mesh_changes_nothing(opened, data, latent):
 
 def test_processes_that_tokenize_change_nothing(opened):
   made = mesh.make_mesh(1, 1, jax.devices()[:1])
-  subject = test_harvest._subject()
+  subject = toy.subject()
   with_two = stream.Feed(opened, 16, 3, 1, made, None, subject, workers=2)
   runs.assert_same_bits(
     _batches(with_two, 0, 20), _batches(_feed(opened), 0, 20)
@@ -174,7 +171,7 @@ def test_seeds_mix_otherwise(opened):
 
 @pytest.mark.fast
 def test_a_run_is_stopped_and_goes_on_to_the_bit(opened, tmp_path, monkeypatch):
-  subject = test_harvest._subject()
+  subject = toy.subject()
   monkeypatch.setattr(subject_lib, 'load', lambda *args, **kwargs: subject)
   made = planted.train_config(
     sae=autoencoder.SaeConfig(d_model=16, n_latents=64, k=4),
@@ -212,7 +209,7 @@ def _break_off(step, made: TrainConfig, workdir, url):
 def test_a_sweep_goes_on_from_the_run_that_did_least(
   opened, tmp_path, monkeypatch
 ):
-  subject = test_harvest._subject()
+  subject = toy.subject()
   monkeypatch.setattr(subject_lib, 'load', lambda *args, **kwargs: subject)
   made = planted.train_config(
     sae=autoencoder.SaeConfig(d_model=16, n_latents=64, k=4),
@@ -302,7 +299,7 @@ def test_what_cannot_be_streamed_is_refused(texts, tmp_path, opened):
     _feed(whole)
   with pytest.raises(config.UserError, match='batch_contexts 4 must be a mul'):
     _feed(opened, data=8)
-  subject = dataclasses.replace(test_harvest._subject(), weights_sha256='other')
+  subject = dataclasses.replace(toy.subject(), weights_sha256='other')
   with pytest.raises(config.UserError, match='is not the model store'):
     stream.Feed(opened, 4, 0, 1, mesh.make_mesh(1, 8), None, subject)
   texts.write_text(texts.read_text().replace('a', 'b'))
@@ -322,11 +319,9 @@ def test_a_mask_that_leaves_nothing_is_refused(opened):
 def test_two_processes_stream_what_one_does(texts, tmp_path):
   """Two hosts of four devices: contexts, weights and latents over all."""
   folder = str(tmp_path / 'subject')
-  subject_lib.save(test_harvest._subject(), folder)
+  subject_lib.save(toy.subject(), folder)
   url = str(tmp_path / 'store')
-  made = test_harvest._config(
-    texts, subject=folder, n_tokens=STORED, batch_contexts=8
-  )
+  made = toy.config(texts, subject=folder, n_tokens=STORED, batch_contexts=8)
   harvest.harvest(made, url)
   flags = {
     'steps': 16, 'stream': True, 'eval_rows': 24, 'mesh_data': 4,
