@@ -1,6 +1,7 @@
 """Batches from a store, in its order, on the devices that use them."""
 
 from collections.abc import Iterator
+import functools
 import itertools
 import threading
 from typing import Any
@@ -66,7 +67,7 @@ class Feed:
     self._lock = threading.Lock()
     self.bytes_read = 0
 
-  @property
+  @functools.cached_property
   def places(self) -> np.ndarray:
     """Places in a batch of the rows that this process reads, ascending."""
     size = self._lane_size
