@@ -199,6 +199,9 @@ def test_deep_link_back_and_unknown(chromium, url):
     open_latent(page, 43)
     page.go_back()
     page.wait_for_selector('.feature[data-latent="42"]')
+    # As the search takes it.
+    page.evaluate("location.hash = '#41'")
+    page.wait_for_selector('.feature[data-latent="41"]')
     page.evaluate("location.hash = '#/latent/99999'")
     page.wait_for_selector('text=There is no latent 99999')
     page.click('text=To the overview')

@@ -90,7 +90,8 @@ async function showFeature(place) {
 }
 
 function route() {
-  const asked = location.hash.match(/^#\/latent\/(\d+)$/);
+  // As links have it, or as the search takes it: #123.
+  const asked = location.hash.match(/^#(?:\/latent\/)?(\d+)$/);
   if (!asked) {
     if (/^#?\/?$/.test(location.hash)) showOverview();
     else showUnknown(location.hash);
