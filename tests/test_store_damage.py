@@ -66,7 +66,7 @@ def test_verify_finds_an_edited_manifest(tmp_path):
   [
     ({'d_model': 5}, r'activations.* its manifest says float32 \(128, 5\)'),
     ({'dtype': 'bfloat16'}, 'manifest says bfloat16'),
-    ({'format_version': 9}, 'format version 9, this sae_jax reads version 2'),
+    ({'format_version': 9}, 'format version 9, this sae_jax reads version 3'),
     ({'colour': 'red'}, 'no field colour'),
   ],
 )

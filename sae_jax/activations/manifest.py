@@ -10,7 +10,7 @@ import numpy as np
 
 from sae_jax import config
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 # The name of the records among the checksums.
 RECORDS = 'shards'
 # A shard has room for so many tokens of the stream for each row: those that
