@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from sae_jax import activation as activation_lib
 from sae_jax import config as config_lib
-from sae_jax import sparse, target
+from sae_jax import scopes, sparse, target
 
 PREPROCESSING = ('none', 'center_unit_norm', 'layer_norm', 'dataset')
 MATMULS = ('auto', 'float32', 'bfloat16')
@@ -102,6 +102,7 @@ class Affine:
   scale: jax.Array
 
 
+@jax.named_scope(scopes.PREPROCESSING)
 def preprocess(
   config: SaeConfig, sae: Sae, raw_BD: jax.Array
 ) -> tuple[jax.Array, Affine]:

@@ -6,7 +6,7 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from sae_jax import sparse, target
+from sae_jax import scopes, sparse, target
 from sae_jax import split as split_lib
 from sae_jax.autoencoder import Sae
 from sae_jax.sparse import varying
@@ -59,6 +59,7 @@ class _Rows:
   b_lat_M: jax.Array
 
 
+@jax.named_scope(scopes.AUXK)
 def add_gradient(
   aux: Aux,
   sae: Sae,

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 import numpy as np
 import optax
 
-from sae_jax import autoencoder
+from sae_jax import autoencoder, scopes
 from sae_jax import config as config_lib
 from sae_jax.sparse.adam_rows import api as adam_rows_api
 from sae_jax.sparse.adam_rows import reference as adam_rows_reference
@@ -143,6 +143,7 @@ def init(config: OptimizerConfig, sae: autoencoder.Sae) -> OptimizerState:
   )
 
 
+@jax.named_scope(scopes.OPTIMIZER)
 def update(
   config: OptimizerConfig,
   sae: autoencoder.Sae,

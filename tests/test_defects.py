@@ -17,7 +17,7 @@ def put_back(monkeypatch, module, name, good, bad):
   source = inspect.getsource(function)
   assert source.count(good) == 1, f'{name} has no such line any more: {good}'
   code = {}
-  exec(source.replace(good, bad), function.__globals__, code)
+  exec(source.replace(good, bad), vars(module), code)
   monkeypatch.setattr(module, name, code[name])
   step._program.cache_clear()
 

@@ -66,11 +66,13 @@ class Compiled:
     text: of the program, as the compiler left it, '' if it left none.
     footprint: what it takes of a device's HBM.
     fits: whether the compiler found room for it.
+    implementation: of the sparse products, as it was asked for.
   """
 
   text: str
   footprint: Footprint
   fits: bool
+  implementation: str | None = None
 
 
 def arguments(config: TrainConfig, mesh: Mesh) -> Footprint:
@@ -136,7 +138,7 @@ def compile_step(
         raise
       beside = max(0, needed - held.total)
       too_large = dataclasses.replace(held, temporaries=beside)
-      return Compiled(_dumped(folder), too_large, fits=False)
+      return Compiled(_dumped(folder), too_large, False, implementation)
     # as_text can't print programs of which a part runs on SparseCores.
     text = _dumped(folder) or made.as_text()
   found = made.memory_analysis()
@@ -148,7 +150,7 @@ def compile_step(
     program=found.generated_code_size_in_bytes,
     padding=padding,
   )
-  return Compiled(text, whole, fits=True)
+  return Compiled(text, whole, True, implementation)
 
 
 def _needed(message: str) -> int | None:

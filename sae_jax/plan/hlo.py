@@ -1,6 +1,5 @@
 """The text of a compiled XLA program as computations and instructions."""
 
-from collections.abc import Iterator
 import dataclasses
 import functools
 import json
@@ -208,14 +207,6 @@ class Computation:
     return found
 
 
-@dataclasses.dataclass(frozen=True)
-class Frame:
-  """A line of Python."""
-
-  file: str
-  function: str
-
-
 @dataclasses.dataclass(eq=False)
 class Module:
   """A compiled program.
@@ -223,21 +214,10 @@ class Module:
   Attributes:
     computations: by name.
     entry: the one that is the program.
-    stacks: frames of each stack_frame_id, the innermost first.
   """
 
   computations: dict[str, Computation]
   entry: Computation
-  stacks: dict[int, tuple[Frame, ...]]
-
-  def stack(self, instruction: Instruction) -> tuple[Frame, ...]:
-    """The Python that an instruction comes from, the innermost line first."""
-    metadata = instruction.attribute('metadata')
-    found = re.search(r'stack_frame_id=(\d+)', metadata)
-    if found:
-      return self.stacks.get(int(found[1]), ())
-    found = re.search(r'source_file="([^"]*)"', metadata)
-    return (Frame(found[1], ''),) if found else ()
 
 
 _HEAD = re.compile(r'(ENTRY )?%?([\w.\-]+) \(.*\{\s*$')
@@ -254,8 +234,7 @@ def parse(text: str) -> Module:
     ValueError: if there is no program in the text.
   """
   computations, entry, current = {}, None, None
-  lines = text.splitlines()
-  for line in lines:
+  for line in text.splitlines():
     if current is None:
       head = _HEAD.match(line)
       if head:
@@ -269,7 +248,7 @@ def parse(text: str) -> Module:
         current.instructions[read.name] = read
   if entry is None:
     raise ValueError('there is no program in this text')
-  return Module(computations, entry, _stacks(lines))
+  return Module(computations, entry)
 
 
 def _instruction(line: str) -> Instruction | None:
@@ -295,44 +274,3 @@ def _instruction(line: str) -> Instruction | None:
     attributes=line[at + len(operands) + 1 :],
     root=bool(start[1]),
   )
-
-
-def _stacks(lines: list[str]) -> dict[int, tuple[Frame, ...]]:
-  """The tables of files, functions, lines and frames before the program."""
-  tables = {}
-  rows = None
-  for line in lines:
-    if line in ('FileNames', 'FunctionNames', 'FileLocations', 'StackFrames'):
-      rows = tables.setdefault(line, {})
-    elif rows is not None:
-      row = re.match(r'(\d+) (.*)', line)
-      if row:
-        rows[int(row[1])] = row[2]
-      elif line:
-        rows = None
-
-  def numbers(name):
-    return {
-      key: dict((k, int(v)) for k, v in re.findall(r'(\w+)=(\d+)', row))
-      for key, row in tables.get(name, {}).items()
-    }
-
-  def named(table, key):
-    return tables.get(table, {}).get(key, '').strip('"')
-
-  places, frames = numbers('FileLocations'), numbers('StackFrames')
-  # The first frame has no parent. Where its parent is written as 1, all are
-  # written one too high.
-  shift = frames.get(1, {}).get('parent_frame_id', 0)
-
-  def walk(key) -> Iterator[Frame]:
-    while key in frames:
-      place = places.get(frames[key].get('file_location_id'), {})
-      yield Frame(
-        named('FileNames', place.get('file_name_id')),
-        named('FunctionNames', place.get('function_name_id')),
-      )
-      parent = frames[key].get('parent_frame_id', 0) - shift
-      key = parent if parent < key else 0
-
-  return {key: tuple(walk(key)) for key in frames}

@@ -2,49 +2,126 @@
 
 import re
 
-from sae_jax.plan.hlo import Instruction, Module
+import jax
+from jax.sharding import Mesh
 
-AUXK = 'AuxK'
+from sae_jax import scopes, sparse
+from sae_jax.plan.hlo import Instruction, Module
+from sae_jax.train_config import TrainConfig
+
+AUXK = scopes.AUXK
 OPTIMIZER = 'Adam, projection, moving average'
-EXCHANGE = 'top-k over shards'
 REST = 'rest of the step'
 
-# The innermost line of Python that matches one of them decides: by a part of
-# its file's path and a pattern of its function's name. The backward pass has
-# the line that its forward pass was called from.
-_FOLDERS = (
-  ('/sparse/top_k/', r'global_top_k|winners', EXCHANGE, EXCHANGE),
-  ('/sparse/encode_topk/', '', 'encoder and top-k', 'encoder gradients'),
-  ('/sparse/decode/', '', 'decoder', 'decoder gradients'),
-  ('/sparse/weight_grad/', '', 'weight gradients', 'weight gradients'),
-  ('/sparse/autoencode/', '', 'encoder and decoder', 'gradients'),
-  ('/autoencoder.py', 'preprocess', 'preprocessing', 'preprocessing'),
-)
-_MODULES = (('/auxk.py', AUXK), ('/optimizer.py', OPTIMIZER))
+# Whatever they call is of these.
+_WHOLE = {scopes.AUXK: AUXK, scopes.OPTIMIZER: OPTIMIZER}
+# Else the innermost scope decides: forwards, and in the backward pass.
+_ENCODER = ('encoder and top-k', 'encoder gradients')
+_DECODER = (scopes.DECODER, 'decoder gradients')
+_BOTH = (scopes.ENCODER_AND_DECODER, 'gradients')
+_PARTS = {
+  scopes.PREPROCESSING: (scopes.PREPROCESSING,) * 2,
+  scopes.ENCODER: _ENCODER,
+  scopes.DECODER: _DECODER,
+  scopes.ENCODER_AND_DECODER: _BOTH,
+  scopes.WEIGHT_GRADIENTS: (scopes.WEIGHT_GRADIENTS,) * 2,
+  scopes.EXCHANGE: (scopes.EXCHANGE,) * 2,
+}
+# What a step with TopK has, by the implementation of its products. The kernels
+# share a backward pass; dense products share the decoder's too.
+_OF_TOPK = {
+  'gather': {*_ENCODER, *_DECODER, *_BOTH[:1], scopes.WEIGHT_GRADIENTS},
+  'dense': {*_ENCODER, *_BOTH},
+  'pallas': {*_ENCODER[:1], *_DECODER[:1], *_BOTH},
+}
 
 
-def part(module: Module, instruction: Instruction) -> str | None:
+def _path(instruction: Instruction) -> list[str]:
+  """The scopes of an instruction and its operation, the outermost first.
+
+  Empty where it is none of Python's: names that the compiler or a parameter
+  gives do not start with a jitted function.
+  """
+  found = re.search(r'op_name="([^";]*)', instruction.attribute('metadata'))
+  if not found or not found[1].startswith('jit('):
+    return []
+  # jax writes a transformation around the next scope inside of it.
+  return [
+    re.sub(r'^(?:(?:jvp|transpose|vmap)\()+([^()]*)\)+$', r'\1', name)
+    for name in found[1].split('/')
+  ]
+
+
+def part(instruction: Instruction) -> str | None:
   """The part of an instruction, None where nothing says where it is from.
 
+  It is that of the innermost `jax.named_scope` with a name of `scopes`, which
+  XLA keeps in the instruction's op_name.
+
   Args:
-    module: that holds it.
-    instruction: any of its instructions.
+    instruction: of the compiled step.
   """
-  stack = module.stack(instruction)
-  if not stack:
+  path = _path(instruction)
+  if not path:
     return None
-  for file, name in _MODULES:
-    if any(frame.file.endswith(file) for frame in stack):
-      return name
+  for name, whole in _WHOLE.items():
+    if name in path:
+      return whole
   back = 'transpose(' in instruction.attribute('metadata')
-  for frame in stack:
-    for folder, function, forward, backward in _FOLDERS:
-      if folder in frame.file and re.search(function, frame.function):
-        return backward if back else forward
+  for name in reversed(path):
+    if name in _PARTS:
+      return _PARTS[name][back]
   return REST
 
 
-def is_auxk_choice(module: Module, instruction: Instruction) -> bool:
+def is_auxk_choice(instruction: Instruction) -> bool:
   """Whether a conditional is that of AuxK, by the number of dead latents."""
-  stack = module.stack(instruction)
-  return bool(stack) and stack[0].file.endswith('/auxk.py')
+  return _path(instruction)[-2:-1] == [scopes.AUXK]
+
+
+def expected(
+  config: TrainConfig, mesh: Mesh, implementation: str | None = None
+) -> frozenset[str]:
+  """The parts that a training step must have.
+
+  Args:
+    config: the run, with d_model set.
+    mesh: that the step is compiled for.
+    implementation: of the sparse products, see `sparse.decode`.
+  """
+  names = {OPTIMIZER}
+  if config.sae.preprocessing != 'none':
+    names.add(scopes.PREPROCESSING)
+  if config.sae.activation == 'topk':
+    most = config.sae.k * max(1, config.objective.multi_topk)
+    with jax.set_mesh(mesh):
+      name = sparse.choose(
+        config.sae.n_latents, most, implementation, config.sae.d_model
+      )
+    names |= _OF_TOPK[name]
+    if mesh.shape['latent'] > 1:
+      names.add(scopes.EXCHANGE)
+    if config.objective.k_aux:
+      names.add(AUXK)
+  return frozenset(names)
+
+
+def check(module: Module, names: frozenset[str]) -> None:
+  """Raises ValueError where a part of the step is nowhere in its program.
+
+  Args:
+    module: the program.
+    names: of the parts, as `expected` gives them.
+  """
+  present = {
+    part(instruction)
+    for computation in module.computations.values()
+    for instruction in computation.instructions.values()
+  }
+  missing = sorted(names - present)
+  if missing:
+    raise ValueError(
+      f'the compiled step has no instruction of: {", ".join(missing)}. Each '
+      'part runs under a jax.named_scope of sae_jax/scopes.py: one of them is '
+      'missing in the code of the step'
+    )

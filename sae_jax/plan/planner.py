@@ -11,6 +11,7 @@ from sae_jax.plan import chips as chips_lib
 from sae_jax.plan import (
   footprint,
   hlo,
+  parts,
   program,
   remedies,
   roofline,
@@ -214,8 +215,12 @@ def read(
     compiled: the step.
     dead: the dead latents that AuxK's work is taken for.
     compile_s: seconds that compiling took.
+
+  Raises:
+    ValueError: if a part of the step is nowhere in the program.
   """
   module = hlo.parse(compiled.text)
+  parts.check(module, parts.expected(config, mesh, compiled.implementation))
 
   def seconds(costs: Costs) -> float:
     return roofline.roofline(costs, slices, mesh).without_overlap_s

@@ -195,7 +195,7 @@ def _one(module, computation, instruction, part, walk, choose) -> Costs:
         'branch_computations', 'false_computation', 'true_computation'
       )
     ]
-    by_dead = parts_lib.is_auxk_choice(module, instruction)
+    by_dead = parts_lib.is_auxk_choice(instruction)
     chosen = choose(by_dead, each)
     found.add(each[chosen])
     found.branches.append(Branches(part, by_dead, chosen, each))
@@ -271,7 +271,7 @@ def _part(module, computation, instruction, caller: str) -> str:
     for _ in range(_DISTANCE):
       for one in front:
         for _, made in ((None, one), *_with_fused(module, computation, one)):
-          found = parts_lib.part(module, made)
+          found = parts_lib.part(made)
           if found and made.opcode != 'constant':
             return found
       seen.update(one.name for one in front)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from sae_jax import scopes
 from sae_jax.sparse import dispatch, varying
 from sae_jax.sparse.autoencode import dense, fused, tally
 from sae_jax.sparse.autoencode.coded import Coded, plain
@@ -11,6 +12,7 @@ from sae_jax.sparse.encode_topk import api as encode_api
 from sae_jax.sparse.top_k import api as top_k_api
 
 
+@jax.named_scope(scopes.ENCODER_AND_DECODER)
 def autoencode(
   x_BD: jax.Array,
   w_enc_ND: jax.Array,

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from sae_jax import scopes
 from sae_jax.sparse import varying
 from sae_jax.sparse.autoencode import tally
 from sae_jax.sparse.autoencode.coded import Coded, plain
@@ -24,9 +25,9 @@ def autoencode(
   held_D = stop(b_pre_D)
   # Nothing but the gradient of b_pre, which needs no pass over the tokens.
   shift_N = matmul(stop(w_enc_ND), b_pre_D)
-  pre_BN = reference.pre_activations(
-    x_BD - held_D, w_enc_ND, b_lat_N - (shift_N - stop(shift_N)), dtype
-  )
+  centred_BD, bias_N = x_BD - held_D, b_lat_N - (shift_N - stop(shift_N))
+  with jax.named_scope(scopes.ENCODER):
+    pre_BN = reference.pre_activations(centred_BD, w_enc_ND, bias_N, dtype)
   if mask_N is not None:
     pre_BN = jnp.where(mask_N, pre_BN, -jnp.inf)
   n_latents = pre_BN.shape[1]

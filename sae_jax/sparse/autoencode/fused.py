@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sae_jax import target
+from sae_jax import scopes, target
 from sae_jax.sparse import pairs, varying
 from sae_jax.sparse.decode import blocks as blocks_lib
 from sae_jax.sparse.decode import tiles as decode_tiles
@@ -62,15 +62,17 @@ def _forward(
   del tally_N
   batch = x_BD.shape[0]
   most = min(ks[-1], w_enc_ND.shape[0])
-  found_BK, idx_BK, failed_B, recall = exact.encode_topk(
-    x_BD - b_pre_D,
-    w_enc_ND,
-    b_lat_N,
-    mask_N,
-    min(most, candidates or most),
-    dtype,
-    recall=recall,
-  )
+  centred_BD = x_BD - b_pre_D
+  with jax.named_scope(scopes.ENCODER):
+    found_BK, idx_BK, failed_B, recall = exact.encode_topk(
+      centred_BD,
+      w_enc_ND,
+      b_lat_N,
+      mask_N,
+      min(most, candidates or most),
+      dtype,
+      recall=recall,
+    )
   width = found_BK.shape[1]
   codes, exhausted = [], varying.zeros((), bool, found_BK)
   for k in ks:
@@ -93,7 +95,7 @@ def _forward(
     blocks = blocks.some(0, slots)
   inside = tuple(_inside(blocks, vals_BK) for vals_BK in codes[:-1])
   sums = functools.partial(
-    blocks_lib.sums,
+    jax.named_scope(scopes.DECODER)(blocks_lib.sums),
     blocks,
     w_ND=w_dec_ND,
     batch=batch,

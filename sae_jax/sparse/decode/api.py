@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sae_jax import scopes
 from sae_jax.sparse import dispatch, varying
 from sae_jax.sparse.decode import blocks, reference
 from sae_jax.sparse.weight_grad import api as weight_grad_api
 
 
+@jax.named_scope(scopes.DECODER)
 def decode(
   vals_BK: jax.Array,
   idx_BK: jax.Array,

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sae_jax import scopes
 from sae_jax.sparse import dispatch, varying
 from sae_jax.sparse.decode import api as decode_api
 from sae_jax.sparse.dense import matmul
@@ -13,6 +14,7 @@ from sae_jax.sparse.encode_topk import exact, reference
 from sae_jax.sparse.weight_grad import api as weight_grad_api
 
 
+@jax.named_scope(scopes.ENCODER)
 def encode_topk(
   x_BD: jax.Array,
   w_enc_ND: jax.Array,

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from sae_jax import target
+from sae_jax import scopes, target
 from sae_jax.config import UserError
 from sae_jax.sparse import varying
 from sae_jax.sparse.top_k import kernel, reference
@@ -53,6 +53,7 @@ def top_k(
   return reference.sorted_top_k(x_BN, k)
 
 
+@jax.named_scope(scopes.EXCHANGE)
 def winners(
   vals_BK: jax.Array, axis: str | None, k: int, kernels: bool = False
 ) -> jax.Array:
@@ -117,4 +118,5 @@ def global_top_k(
   if axis is None or jax.lax.axis_size(axis) == 1:
     return vals_BK
   won_B1 = winners(vals_BK, axis, k)[:, None]
-  return jnp.where(jnp.arange(vals_BK.shape[1]) < won_B1, vals_BK, empty)
+  with jax.named_scope(scopes.EXCHANGE):
+    return jnp.where(jnp.arange(vals_BK.shape[1]) < won_B1, vals_BK, empty)

@@ -3,11 +3,12 @@
 import jax
 import jax.numpy as jnp
 
-from sae_jax import target
+from sae_jax import scopes, target
 from sae_jax.sparse import dispatch, pairs
 from sae_jax.sparse.weight_grad import kernel, reference
 
 
+@jax.named_scope(scopes.WEIGHT_GRADIENTS)
 def weight_grad(
   vals_BK: jax.Array,
   idx_BK: jax.Array,
