@@ -353,10 +353,18 @@ def test_splits_are_ranked_and_compiled_ones_are_told_from_guesses(monkeypatch):
   """Compiles nothing: the compiler's part is the other tests'."""
   slices = chips.find('v5e:2x2')
   seen = []
+  step_scopes = (
+    *('preprocessing', 'jvp(encoder)', 'transpose(jvp(encoder))', 'AuxK'),
+    *('jvp(encoder and decoder)', 'transpose(jvp(encoder and decoder))'),
+    *('top-k over shards', 'optimizer'),
+  )
 
   def compile_step(config, mesh, implementation):
     seen.append((config.mesh_data, config.mesh_latent))
     text = 'ENTRY %m (p: f32[8]) -> f32[8] {\n  %p = f32[8]{0} parameter(0)\n'
+    for i, scope in enumerate(step_scopes):
+      text += f'  %n.{i} = f32[8]{{0}} negate(%p), '
+      text += f'metadata={{op_name="jit(step)/{scope}/neg"}}\n'
     slow = 'f32[2048,1024]{1,0}' * (config.mesh_latent == 4) or 'f32[8]{0}'
     text += f'  ROOT %c = {slow} copy(%p)\n}}\n'
     held = footprint.arguments(config, mesh)

@@ -1,0 +1,220 @@
+"""Parts of a step: read from the names of scopes, and missed if not there."""
+
+import dataclasses
+import inspect
+import re
+
+import pytest
+
+from sae_jax import autoencoder, scopes, step
+from sae_jax.autoencoder import SaeConfig
+from sae_jax.objective import ObjectiveConfig
+from sae_jax.plan import chips, footprint, hlo, parts, planner, splits
+from sae_jax.train_config import TrainConfig
+
+SCOPES = [v for name, v in vars(scopes).items() if name.isupper()]
+GRADIENTS = 'jit(step)/shard_map/transpose(jvp(encoder and decoder))'
+
+
+def train_config(objective=None, **kwargs):
+  """A step that compiles in seconds."""
+  return TrainConfig(
+    sae=SaeConfig(**{'d_model': 256, 'n_latents': 2048, 'k': 8} | kwargs),
+    objective=objective or ObjectiveConfig(k_aux=8),
+    batch_size=384,
+  )
+
+
+@pytest.fixture(scope='module')
+def one_chip():
+  slices = chips.find('v5e:1x1')
+  return slices, splits.make_mesh(slices, 1, 1)
+
+
+@pytest.fixture(scope='module')
+def compiled(line):
+  return footprint.compile_step(train_config(), line, 'dense')
+
+
+def instruction(op_name, opcode='add'):
+  metadata = f', metadata={{op_name="{op_name}" stack_frame_id=3}}'
+  return hlo._instruction(f'  %a = f32[8]{{0}} {opcode}(%x){metadata}')
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+  ('op_name', 'part'),
+  [
+    ('jit(step)/preprocessing/jit(norm)/sqrt', 'preprocessing'),
+    ('jit(step)/shard_map/jvp(encoder and decoder)/gt', 'encoder and decoder'),
+    (f'{GRADIENTS}/mul', 'gradients'),
+    (f'{GRADIENTS}/encoder/dot_general', 'encoder gradients'),
+    (f'{GRADIENTS}/decoder/while/body/mul', 'decoder gradients'),
+    (f'{GRADIENTS}/decoder/weight gradients/mul', 'weight gradients'),
+    ('jit(step)/jvp(encoder)/pallas_call', 'encoder and top-k'),
+    ('jit(step)/jvp(encoder)/top-k over shards/add', 'top-k over shards'),
+    ('jit(step)/decoder/transpose', 'decoder'),
+    # Whatever these call is theirs.
+    ('jit(step)/AuxK/cond/branch_1_fun/jvp(encoder)/gather', parts.AUXK),
+    ('jit(step)/optimizer/preprocessing/div', parts.OPTIMIZER),
+    # Of what XLA has merged the first counts.
+    ('jit(step)/encoder/lt;decoder/broadcast_in_dim', 'encoder and top-k'),
+    # Functions are no scopes.
+    ('jit(step)/jit(encoder)/add', parts.REST),
+    ('jit(encoder)/transpose(jvp())/add', parts.REST),
+    # Names of the compiler's and of parameters.
+    ('broadcast.57', None),
+    ("state.optimizer.adam.mu['w_enc_ND']", None),
+    ('', None),
+  ],
+)
+def test_the_innermost_scope_names_the_part(op_name, part):
+  assert parts.part(instruction(op_name)) == part
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize(
+  ('op_name', 'whether'),
+  [
+    ('jit(step)/shard_map/AuxK/cond', True),
+    ('jit(step)/shard_map/AuxK/cond/branch_1_fun/cond', False),
+    ('jit(step)/shard_map/AuxK/cond/branch_1_fun/encoder/cond', False),
+    ('jit(step)/shard_map/cond', False),
+    ('AuxK', False),
+  ],
+)
+def test_auxks_choice_is_the_one_right_in_its_scope(op_name, whether):
+  one = instruction(op_name, 'conditional')
+  assert parts.is_auxk_choice(one) is whether
+
+
+@pytest.mark.parametrize(
+  ('config', 'mesh', 'implementation', 'names'),
+  [
+    (
+      train_config(), (1, 4), None,
+      'preprocessing, encoder and top-k, encoder gradients, '
+      'encoder and decoder, gradients, top-k over shards, AuxK',
+    ),
+    # Enough latents for the kernels.
+    (
+      train_config(n_latents=8192), (1, 4), None,
+      'preprocessing, encoder and top-k, decoder, encoder and decoder, '
+      'gradients, top-k over shards, AuxK',
+    ),
+    # Not with so wide a code beside it.
+    (
+      train_config(ObjectiveConfig(multi_topk=4), n_latents=8192), (1, 4), None,
+      'preprocessing, encoder and top-k, encoder gradients, '
+      'encoder and decoder, gradients, top-k over shards, AuxK',
+    ),
+    # The latents are in one place.
+    (
+      train_config(ObjectiveConfig(k_aux=0)), (4, 1), 'gather',
+      'preprocessing, encoder and top-k, encoder gradients, decoder, '
+      'decoder gradients, encoder and decoder, weight gradients',
+    ),
+    (
+      train_config(ObjectiveConfig(k_aux=0), preprocessing='none'), (4, 1),
+      'pallas',
+      'encoder and top-k, decoder, encoder and decoder, gradients',
+    ),
+    (train_config(activation='relu'), (1, 4), None, 'preprocessing'),
+    (train_config(activation='jumprelu'), (2, 2), None, 'preprocessing'),
+  ],
+)  # fmt: skip
+def test_what_a_step_must_have_is_known(
+  v5e, config, mesh, implementation, names
+):
+  mesh = splits.make_mesh(v5e, *mesh)
+  found = parts.expected(config, mesh, implementation)
+  assert found == {parts.OPTIMIZER, *names.split(', ')}
+
+
+@pytest.mark.parametrize(
+  ('config', 'mesh', 'implementation'),
+  [
+    (train_config(ObjectiveConfig(k_aux=0, multi_topk=2)), (2, 2), 'pallas'),
+    (train_config(preprocessing='layer_norm'), (2, 2), 'gather'),
+    (train_config(preprocessing='none'), (4, 1), 'dense'),
+    (train_config(activation='relu', preprocessing='dataset'), (2, 2), None),
+    (train_config(activation='jumprelu'), (1, 4), None),
+  ],
+)
+def test_every_step_has_what_it_must(v5e, config, mesh, implementation):
+  mesh = splits.make_mesh(v5e, *mesh)
+  found = footprint.compile_step(config, mesh, implementation)
+  work = planner.read(config, v5e, mesh, found).costs.parts
+  assert work[parts.OPTIMIZER].hbm_bytes > 0
+
+
+@pytest.mark.parametrize(
+  ('scope', 'missing'),
+  [
+    (scopes.PREPROCESSING, 'preprocessing'),
+    (scopes.ENCODER, 'encoder and top-k, encoder gradients'),
+    (scopes.ENCODER_AND_DECODER, 'encoder and decoder, gradients'),
+    (scopes.EXCHANGE, 'top-k over shards'),
+    (scopes.AUXK, 'AuxK'),
+    (scopes.OPTIMIZER, 'Adam, projection, moving average'),
+  ],
+)
+def test_a_part_that_is_nowhere_is_an_error(
+  v5e, line, compiled, scope, missing
+):
+  # Not where it is a word of another name.
+  less = re.sub(rf'(?<=[/(]){scope}(?=[/)])', '', compiled.text)
+  assert less != compiled.text
+  error = f'has no instruction of: {missing}. '
+  with pytest.raises(ValueError, match=re.escape(error)):
+    planner.read(
+      train_config(), v5e, line, dataclasses.replace(compiled, text=less)
+    )
+
+
+def test_files_and_lines_do_not_matter(v5e, line, compiled):
+  moved = re.sub(r'"[^"\n]*\.py"', '"elsewhere.py"', compiled.text)
+  moved = re.sub(r' stack_frame_id=\d+', '', moved)
+  assert moved != compiled.text and 'sae_jax/' not in moved
+  first, second = (
+    planner.read(
+      train_config(), v5e, line, dataclasses.replace(compiled, text=text)
+    ).to_dict()
+    for text in (compiled.text, moved)
+  )
+  assert first == second
+  assert len(first['roofline_parts']) > 7
+
+
+def test_code_that_moves_keeps_its_part_and_without_its_scope_has_none(
+  monkeypatch, one_chip
+):
+  config = train_config(activation='relu')
+  slices, mesh = one_chip
+
+  def read(source):
+    code = {}
+    exec(compile(source, 'elsewhere.py', 'exec'), vars(autoencoder), code)
+    monkeypatch.setattr(autoencoder, 'preprocess', code['preprocess'])
+    step._program.cache_clear()
+    found = footprint.compile_step(config, mesh)
+    return planner.read(config, slices, mesh, found).costs.parts
+
+  source = inspect.getsource(autoencoder.preprocess)
+  there = planner.read(
+    config, slices, mesh, footprint.compile_step(config, mesh)
+  ).costs.parts
+  assert there[scopes.PREPROCESSING].hbm_bytes > 0
+  assert read(source) == there
+  scope = '@jax.named_scope(scopes.PREPROCESSING)\n'
+  assert scope in source
+  with pytest.raises(ValueError, match='no instruction of: preprocessing'):
+    read(source.replace(scope, ''))
+  monkeypatch.undo()
+  step._program.cache_clear()
+
+
+@pytest.mark.fast
+def test_names_are_all_of_parts_and_fit_a_path():
+  assert set(SCOPES) == {*parts._WHOLE, *parts._PARTS}
+  assert not any(re.search(r'[/();"]', name) for name in SCOPES)
