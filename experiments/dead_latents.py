@@ -17,12 +17,12 @@ import numpy as np
 
 from experiments.runs import heldout as heldout_of
 from sae_jax import config as config_lib
-from sae_jax import train
 from sae_jax.autoencoder import SaeConfig
 from sae_jax.cli import flags
-from sae_jax.objective import ObjectiveConfig
-from sae_jax.optimizer import OptimizerConfig
-from sae_jax.train_config import TrainConfig
+from sae_jax.training import train
+from sae_jax.training.config import TrainConfig
+from sae_jax.training.objective import ObjectiveConfig
+from sae_jax.training.optimizer import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)

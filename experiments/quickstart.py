@@ -11,16 +11,17 @@ import os
 import time
 
 from sae_jax import config as config_lib
-from sae_jax import train as train_lib
-from sae_jax.activations.harvest import harvest, HarvestConfig
 from sae_jax.autoencoder import SaeConfig
-from sae_jax.browser.browse import browse
+from sae_jax.browser.build import browse
 from sae_jax.browser.index import BrowseConfig
 from sae_jax.cli import flags
-from sae_jax.objective import ObjectiveConfig
-from sae_jax.optimizer import OptimizerConfig
+from sae_jax.harvesting.config import HarvestConfig
+from sae_jax.harvesting.harvest import harvest
 from sae_jax.probing import report as report_lib
-from sae_jax.train_config import TrainConfig
+from sae_jax.training import train as train_lib
+from sae_jax.training.config import TrainConfig
+from sae_jax.training.objective import ObjectiveConfig
+from sae_jax.training.optimizer import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)

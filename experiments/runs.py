@@ -5,6 +5,7 @@ import json
 from etils import epath
 
 from sae_jax import config as config_lib
+from sae_jax import errors
 
 
 def heldout(workdir: str) -> dict[str, float]:
@@ -18,7 +19,7 @@ def heldout(workdir: str) -> dict[str, float]:
   lines = (folder / 'metrics.jsonl').read_text().splitlines()
   found = [row for row in map(json.loads, lines) if 'heldout_nmse' in row]
   if not found or found[-1]['step'] < steps:
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'{workdir} was stopped before step {steps}: run it again to go on'
     )
   return found[-1]

@@ -11,17 +11,9 @@ from typing import Any, TypeVar
 
 from etils import epath
 
+from sae_jax.errors import UserError
+
 _Config = TypeVar('_Config')
-
-
-class UserError(ValueError):
-  """Input a user can mend; its message is one line: what, numbers, remedy."""
-
-
-def reason(error: BaseException) -> str:
-  """What an error says, without the dump that TensorStore puts after it."""
-  said = str(error).partition('\n')[0].partition(' [')[0]
-  return said or type(error).__name__
 
 
 def option(

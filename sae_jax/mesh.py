@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 import dataclasses
+from typing import Any
 
 from absl import logging
 import jax
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from sae_jax.config import UserError
+from sae_jax import errors
 
 AXES = ('data', 'latent')
 
@@ -54,10 +55,12 @@ def make_mesh(
   devices = jax.devices() if devices is None else devices
   count = len(devices)
   if latent < 1 or count % latent:
-    raise UserError(f'mesh_latent {latent} does not divide the {count} devices')
+    raise errors.UserError(
+      f'mesh_latent {latent} does not divide the {count} devices'
+    )
   data = data or count // latent
   if data * latent != count:
-    raise UserError(
+    raise errors.UserError(
       f'mesh {data}x{latent} needs {data * latent} devices, there are '
       f'{count}: use mesh_data {count // latent}'
     )
@@ -70,7 +73,7 @@ def make_mesh(
     )
     return Mesh(grid, AXES, axis_types=auto)
   if data % slices:
-    raise UserError(
+    raise errors.UserError(
       f'mesh_data {data} must be a multiple of the {slices} slices: use '
       f'mesh_latent {count // slices} or a divisor of it'
     )
@@ -85,7 +88,7 @@ def check_divides(name: str, value: int, mesh: Mesh, axis: str) -> None:
   size = mesh.shape[axis]
   if value % size:
     better = -(-value // size) * size
-    raise UserError(
+    raise errors.UserError(
       f'{name} {value} must be a multiple of the {axis} axis ({size}): '
       f'use {better}'
     )
@@ -111,13 +114,13 @@ def start_processes(
     try:
       jax.distributed.initialize()
     except ValueError as error:
-      raise UserError(
+      raise errors.UserError(
         f'coordinator auto found no cluster ({error}): give host:port with '
         'num_processes and process_id'
       ) from error
     return
   if not 0 <= process_id < num_processes:
-    raise UserError(
+    raise errors.UserError(
       f'process_id {process_id} must be between 0 and num_processes '
       f'{num_processes} - 1'
     )
@@ -134,4 +137,27 @@ def log_devices(workdir: str) -> None:
     jax.device_count(),
     jax.default_backend(),
     workdir,
+  )
+
+
+# Fields whose names do not end in their axes.
+_SCALARS = ('data_scale', 'mse_of_mean', 'step', 'skipped', 'count')
+
+
+def _letters(path: tuple[Any, ...]) -> str:
+  """The axes of a leaf of the state, from its name."""
+  key = path[-1]
+  name = str(getattr(key, 'name', getattr(key, 'key', key)))
+  return '' if name in _SCALARS else name.rsplit('_', 1)[1]
+
+
+def specs(tree: Any) -> Any:
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: RULES.spec(_letters(path)), tree
+  )
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: sharding(mesh, _letters(path)), tree
   )

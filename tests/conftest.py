@@ -54,7 +54,7 @@ def texts(tmp_path):
 @pytest.fixture(scope='module')
 def v5e():
   """Four chips to compile for."""
-  from sae_jax.plan import chips
+  from sae_jax.tpu import chips
 
   return chips.find('v5e:2x2')
 
@@ -62,6 +62,6 @@ def v5e():
 @pytest.fixture(scope='module')
 def line(v5e):
   """A mesh of them, all along the latents."""
-  from sae_jax.plan import splits
+  from sae_jax.plan import meshes
 
-  return splits.make_mesh(v5e, 1, 4)
+  return meshes.make_mesh(v5e, 1, 4)

@@ -5,7 +5,7 @@ python -m tests.harvest_child TEXTS STORE INDEX COUNT
 
 import sys
 
-from sae_jax.activations import harvest
+from sae_jax.harvesting import harvest
 from tests import toy
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import safetensors.numpy
 import tokenizers
 
-from experiments import family_models
+from experiments.parity import models
 
 _GOLDEN = pathlib.Path(__file__).parent / 'data' / 'family_golden.json'
 
@@ -17,7 +17,7 @@ _GOLDEN = pathlib.Path(__file__).parent / 'data' / 'family_golden.json'
 def golden():
   """Model's name -> its config, tensors and numbers that transformers gave.
 
-  Made by `python -m experiments.family_parity --golden=...`.
+  Made by `python -m experiments.parity.compare --golden=...`.
   """
   return json.loads(_GOLDEN.read_text())['models']
 
@@ -32,7 +32,7 @@ def tensors(record, *, without=None):
     for block in range(n_layers if '{}' in pattern else 1):
       names[pattern.format(block)] = tuple(shape)
   return {
-    name: family_models.draw(name, shape, record['config']['model_type'])
+    name: models.draw(name, shape, record['config']['model_type'])
     for name, shape in names.items()
     if name != without
   }

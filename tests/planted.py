@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from sae_jax.activations import writer as writer_lib
-from sae_jax.activations.manifest import Plan
 from sae_jax.autoencoder import SaeConfig
-from sae_jax.objective import ObjectiveConfig
-from sae_jax.optimizer import OptimizerConfig
-from sae_jax.train_config import TrainConfig
+from sae_jax.store import writer as writer_lib
+from sae_jax.store.manifest import StorePlan
+from sae_jax.training.config import TrainConfig
+from sae_jax.training.objective import ObjectiveConfig
+from sae_jax.training.optimizer import OptimizerConfig
 
 D_MODEL, DIRECTIONS, ACTIVE = 16, 32, 3
 
@@ -42,7 +42,7 @@ def write_store(
   documents = -(-n_rows // per_document)
   n_rows = documents * per_document
   rows_RD = activations(n_rows) if rows_RD is None else rows_RD
-  plan = Plan(
+  plan = StorePlan(
     subject=subject,
     sites=(site,),
     d_model=rows_RD.shape[1],

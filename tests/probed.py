@@ -12,12 +12,11 @@ import numpy as np
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from sae_jax import checkpoint, subject
-from sae_jax.activations import store
-from sae_jax.activations import writer as writer_lib
-from sae_jax.activations.manifest import Plan
+from sae_jax import checkpoint, store, subject
 from sae_jax.autoencoder import SaeConfig
 from sae_jax.probing import reconstruction
+from sae_jax.store import writer as writer_lib
+from sae_jax.store.manifest import StorePlan
 from sae_jax.subject import capture, transformer
 
 D_MODEL, VOCABULARY, CONTEXT = 16, 50, 12
@@ -85,7 +84,7 @@ def write_store(
           {str(site): residuals(tokens)[keep]},
         )
       )
-  plan = Plan(
+  plan = StorePlan(
     **{
       'subject': 'made',
       'sites': (str(site),),

@@ -13,12 +13,13 @@ import jax
 import numpy as np
 import pytest
 
-from sae_jax import checkpoint, loop, mesh, train
+from sae_jax import checkpoint, mesh
 from sae_jax import config as config_lib
-from sae_jax.activations import feed
-from sae_jax.activations import order as order_lib
-from sae_jax.step import abstract_state
-from sae_jax.train_config import TrainConfig
+from sae_jax.feed import from_store
+from sae_jax.training import run as run_lib
+from sae_jax.training import train
+from sae_jax.training.config import TrainConfig
+from sae_jax.training.state import abstract_state
 from tests import planted, processes
 
 SPOILT_ROW = 100
@@ -46,7 +47,7 @@ def saved_state(workdir):
   with checkpoint.open_checkpointer(workdir) as checkpointer:
     about = checkpoint.about(checkpointer, checkpointer.latest.step)
     config = config_lib.from_dict(TrainConfig, about['train_config'])
-    return loop.restore(
+    return run_lib.restore(
       checkpointer, abstract_state(config, mesh.make_mesh(1, 8))
     )
 
@@ -74,7 +75,7 @@ class Stop(Exception):
 
 def break_off(step, configs, store):
   """Trains until the batch of a step is asked for."""
-  whole = feed.Feed.iterate
+  whole = from_store.StoreFeed.iterate
 
   def breaks_off(self, start, stop, *args):
     for number, batch in enumerate(whole(self, start, stop, *args), start):
@@ -83,7 +84,7 @@ def break_off(step, configs, store):
       yield batch
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(feed.Feed, 'iterate', breaks_off)
+    patch.setattr(from_store.StoreFeed, 'iterate', breaks_off)
     with pytest.raises(Stop):
       train.train_many(configs, store)
 
@@ -91,7 +92,7 @@ def break_off(step, configs, store):
 @contextlib.contextmanager
 def batches_seen():
   """A list that gets the step and the rows' digests of each batch made."""
-  whole, seen = feed.Feed.batch, []
+  whole, seen = from_store.StoreFeed.batch, []
 
   def batch(self, step):
     made = whole(self, step)
@@ -100,7 +101,7 @@ def batches_seen():
     return made
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(feed.Feed, 'batch', batch)
+    patch.setattr(from_store.StoreFeed, 'batch', batch)
     yield seen
 
 
@@ -113,7 +114,7 @@ def write_spoilt_store(url):
 
 def spoilt_step(config, data):
   """The first step whose batch holds the row."""
-  order = order_lib.train_order(data, config.order_seed, config.window_chunks)
+  order = from_store.train_order(data, config.order_seed, config.window_chunks)
   places = order.lane().rows_at(0, data.n_train)
   return int(np.argmax(places == SPOILT_ROW)) // config.batch_size + 1
 

@@ -4,8 +4,8 @@ import itertools
 
 import numpy as np
 
-from sae_jax.activations import writer as writer_lib
-from sae_jax.activations.manifest import Plan
+from sae_jax.store import writer as writer_lib
+from sae_jax.store.manifest import StorePlan
 
 D, CHUNK, SHARD = 6, 8, 32
 SITES = ('blocks.1.resid_post', 'blocks.0.mlp_out')
@@ -49,7 +49,7 @@ def stretches(data, cuts, sites=SITES[:1]):
 
 def write(url, data, cuts=(), holdout_rows=11, mask=None, **plan):
   """Writes a finished store; keyword arguments replace fields of its plan."""
-  made = Plan(**(PLAN | plan))
+  made = StorePlan(**(PLAN | plan))
   return writer_lib.write(
     url,
     made,
@@ -61,7 +61,7 @@ def write(url, data, cuts=(), holdout_rows=11, mask=None, **plan):
 
 def begin(url, data, n_shards=1, **plan):
   """The first shards alone, as an interrupted writer leaves them."""
-  writer = writer_lib.StoreWriter(url, Plan(**(PLAN | plan)))
+  writer = writer_lib.StoreWriter(url, StorePlan(**(PLAN | plan)))
   waiting = list(stretches(data, ()))
   for number in range(n_shards):
     shard = writer.shard(number)

@@ -5,10 +5,13 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 import pytest
 
-from sae_jax import aot, optimizer, step, train_config
 from sae_jax import mesh as mesh_lib
 from sae_jax.autoencoder import SaeConfig
-from sae_jax.sparse.adam_rows import api, kernel
+from sae_jax.ops.adam_rows import api, kernel
+from sae_jax.tpu import aot
+from sae_jax.training import optimizer
+from sae_jax.training import state as state_lib
+from sae_jax.training.config import TrainConfig
 
 SETTINGS = {'b1': 0.9, 'b2': 0.99, 'eps': 1e-5, 'ema_decay': 0.9}
 # What the chips are asked to compile.
@@ -96,11 +99,11 @@ def test_control_other_widths_are_copied():
 def test_an_update_on_a_mesh_needs_no_matrix_of_memory(clip, guard):
   n, width = NAMED[2]
   mesh = aot.mesh('v5p:2x2x1', data=2, latent=2)
-  config = train_config.TrainConfig(
+  config = TrainConfig(
     sae=SaeConfig(d_model=width, n_latents=n),
     optimizer=optimizer.OptimizerConfig(clip_norm=clip),
   )
-  state = step.abstract_state(config, mesh)
+  state = state_lib.abstract_state(config, mesh)
   rate, take = (
     jax.ShapeDtypeStruct((), dtype, sharding=mesh_lib.sharding(mesh, ''))
     for dtype in (jnp.float32, bool)

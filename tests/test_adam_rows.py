@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from sae_jax import errors
 from sae_jax import mesh as mesh_lib
-from sae_jax.config import UserError
-from sae_jax.sparse.adam_rows import api, kernel, reference, tiles
+from sae_jax.ops.adam_rows import api, kernel, reference, tiles
 
 # With less epsilon a gradient's sign is its step, and those of rounding's size
 # have any.
@@ -240,11 +240,15 @@ def test_shards_equal_one_device(latent):
 @pytest.mark.fast
 def test_errors_say_what_to_do():
   state, grads = problem(4, 100)
-  with pytest.raises(UserError, match=r'a multiple of 128, not 100: use'):
+  with pytest.raises(
+    errors.UserError, match=r'a multiple of 128, not 100: use'
+  ):
     run(state, grads, 'pallas')
-  with pytest.raises(UserError, match=r'needs float32, not bfloat16: use'):
+  with pytest.raises(
+    errors.UserError, match=r'needs float32, not bfloat16: use'
+  ):
     run([a.astype(jnp.bfloat16) for a in state], grads, 'pallas')
-  with pytest.raises(UserError, match=r"'fast' is not known: use one"):
+  with pytest.raises(errors.UserError, match=r"'fast' is not known: use one"):
     run(state, grads, 'fast')
   run(state, grads, 'dense')
 
@@ -257,10 +261,6 @@ def test_tiles_are_whole_groups_that_fit(n, width):
     assert tile.block % tile.group == 0 and tile.group % 8 == 0
     assert tile.block - tile.group < n
     assert tile.vmem_bytes <= 2**24
-
-
-# Ring 2. Blocks move through the pipeline of the grid alone: there is no DMA
-# here to forget the wait of, but there are two cores that share a grid.
 
 
 def strict():

@@ -7,9 +7,9 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from sae_jax import sparse
-from sae_jax.sparse import pairs
-from sae_jax.sparse.autoencode import fused
+from sae_jax import ops
+from sae_jax.ops import pairs
+from sae_jax.ops.autoencode import fused
 
 SHARDS, BATCH, N, D, K = 8, 16, 512, 128, 32
 
@@ -42,7 +42,7 @@ def run(implementation, given, candidates=None):
   )
   def whole(w_enc_ND, b_N, w_dec_ND):
     def loss(w_enc_ND, b_N, w_dec_ND):
-      coded = sparse.autoencode(
+      coded = ops.autoencode(
         x_BD,
         w_enc_ND,
         b_N,

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from scipy import optimize
 
-from sae_jax import autoencoder
-from sae_jax.config import UserError
+from sae_jax import autoencoder, errors
+from sae_jax.ops import rows as rows_lib
 
 pytestmark = pytest.mark.fast
 
@@ -221,12 +221,14 @@ def test_geometric_median_of_equal_points_is_that_point():
 
 
 def test_unit_rows_leaves_a_zero_row():
-  rows = autoencoder.unit_rows(jnp.array([[3.0, 4.0], [0.0, 0.0]]))
+  rows = rows_lib.unit_rows(jnp.array([[3.0, 4.0], [0.0, 0.0]]))
   np.testing.assert_allclose(rows, [[0.6, 0.8], [0, 0]], rtol=1e-6)
 
 
 def test_bad_configs_are_refused():
-  with pytest.raises(UserError, match='k 9 exceeds n_latents 8'):
+  with pytest.raises(errors.UserError, match='k 9 exceeds n_latents 8'):
     autoencoder.SaeConfig(n_latents=8, k=9)
-  with pytest.raises(UserError, match="preprocessing 'fancy' is not known"):
+  with pytest.raises(
+    errors.UserError, match="preprocessing 'fancy' is not known"
+  ):
     autoencoder.SaeConfig(preprocessing='fancy')

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from sae_jax.config import UserError
+from sae_jax import errors
 from sae_jax.probing import baselines, probes
 
 pytestmark = pytest.mark.fast
@@ -97,16 +97,18 @@ def test_few_rows_span_few_components():
 
 def test_pca_errors_name_the_numbers():
   x_BD = _rows()
-  with pytest.raises(UserError, match='PCA of 0 rows'):
+  with pytest.raises(errors.UserError, match='PCA of 0 rows'):
     baselines.fit_pca([])
-  with pytest.raises(UserError, match='n_components 25 must be from 1 to 24'):
+  with pytest.raises(
+    errors.UserError, match='n_components 25 must be from 1 to 24'
+  ):
     baselines.fit_pca([x_BD], n_components=25)
-  with pytest.raises(UserError, match=r'shape \(600, 23\): .* width 24'):
+  with pytest.raises(errors.UserError, match=r'shape \(600, 23\): .* width 24'):
     baselines.fit_pca([x_BD, x_BD[:, 1:]])
-  with pytest.raises(UserError, match='FVU of 5 rows without variance'):
+  with pytest.raises(errors.UserError, match='FVU of 5 rows without variance'):
     baselines.pca_fvu(baselines.fit_pca([x_BD]), [np.ones((5, 24))])
   x_BD[3, 4] = np.nan
-  with pytest.raises(UserError, match='1 of 600 rows'):
+  with pytest.raises(errors.UserError, match='1 of 600 rows'):
     baselines.fit_pca([x_BD])
 
 

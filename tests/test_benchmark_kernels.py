@@ -5,10 +5,11 @@ import dataclasses
 import numpy as np
 import pytest
 
-from experiments import benchmark_kernels, compiler_estimate, kernel_costs
-from experiments.compiler_estimate import Found, job
-from sae_jax.plan.chips import CHIPS
-from sae_jax.sparse.shapes import SHAPES
+from experiments.kernels import costs as costs_lib
+from experiments.kernels import estimate, table
+from experiments.kernels.estimate import Found, job
+from sae_jax.ops.shapes import SHAPES
+from sae_jax.tpu.chips import CHIPS
 
 SHAPE = SHAPES[0]
 SIZES = {
@@ -50,7 +51,7 @@ def test_one_loop_is_estimated_and_a_nested_one_is_not():
     job('v6e', 'nested', outer=a, inner=b)
     for a, b in ((1, 10), (1, 1000), (100, 10))
   ]
-  found = compiler_estimate.run(jobs)
+  found = estimate.run(jobs)
   few, many, nested = (found[one].of('nested') for one in jobs)
   # A fixed part, and the same again for each iteration.
   assert 900 < (many - few) / 12 < 1100
@@ -61,7 +62,7 @@ def test_one_loop_is_estimated_and_a_nested_one_is_not():
 def test_what_the_compiler_refuses_comes_with_its_reason():
   bad = job('v6e', 'nested', outer=1)
   empty = job('v6e', 'select_units', k=0, unit=32, units=1)
-  found = compiler_estimate.run([bad, empty])
+  found = estimate.run([bad, empty])
   assert not found[bad].cycles and not found[empty].cycles
   assert 'TypeError' in found[bad].error
   assert 'no estimate' in found[empty].error
@@ -69,9 +70,9 @@ def test_what_the_compiler_refuses_comes_with_its_reason():
 
 @pytest.mark.fast
 def test_a_bound_is_the_longer_of_cycles_and_bytes():
-  slow = kernel_costs.Cost(1.75e9, 0)
+  slow = costs_lib.Cost(1.75e9, 0)
   assert slow.seconds('v6e') == pytest.approx(1)
-  moves = kernel_costs.Cost(1, 2 * CHIPS['v6e'].hbm_bandwidth)
+  moves = costs_lib.Cost(1, 2 * CHIPS['v6e'].hbm_bandwidth)
   assert moves.seconds('v6e') == pytest.approx(2)
 
 
@@ -79,7 +80,7 @@ def test_a_bound_is_the_longer_of_cycles_and_bytes():
 def test_costs_grow_with_what_there_is_to_do():
   def costs(shape):
     found = {}
-    for one in kernel_costs.operations('v6e', shape):
+    for one in costs_lib.operations('v6e', shape):
       found[one.name] = one.kernel(made_up(one.jobs, per_block)).cycles
     return found
 
@@ -105,20 +106,20 @@ def test_without_an_estimate_there_is_no_bound_and_the_table_says_so(
   def run(jobs, workers, report):
     return made_up(jobs, error='FIFO is full')
 
-  monkeypatch.setattr(compiler_estimate, 'run', run)
-  found = benchmark_kernels.measure(['v6e'], [SHAPE], 1)
+  monkeypatch.setattr(estimate, 'run', run)
+  found = table.measure(['v6e'], [SHAPE], 1)
   for row in found['kernels']:
     assert row['cycles'] is None and row['bound_s'] is None
     assert row['over_least'] is None and row['over_xla'] is None
     assert row['no_estimate'] == 'FIFO is full'
   assert found['steps'][0]['step_s'] is None
-  assert 'not added up' in list(benchmark_kernels.lines(found))[-1]
+  assert 'not added up' in list(table.lines(found))[-1]
 
   def whole(jobs, workers, report):
     return made_up(jobs, per_block)
 
-  monkeypatch.setattr(compiler_estimate, 'run', whole)
-  found = benchmark_kernels.measure(['v6e'], [SHAPE], 1)
+  monkeypatch.setattr(estimate, 'run', whole)
+  found = table.measure(['v6e'], [SHAPE], 1)
   step = found['steps'][0]
   assert step['sort_counted']
   np.testing.assert_allclose(step['step_s'], sum(step['parts_s'].values()))
@@ -149,7 +150,7 @@ def test_kernels_cross_dense_codes_where_both_take_as_long():
   given = list(rows(fixed_s=2e-3, each_s=1e-8))
   dense_s = 32_768 * 1.1e-7
   # 2e-3 + 1e-8 N = 1.1e-7 N.
-  ratio = benchmark_kernels.crossing(given, dense_s)
+  ratio = table.crossing(given, dense_s)
   assert ratio == pytest.approx(2e-3 / 1e-7 / 32)
   given[1]['bound_s'] = None
-  assert benchmark_kernels.crossing(given, dense_s) is None
+  assert table.crossing(given, dense_s) is None

@@ -8,7 +8,7 @@ import gcsfs
 import numpy as np
 import pytest
 
-from sae_jax import config as config_lib
+from sae_jax import errors
 from sae_jax.browser import index
 from tests import fake_gcs, synthetic_features
 
@@ -280,7 +280,7 @@ def test_errors_name_the_numbers(made, tmp_path):
   features, report, vocabulary = made
 
   def message(features=features, report=report, vocabulary=vocabulary, **opts):
-    with pytest.raises(config_lib.UserError) as error:
+    with pytest.raises(errors.UserError) as error:
       index.build_index(
         features,
         report,

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 import pytest
 
-from sae_jax import checkpoint, metrics
+from sae_jax import checkpoint
+from sae_jax.training import log
 from tests import fake_gcs, gcs_clients, gcs_faults, planted
 
 pytestmark = pytest.mark.slow
@@ -100,7 +101,7 @@ def test_lost_answers_do_not_stop_the_metrics(monkeypatch):
   with server as url:
     files = gcs_clients.filesystem(url)
     monkeypatch.setattr(backend.fsspec_backend, 'fs', lambda path: files)
-    writer = metrics.Writer('gs://bucket/run', 0)
+    writer = log.Writer('gs://bucket/run', 0)
     # More than tensorboardX's queue holds when nobody takes from it.
     for step in range(1, 41):
       writer.write(step, {'loss': 1 / step})
@@ -122,7 +123,7 @@ def test_a_bucket_that_refuses_does_not_stop_the_board(monkeypatch):
   with server as url:
     files = gcs_clients.filesystem(url)
     monkeypatch.setattr(backend.fsspec_backend, 'fs', lambda path: files)
-    board = metrics._BucketEvents('gs://bucket/run/events')
+    board = log._BucketEvents('gs://bucket/run/events')
     board.write(b'data')
     board.flush()
     server.faults = None

@@ -9,14 +9,17 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 import pytest
 
-from sae_jax import checkpoint, config, train
-from sae_jax.activations import feed, harvest, layout
-from sae_jax.activations import order as order_lib
-from sae_jax.activations import store as store_lib
+from sae_jax import checkpoint, errors
+from sae_jax import store as store_lib
 from sae_jax.autoencoder import SaeConfig
 from sae_jax.browser import index
+from sae_jax.feed import from_store
+from sae_jax.harvesting import harvest
 from sae_jax.probing import report, tasks
-from sae_jax.probing.features import FeatureConfig
+from sae_jax.probing.examples import FeatureConfig
+from sae_jax.storage import url as url_lib
+from sae_jax.store import reader
+from sae_jax.training import saver, train
 from tests import fake_gcs, gcs_clients, gcs_faults, planted, runs, toy
 
 pytestmark = pytest.mark.slow
@@ -87,7 +90,7 @@ def files(folder):
 @contextlib.contextmanager
 def bucket(monkeypatch, faults=None):
   """A server of gs://bucket, whose clients do not wait for seconds."""
-  plain, undo = layout.kvstore, gcs_clients.hurry()
+  plain, undo = url_lib.kvstore, gcs_clients.hurry()
 
   def quick(url):
     spec = plain(url)
@@ -99,7 +102,7 @@ def bucket(monkeypatch, faults=None):
     patch.setenv('TENSORSTORE_GCS_HTTP_URL', url)
     patch.setenv('STORAGE_EMULATOR_HOST', url)
     patch.setenv('GOOGLE_AUTH_TOKEN_FOR_TESTING', 'fake')
-    patch.setattr(layout, 'kvstore', quick)
+    patch.setattr(url_lib, 'kvstore', quick)
     gcsfs = gcs_clients.filesystem(url)
     plain_fs = backend.fsspec_backend.fs
     patch.setattr(
@@ -165,12 +168,12 @@ def epoch_in_bucket(texts, monkeypatch, rate):
   with bucket(monkeypatch) as server:
     harvested(texts, 'gs://bucket/store')
     data = store_lib.open_store('gs://bucket/store')
-    order = order_lib.train_order(data, 0, 4)
+    order = from_store.train_order(data, 0, 4)
     server.faults = gcs_faults.Faults(0, rate, gcs_faults.ALL_KINDS)
     server.reset_counts()
     server.log.clear()
     steps = order.n_rows // BATCH
-    for _ in feed.Feed(data, order, BATCH).iterate(0, steps):
+    for _ in from_store.StoreFeed(data, order, BATCH).iterate(0, steps):
       pass
   shards = int(np.searchsorted(data.starts, order.n_rows))
   print(
@@ -207,7 +210,7 @@ def test_a_cache_that_is_too_small_costs_an_index_a_chunk_at_most(
   on_disk, monkeypatch
 ):
   # As where chunks are of megabytes: they push the indices out.
-  monkeypatch.setattr(store_lib, '_CACHE_BYTES', 4096)
+  monkeypatch.setattr(reader, '_CACHE_BYTES', 4096)
   server, (shards, chunks), n_bytes = epoch_in_bucket(
     on_disk[0], monkeypatch, 0.0
   )
@@ -240,7 +243,7 @@ def run_that_is_refused(monkeypatch, refused, times):
       train.train(
         planted.train_config(), 'gs://bucket/store', 'gs://bucket/run'
       )
-    except config.UserError as found:
+    except errors.UserError as found:
       error = str(found)
     server.forbids = lambda *_: False
     steps = sorted(
@@ -287,14 +290,14 @@ def test_a_bucket_that_refuses_for_good_ends_the_run_in_one_line(
 ):
   steps, error, state = run_that_is_refused(monkeypatch, [20, 30], 99)
   assert steps == [10] and int(state.step) == 10
-  assert caplog.text.count('was not saved') == checkpoint._TRIES
+  assert caplog.text.count('was not saved') == saver._TRIES
   assert 'checkpoints of gs://bucket/run (that of step 10 is good)' in error
   assert 'Forbidden' in error and 'your access' in error
   assert '\n' not in error
 
 
 def test_control_without_another_try_a_refusal_ends_the_run(monkeypatch):
-  monkeypatch.setattr(checkpoint, '_TRIES', 0)
+  monkeypatch.setattr(saver, '_TRIES', 0)
   steps, error, _ = run_that_is_refused(monkeypatch, [20], 1)
   assert steps == [10]
   assert 'Forbidden' in error
@@ -310,13 +313,13 @@ def lose_answers(monkeypatch, seed):
       train.train(
         planted.train_config(steps=10), 'gs://bucket/store', 'gs://bucket/run'
       )
-    except config.UserError as error:
+    except errors.UserError as error:
       return str(error)
     return None
 
 
 def test_control_transactions_take_their_own_write_for_another_s(monkeypatch):
-  monkeypatch.setattr(checkpoint, '_TRIES', 0)
+  monkeypatch.setattr(saver, '_TRIES', 0)
   assert lose_answers(monkeypatch, 0) is None
 
   def with_ocdbt(workdir, keep=2):

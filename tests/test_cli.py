@@ -7,11 +7,12 @@ import sys
 
 import pytest
 
-from sae_jax import config, memory
-from sae_jax.activations.harvest import HarvestConfig
+from sae_jax import config
 from sae_jax.browser.index import BrowseConfig
+from sae_jax.cli import huge_pages
+from sae_jax.harvesting.config import HarvestConfig
 from sae_jax.probing.report import ProbeConfig
-from sae_jax.train_config import TrainConfig
+from sae_jax.training.config import TrainConfig
 from tests import planted, runs
 
 pytestmark = pytest.mark.slow
@@ -280,7 +281,9 @@ memory.use_huge_pages()
 print(os.environ.get('GLIBC_TUNABLES'), sys.argv[1:], sys.flags.optimize)
 sys.exit(7)
 """
-RESTARTS = memory.platform.libc_ver()[0] == 'glibc' and memory._on_request()
+RESTARTS = (
+  huge_pages.platform.libc_ver()[0] == 'glibc' and huge_pages._on_request()
+)
 OURS = 'glibc.malloc.hugetlb=1'
 
 

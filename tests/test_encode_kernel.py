@@ -13,13 +13,14 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from sae_jax import aot
-from sae_jax.config import UserError
-from sae_jax.sparse import dispatch, shapes
-from sae_jax.sparse.encode_topk import exact, kernel, select, tiles
+from sae_jax import errors
+from sae_jax.ops import dispatch, shapes, sorting_network
+from sae_jax.ops.encode_topk import exact, kernel
+from sae_jax.ops.encode_topk import tiles as tiles_lib
+from sae_jax.tpu import aot
 
 # Bins of 32 that keep two values each, of 64 latents in a block.
-TILES = tiles.Tiles(
+TILES = tiles_lib.Tiles(
   tokens=128,
   bins=32,
   depth=2,
@@ -124,12 +125,12 @@ def test_groups_are_as_large_as_seldom_have_two_winners():
   rng = np.random.default_rng(7)
   pairs_TK = [rng.choice(4096, 8, replace=False) // 2 for _ in range(20_000)]
   seen = np.mean([len(set(pairs)) < 8 for pairs in pairs_TK])
-  want = tiles.grouped_share(4096, 8, 2)
+  want = tiles_lib.grouped_share(4096, 8, 2)
   assert abs(seen - want) < 4 * np.sqrt(want / 20_000)
   # Control: of the same latents in groups of four more would be seen.
-  assert tiles.grouped_share(4096, 8, 4) - seen > 9 * np.sqrt(want / 20_000)
+  assert tiles_lib.grouped_share(4096, 8, 4) - seen > 9 * np.sqrt(want / 20_000)
   for n, group in ((32_768, 1), (131_072, 2), (1_048_576, 4)):
-    assert tiles.choose(4096, 768, n, 32, jnp.bfloat16).group == group
+    assert tiles_lib.choose(4096, 768, n, 32, jnp.bfloat16).group == group
 
 
 @pytest.mark.fast
@@ -198,16 +199,18 @@ def test_products_and_shapes_equal_the_dense_ones(shape, tiles):
 def test_the_network_sorts_any_number_of_candidates(
   monkeypatch, k, candidates, run
 ):
-  monkeypatch.setattr(select, '_run', lambda: run)
+  monkeypatch.setattr(sorting_network, '_run', lambda: run)
   vals_RT = np.random.default_rng(2).integers(0, 20, (candidates, 128))
   vals_RT = vals_RT.astype(np.float32)
-  steps = 8 * select.scratch_steps(candidates, k)
+  steps = 8 * sorting_network.scratch_steps(candidates, k)
 
   def body(in_ref, vals_ref, idx_ref, scratch_ref, place_ref):
     rows = jax.lax.broadcasted_iota(jnp.int32, (candidates, 128), 0)
     scratch_ref[:candidates] = in_ref[...]
     place_ref[:candidates] = rows
-    select.top_k(scratch_ref, place_ref, candidates, k, vals_ref, idx_ref)
+    sorting_network.top_k(
+      scratch_ref, place_ref, candidates, k, vals_ref, idx_ref
+    )
 
   vals, idx = pl.pallas_call(
     body,
@@ -252,11 +255,11 @@ def test_bins_are_enough_for_random_winners():
   bin_TK = rng.integers(0, 64, (20_000, 16))
   most = [np.bincount(bins, minlength=64).max() for bins in bin_TK]
   seen = (np.array(most) > 2).mean()
-  bound = tiles.failing_share(16, 64, 2)
+  bound = tiles_lib.failing_share(16, 64, 2)
   # A union bound: above what is seen, and not by far.
   assert seen < bound < 1.3 * seen
-  chosen = tiles.choose(4096, 768, 131_072, 32, jnp.bfloat16)
-  assert tiles.failing_share(32, chosen.bins, chosen.kept) <= 1e-4
+  chosen = tiles_lib.choose(4096, 768, 131_072, 32, jnp.bfloat16)
+  assert tiles_lib.failing_share(32, chosen.bins, chosen.kept) <= 1e-4
 
 
 @pytest.mark.fast
@@ -271,11 +274,13 @@ def test_expected_recall_is_the_mean_over_random_winners(n, k, bins, kept):
   ]
   share = np.minimum(held, kept).sum(1) / k
   error = share.std() / np.sqrt(len(share))
-  want = tiles.expected_recall(n, k, bins, kept)
+  want = tiles_lib.expected_recall(n, k, bins, kept)
   assert abs(share.mean() - want) < 4 * error
   # Controls: other bins, or values kept, would be told apart.
   for other in ((bins, kept + 1), (2 * bins, kept)):
-    assert abs(share.mean() - tiles.expected_recall(n, k, *other)) > 9 * error
+    assert (
+      abs(share.mean() - tiles_lib.expected_recall(n, k, *other)) > 9 * error
+    )
 
 
 def test_an_approximate_top_k_has_the_recall_it_promises():
@@ -301,7 +306,7 @@ def test_an_approximate_top_k_has_the_recall_it_promises():
   assert abs(shares.mean() - promised) < 5 * shares.std() / np.sqrt(batch)
   # It does less: fewer candidates, or fewer of a bin.
   less, all_of_it = (
-    tiles.choose(batch, 128, n, k, None, r) for r in (recall, 1.0)
+    tiles_lib.choose(batch, 128, n, k, None, r) for r in (recall, 1.0)
   )
   assert less.bins * less.kept < all_of_it.bins * all_of_it.kept
   assert all_found == 1
@@ -317,7 +322,7 @@ def test_it_compiles_for_every_chip(chip, name):
   mesh = aot.one_chip(chip)
 
   def encode(x_BD, w_ND, b_N):
-    chosen = tiles.choose(
+    chosen = tiles_lib.choose(
       shape.batch, shape.d_model, shape.n_latents, shape.k, jnp.bfloat16
     )
     return kernel.encode_topk(
@@ -343,8 +348,10 @@ def test_it_compiles_for_every_chip(chip, name):
 
 
 def test_a_k_that_does_not_fit_is_refused():
-  with pytest.raises(UserError, match=r'k 60000 at d_model 768 needs blocks'):
-    tiles.choose(4096, 768, 131_072, 60_000, jnp.bfloat16)
+  with pytest.raises(
+    errors.UserError, match=r'k 60000 at d_model 768 needs blocks'
+  ):
+    tiles_lib.choose(4096, 768, 131_072, 60_000, jnp.bfloat16)
 
 
 def test_kernels_are_chosen_where_a_tpu_is_compiled_for():

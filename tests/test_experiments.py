@@ -8,14 +8,10 @@ import pathlib
 import numpy as np
 import pytest
 
-from experiments import (
-  benchmark_train,
-  dead_latents,
-  learning_rate,
-  topk_vs_relu,
-)
+from experiments import dead_latents, learning_rate, topk_vs_relu
 from experiments import runs as runs_lib
-from sae_jax.config import UserError
+from experiments.benchmarks import train
+from sae_jax import errors
 from tests import planted
 
 pytestmark = pytest.mark.fast
@@ -84,23 +80,25 @@ def test_topk_and_relu_are_compared_at_the_same_l0(store, tmp_path):
 
 
 def test_a_run_that_was_stopped_has_no_figures(store, tmp_path):
-  from sae_jax import train
+  from sae_jax.training import train
 
   train.train(planted.train_config(steps=5), store, str(tmp_path))
   assert runs_lib.heldout(str(tmp_path))['step'] == 5
   path = tmp_path / 'config.json'
   path.write_text(path.read_text().replace('"steps": 5', '"steps": 9'))
-  with pytest.raises(UserError, match='stopped before step 9: run it again'):
+  with pytest.raises(
+    errors.UserError, match='stopped before step 9: run it again'
+  ):
     runs_lib.heldout(str(tmp_path))
 
 
 def test_the_benchmark_times_every_part_and_the_step_learns():
-  shape = benchmark_train.BenchmarkConfig(d=32, n=256, k=4, batch=64, steps=3)
-  found = benchmark_train.measure(shape)
+  shape = train.BenchmarkConfig(d=32, n=256, k=4, batch=64, steps=3)
+  found = train.measure(shape)
   names = ('encoder_matmul', 'topk', 'decode', 'backward', 'optimizer')
   for name in (*(f'{part}_s' for part in names), 'step_s_median', 'step_s_min'):
     assert found[name] >= 0, name
   assert found['step_s_min'] <= found['step_s_median']
   assert found['peak_memory_gib'] > 0.05
-  longer = benchmark_train.measure(dataclasses.replace(shape, steps=30))
+  longer = train.measure(dataclasses.replace(shape, steps=30))
   assert longer['loss'] < found['loss']

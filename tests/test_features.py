@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from sae_jax.browser import index
-from sae_jax.probing import codes, features, lens
+from sae_jax.features import table as table_lib
+from sae_jax.probing import codes, examples, lens
 from tests import probed
 
 pytestmark = pytest.mark.fast
 
-CONFIG = features.FeatureConfig(
+CONFIG = examples.FeatureConfig(
   feature_rows=1000,
   top_examples=5,
   random_examples=3,
@@ -37,7 +37,7 @@ def trained(data):
 
 def build(trained, data, config=CONFIG, batch_rows=50, seed=0):
   subject = probed.make_subject()
-  return features.build(config, trained, subject, data, batch_rows, seed)
+  return examples.build(config, trained, subject, data, batch_rows, seed)
 
 
 @pytest.fixture(scope='module')
@@ -188,7 +188,7 @@ def test_windows_equal_a_slow_loop(trained, data, span, before, after):
   assert (rows_NM == -1).any() and (
     np.bincount(rows_NM[rows_NM >= 0]) < 2
   ).all()
-  window = features.windows(found, data, rows_NM, before, after)
+  window = examples.windows(found, data, rows_NM, before, after)
   for latent, example in np.ndindex(rows_NM.shape):
     row = rows_NM[latent, example]
     got = {name: array[latent, example] for name, array in window.items()}
@@ -209,12 +209,12 @@ def test_control_contexts_end_inside_documents(trained, data, monkeypatch):
   """Windows cut at documents would not equal the slow loop's."""
   rows_NM = np.arange(24 * 5).reshape(N, 5)
   found, _ = encoded(trained, data, 0, data.manifest.n_rows)
-  right = features.windows(found, data, rows_NM, 4, 2)['tokens']
+  right = examples.windows(found, data, rows_NM, 4, 2)['tokens']
   starts = np.searchsorted(data.documents(), data.documents())
   monkeypatch.setattr(
     data, 'positions', lambda: np.arange(len(starts)) - starts
   )
-  wrong = features.windows(found, data, rows_NM, 4, 2)['tokens']
+  wrong = examples.windows(found, data, rows_NM, 4, 2)['tokens']
   assert ((right == -1) & (wrong >= 0)).sum() > 20
   assert not ((right >= 0) & (wrong == -1)).any()
 
@@ -229,10 +229,10 @@ def test_a_window_ends_where_the_encoded_rows_do(trained, data):
     if stream[row] == stream[row - 1] + 1 and position[stream[row]] > 2
   )
   rows_NM = np.full((N, 1), cut - 1)
-  part = features.windows(
+  part = examples.windows(
     encoded(trained, data, 0, cut)[0], data, rows_NM, 2, 2
   )
-  whole = features.windows(
+  whole = examples.windows(
     encoded(trained, data, 0, data.manifest.n_rows)[0], data, rows_NM, 2, 2
   )
   assert (part['tokens'][:, 0, 3:] == -1).all()
@@ -245,9 +245,9 @@ def test_a_window_ends_where_the_encoded_rows_do(trained, data):
 
 
 def test_the_page_takes_the_table_and_its_file(table, tmp_path):
-  index.check_features(table, probed.VOCABULARY)
-  features.save(tmp_path / 'deep' / 'features.npz', table)
-  read = index.read_features(tmp_path / 'deep' / 'features.npz')
+  table_lib.check_features(table, probed.VOCABULARY)
+  table_lib.save(tmp_path / 'deep' / 'features.npz', table)
+  read = table_lib.read_features(tmp_path / 'deep' / 'features.npz')
   assert read.keys() == table.keys()
   for name, array in table.items():
     np.testing.assert_array_equal(read[name], array)
@@ -274,7 +274,7 @@ def test_an_autoencoder_that_never_fires_has_a_table(trained, data):
     trained, sae=trained.sae.replace(b_lat_N=jnp.full(N, -1e3))
   )
   found = build(silent, data)
-  index.check_features(found, probed.VOCABULARY)
+  table_lib.check_features(found, probed.VOCABULARY)
   for name in ('count', 'density', 'max', 'mean', 'std', 'skew', 'hist_counts'):
     assert not found[name].any()
   assert (found['top_peak'] == -1).all() and (found['random_peak'] == -1).all()

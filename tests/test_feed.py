@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax import config
-from sae_jax.activations import feed, store
-from sae_jax.activations import order as order_lib
-from sae_jax.activations import writer as writer_lib
-from sae_jax.activations.manifest import Plan
+from sae_jax import errors, store
+from sae_jax.feed import from_store
+from sae_jax.feed import order as order_lib
+from sae_jax.store import writer as writer_lib
+from sae_jax.store.manifest import StorePlan
 
 pytestmark = pytest.mark.fast
 
@@ -22,7 +22,7 @@ def url(tmp_path_factory):
   """1,003 rows that hold their own number, the last 103 held out."""
   url = str(tmp_path_factory.mktemp('feed') / 'store')
   n = 1003
-  plan = Plan(
+  plan = StorePlan(
     subject='none',
     sites=('blocks.0.resid_post',),
     d_model=4,
@@ -68,7 +68,7 @@ def rows_of(url):
 def test_bfloat16_is_widened(tmp_path):
   rows_RD = np.random.default_rng(0).standard_normal((200, 8), np.float32)
   rows_RD = rows_RD.astype(jnp.bfloat16)
-  plan = Plan(
+  plan = StorePlan(
     subject='none',
     sites=('blocks.0.resid_post',),
     d_model=8,
@@ -88,9 +88,9 @@ def test_bfloat16_is_widened(tmp_path):
     holdout_rows=50,
   )
   opened = store.open_store(str(tmp_path))
-  order = order_lib.train_order(opened, 0, 4)
+  order = from_store.train_order(opened, 0, 4)
   for step in (0, 3):
-    batch_BD = feed.Feed(opened, order, 32).batch(step)
+    batch_BD = from_store.StoreFeed(opened, order, 32).batch(step)
     assert batch_BD.dtype == np.float32
     rows = order_lib.batch_rows(order, step, 32)
     np.testing.assert_array_equal(batch_BD, rows_RD[rows].astype(np.float32))
@@ -99,8 +99,8 @@ def test_bfloat16_is_widened(tmp_path):
 @pytest.mark.parametrize('batch_size', [1, 64, 100, 901, 2000])
 def test_batches_are_the_rows_of_the_order(url, rows_of, batch_size):
   opened = store.open_store(url)
-  order = order_lib.train_order(opened, seed=1, window_chunks=4)
-  batches = feed.Feed(opened, order, batch_size)
+  order = from_store.train_order(opened, seed=1, window_chunks=4)
+  batches = from_store.StoreFeed(opened, order, batch_size)
   for step in (0, 1, 2, 7, 3, 40):
     batch_BD = batches.batch(step)
     assert batch_BD.dtype == np.float32
@@ -111,16 +111,16 @@ def test_batches_are_the_rows_of_the_order(url, rows_of, batch_size):
 
 def test_a_batch_has_a_part_of_every_lane_in_its_place(url, rows_of):
   opened = store.open_store(url)
-  order = order_lib.train_order(opened, 1, 8, 4)
-  batches = feed.Feed(opened, order, 40)
+  order = from_store.train_order(opened, 1, 8, 4)
+  batches = from_store.StoreFeed(opened, order, 40)
   for step in (0, 3, 50):
     rows = rows_of(batches.batch(step))
     np.testing.assert_array_equal(rows, order_lib.batch_rows(order, step, 40))
     for number, part in enumerate(rows.reshape(4, 10)):
       want = order.lane(number).rows_at(step * 10, 10)
       np.testing.assert_array_equal(part, want)
-  with pytest.raises(config.UserError, match=r'42 .* 4 lanes'):
-    feed.Feed(opened, order, 42)
+  with pytest.raises(errors.UserError, match=r'42 .* 4 lanes'):
+    from_store.StoreFeed(opened, order, 42)
 
 
 class _Sharding:
@@ -153,11 +153,11 @@ def test_a_process_reads_its_lanes_alone(
   url, rows_of, monkeypatch, stretches, lanes
 ):
   opened = store.open_store(url)
-  order = order_lib.train_order(opened, 1, 8, 4)
+  order = from_store.train_order(opened, 1, 8, 4)
   sharding = _Sharding(*stretches)
-  monkeypatch.setattr(feed.mesh_lib, 'sharding', lambda *_: sharding)
-  some = feed.Feed(opened, order, 40, mesh=())
-  whole = feed.Feed(opened, order, 40)
+  monkeypatch.setattr(from_store.mesh_lib, 'sharding', lambda *_: sharding)
+  some = from_store.StoreFeed(opened, order, 40, mesh=())
+  whole = from_store.StoreFeed(opened, order, 40)
   for step in range(40):
     places = some.places
     np.testing.assert_array_equal(
@@ -172,11 +172,13 @@ def test_a_process_reads_its_lanes_alone(
 
 def test_no_held_out_row_appears(url, rows_of):
   opened = store.open_store(url)
-  order = order_lib.train_order(opened, seed=1, window_chunks=4)
+  order = from_store.train_order(opened, seed=1, window_chunks=4)
   assert order.n_rows == 900
 
   def epoch(order):
-    batches = feed.Feed(opened, order, 100).iterate(0, -(-order.n_rows // 100))
+    batches = from_store.StoreFeed(opened, order, 100).iterate(
+      0, -(-order.n_rows // 100)
+    )
     return np.concatenate([rows_of(b) for b in batches])
 
   np.testing.assert_array_equal(np.sort(epoch(order)), np.arange(900))
@@ -187,11 +189,11 @@ def test_no_held_out_row_appears(url, rows_of):
 
 def test_resuming_at_any_step_gives_the_same_batches(url):
   opened = store.open_store(url)
-  order = order_lib.train_order(opened, seed=2, window_chunks=4)
-  whole = list(feed.Feed(opened, order, 70).iterate(0, 30))
+  order = from_store.train_order(opened, seed=2, window_chunks=4)
+  whole = list(from_store.StoreFeed(opened, order, 70).iterate(0, 30))
   assert len(whole) == 30
   for step in (1, 12, 13, 29):
-    fresh = feed.Feed(store.open_store(url), order, 70)
+    fresh = from_store.StoreFeed(store.open_store(url), order, 70)
     rest = list(fresh.iterate(step, 30))
     np.testing.assert_array_equal(np.stack(rest), np.stack(whole[step:]))
     assert not np.array_equal(rest[0], whole[step - 1])
@@ -199,8 +201,8 @@ def test_resuming_at_any_step_gives_the_same_batches(url):
 
 def test_two_windows_are_in_memory(url):
   opened = store.open_store(url)
-  order = order_lib.train_order(opened, seed=2, window_chunks=8)
-  batches = feed.Feed(opened, order, 32)
+  order = from_store.train_order(opened, seed=2, window_chunks=8)
+  batches = from_store.StoreFeed(opened, order, 32)
   held = []
   for step in range(60):
     batches.batch(step)
@@ -216,8 +218,8 @@ def _feed_threads():
 
 def test_closing_ends_the_thread(url):
   opened = store.open_store(url)
-  order = order_lib.train_order(opened, seed=0)
-  batches = feed.Feed(opened, order, 10).iterate(0)
+  order = from_store.train_order(opened, seed=0)
+  batches = from_store.StoreFeed(opened, order, 10).iterate(0)
   for _ in range(5):
     next(batches)
   assert _feed_threads()
@@ -227,7 +229,9 @@ def test_closing_ends_the_thread(url):
 
 def test_errors_reach_the_consumer_and_end_the_thread(url, monkeypatch):
   opened = store.open_store(url)
-  batches = feed.Feed(opened, order_lib.train_order(opened, seed=0), 10)
+  batches = from_store.StoreFeed(
+    opened, from_store.train_order(opened, seed=0), 10
+  )
   make = batches.batch
 
   def failing(step):
@@ -248,20 +252,20 @@ def test_damaged_shards_are_one_line_errors(url, tmp_path):
   copy = tmp_path / 'copy'
   shutil.copytree(url, copy)
   opened = store.open_store(str(copy))
-  order = order_lib.train_order(opened, seed=0, window_chunks=2)
+  order = from_store.train_order(opened, seed=0, window_chunks=2)
   for shard in (copy / 'activations').glob('*/c/*/0'):
     shard.write_bytes(shard.read_bytes()[:-10])
-  with pytest.raises(config.UserError, match='cannot read store'):
-    for _ in feed.Feed(opened, order, 10).iterate(0, 100):
+  with pytest.raises(errors.UserError, match='cannot read store'):
+    for _ in from_store.StoreFeed(opened, order, 10).iterate(0, 100):
       pass
   assert not _feed_threads()
 
 
 def test_what_does_not_fit_is_refused(url):
   opened = store.open_store(url)
-  with pytest.raises(config.UserError, match='order of 2000 rows'):
-    feed.Feed(opened, order_lib.Order(0, 2000, 16, 4), 10)
-  with pytest.raises(config.UserError, match='batch_size 0'):
-    feed.Feed(opened, order_lib.train_order(opened, 0), 0)
+  with pytest.raises(errors.UserError, match='order of 2000 rows'):
+    from_store.StoreFeed(opened, order_lib.Order(0, 2000, 16, 4), 10)
+  with pytest.raises(errors.UserError, match='batch_size 0'):
+    from_store.StoreFeed(opened, from_store.train_order(opened, 0), 0)
   with pytest.raises(ValueError, match='negative'):
     order_lib.Order(0, 1003, 16, 4).lane().rows_at(-1, 3)

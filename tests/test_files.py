@@ -7,8 +7,8 @@ import sys
 from etils import epath
 import pytest
 
-from sae_jax import files
-from sae_jax.config import UserError
+from sae_jax import errors
+from sae_jax.storage import claim, files
 
 pytestmark = pytest.mark.fast
 
@@ -41,18 +41,20 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
 
 def test_a_claimed_folder_is_refused_until_it_is_let_go(tmp_path):
   folder = str(tmp_path / 'deep' / 'run')
-  with files.claim(folder):
+  with claim.claim(folder):
     with (
-      pytest.raises(UserError, match='run is in use by another process: wait'),
-      files.claim(folder),
+      pytest.raises(
+        errors.UserError, match='run is in use by another process: wait'
+      ),
+      claim.claim(folder),
     ):
       pass
     # Another folder is another claim, also one inside.
-    with files.claim(f'{folder}/inner'):
+    with claim.claim(f'{folder}/inner'):
       pass
-  with pytest.raises(OSError, match='gone wrong'), files.claim(folder):
+  with pytest.raises(OSError, match='gone wrong'), claim.claim(folder):
     raise OSError('gone wrong')
-  with files.claim(folder):
+  with claim.claim(folder):
     pass
 
 
@@ -67,15 +69,18 @@ def test_a_claim_dies_with_its_process(tmp_path):
   )
   try:
     assert holder.stdout.readline() == 'claimed\n'
-    with pytest.raises(UserError, match='in use'), files.claim(str(tmp_path)):
+    with (
+      pytest.raises(errors.UserError, match='in use'),
+      claim.claim(str(tmp_path)),
+    ):
       pass
   finally:
     holder.send_signal(signal.SIGKILL)
     holder.communicate()
-  with files.claim(str(tmp_path)):
+  with claim.claim(str(tmp_path)):
     pass
 
 
 def test_buckets_are_not_claimed():
-  with files.claim('gs://none/run'), files.claim('gs://none/run'):
+  with claim.claim('gs://none/run'), claim.claim('gs://none/run'):
     pass

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 import pytest
 
-from sae_jax import aot
 from sae_jax import mesh as mesh_lib
-from sae_jax.sparse import shapes
-from sae_jax.sparse.decode import kernel as decode_kernel
-from sae_jax.sparse.decode import tiles as decode_tiles
-from sae_jax.sparse.weight_grad import kernel as grad_kernel
-from sae_jax.sparse.weight_grad import tiles as grad_tiles
+from sae_jax.ops import shapes
+from sae_jax.ops.decode import kernel as decode_kernel
+from sae_jax.ops.decode import tiles as decode_tiles
+from sae_jax.ops.weight_grad import kernel as grad_kernel
+from sae_jax.ops.weight_grad import tiles as grad_tiles
+from sae_jax.tpu import aot
 
 BF16 = jnp.bfloat16
 

@@ -11,13 +11,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from sae_jax import config
+from sae_jax import errors
 from sae_jax import mesh as mesh_lib
-from sae_jax.sparse import row_copies
-from sae_jax.sparse.decode import kernel as decode_kernel
-from sae_jax.sparse.decode import tiles as decode_tiles
-from sae_jax.sparse.weight_grad import kernel as grad_kernel
-from sae_jax.sparse.weight_grad import tiles as grad_tiles
+from sae_jax.ops import chip, row_copies
+from sae_jax.ops.decode import kernel as decode_kernel
+from sae_jax.ops.decode import tiles as decode_tiles
+from sae_jax.ops.weight_grad import kernel as grad_kernel
+from sae_jax.ops.weight_grad import tiles as grad_tiles
 
 BF16 = jnp.bfloat16
 NOWHERE = 10**9
@@ -48,14 +48,14 @@ def unrolled(monkeypatch):
 
 
 def two_cores(monkeypatch):
-  monkeypatch.setattr(decode_tiles, 'cores', lambda: 2)
+  monkeypatch.setattr(chip, 'cores', lambda: 2)
 
 
 def chunks_of(monkeypatch, n_rows, d_model, tokens):
   """Makes VMEM hold two buffers of so many rows, and no more."""
   fixed = decode_tiles._fixed_bytes(d_model, tokens)
   vmem = (fixed + 8 * d_model * n_rows) / decode_tiles._VMEM_SHARE
-  monkeypatch.setattr(decode_tiles, 'vmem_bytes', lambda: vmem)
+  monkeypatch.setattr(chip, 'vmem_bytes', lambda: vmem)
 
 
 def rounded(array, dtype):
@@ -264,7 +264,7 @@ def is_right(pairs, found, n_tables=2, dtype=None):
 @pytest.mark.fast
 @pytest.mark.parametrize('cores', [1, 2])
 def test_segment_sums_are_those_of_float64(monkeypatch, cores):
-  monkeypatch.setattr(decode_tiles, 'cores', lambda: cores)
+  monkeypatch.setattr(chip, 'cores', lambda: cores)
   run = jax.jit(functools.partial(segment_sums, 50, 2, interpret=True))
   for latents in LATENTS.values():
     pairs = Pairs(latents, 200, 50, 23, 128)
@@ -327,7 +327,7 @@ def visits(find, plan, latents, n_pairs, n):
 @pytest.mark.parametrize('cores', [1, 2])
 def test_items_are_the_chunks_that_a_block_has_pairs_in(cores, n_pairs, n):
   rng = np.random.default_rng(0)
-  plan = grad_tiles.Plan(pairs=64, latents=16, cores=cores, vmem_bytes=0)
+  plan = grad_tiles.Layout(pairs=64, latents=16, cores=cores, vmem_bytes=0)
   find = jax.jit(
     lambda latent_CP, count: grad_kernel._items(plan, latent_CP, count, n)
   )
@@ -349,9 +349,6 @@ def test_items_are_the_chunks_that_a_block_has_pairs_in(cores, n_pairs, n):
     assert len(found) <= -(-n // 16) + len(latents) // 64
 
 
-# Races and memory that was never written, on little data.
-
-
 @pytest.fixture
 def races():
   yield lambda: interpret_pallas_call.races.races_found
@@ -370,7 +367,7 @@ def watched(cores=1, **more):
 
 @pytest.mark.parametrize('cores', [1, 2])
 def test_blocks_of_slots_do_not_race(races, monkeypatch, cores):
-  monkeypatch.setattr(decode_tiles, 'cores', lambda: cores)
+  monkeypatch.setattr(chip, 'cores', lambda: cores)
   if cores == 1:
     unrolled(monkeypatch)
   slots = Slots(8, 70, (70, 0, 33), 20, 128)
@@ -383,7 +380,7 @@ def test_blocks_of_slots_do_not_race(races, monkeypatch, cores):
 
 @pytest.mark.parametrize('cores', [1, 2])
 def test_segment_sums_do_not_race(races, monkeypatch, cores):
-  monkeypatch.setattr(decode_tiles, 'cores', lambda: cores)
+  monkeypatch.setattr(chip, 'cores', lambda: cores)
   if cores == 1:
     unrolled(monkeypatch)
   pairs = Pairs(spread(139, 41), 150, 41, 13, 128)
@@ -490,30 +487,30 @@ def test_shards_of_latents_add_up():
 @pytest.mark.fast
 def test_errors_say_what_to_do():
   slots = Slots(8, 8, (8,), 4, 128)
-  with pytest.raises(config.UserError, match=r'multiple of 128.*: use 256'):
+  with pytest.raises(errors.UserError, match=r'multiple of 128.*: use 256'):
     decode_kernel.gather_sum(
       slots.rows, slots.token, slots.weights, slots.count,
       np.zeros((4, 130), np.float32), block_tokens=8,
     )  # fmt: skip
-  with pytest.raises(config.UserError, match=r'12 must be a multiple of 8'):
+  with pytest.raises(errors.UserError, match=r'12 must be a multiple of 8'):
     decode_kernel.gather_sum(
       slots.rows, slots.token, slots.weights, slots.count, slots.w,
       block_tokens=12,
     )  # fmt: skip
-  with pytest.raises(config.UserError, match=r'float64 are not copied'):
+  with pytest.raises(errors.UserError, match=r'float64 are not copied'):
     decode_kernel.gather_sum(
       slots.rows, slots.token, slots.weights, slots.count,
       slots.w.astype(np.float64), block_tokens=8,
     )  # fmt: skip
-  with pytest.raises(config.UserError, match=r'VMEM and there are .*smaller'):
+  with pytest.raises(errors.UserError, match=r'VMEM and there are .*smaller'):
     decode_tiles.plan(4, 512, 2**17, 8)
-  with pytest.raises(config.UserError, match=r'use larger blocks'):
+  with pytest.raises(errors.UserError, match=r'use larger blocks'):
     decode_tiles.plan(2**18, 8, 128, 8)
-  with pytest.raises(config.UserError, match=r'130 must be .* use 256'):
+  with pytest.raises(errors.UserError, match=r'130 must be .* use 256'):
     segment_sums(4, 1, None, None, np.zeros((1, 8)), np.zeros((1, 4, 130)), 0)
-  with pytest.raises(config.UserError, match=r'2 weights and 1 tables'):
+  with pytest.raises(errors.UserError, match=r'2 weights and 1 tables'):
     segment_sums(4, 2, None, None, np.zeros((2, 8)), np.zeros((1, 4, 128)), 0)
-  with pytest.raises(config.UserError, match=r'of SMEM.*smaller batch'):
+  with pytest.raises(errors.UserError, match=r'of SMEM.*smaller batch'):
     grad_tiles.plan(2**25, 2**25, 64, 128, 2, 1)
-  with pytest.raises(config.UserError, match=r'of VMEM and there are'):
+  with pytest.raises(errors.UserError, match=r'of VMEM and there are'):
     grad_tiles.plan(64, 64, 64, 2**18, 2, 1)

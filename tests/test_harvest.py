@@ -7,9 +7,12 @@ import json
 import numpy as np
 import pytest
 
-from sae_jax import config as config_lib
-from sae_jax.activations import corpus, harvest, layout, store
-from sae_jax.activations import writer as writer_lib
+from sae_jax import errors, store
+from sae_jax.harvesting import harvest
+from sae_jax.storage import url as url_lib
+from sae_jax.store import layout
+from sae_jax.store import writer as writer_lib
+from sae_jax.text import corpus
 from tests import fake_gcs, gcs_clients, gcs_faults, toy
 
 
@@ -112,7 +115,7 @@ def test_a_split_by_rows_alone_would_share_a_document(texts, tmp_path):
 def test_one_document_cannot_be_split(tmp_path):
   path = tmp_path / 'one.jsonl'
   path.write_text(json.dumps({'text': 'one document alone'}))
-  with pytest.raises(config_lib.UserError, match='1 documents cannot be split'):
+  with pytest.raises(errors.UserError, match='1 documents cannot be split'):
     toy.run(toy.config(path), tmp_path / 'store')
   assert toy.run(
     toy.config(path, holdout_fraction=0.0), tmp_path / 'store'
@@ -134,7 +137,7 @@ def test_a_killed_harvest_goes_on(texts, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match='killed'):
       toy.run(toy.config(texts), url)
   assert len(list((tmp_path / 'store' / 'shards').iterdir())) == 2
-  with pytest.raises(config_lib.UserError, match='not a finished store'):
+  with pytest.raises(errors.UserError, match='not a finished store'):
     store.open_store(url)
   some = store.open_store(url, unsealed=True)
   first = some.read_rows(0, some.manifest.n_rows)
@@ -167,10 +170,10 @@ def test_a_finished_store_is_left_alone(texts, tmp_path, caplog):
   # Without a subject: had it run, 'toy' could not have been loaded.
   assert harvest.harvest(toy.config(texts), url) == first
   assert 'nothing to do' in caplog.text
-  with pytest.raises(config_lib.UserError, match=r'\(seed: 0 -> 1\)'):
+  with pytest.raises(errors.UserError, match=r'\(seed: 0 -> 1\)'):
     toy.run(toy.config(texts, seed=1), url)
   other = dataclasses.replace(toy.subject(), weights_sha256='beef')
-  with pytest.raises(config_lib.UserError, match='weights_sha256: cafe -> b'):
+  with pytest.raises(errors.UserError, match='weights_sha256: cafe -> b'):
     harvest.harvest(toy.config(texts), url, other)
   assert layout.read_manifest(url) == first
 
@@ -189,7 +192,7 @@ def test_seeds_and_configs_change_the_identity(texts, tmp_path):
 @pytest.mark.fast
 @pytest.mark.parametrize('rate', [0.0, 0.1])
 def test_a_bucket_gets_the_same_store(texts, tmp_path, monkeypatch, rate):
-  local = layout.kvstore
+  local = url_lib.kvstore
 
   def quick(url):
     spec = local(url)
@@ -197,7 +200,7 @@ def test_a_bucket_gets_the_same_store(texts, tmp_path, monkeypatch, rate):
       spec |= gcs_clients.QUICK_RETRIES
     return spec
 
-  monkeypatch.setattr(layout, 'kvstore', quick)
+  monkeypatch.setattr(url_lib, 'kvstore', quick)
   server = fake_gcs.FakeGcs(['bucket'], gcs_faults.Faults(0, rate))
   with server as url:
     monkeypatch.setenv('TENSORSTORE_GCS_HTTP_URL', url)
@@ -249,7 +252,7 @@ def test_a_bucket_gets_the_same_store(texts, tmp_path, monkeypatch, rate):
 )
 def test_configs_that_cannot_be_met(texts, tmp_path, change, message):
   url = tmp_path / 'store'
-  with pytest.raises(config_lib.UserError, match=message):
+  with pytest.raises(errors.UserError, match=message):
     toy.run(toy.config(texts, **change), url)
   assert not url.exists()
 
@@ -265,7 +268,7 @@ def test_several_sites_are_read_in_one_pass(texts, tmp_path):
       0, both.n_rows
     )
     np.testing.assert_array_equal(rows, alone.read_rows(0, both.n_rows))
-  with pytest.raises(config_lib.UserError, match='name one of them'):
+  with pytest.raises(errors.UserError, match='name one of them'):
     store.open_store(str(tmp_path / 'both'))
 
 
@@ -275,12 +278,12 @@ def test_processes_share_a_harvest(texts, tmp_path, count):
   url, config = str(tmp_path / 'store'), toy.config(texts)
   for index in range(count - 1):
     assert harvest.harvest(config, url, toy.subject(), (index, count)) is None
-    with pytest.raises(config_lib.UserError, match='not a finished store'):
+    with pytest.raises(errors.UserError, match='not a finished store'):
       store.open_store(url)
   shared = harvest.harvest(config, url, toy.subject(), (count - 1, count))
   assert shared == toy.run(config, tmp_path / 'alone')
   store.open_store(url).verify()
-  with pytest.raises(config_lib.UserError, match='process_index 3'):
+  with pytest.raises(errors.UserError, match='process_index 3'):
     harvest.harvest(config, url, toy.subject(), (3, 3))
 
 
@@ -298,7 +301,7 @@ def test_the_manifest_says_which_text_and_tokenizer(texts, tmp_path):
   # More of another text would be no more of this one.
   texts.write_text(texts.read_text() + json.dumps({'text': 'more'}) + '\n')
   more = dataclasses.replace(config, n_tokens=400)
-  with pytest.raises(config_lib.UserError, match=r'another plan .*corpus'):
+  with pytest.raises(errors.UserError, match=r'another plan .*corpus'):
     toy.run(more, tmp_path / 'store')
 
 
@@ -323,7 +326,7 @@ def test_more_tokens_are_appended_as_a_version(texts, tmp_path):
     store.open_store(url).read_rows(0, second.n_rows),
   )
   assert whole.identity != second.identity
-  with pytest.raises(config_lib.UserError, match='n_tokens: 900 -> 500'):
+  with pytest.raises(errors.UserError, match='n_tokens: 900 -> 500'):
     toy.run(toy.config(texts, n_tokens=500), url)
 
 
@@ -370,7 +373,7 @@ def test_processes_that_tokenize_change_nothing(texts, tmp_path):
 
 @pytest.mark.fast
 def test_a_site_of_another_width_is_refused(texts, tmp_path):
-  with pytest.raises(config_lib.UserError, match=r'is 32 wide, .* is 16'):
+  with pytest.raises(errors.UserError, match=r'is 32 wide, .* is 16'):
     toy.run(
       toy.config(texts, sites=(str(toy.SITE), 'blocks.0.mlp_act')),
       tmp_path / 'store',
@@ -381,5 +384,5 @@ def test_a_site_of_another_width_is_refused(texts, tmp_path):
 def test_texts_that_are_all_too_short(tmp_path):
   path = tmp_path / 'short.jsonl'
   path.write_text(json.dumps({'text': 'abc'}))
-  with pytest.raises(config_lib.UserError, match='min_context_tokens below 4'):
+  with pytest.raises(errors.UserError, match='min_context_tokens below 4'):
     toy.run(toy.config(path), tmp_path / 'store')

@@ -10,8 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from sae_jax import config
-from sae_jax.activations import store
+from sae_jax import errors, store
 from tests import toy
 
 pytestmark = pytest.mark.slow
@@ -101,7 +100,7 @@ def test_flipped_bytes_are_found_and_named(texts, tmp_path):
     damaged[place] ^= 1 << rng.integers(8)
     path.write_bytes(damaged)
     name = str(path.relative_to(folder))
-    with pytest.raises(config.UserError, match='1 objects of store') as caught:
+    with pytest.raises(errors.UserError, match='1 objects of store') as caught:
       store.open_store(str(folder)).verify()
     assert f'{name} ' in str(caught.value)
     path.write_bytes(whole)

@@ -12,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax import checkpoint, loop, mesh, metrics, train
-from sae_jax.activations import feed
-from sae_jax.activations import order as order_lib
-from sae_jax.activations import store as store_lib
-from sae_jax.config import UserError
-from sae_jax.step import init_state
+from sae_jax import checkpoint, errors, mesh
+from sae_jax import store as store_lib
+from sae_jax.autoencoder import metrics
+from sae_jax.feed import from_store
+from sae_jax.training import loop, train
+from sae_jax.training import run as run_lib
+from sae_jax.training import saver as saver_lib
+from sae_jax.training.state import init_state
 from tests import planted, runs
 
 pytestmark = pytest.mark.fast
@@ -78,7 +80,9 @@ def test_a_sweep_is_every_combination_by_name(tmp_path):
     str(tmp_path)
   }
   assert train.sweep(base, 'run') == {'run': base}
-  with pytest.raises(UserError, match='no field colour to sweep: use some of'):
+  with pytest.raises(
+    errors.UserError, match='no field colour to sweep: use some of'
+  ):
     train.sweep(base, 'run', colour=['red'])
 
 
@@ -144,7 +148,7 @@ def test_runs_on_other_batches_are_refused(store, tmp_path, field, values):
     planted.train_config(), str(tmp_path / 'runs'), **{field: values}
   )
   with pytest.raises(
-    UserError,
+    errors.UserError,
     match=rf'{field} differs between runs .*\({values[0]}, {values[1]}\)',
   ):
     train.train_many(configs, store)
@@ -209,7 +213,7 @@ def test_steps_that_are_not_finite_are_skipped_and_told(
     sample_rows=50, steps=60, on_nonfinite='skip', checkpoint_every=0
   )
   data = store_lib.open_store(spoilt)
-  order = order_lib.train_order(data, 0, config.window_chunks)
+  order = from_store.train_order(data, 0, config.window_chunks)
   places = order.lane().rows_at(0, 60 * config.batch_size)
   steps = np.flatnonzero(places == runs.SPOILT_ROW) // config.batch_size + 1
   assert len(steps) > 1
@@ -237,10 +241,10 @@ def fresh(store, tmp_path):
   data, devices = store_lib.open_store(store), mesh.make_mesh(1, 8)
   state = init_state(config, devices, data.read_rows(0, 500))
   workdir = str(tmp_path / 'run')
-  with checkpoint.Saver(workdir) as saver:
-    order = order_lib.train_order(data, 0)
-    batches = feed.Feed(data, order, 64, devices)
-    run = loop.Run(config, workdir, devices, state, data, batches, saver)
+  with saver_lib.Saver(workdir) as saver:
+    order = from_store.train_order(data, 0)
+    batches = from_store.StoreFeed(data, order, 64, devices)
+    run = run_lib.Run(config, workdir, devices, state, data, batches, saver)
     yield run, devices
     run.close()
 

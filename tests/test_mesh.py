@@ -7,8 +7,7 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from sae_jax import mesh
-from sae_jax.config import UserError
+from sae_jax import errors, mesh
 
 pytestmark = pytest.mark.fast
 
@@ -40,7 +39,7 @@ def test_rules_translate_letters():
   ],
 )
 def test_meshes_that_do_not_fit_are_refused(shape, message):
-  with pytest.raises(UserError, match=message):
+  with pytest.raises(errors.UserError, match=message):
     mesh.make_mesh(*shape)
 
 
@@ -65,7 +64,7 @@ def test_data_goes_across_slices():
   np.testing.assert_array_equal(slices[:, 0], [0, 0, 1, 1])
   assert len(set(made.devices.flat)) == 16
   with pytest.raises(
-    UserError,
+    errors.UserError,
     match='mesh_data 1 must be a multiple of the 2 slices: use mesh_latent 8',
   ):
     mesh.make_mesh(1, 16, chips)
@@ -74,7 +73,9 @@ def test_data_goes_across_slices():
 def test_processes_that_do_not_fit_are_refused():
   mesh.start_processes('')
   for number, of in ((2, 2), (-1, 2), (0, 0)):
-    with pytest.raises(UserError, match=f'process_id {number} must be between'):
+    with pytest.raises(
+      errors.UserError, match=f'process_id {number} must be between'
+    ):
       mesh.start_processes('localhost:1', of, number)
 
 
@@ -82,7 +83,7 @@ def test_sizes_that_do_not_divide_name_the_next_one():
   made = mesh.make_mesh(1, 8)
   mesh.check_divides('n_latents', 64, made, 'latent')
   with pytest.raises(
-    UserError,
+    errors.UserError,
     match=r'n_latents 1001 must be a multiple of the latent axis \(8\): '
     'use 1008',
   ):

@@ -7,7 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax import autoencoder, metrics
+from sae_jax import autoencoder
+from sae_jax.autoencoder import metrics
+from sae_jax.training import log
 
 pytestmark = pytest.mark.fast
 
@@ -92,12 +94,12 @@ def lines(path):
 
 
 def test_writer_drops_what_was_written_beyond_the_resumed_step(tmp_path):
-  writer = metrics.Writer(str(tmp_path), 0)
+  writer = log.Writer(str(tmp_path), 0)
   for step in (1, 2, 3):
     writer.write(step, {'loss': jnp.asarray(step / 2)}, {'tokens_per_s': 9.0})
   writer.close()
   assert [row['step'] for row in lines(tmp_path / 'metrics.jsonl')] == [1, 2, 3]
-  writer = metrics.Writer(str(tmp_path), 2)
+  writer = log.Writer(str(tmp_path), 2)
   writer.write(3, {'loss': 7.0})
   writer.close()
   rows = lines(tmp_path / 'metrics.jsonl')
@@ -111,7 +113,7 @@ def test_writer_drops_what_was_written_beyond_the_resumed_step(tmp_path):
 
 def test_writer_survives_a_damaged_line_and_writes_no_nan(tmp_path):
   (tmp_path / 'metrics.jsonl').write_text('{"step": 1, "loss": 2.0}\n{"st')
-  writer = metrics.Writer(str(tmp_path), 5)
+  writer = log.Writer(str(tmp_path), 5)
   writer.write(6, {'loss': float('nan')})
   writer.close()
   assert lines(tmp_path / 'metrics.jsonl') == [
@@ -121,7 +123,7 @@ def test_writer_survives_a_damaged_line_and_writes_no_nan(tmp_path):
 
 
 def test_writer_of_another_process_writes_nothing(tmp_path):
-  writer = metrics.Writer(str(tmp_path / 'run'), 0, active=False)
+  writer = log.Writer(str(tmp_path / 'run'), 0, active=False)
   writer.write(1, {'loss': 1.0})
   writer.close()
   assert not (tmp_path / 'run').exists()

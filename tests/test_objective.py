@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax import autoencoder, auxk, objective, optimizer
-from sae_jax.config import UserError
-from sae_jax.split import Split
+from sae_jax import autoencoder, errors
+from sae_jax.ops import rows
+from sae_jax.training import auxk, objective
+from sae_jax.training.shards import Shards
 from tests import dense_reference
 
 pytestmark = pytest.mark.fast
@@ -24,7 +25,7 @@ def problem(seed=0, dead=range(0, 48, 4)):
   n, d = CONFIG.n_latents, CONFIG.d_model
   sae = autoencoder.Sae(
     w_enc_ND=jnp.asarray(rng.standard_normal((n, d))),
-    w_dec_ND=autoencoder.unit_rows(jnp.asarray(rng.standard_normal((n, d)))),
+    w_dec_ND=rows.unit_rows(jnp.asarray(rng.standard_normal((n, d)))),
     b_lat_N=jnp.asarray(0.1 * rng.standard_normal(n)),
     b_pre_D=jnp.asarray(rng.standard_normal(d)),
     data_mean_D=jnp.zeros(d),
@@ -51,7 +52,7 @@ def ours(sae, x_BD, dead_N, weight=1 / 32, sae_config=CONFIG, **kwargs):
     objective.ObjectiveConfig(**options),
     **kwargs,
   )
-  return value, terms, optimizer.trained(grads)
+  return value, terms, autoencoder.trained(grads)
 
 
 def dense(sae, x_BD, dead_N, weight=1 / 32, **kwargs):
@@ -62,7 +63,7 @@ def dense(sae, x_BD, dead_N, weight=1 / 32, **kwargs):
     )  # fmt: skip
 
   (value, terms), grads = jax.value_and_grad(of, has_aux=True)(
-    optimizer.trained(sae)
+    autoencoder.trained(sae)
   )
   return value, terms, grads
 
@@ -131,11 +132,13 @@ def test_relu_and_its_penalty_equal_dense_autodiff():
       value, terms, grads = ours(
         sae, x_BD, dead_N, sae_config=config, k_aux=7, sparsity_weight=weight
       )
-      want, want_grads = jax.value_and_grad(of)(optimizer.trained(sae), weight)
+      want, want_grads = jax.value_and_grad(of)(
+        autoencoder.trained(sae), weight
+      )
       np.testing.assert_allclose(value, want, rtol=1e-12)
       assert largest_difference(grads, want_grads) < 1e-10
     assert largest_difference(grads, jax.grad(of)(
-      optimizer.trained(sae), 0.31)) > 1e-4  # fmt: skip
+      autoencoder.trained(sae), 0.31)) > 1e-4  # fmt: skip
     vals_BN, _ = autoencoder.encode(config, sae, x_BD)
     np.testing.assert_allclose(terms.l0, (vals_BN > 0).sum(1).mean())
     np.testing.assert_array_equal(terms.fired_N, (vals_BN > 0).any(0))
@@ -216,7 +219,9 @@ def test_aux_that_is_not_finite_counts_as_nothing(spoilt):
   zeros = jax.tree.map(jnp.zeros_like, sae)
 
   def run(sae, error_BD):
-    return auxk.aux_error(told, sae, zeros, x_BD, error_BD, dead_N, 48, Split())
+    return auxk.aux_error(
+      told, sae, zeros, x_BD, error_BD, dead_N, 48, Shards()
+    )
 
   # Control: what follows would count otherwise.
   value, grads = run(sae, error_BD)
@@ -293,7 +298,7 @@ def test_bfloat16_products_are_near_and_leave_float32():
   ],
 )  # fmt: skip
 def test_terms_that_do_not_fit_are_refused(sae_config, options, message):
-  with pytest.raises(UserError, match=message):
+  with pytest.raises(errors.UserError, match=message):
     objective.check(
       dataclasses.replace(CONFIG, **sae_config),
       objective.ObjectiveConfig(**options),

@@ -9,10 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from sae_jax import autoencoder, optimizer
+from sae_jax import autoencoder, errors
 from sae_jax import mesh as mesh_lib
-from sae_jax.config import UserError
-from sae_jax.sparse.adam_rows import reference
+from sae_jax.ops import rows
+from sae_jax.training import optimizer
 
 pytestmark = pytest.mark.fast
 
@@ -115,24 +115,24 @@ def test_decoder_rows_have_unit_norm_after_every_step():
 
 def test_projection_leaves_what_is_orthogonal():
   rng = np.random.default_rng(1)
-  unit = autoencoder.unit_rows(jnp.asarray(rng.standard_normal((6, 4))))
-  got = reference.project_rows(jnp.asarray(rng.standard_normal((6, 4))), unit)
+  unit = rows.unit_rows(jnp.asarray(rng.standard_normal((6, 4))))
+  got = rows.project_rows(jnp.asarray(rng.standard_normal((6, 4))), unit)
   np.testing.assert_allclose((got * unit).sum(1), 0, atol=1e-6)
-  np.testing.assert_allclose(reference.project_rows(got, unit), got, atol=1e-6)
-  np.testing.assert_allclose(reference.project_rows(unit, unit), 0, atol=1e-6)
+  np.testing.assert_allclose(rows.project_rows(got, unit), got, atol=1e-6)
+  np.testing.assert_allclose(rows.project_rows(unit, unit), 0, atol=1e-6)
 
 
 def test_average_after_one_step_is_the_parameters():
   params, grads = problem()
   history, state = run(params, grads[:1])
   average = optimizer.averaged(CONFIG, history[0], state.ema)
-  assert difference(average, optimizer.trained(history[0])) < 1e-6
+  assert difference(average, autoencoder.trained(history[0])) < 1e-6
 
 
 def test_average_before_the_first_step_is_the_parameters():
   sae = as_sae(problem()[0])
   average = optimizer.averaged(CONFIG, sae, optimizer.init(CONFIG, sae).ema)
-  assert difference(average, optimizer.trained(sae)) == 0
+  assert difference(average, autoencoder.trained(sae)) == 0
 
 
 @pytest.mark.parametrize('decay', [0.9, 0.999, 0.99999])
@@ -142,7 +142,7 @@ def test_average_of_constants_is_the_constant_in_float32(decay):
   still = {name: np.zeros_like(a) for name, a in params.items()}
   history, state = run(params, [still] * 50, config, rate=0.0)
   average = optimizer.averaged(config, history[-1], state.ema)
-  assert difference(average, optimizer.trained(history[-1])) < 2e-5
+  assert difference(average, autoencoder.trained(history[-1])) < 2e-5
   # Control: the textbook correction in float32 misses by the decay's lost
   # digits, more the nearer it is to 1.
   if decay == 0.99999:
@@ -184,7 +184,7 @@ def test_clipping_scales_all_projected_gradients_by_one_factor():
 
 def by_optax(config, sae, state, grads, rate, *, first_clip=False):
   """The formula of the plain step, as runs before this had it."""
-  gradients = optimizer.trained(grads)
+  gradients = autoencoder.trained(grads)
 
   def project(gradients):
     g_ND, w_ND = gradients['w_dec_ND'], sae.w_dec_ND
@@ -206,9 +206,11 @@ def by_optax(config, sae, state, grads, rate, *, first_clip=False):
     b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_eps
   ).update(gradients, state.adam)
   params = jax.tree.map(
-    lambda p, u: p - (rate * u).astype(p.dtype), optimizer.trained(sae), updates
+    lambda p, u: p - (rate * u).astype(p.dtype),
+    autoencoder.trained(sae),
+    updates,
   )
-  params['w_dec_ND'] = autoencoder.unit_rows(params['w_dec_ND'])
+  params['w_dec_ND'] = rows.unit_rows(params['w_dec_ND'])
   _, ema = optax.ema(config.ema_decay, debias=True).update(params, state.ema)
   return sae.replace(**params), optimizer.OptimizerState(adam, ema), norm
 
@@ -348,5 +350,7 @@ def test_schedule_rises_stays_and_falls(decay):
 
 def test_a_schedule_longer_than_the_run_is_refused():
   config = dataclasses.replace(CONFIG, warmup_steps=8, decay_steps=5)
-  with pytest.raises(UserError, match=r'8 \+ decay_steps 5 exceed the 10'):
+  with pytest.raises(
+    errors.UserError, match=r'8 \+ decay_steps 5 exceed the 10'
+  ):
     optimizer.schedule(config, 10)

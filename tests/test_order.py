@@ -6,8 +6,9 @@ import types
 import numpy as np
 import pytest
 
-from sae_jax import config
-from sae_jax.activations import order as order_lib
+from sae_jax import errors
+from sae_jax.feed import from_store
+from sae_jax.feed import order as order_lib
 
 pytestmark = pytest.mark.fast
 
@@ -208,7 +209,7 @@ def test_large_stores_have_lanes(monkeypatch):
     opened = types.SimpleNamespace(
       n_train=n_train, manifest=types.SimpleNamespace(chunk_rows=1024)
     )
-    return order_lib.lanes_for(opened, batch_size)
+    return from_store.lanes_for(opened, batch_size)
 
   assert lanes(2**20, 2048) == 1
   assert lanes(2**21, 2048) == 2
@@ -222,5 +223,5 @@ def test_large_stores_have_lanes(monkeypatch):
 )
 def test_orders_of_nothing_are_refused(field):
   sizes = {'n_rows': 1, 'chunk_rows': 1, 'window_chunks': 1, field: 0}
-  with pytest.raises(config.UserError, match=f'{field} 0 '):
+  with pytest.raises(errors.UserError, match=f'{field} 0 '):
     order_lib.Order(0, **sizes)

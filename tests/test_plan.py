@@ -15,25 +15,17 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from sae_jax import aot, step
+from sae_jax import errors
 from sae_jax import plan as plan_lib
 from sae_jax.autoencoder import SaeConfig
-from sae_jax.config import UserError
-from sae_jax.objective import ObjectiveConfig
-from sae_jax.plan import (
-  chips,
-  exchange,
-  footprint,
-  hlo,
-  parts,
-  planner,
-  program,
-  remedies,
-  roofline,
-  splits,
-  table,
-)
-from sae_jax.train_config import TrainConfig
+from sae_jax.plan import footprint, meshes, planner, remedies, roofline, table
+from sae_jax.plan.program import costs as costs_lib
+from sae_jax.plan.program import exchange, parts
+from sae_jax.plan.program import text as text_lib
+from sae_jax.tpu import aot, chips
+from sae_jax.training import step
+from sae_jax.training.config import TrainConfig
+from sae_jax.training.objective import ObjectiveConfig
 from tests import test_plan_programs
 
 BF16, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
@@ -64,9 +56,6 @@ def planned(v5e, line, compiled):
   return planner.read(config, v5e, line, compiled)
 
 
-# Chips.
-
-
 @pytest.mark.parametrize(
   ('topology', 'part'),
   [
@@ -80,7 +69,7 @@ def planned(v5e, line, compiled):
   ],
 )
 def test_slices_that_are_not_name_one_that_is(topology, part):
-  with pytest.raises(UserError, match=re.escape(part)):
+  with pytest.raises(errors.UserError, match=re.escape(part)):
     chips.find(topology)
 
 
@@ -111,7 +100,7 @@ def test_the_nearest_slice_is_compact(chip, wanted, shape):
 @pytest.mark.parametrize('chip', chips.CHIPS)
 def test_the_room_in_hbm_is_what_the_compiler_says(chip):
   slices = chips.find(chips.name(chip, chips.offered(chip)[1]))
-  mesh = splits.make_mesh(slices, 0, 1)
+  mesh = meshes.make_mesh(slices, 0, 1)
   x = jax.ShapeDtypeStruct(
     (len(slices.devices), 2**18, 2**18), BF16,
     sharding=NamedSharding(mesh, P('data')),
@@ -124,14 +113,11 @@ def test_the_room_in_hbm_is_what_the_compiler_says(chip):
   assert footprint._needed(str(error.value)) == 2 * 2**37
 
 
-# The roofline, by hand.
-
-
 def test_times_are_those_of_the_slower_of_products_and_memory(v5e, line):
-  costs = program.Costs(
+  costs = costs_lib.Costs(
     parts={
-      'a': program.Work(1, 197e12, 819e9 / 2),
-      'b': program.Work(1, 197e12 / 4, 819e9 * 2),
+      'a': costs_lib.Work(1, 197e12, 819e9 / 2),
+      'b': costs_lib.Work(1, 197e12 / 4, 819e9 * 2),
     }
   )
   costs.collectives[exchange.Collective('all-reduce', (), 'a')] = np.array(
@@ -161,7 +147,7 @@ def test_times_are_those_of_the_slower_of_products_and_memory(v5e, line):
 )
 def test_exchanges_take_the_links_that_they_span(kind, data, latent, want):
   slices = chips.find('v6e:16x16')
-  mesh = splits.make_mesh(slices, data, latent)
+  mesh = meshes.make_mesh(slices, data, latent)
   seconds = roofline.link_seconds(kind, 1.0, mesh.devices[0], slices)
   assert seconds == pytest.approx(want)
 
@@ -170,9 +156,6 @@ def test_devices_share_their_chip():
   slices = chips.find('tpu7x:2x2x1')
   assert slices.device.flops == chips.CHIPS['tpu7x'].flops / 2
   assert slices.hbm_limit == pytest.approx(94.74 * 2**30)
-
-
-# The training step.
 
 
 def test_memory_has_its_parts(planned):
@@ -209,7 +192,7 @@ def test_auxk_counts_by_the_dead_latents_that_are_assumed(
   config = planned.config
   flops = {
     dead: planner.read(config, v5e, line, compiled, dead)
-    .costs.parts.get(parts.AUXK, program.Work())
+    .costs.parts.get(parts.AUXK, costs_lib.Work())
     .flops
     for dead in planner.DEAD
   }
@@ -239,8 +222,8 @@ def test_blocks_of_tokens_leave_no_dense_buffer(line, v5e):
   module = test_plan_programs.module_of(
     line, f, ((512, 256), BF16), ((2048, 256), BF16)
   )
-  assert program.buffers(module, 64 * 2048)
-  assert not program.buffers(module, 512 * 2048)
+  assert costs_lib.buffers(module, 64 * 2048)
+  assert not costs_lib.buffers(module, 512 * 2048)
 
 
 def test_figures_are_for_json_and_for_reading(planned):
@@ -329,24 +312,26 @@ def test_fewer_tokens_at_a_time_are_proposed_where_they_help(v5e, line):
   ],
 )  # fmt: skip
 def test_uneven_splits_name_the_nearest_even_one(config, mesh, part):
-  with pytest.raises(UserError, match=re.escape(part)):
+  with pytest.raises(errors.UserError, match=re.escape(part)):
     plan_lib.plan(config, 'v5e:2x2', mesh=mesh)
 
 
 def test_a_mesh_that_does_not_lie_on_the_torus_names_one(monkeypatch):
   slices = chips.find('v6e:4x4')
-  real = splits.mesh_lib.make_mesh
+  real = meshes.mesh_lib.make_mesh
 
   def refuses(data, latent, devices):
     if latent == 8:
       raise NotImplementedError('Failed to find assignment')
     return real(data, latent, devices)
 
-  monkeypatch.setattr(splits.mesh_lib, 'make_mesh', refuses)
-  with pytest.raises(UserError, match='links of v6e:4x4: use --mesh=1x16'):
-    splits.make_mesh(slices, 2, 8)
+  monkeypatch.setattr(meshes.mesh_lib, 'make_mesh', refuses)
+  with pytest.raises(
+    errors.UserError, match='links of v6e:4x4: use --mesh=1x16'
+  ):
+    meshes.make_mesh(slices, 2, 8)
   config = train_config()
-  assert (2, 8) not in splits.candidates(config, slices)
+  assert (2, 8) not in meshes.candidates(config, slices)
 
 
 def test_splits_are_ranked_and_compiled_ones_are_told_from_guesses(monkeypatch):
@@ -386,19 +371,16 @@ def test_a_step_that_refuses_a_config_says_what_it_takes(monkeypatch):
 
   def refuses(config, *args):
     if config.micro_batches < 4:
-      raise UserError('too many pairs: use a smaller batch')
+      raise errors.UserError('too many pairs: use a smaller batch')
     return real(config, *args)
 
   monkeypatch.setattr(remedies.step, 'lowered', refuses)
-  with pytest.raises(UserError) as error:
+  with pytest.raises(errors.UserError) as error:
     plan_lib.plan(train_config(batch_size=2**12), 'v5e:2x2', mesh=(2, 2))
   assert str(error.value) == (
     'mesh 2x2: too many pairs: use a smaller batch '
     '(--micro_batches=4 is accepted)'
   )
-
-
-# The binary.
 
 
 def run(*flags):
@@ -423,7 +405,7 @@ def test_the_binary_prints_a_table_and_writes_json_and_hlo(tmp_path):
   found = json.loads(out.read_text())
   assert {'fits', 'hbm_per_chip_gib', 'roofline_step_s'} <= set(found)
   assert found['config']['sae']['n_latents'] == 2048
-  assert hlo.parse(text.read_text()).entry.instructions
+  assert text_lib.parse(text.read_text()).entry.instructions
   wrong = run('--topology=v6e:3x3', '--d=256')
   assert wrong.returncode == 2 and wrong.stdout == ''
   assert wrong.stderr.strip().endswith('use v6e:4x4')

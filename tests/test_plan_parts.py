@@ -6,11 +6,16 @@ import re
 
 import pytest
 
-from sae_jax import autoencoder, scopes, step
-from sae_jax.autoencoder import SaeConfig
-from sae_jax.objective import ObjectiveConfig
-from sae_jax.plan import chips, footprint, hlo, parts, planner, splits
-from sae_jax.train_config import TrainConfig
+from sae_jax import autoencoder
+from sae_jax.autoencoder import preprocessing, SaeConfig
+from sae_jax.ops import scopes
+from sae_jax.plan import footprint, meshes, planner
+from sae_jax.plan.program import parts
+from sae_jax.plan.program import text as text_lib
+from sae_jax.tpu import chips
+from sae_jax.training import step
+from sae_jax.training.config import TrainConfig
+from sae_jax.training.objective import ObjectiveConfig
 
 SCOPES = [v for name, v in vars(scopes).items() if name.isupper()]
 GRADIENTS = 'jit(step)/shard_map/transpose(jvp(encoder and decoder))'
@@ -28,7 +33,7 @@ def train_config(objective=None, **kwargs):
 @pytest.fixture(scope='module')
 def one_chip():
   slices = chips.find('v5e:1x1')
-  return slices, splits.make_mesh(slices, 1, 1)
+  return slices, meshes.make_mesh(slices, 1, 1)
 
 
 @pytest.fixture(scope='module')
@@ -38,7 +43,7 @@ def compiled(line):
 
 def instruction(op_name, opcode='add'):
   metadata = f', metadata={{op_name="{op_name}" stack_frame_id=3}}'
-  return hlo._instruction(f'  %a = f32[8]{{0}} {opcode}(%x){metadata}')
+  return text_lib._instruction(f'  %a = f32[8]{{0}} {opcode}(%x){metadata}')
 
 
 @pytest.mark.fast
@@ -126,7 +131,7 @@ def test_auxks_choice_is_the_one_right_in_its_scope(op_name, whether):
 def test_what_a_step_must_have_is_known(
   v5e, config, mesh, implementation, names
 ):
-  mesh = splits.make_mesh(v5e, *mesh)
+  mesh = meshes.make_mesh(v5e, *mesh)
   found = parts.expected(config, mesh, implementation)
   assert found == {parts.OPTIMIZER, *names.split(', ')}
 
@@ -142,7 +147,7 @@ def test_what_a_step_must_have_is_known(
   ],
 )
 def test_every_step_has_what_it_must(v5e, config, mesh, implementation):
-  mesh = splits.make_mesh(v5e, *mesh)
+  mesh = meshes.make_mesh(v5e, *mesh)
   found = footprint.compile_step(config, mesh, implementation)
   work = planner.read(config, v5e, mesh, found).costs.parts
   assert work[parts.OPTIMIZER].hbm_bytes > 0
@@ -194,7 +199,7 @@ def test_code_that_moves_keeps_its_part_and_without_its_scope_has_none(
 
   def read(source):
     code = {}
-    exec(compile(source, 'elsewhere.py', 'exec'), vars(autoencoder), code)
+    exec(compile(source, 'elsewhere.py', 'exec'), vars(preprocessing), code)
     monkeypatch.setattr(autoencoder, 'preprocess', code['preprocess'])
     step._program.cache_clear()
     found = footprint.compile_step(config, mesh)

@@ -10,20 +10,12 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 import pytest
 
-from sae_jax.plan import (
-  chips,
-  exchange,
-  footprint,
-  hlo,
-  program,
-  roofline,
-  splits,
-)
+from sae_jax.plan import footprint, meshes, roofline
+from sae_jax.plan.program import costs, exchange
+from sae_jax.plan.program import text as text_lib
+from sae_jax.tpu import chips
 
 BF16, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
-
-
-# Programs whose costs are known.
 
 
 def module_of(mesh, f, *args, donate=()):
@@ -39,12 +31,12 @@ def module_of(mesh, f, *args, donate=()):
     )
   with tempfile.TemporaryDirectory() as folder:
     lowered.compile(compiler_options={'xla_dump_to': folder})
-    return hlo.parse(footprint._dumped(folder))
+    return text_lib.parse(footprint._dumped(folder))
 
 
 def costs_of(mesh, f, *args, donate=(), branch=0):
   module = module_of(mesh, f, *args, donate=donate)
-  return program.costs(module, lambda by_dead, branches: branch)
+  return costs.costs(module, lambda by_dead, branches: branch)
 
 
 def product(a, b):
@@ -114,7 +106,7 @@ def test_a_scan_reads_a_row_at_a_time(line):
     return jax.lax.scan(lambda x, w: (step(x, w), None), x, w)[0]
 
   module = module_of(line, scan, SQUARE, ((1000, 256, 256), BF16))
-  found = program.costs(module, lambda *_: 0).total
+  found = costs.costs(module, lambda *_: 0).total
   assert found.flops == 1000 * 2 * 256**3
   # The weights once, 131 MB: what a step takes may stay in VMEM.
   assert 1 <= found.hbm_bytes / (1000 * 2 * 256**2) < 1.1
@@ -183,7 +175,7 @@ def test_rows_alone_are_read_and_written(line):
 def test_exchanges_are_found_with_their_bytes_and_groups(topology):
   slices = chips.find(topology)
   n = len(slices.devices)
-  mesh = splits.make_mesh(slices, 1, n)
+  mesh = meshes.make_mesh(slices, 1, n)
 
   def f(x):
     return (
@@ -220,7 +212,7 @@ def test_exchanges_are_found_with_their_bytes_and_groups(topology):
 
 
 def test_exchanges_in_a_loop_and_along_one_axis(v5e):
-  mesh = splits.make_mesh(v5e, 2, 2)
+  mesh = meshes.make_mesh(v5e, 2, 2)
 
   def f(x):
     def body(i, x):
@@ -242,7 +234,7 @@ def test_exchanges_in_a_loop_and_along_one_axis(v5e):
 
 def test_exchanges_between_slices_go_over_the_network():
   slices = chips.find('v6e:2x2', 2)
-  mesh = splits.make_mesh(slices, 4, 2)
+  mesh = meshes.make_mesh(slices, 4, 2)
   spec = P(('data', 'latent'))
   shards = jax.shard_map(
     lambda x: jax.lax.psum(jnp.sin(x), 'data'),
@@ -276,7 +268,7 @@ def kernel_call(cost):
 
 def test_kernels_count_by_what_they_declare():
   slices = chips.find('v6e:1x1')
-  mesh = splits.make_mesh(slices, 1, 1)
+  mesh = meshes.make_mesh(slices, 1, 1)
   declared = pl.CostEstimate(flops=12345, transcendentals=0, bytes_accessed=678)
   for cost in (declared, None):
     x = ((1024, 1024), F32)
@@ -289,9 +281,6 @@ def test_kernels_count_by_what_they_declare():
       # Its operand and result.
       assert kernel.flops == 0 and kernel.hbm_bytes == 2 * 2**22
     assert kernel.declared == bool(cost)
-
-
-# Text.
 
 
 @pytest.mark.fast
@@ -312,7 +301,7 @@ def test_groups_are_read_in_every_notation(groups, first):
     f'  %a = f32[8]{{0}} all-reduce(%x), replica_groups={groups}, '
     'use_global_device_ids=true, to_apply=%add'
   )
-  read = exchange.read(hlo._instruction(text), 'part')
+  read = exchange.read(text_lib._instruction(text), 'part')
   assert read == exchange.Collective('all-reduce', first, 'part')
 
 
@@ -330,7 +319,7 @@ def test_groups_are_read_in_every_notation(groups, first):
   ],
 )
 def test_shapes_have_the_bytes_of_their_tiles(text, nbytes, space):
-  (shape,) = hlo.shapes(text)
+  (shape,) = text_lib.shapes(text)
   assert (shape.nbytes, shape.space) == (nbytes, space)
   assert shape.hbm_bytes == (0 if space else nbytes)
 
@@ -338,7 +327,7 @@ def test_shapes_have_the_bytes_of_their_tiles(text, nbytes, space):
 @pytest.mark.fast
 def test_an_instruction_with_all_there_is():
   body = 'a(b"c\\"d,e='
-  read = hlo._instruction(
+  read = text_lib._instruction(
     '  ROOT %c.1 = (f32[2,3]{1,0:T(8,128)}, /*index=1*/s32[]{:T(128)S(6)}) '
     'custom-call(%a, %b.2), custom_call_target="tpu_custom_call", '
     'metadata={op_name="jit(f)/g" stack_frame_id=3}, backend_config='
@@ -355,4 +344,4 @@ def test_an_instruction_with_all_there_is():
 @pytest.mark.fast
 def test_no_program_is_an_error():
   with pytest.raises(ValueError, match='no program'):
-    hlo.parse('HloModule nothing\n')
+    text_lib.parse('HloModule nothing\n')

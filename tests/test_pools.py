@@ -7,8 +7,9 @@ import re
 import numpy as np
 import pytest
 
-from sae_jax import config as config_lib
-from sae_jax.activations import harvest, pools, store
+from sae_jax import errors, store
+from sae_jax.harvesting import harvest, pools
+from sae_jax.harvesting.config import HarvestConfig
 from tests import toy
 
 
@@ -94,13 +95,13 @@ def test_activations_that_are_not_finite_are_masked(texts, tmp_path):
   assert np.isfinite(rows).all()
   assert manifest.mask['masked_norm'] > 0
   params['embed'] = params['embed'].at[:].set(np.nan)
-  with pytest.raises(config_lib.UserError, match='is finite'):
+  with pytest.raises(errors.UserError, match='is finite'):
     harvest.harvest(config, str(tmp_path / 'nan'), broken)
 
 
 @pytest.mark.slow
 def test_the_packaged_subject_s_sinks_are_found_by_their_norm(tmp_path):
-  config = harvest.HarvestConfig(
+  config = HarvestConfig(
     sources=('python-stdlib',),
     n_tokens=1500,
     context_length=64,
@@ -130,7 +131,7 @@ def test_a_mesh_harvests_the_same_rows(texts, tmp_path, data, latent):
   ]
   np.testing.assert_allclose(*rows, atol=2e-5)
   toy.run(dataclasses.replace(spread, n_tokens=10**6), tmp_path / 'alone')
-  with pytest.raises(config_lib.UserError, match='batch_contexts 4 must be'):
+  with pytest.raises(errors.UserError, match='batch_contexts 4 must be'):
     toy.run(toy.config(texts, mesh_data=8), tmp_path / 'other')
 
 

@@ -13,7 +13,8 @@ import jax
 import numpy as np
 import pytest
 
-from sae_jax import checkpoint, preemption, train
+from sae_jax import checkpoint
+from sae_jax.training import preemption, run, train
 from tests import planted, processes, runs
 
 # More on request, 20 at most: the run must not end before.
@@ -219,7 +220,7 @@ def test_outside_of_the_main_thread_nothing_is_noticed(store, tmp_path):
 
 @pytest.mark.fast
 def test_sigterm_between_steps_saves_that_step(store, tmp_path, monkeypatch):
-  advance = train.loop.Run.advance
+  advance = run.Run.advance
 
   def raises(self, batch_BD):
     advance(self, batch_BD)
@@ -228,7 +229,7 @@ def test_sigterm_between_steps_saves_that_step(store, tmp_path, monkeypatch):
 
   config = planted.train_config()
   whole = train.train(config, store, str(tmp_path / 'whole'))
-  monkeypatch.setattr(train.loop.Run, 'advance', raises)
+  monkeypatch.setattr(run.Run, 'advance', raises)
   workdir = str(tmp_path / 'run')
   state = train.train(config, store, workdir)
   assert int(state.step) == 17

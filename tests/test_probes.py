@@ -8,7 +8,7 @@ import pytest
 import scipy.optimize
 import scipy.special
 
-from sae_jax.config import UserError
+from sae_jax import errors
 from sae_jax.probing import probes
 
 pytestmark = pytest.mark.fast
@@ -355,13 +355,21 @@ def test_the_bootstrap_is_seeded():
 
 def test_errors_name_the_numbers():
   x_PN = np.zeros((4, 2))
-  with pytest.raises(UserError, match='4 labels hold 4 zeros and 0 ones'):
+  with pytest.raises(
+    errors.UserError, match='4 labels hold 4 zeros and 0 ones'
+  ):
     probes.fit_probes(x_PN, [0, 0, 0, 0])
-  with pytest.raises(UserError, match='4 labels hold 1 zeros and 1 ones'):
+  with pytest.raises(
+    errors.UserError, match='4 labels hold 1 zeros and 1 ones'
+  ):
     probes.auc(x_PN, [0, 1, 2, -1])
-  with pytest.raises(UserError, match=r'shape \(4, 2\) and labels .* \(3,\)'):
+  with pytest.raises(
+    errors.UserError, match=r'shape \(4, 2\) and labels .* \(3,\)'
+  ):
     probes.fit_probes(x_PN, [0, 1, 0])
-  with pytest.raises(UserError, match='of 2 latents, test features of 3'):
+  with pytest.raises(
+    errors.UserError, match='of 2 latents, test features of 3'
+  ):
     probes.score_task(x_PN, [0, 1, 0, 1], np.zeros((4, 3)), [0, 1, 0, 1])
   empty = probes.fit_probes(np.zeros((4, 0)), [0, 1, 0, 1])
   assert empty.weight_N.shape == (0,)

@@ -6,22 +6,23 @@ import json
 import numpy as np
 import pytest
 
-from sae_jax import checkpoint, train
-from sae_jax.activations import store as store_lib
+from sae_jax import checkpoint, errors
+from sae_jax import store as store_lib
 from sae_jax.autoencoder import SaeConfig
 from sae_jax.browser import index
-from sae_jax.config import UserError
+from sae_jax.features import table as table_lib
 from sae_jax.probing import (
   baselines,
   downstream,
-  features,
+  examples,
   pooled,
   probes,
   reconstruction,
   report,
   tasks,
 )
-from sae_jax.probing.features import FeatureConfig
+from sae_jax.probing.examples import FeatureConfig
+from sae_jax.training import train
 from tests import planted, probed
 
 pytestmark = pytest.mark.fast
@@ -163,10 +164,10 @@ def test_the_workdir_holds_it_all(finished, parts):
   trained, data = parts
   workdir, found = finished
   assert json.loads((workdir / 'report.json').read_text()) == found
-  table = features.build(
+  table = examples.build(
     CONFIG.features, trained, probed.make_subject(), data, 16, 0
   )
-  read = index.read_features(workdir / 'features.npz')
+  read = table_lib.read_features(workdir / 'features.npz')
   assert read.keys() == table.keys()
   for name, array in table.items():
     np.testing.assert_array_equal(read[name], array)
@@ -235,7 +236,7 @@ def test_no_report_vouches_for_files_of_another_config(
 
 def test_misfits_are_refused(finished, run, tmp_path, store_url):
   def refused(message, url, subject=None):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(errors.UserError, match=message):
       probe(run, url, tmp_path / 'none', subject=subject)
     assert not (tmp_path / 'none').exists()
 
@@ -260,7 +261,7 @@ def test_misfits_are_refused(finished, run, tmp_path, store_url):
   other = dataclasses.replace(probed.make_subject(), weights_sha256='c' * 64)
   refused('not the model the store was harvested from', store_url, other)
   # Even where there is nothing left to do.
-  with pytest.raises(UserError, match='not the model'):
+  with pytest.raises(errors.UserError, match='not the model'):
     probe(run, store_url, finished[0], subject=other)
 
 
@@ -293,18 +294,22 @@ def test_the_subject_is_the_stores_or_the_configs(
   monkeypatch.setattr(report.subject_lib, 'load', load)
   for name in ('', 'else.gguf'):
     config = dataclasses.replace(CONFIG, subject=name)
-    with pytest.raises(UserError, match='not the model'):
+    with pytest.raises(errors.UserError, match='not the model'):
       report.probe(config, run, store_url, str(tmp_path / 'none'))
   assert asked == ['made', 'else.gguf']
 
 
 def test_options_out_of_range_are_refused():
   for name, value in (('batch_rows', 0), ('eval_rows', -1), ('n_tasks', -1)):
-    with pytest.raises(UserError, match=f'{name} {value} must be . or more'):
+    with pytest.raises(
+      errors.UserError, match=f'{name} {value} must be . or more'
+    ):
       dataclasses.replace(CONFIG, **{name: value})
-  with pytest.raises(UserError, match='top_examples 0 must be 1 or more'):
+  with pytest.raises(
+    errors.UserError, match='top_examples 0 must be 1 or more'
+  ):
     report.ProbeConfig(features=FeatureConfig(top_examples=0))
-  with pytest.raises(UserError, match="pooling 'max' is not known"):
+  with pytest.raises(errors.UserError, match="pooling 'max' is not known"):
     report.ProbeConfig(pooling='max')
   assert report.ProbeConfig(n_tasks=0, average=False, seed=0).n_tasks == 0
 

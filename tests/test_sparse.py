@@ -8,10 +8,10 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from sae_jax import config, sparse
-from sae_jax.sparse import dispatch
-from sae_jax.sparse.encode_topk import reference as encode_reference
-from sae_jax.sparse.top_k import reference as top_k_reference
+from sae_jax import errors, ops
+from sae_jax.ops import dispatch
+from sae_jax.ops.encode_topk import reference as encode_reference
+from sae_jax.ops.top_k import reference as top_k_reference
 
 pytestmark = pytest.mark.fast
 
@@ -49,7 +49,7 @@ def test_decode_and_its_gradients_equal_the_dense_product(
     a['idx_BK'][:, -1] = a['idx_BK'][:, 0]
 
     def sparse_total(vals_BK, w_ND):
-      out_BD = sparse.decode(
+      out_BD = ops.decode(
         vals_BK, a['idx_BK'], w_ND, implementation=implementation
       )
       return (out_BD * a['g_BD']).sum()
@@ -81,7 +81,7 @@ def test_encode_topk_and_its_gradients_equal_the_dense_ones(
     g_BK = a['g_BK'][:, :k]
 
     def sparse_total(x_BD, w_ND, b_N):
-      vals_BK, idx_BK = sparse.encode_topk(
+      vals_BK, idx_BK = ops.encode_topk(
         x_BD, w_ND, b_N, k, mask_N=mask_N, implementation=implementation
       )
       return (vals_BK * g_BK).sum(), (vals_BK, idx_BK)
@@ -109,7 +109,7 @@ def test_a_mask_with_too_few_latents_fills_with_minus_infinity():
   a = arrays((4, 12, 5, 8))
   mask_N = np.zeros(12, bool)
   mask_N[[3, 7]] = True
-  vals_BK, idx_BK = sparse.encode_topk(
+  vals_BK, idx_BK = ops.encode_topk(
     a['x_BD'], a['w_ND'], a['b_N'], 5, mask_N=mask_N
   )
   assert np.isneginf(vals_BK[:, 2:]).all()
@@ -149,7 +149,7 @@ def test_bucketed_top_k_equals_a_stable_sort(name, k):
   for got in (
     top_k_reference.bucketed_top_k(jnp.asarray(x_BN), k, 16),
     top_k_reference.sorted_top_k(x_BN, k),
-    sparse.top_k(x_BN, k),
+    ops.top_k(x_BN, k),
   ):
     np.testing.assert_array_equal(got[0], want_vals)
     np.testing.assert_array_equal(got[1], want_idx)
@@ -160,7 +160,7 @@ def test_bucketed_top_k_equals_a_stable_sort(name, k):
 def test_top_k_takes_buckets_for_wide_rows_with_the_same_result(n):
   x_BN = np.random.default_rng(2).integers(0, 50, (3, n))
   x_BN = x_BN.astype(np.float32)
-  got = sparse.top_k(x_BN, 32)
+  got = ops.top_k(x_BN, 32)
   want = stable_top_k(x_BN, 32)
   np.testing.assert_array_equal(got[0], want[0])
   np.testing.assert_array_equal(got[1], want[1])
@@ -202,7 +202,7 @@ def sharded_winners(x_BN, k, shards, select):
     out_specs=P(None, 'latent'),
   )
   def run(x_BS):
-    vals_BK, idx_BK = sparse.top_k(x_BS, min(k, x_BS.shape[1]))
+    vals_BK, idx_BK = ops.top_k(x_BS, min(k, x_BS.shape[1]))
     vals_BK = select(vals_BK, 'latent', k, -jnp.inf)
     rows_B1 = jnp.arange(x_BS.shape[0])[:, None]
     empty = jnp.full_like(x_BS, -jnp.inf)
@@ -232,7 +232,7 @@ def test_top_k_over_shards_equals_one_stable_sort(name, k, batch):
   rng = np.random.default_rng(3)
   x_BN = np.concatenate([ADVERSARIAL[name](rng) for _ in range(4)])
   x_BN = x_BN[:batch].astype(np.float32)
-  got = sharded_winners(x_BN, k, 8, sparse.global_top_k)
+  got = sharded_winners(x_BN, k, 8, ops.global_top_k)
   np.testing.assert_array_equal(got, unsharded_winners(x_BN, k))
 
 
@@ -240,7 +240,7 @@ def test_top_k_over_shards_keeps_winners_that_crowd_one_shard():
   x_BN = np.random.default_rng(4).standard_normal((5, 64)).astype(np.float32)
   x_BN[:, 16:24] += 100
   want = unsharded_winners(x_BN, 8)
-  got = sharded_winners(x_BN, 8, 8, sparse.global_top_k)
+  got = sharded_winners(x_BN, 8, 8, ops.global_top_k)
   np.testing.assert_array_equal(got, want)
   # Control: a capacity factor loses them.
   limited = sharded_winners(x_BN, 8, 8, capacity_limited)
@@ -253,7 +253,7 @@ def test_blocks_of_tokens_change_nothing(monkeypatch, batch):
     a = arrays((batch, 40, 5, 16))
 
     def total(x_BD, w_ND, b_N):
-      vals_BK, idx_BK = sparse.encode_topk(x_BD, w_ND, b_N, 5, b_pre_D=x_BD[0])
+      vals_BK, idx_BK = ops.encode_topk(x_BD, w_ND, b_N, 5, b_pre_D=x_BD[0])
       return (vals_BK * a['g_BK']).sum(), (vals_BK, idx_BK)
 
     args = a['x_BD'], a['w_ND'], a['b_N']
@@ -272,17 +272,17 @@ def test_blocks_of_tokens_change_nothing(monkeypatch, batch):
 def test_rounded_products_are_summed_in_full():
   ones = jnp.ones((1, 4099))
   # bfloat16 has no 4099.
-  assert sparse.matmul(ones, ones.T, jnp.bfloat16) == 4099
+  assert ops.matmul(ones, ones.T, jnp.bfloat16) == 4099
   third = jnp.full((1, 1), 1 / 3)
-  assert sparse.matmul(third, jnp.ones((1, 1)), jnp.bfloat16) != third
-  assert sparse.matmul(third, jnp.ones((1, 1))) == third
+  assert ops.matmul(third, jnp.ones((1, 1)), jnp.bfloat16) != third
+  assert ops.matmul(third, jnp.ones((1, 1))) == third
 
 
 def test_errors_say_what_to_do():
-  with pytest.raises(config.UserError, match=r'k 9 exceeds the 8 latents'):
-    sparse.top_k(np.zeros((1, 8)), 9)
-  with pytest.raises(config.UserError, match=r"'fast' is not known: use one"):
-    sparse.decode(
+  with pytest.raises(errors.UserError, match=r'k 9 exceeds the 8 latents'):
+    ops.top_k(np.zeros((1, 8)), 9)
+  with pytest.raises(errors.UserError, match=r"'fast' is not known: use one"):
+    ops.decode(
       np.zeros((1, 1)), np.zeros((1, 1), int), np.zeros((4, 2)),
       implementation='fast',
     )  # fmt: skip
@@ -292,7 +292,7 @@ KERNELS = [
   (
     'decode',
     lambda name, a: (
-      lambda vals_BK, w_ND: sparse.decode(
+      lambda vals_BK, w_ND: ops.decode(
         vals_BK, a['idx_BK'], w_ND, implementation=name
       )
     ),
@@ -302,7 +302,7 @@ KERNELS = [
   (
     'encode_topk',
     lambda name, a: (
-      lambda x_BD, w_ND, b_N: sparse.encode_topk(
+      lambda x_BD, w_ND, b_N: ops.encode_topk(
         x_BD, w_ND, b_N, 4, mask_N=np.arange(50) % 3 > 0, implementation=name
       )[0]
     ),
@@ -333,7 +333,7 @@ def test_dispatch_follows_the_ratio_of_latents_to_active_ones(monkeypatch):
   assert dispatch.choose(4096, 32, None) == 'gather'
   assert dispatch.choose(4096, 256, None) == 'dense'
   assert dispatch.choose(4096, 256, 'gather') == 'gather'
-  with pytest.raises(config.UserError, match='multiple of 128, not 576'):
+  with pytest.raises(errors.UserError, match='multiple of 128, not 576'):
     dispatch.choose(4096, 8, 'pallas', 576)
   # On a TPU rows are dearer beside products.
   monkeypatch.setattr(dispatch.target, 'platform', lambda: 'tpu')

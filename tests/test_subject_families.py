@@ -10,11 +10,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from experiments import family_models
-from sae_jax import config as config_lib
-from sae_jax import subject
-from sae_jax.subject import capture, families, folder
-from sae_jax.subject import tokenizer as tokenizer_lib
+from experiments.parity import models
+from sae_jax import errors, subject
+from sae_jax.subject import capture
+from sae_jax.subject.formats import families, folder
+from sae_jax.subject.formats import tokenizer as tokenizer_lib
 from tests import hf_folder
 
 pytestmark = pytest.mark.fast
@@ -46,12 +46,12 @@ def test_logits_and_sites_equal_transformers(name, tmp_path):
     loaded.config, loaded.params, tokens_BT, record['sites']
   )
   np.testing.assert_allclose(
-    family_models.some(logits_BTV), record['logits'], rtol=0, atol=BOUND
+    models.some(logits_BTV), record['logits'], rtol=0, atol=BOUND
   )
   assert len(record['sites']) > 12
   for site, expected in record['sites'].items():
     np.testing.assert_allclose(
-      family_models.some(found[site]),
+      models.some(found[site]),
       expected,
       rtol=0,
       atol=BOUND,
@@ -75,14 +75,14 @@ CONTROLS = {
 def test_a_wrong_switch_is_seen(name, tmp_path):
   record = hf_folder.golden()[name]
   config, params, _ = folder.load_params(hf_folder.write(tmp_path, record))
-  defect = family_models.defects(config)[CONTROLS[name]]
+  defect = models.defects(config)[CONTROLS[name]]
   logits_BTV, _ = run_all(
     dataclasses.replace(config, **defect),
     params,
     hf_folder.tokens(record),
     (),
   )
-  wrong = np.subtract(family_models.some(logits_BTV), record['logits'])
+  wrong = np.subtract(models.some(logits_BTV), record['logits'])
   assert np.abs(wrong).max() > 20 * BOUND
 
 
@@ -103,7 +103,7 @@ def test_a_tensor_read_wrongly_is_seen(defect, tmp_path, monkeypatch):
     )
   config, params, _ = folder.load_params(hf_folder.write(tmp_path, record))
   logits_BTV, _ = run_all(config, params, hf_folder.tokens(record), ())
-  wrong = np.subtract(family_models.some(logits_BTV), record['logits'])
+  wrong = np.subtract(models.some(logits_BTV), record['logits'])
   assert np.abs(wrong).max() > 0.1
 
 
@@ -143,7 +143,7 @@ def test_a_folder_in_a_bucket_is_the_local_one(tmp_path):
 
   with epath_testing.mock_epath(open=moved, exists=moved, isdir=moved):
     remote = subject.load('gs://bucket')
-    with pytest.raises(config_lib.UserError, match='is not known: use smollm'):
+    with pytest.raises(errors.UserError, match='is not known: use smollm'):
       subject.load('gs://bucket/nowhere')
   assert remote.weights_sha256 == local.weights_sha256
   jax.tree.map(np.testing.assert_array_equal, remote.params, local.params)
@@ -253,7 +253,7 @@ def test_a_config_that_does_not_fit_is_refused(changes, message, tmp_path):
   some = hf_folder.tensors(record)
   record['config'] |= changes
   url = hf_folder.write(tmp_path, record, some=some)
-  with pytest.raises(config_lib.UserError) as error:
+  with pytest.raises(errors.UserError) as error:
     subject.load(url)
   assert str(error.value) == message.format(url=url)
 
@@ -262,7 +262,7 @@ def test_files_that_are_not_whole_are_refused(tmp_path):
   record = small_record()
 
   def refused(url):
-    with pytest.raises(config_lib.UserError) as error:
+    with pytest.raises(errors.UserError) as error:
       subject.load(url)
     return str(error.value)
 

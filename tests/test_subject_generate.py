@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from sae_jax import config as config_lib
+from sae_jax import errors
 from sae_jax.subject import capture, generate, splice, transformer
 from tests.subject_models import CONFIGS, GEMMA, GPT2, LLAMA, params_of, TOKENS
 
@@ -168,8 +168,8 @@ def test_draws_follow_the_softmax():
   ],
 )
 def test_what_cannot_be_generated_is_refused(options, message):
-  with pytest.raises(config_lib.UserError) as error:
+  with pytest.raises(errors.UserError) as error:
     generate.generate(GPT2, params_of('gpt2'), TOKENS, **options)
   assert str(error.value) == message
-  with pytest.raises(config_lib.UserError, match='must not be negative'):
+  with pytest.raises(errors.UserError, match='must not be negative'):
     generate.Sampling(temperature=-1.0)

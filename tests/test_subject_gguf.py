@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from experiments import family_models
+from experiments.parity import models
 from sae_jax import subject
-from sae_jax.subject import folder, gguf_families, transformer
+from sae_jax.subject import transformer
+from sae_jax.subject.formats import folder, gguf_families
 from tests import gguf_models, hf_folder
 
 pytestmark = pytest.mark.fast
@@ -59,7 +60,7 @@ def test_a_permuted_llama_gives_transformers_logits(defect, tmp_path):
   if defect == 'half pairs':
     config = dataclasses.replace(config, rope_pairs='half')
   logits = transformer.forward(config, found.params, hf_folder.tokens(record))
-  error = np.subtract(family_models.some(logits), record['logits'])
+  error = np.subtract(models.some(logits), record['logits'])
   if defect is None:
     assert np.abs(error).max() < 1e-4
   else:

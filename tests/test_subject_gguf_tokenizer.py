@@ -18,9 +18,8 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from sae_jax import config as config_lib
-from sae_jax import subject
-from sae_jax.subject import tokenizer as tokenizer_lib
+from sae_jax import errors, subject
+from sae_jax.subject.formats import tokenizer as tokenizer_lib
 
 pytestmark = pytest.mark.fast
 
@@ -377,7 +376,7 @@ def test_merges_of_a_file_with_pieces_go_before_its_scores():
 
 def test_scores_that_say_nothing_are_refused():
   scores = dict.fromkeys(['▁', 'a', 'b', 'ab', '▁a'], -1000.0)
-  with pytest.raises(config_lib.UserError) as error:
+  with pytest.raises(errors.UserError) as error:
     tokenizer_lib.from_metadata(pieces_metadata(scores))
   assert str(error.value) == (
     'the GGUF file gives every piece of its tokenizer the same score: '
@@ -389,7 +388,7 @@ def test_scores_that_say_nothing_are_refused():
 def test_a_missing_part_is_named(name):
   metadata = pieces_metadata({'a': 0.0})
   del metadata[f'tokenizer.ggml.{name}']
-  with pytest.raises(config_lib.UserError) as error:
+  with pytest.raises(errors.UserError) as error:
     tokenizer_lib.from_metadata(metadata)
   assert str(error.value) == (
     f'the GGUF file does not hold tokenizer.ggml.{name}: '

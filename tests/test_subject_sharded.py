@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax import config as config_lib
+from sae_jax import errors, subject
 from sae_jax import mesh as mesh_lib
-from sae_jax import subject
-from sae_jax.subject import capture, generate, saved, sharding
+from sae_jax.subject import capture, generate, sharding
+from sae_jax.subject.formats import saved
 from tests import hf_folder
 from tests.subject_models import CONFIGS, LLAMA, params_of, TOKENS
 
@@ -134,7 +134,7 @@ def test_a_saved_subject_comes_back(name, tmp_path):
   np.testing.assert_array_equal(
     narrow.params['embed'], loaded.params['embed'].astype(jnp.bfloat16)
   )
-  with pytest.raises(config_lib.UserError) as error:
+  with pytest.raises(errors.UserError) as error:
     subject.save(loaded, url)
   assert str(error.value) == (
     f'{url} holds a subject already: use another folder or delete this one'
@@ -144,5 +144,5 @@ def test_a_saved_subject_comes_back(name, tmp_path):
 def test_a_saved_subject_of_another_version_is_refused(tmp_path):
   assert not saved.is_saved(str(tmp_path))
   (tmp_path / 'subject.json').write_text('{"config": {"n_layers": 3}}')
-  with pytest.raises(config_lib.UserError, match='is of another version'):
+  with pytest.raises(errors.UserError, match='is of another version'):
     saved.load(str(tmp_path))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax import config as config_lib
+from sae_jax import errors
 from sae_jax.subject import capture, sites, splice, transformer
 from tests.subject_models import CONFIGS, GEMMA, GPT2, LLAMA, params_of, TOKENS
 
@@ -32,7 +32,7 @@ def all_sites(config):
 def is_in(config, site):
   try:
     capture.check_site(config, site)
-  except config_lib.UserError:
+  except errors.UserError:
     return False
   return True
 
@@ -250,7 +250,7 @@ def test_other_names_are_accepted(text, site):
   ],
 )
 def test_names_without_one_meaning_are_refused(text):
-  with pytest.raises(config_lib.UserError, match='is not known: use blocks'):
+  with pytest.raises(errors.UserError, match='is not known: use blocks'):
     capture.parse_site(text)
 
 
@@ -258,7 +258,7 @@ def test_a_name_that_hangs_on_the_family():
   text = 'model.layers.8.post_attention_layernorm'
   assert capture.parse_site(text, LLAMA) == capture.Site(8, 'mlp_in')
   assert capture.parse_site(text, GEMMA) == capture.Site(8, 'attn_out')
-  with pytest.raises(config_lib.UserError) as error:
+  with pytest.raises(errors.UserError) as error:
     capture.parse_site(text)
   assert str(error.value) == (
     f'site {text!r} is one thing in Gemma 2 and 3, another elsewhere: use '
@@ -275,13 +275,13 @@ def test_a_name_that_hangs_on_the_family():
   ],
 )
 def test_a_site_that_a_subject_lacks_is_refused(family, name, message):
-  with pytest.raises(config_lib.UserError) as error:
+  with pytest.raises(errors.UserError) as error:
     capture_many(CONFIGS[family], params_of(family), TOKENS, (name,))
   assert message in str(error.value)
 
 
 def test_a_pass_cannot_go_on_from_within_a_block():
-  with pytest.raises(config_lib.UserError) as error:
+  with pytest.raises(errors.UserError) as error:
     splice.resume(LLAMA, params_of('llama'), None, capture.Site(1, 'mlp_out'))
   assert str(error.value) == (
     'a pass cannot go on from blocks.1.mlp_out alone: use a resid_post, or '
@@ -291,7 +291,7 @@ def test_a_pass_cannot_go_on_from_within_a_block():
 
 def test_more_tokens_than_positions_are_refused():
   tokens = np.zeros((1, 17), np.int32)
-  with pytest.raises(config_lib.UserError) as error:
+  with pytest.raises(errors.UserError) as error:
     transformer.forward(GPT2, params_of('gpt2'), tokens)
   assert str(error.value) == (
     '17 tokens are more than the 16 positions of this subject: use shorter '

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from sae_jax import config as config_lib
+from sae_jax import errors
 from sae_jax.subject import capture, splice, transformer
 
 pytestmark = pytest.mark.fast
@@ -155,7 +155,7 @@ def test_site_names_round_trip():
   ],
 )
 def test_a_bad_site_is_refused(text):
-  with pytest.raises(config_lib.UserError) as error:
+  with pytest.raises(errors.UserError) as error:
     capture.parse_site(text)
   assert str(error.value) == (
     f'site {text!r} is not known: use blocks.N.KIND, as '
@@ -177,6 +177,6 @@ def test_a_site_beyond_the_last_block_is_refused():
     lambda: splice.resume(CONFIG, params(), resid_BTD, site),
     lambda: splice.splice(CONFIG, params(), TOKENS, site, identity),
   ):
-    with pytest.raises(config_lib.UserError) as error:
+    with pytest.raises(errors.UserError) as error:
       attempt()
     assert str(error.value) == message

@@ -10,10 +10,9 @@ import pytest
 import tokenizers
 from tokenizers import pre_tokenizers
 
-from sae_jax import config as config_lib
-from sae_jax import subject
-from sae_jax.subject import tokenizer as tokenizer_lib
-from sae_jax.subject import weights
+from sae_jax import errors, subject
+from sae_jax.subject.formats import gguf
+from sae_jax.subject.formats import tokenizer as tokenizer_lib
 
 
 def small_metadata(**changes):
@@ -114,7 +113,7 @@ def test_control_tokens_in_a_text_are_text():
   ],
 )
 def test_an_unknown_tokenizer_is_refused(metadata, message):
-  with pytest.raises(config_lib.UserError) as error:
+  with pytest.raises(errors.UserError) as error:
     tokenizer_lib.from_metadata(metadata)
   assert str(error.value) == message
 
@@ -161,7 +160,7 @@ def test_a_tokenizer_of_pieces_from_its_file(tmp_path):
 
 @pytest.fixture(scope='module')
 def packaged():
-  file = weights.open_gguf(subject.find('smollm2-135m'))
+  file = gguf.open_gguf(subject.find('smollm2-135m'))
   return tokenizer_lib.from_metadata(file.metadata)
 
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax import config as config_lib
+from sae_jax import errors
 from sae_jax.subject import attention, transformer
 
 pytestmark = pytest.mark.fast
@@ -289,6 +289,6 @@ def test_init_has_the_shapes_and_scales_it_says():
   ],
 )
 def test_a_shape_that_does_not_fit_is_refused(change, message):
-  with pytest.raises(config_lib.UserError) as error:
+  with pytest.raises(errors.UserError) as error:
     dataclasses.replace(CONFIG, **change)
   assert str(error.value) == message

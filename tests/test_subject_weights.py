@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax import config as config_lib
-from sae_jax import subject
-from sae_jax.subject import tokenizer as tokenizer_lib
-from sae_jax.subject import transformer, weights
+from sae_jax import errors, subject
+from sae_jax.subject import transformer
+from sae_jax.subject.formats import gguf as gguf_lib
+from sae_jax.subject.formats import tokenizer as tokenizer_lib
 
 CONFIG = transformer.TransformerConfig(
   n_layers=2,
@@ -153,7 +153,7 @@ def test_quantised_tensors_come_back_within_half_a_step(
 ):
   tensors = random_tensors()
   path = write_gguf(tmp_path / 'm.gguf', tensors, quantization=quantization)
-  _, params = weights.load_params(weights.open_gguf(path))
+  _, params = gguf_lib.load_params(gguf_lib.open_gguf(path))
   for i in range(CONFIG.n_layers):
     original = tensors[f'blk.{i}.ffn_down.weight'].reshape(-1, 32)
     loaded = np.asarray(params['blocks']['down'][i].T).reshape(-1, 32)
@@ -171,8 +171,8 @@ def test_an_untied_output_is_read(tmp_path):
   tensors['output.weight'] = tensors['token_embd.weight'][::-1].copy()
   tokens = np.array([[0, 1, 5]])
   tied, untied = (
-    weights.load_params(
-      weights.open_gguf(write_gguf(tmp_path / f'{len(some)}.gguf', some))
+    gguf_lib.load_params(
+      gguf_lib.open_gguf(write_gguf(tmp_path / f'{len(some)}.gguf', some))
     )
     for some in (random_tensors(), tensors)
   )
@@ -190,7 +190,7 @@ def test_a_remote_file_is_the_local_one(tmp_path):
 
   with epath_testing.mock_epath(open=moved, exists=moved, isdir=moved):
     remote = subject.load('gs://bucket/m.gguf')
-    with pytest.raises(config_lib.UserError, match='no file at gs://bucket/x'):
+    with pytest.raises(errors.UserError, match='no file at gs://bucket/x'):
       subject.load('gs://bucket/x.gguf')
   local = subject.load(path)
   assert remote.weights_sha256 == local.weights_sha256
@@ -262,7 +262,7 @@ def without(name):
 )
 def test_a_file_that_cannot_run_is_refused(tmp_path, tensors, options, message):
   path = write_gguf(tmp_path / 'm.gguf', tensors, **options)
-  with pytest.raises(config_lib.UserError) as error:
+  with pytest.raises(errors.UserError) as error:
     subject.load(path)
   assert str(error.value) == message.format(path=path)
 
@@ -272,7 +272,7 @@ def test_a_corrupt_file_is_refused(tmp_path):
   path = tmp_path / 'm.gguf'
   write_gguf(path, random_tensors())
   whole = path.read_bytes()
-  weights.open_gguf(path)
+  gguf_lib.open_gguf(path)
   for content in (
     b'',
     b'not a model',
@@ -283,7 +283,7 @@ def test_a_corrupt_file_is_refused(tmp_path):
     whole[:-64],
   ):
     path.write_bytes(content)
-    with pytest.raises(config_lib.UserError) as error:
+    with pytest.raises(errors.UserError) as error:
       subject.load(path)
     message = str(error.value)
     assert message.startswith(

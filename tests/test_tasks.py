@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from sae_jax.config import UserError
+from sae_jax import errors
 from sae_jax.probing import probes, tasks
 
 pytestmark = pytest.mark.fast
@@ -74,7 +74,7 @@ def test_repeats_go_before_the_split(folder):
   _write(folder, '1_repeats', rows)
   (task,) = tasks.load_tasks(['1_repeats'], n_prompts=60)
   assert not _shared(task.prompts, *tasks.split(task))
-  with pytest.raises(UserError, match='has 60 prompts'):
+  with pytest.raises(errors.UserError, match='has 60 prompts'):
     tasks.load_tasks(['1_repeats'], n_prompts=62)
 
   # The same split of the rows as they are in the file does leak.
@@ -122,7 +122,9 @@ def test_long_prompts_are_left_out(folder):
   _write(folder, '1_long', rows)
   (task,) = tasks.load_tasks(['1_long'], n_prompts=20, max_chars=30)
   assert max(map(len, task.prompts)) <= 30
-  with pytest.raises(UserError, match=r'20 prompts of at most 30 .* is 22'):
+  with pytest.raises(
+    errors.UserError, match=r'20 prompts of at most 30 .* is 22'
+  ):
     tasks.load_tasks(['1_long'], n_prompts=22, max_chars=30)
 
 
@@ -147,9 +149,9 @@ def test_all_takes_the_sound_binary_tasks_in_order(folder):
   assert [t.name for t in found] == [demo, '9_nine', '10_ten']
   assert [t.name for t in tasks.load_tasks(None, 2, 40)] == [demo, '9_nine']
   assert tasks.load_tasks([flawed], n_prompts=40)[0].name == flawed
-  with pytest.raises(UserError, match='only 3 of 4 probe tasks have 40'):
+  with pytest.raises(errors.UserError, match='only 3 of 4 probe tasks have 40'):
     tasks.load_tasks(n_tasks=4, n_prompts=40)
-  with pytest.raises(UserError, match='only 0 of'):
+  with pytest.raises(errors.UserError, match='only 0 of'):
     tasks.load_tasks(n_tasks=0, n_prompts=400)
 
 
@@ -171,31 +173,39 @@ def test_split_is_stratified_disjoint_and_seeded():
 @pytest.mark.parametrize('fraction', [0.0, 0.01, 1.0, 1.5])
 def test_split_refuses_an_empty_side(fraction):
   task = tasks.Task('t', tuple('abcdefgh'), np.arange(8) % 2)
-  with pytest.raises(UserError, match='4 prompts with label 0'):
+  with pytest.raises(errors.UserError, match='4 prompts with label 0'):
     tasks.split(task, test_fraction=fraction)
 
 
 def test_errors_name_the_numbers_and_the_remedy(folder, monkeypatch):
   _write(folder, '10_nyc_borough', _plain_rows(60, classes='abc'))
   _write(folder, '5_age', _plain_rows(60))
-  with pytest.raises(UserError, match=r"'nyc_boro' .* did you mean 10_nyc_bor"):
+  with pytest.raises(
+    errors.UserError, match=r"'nyc_boro' .* did you mean 10_nyc_bor"
+  ):
     tasks.load_tasks(['nyc_boro'])
-  with pytest.raises(UserError, match='did you mean 5_age, 10_nyc_borough'):
+  with pytest.raises(
+    errors.UserError, match='did you mean 5_age, 10_nyc_borough'
+  ):
     tasks.load_tasks(['??'])
-  with pytest.raises(UserError, match='10_nyc_borough is not a binary task'):
+  with pytest.raises(
+    errors.UserError, match='10_nyc_borough is not a binary task'
+  ):
     tasks.load_tasks(['10_nyc_borough'])
   with pytest.raises(
-    UserError, match=r'11 prompts of a task must be .* use 12'
+    errors.UserError, match=r'11 prompts of a task must be .* use 12'
   ):
     tasks.load_tasks(['5_age'], n_prompts=11)
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
-  with pytest.raises(UserError, match='pip install --no-deps sae-probes'):
+  with pytest.raises(
+    errors.UserError, match='pip install --no-deps sae-probes'
+  ):
     tasks.load_tasks(['5_age'])
 
 
 def test_a_package_without_its_data_counts_as_missing(folder):
   folder.rmdir()
-  with pytest.raises(UserError, match='pip install'):
+  with pytest.raises(errors.UserError, match='pip install'):
     tasks.load_tasks(['5_age'])
 
 

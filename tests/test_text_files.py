@@ -11,8 +11,9 @@ import pyarrow as pa
 from pyarrow import parquet
 import pytest
 
-from sae_jax import config
-from sae_jax.activations import corpus, text_files
+from sae_jax import errors
+from sae_jax.text import corpus
+from sae_jax.text import files as files_lib
 from tests import fake_gcs, gcs_clients, gcs_faults
 from tests.test_corpus import _pack, _texts, _write_jsonl
 
@@ -123,7 +124,7 @@ def test_wrong_places(tmp_path, monkeypatch, source, message):
   (tmp_path / 'empty').mkdir()
   (tmp_path / 'book.txt').write_text('text')
   (tmp_path / 'x.parquet.gz').write_bytes(b'')
-  with pytest.raises(config.UserError, match=message) as caught:
+  with pytest.raises(errors.UserError, match=message) as caught:
     corpus.documents((source,), seed=0)
   assert '\n' not in str(caught.value)
 
@@ -133,7 +134,7 @@ def test_pyarrow_is_asked_for_where_it_is_needed(tmp_path, monkeypatch):
   lines = _write_jsonl(tmp_path / 'x.jsonl', ['one'])
   monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
   assert _texts((lines,), seed=0) == ['one']
-  with pytest.raises(config.UserError, match=r'install "sae_jax\[parquet\]"'):
+  with pytest.raises(errors.UserError, match=r'install "sae_jax\[parquet\]"'):
     corpus.documents((table,), seed=0)
 
 
@@ -141,19 +142,19 @@ def test_a_field_that_is_not_there_is_named(tmp_path):
   path = tmp_path / 'x.jsonl'
   path.write_text('{"text": "a"}\n\n{"body": "b", "id": 1}\n')
   with pytest.raises(
-    config.UserError, match=r'line 3 of .*x\.jsonl .*`text`, it has body, id'
+    errors.UserError, match=r'line 3 of .*x\.jsonl .*`text`, it has body, id'
   ):
     _texts((str(path),), seed=0)
   table = _write_parquet(tmp_path / 'x.parquet', ['one', None])
   with pytest.raises(
-    config.UserError, match=r'no column `body`, it has n, text'
+    errors.UserError, match=r'no column `body`, it has n, text'
   ):
     _texts((f'{table}#body',), seed=0)
   with pytest.raises(
-    config.UserError, match=r'row 2 of .*x\.parquet has no str'
+    errors.UserError, match=r'row 2 of .*x\.parquet has no str'
   ):
     _texts((table,), seed=0)
-  with pytest.raises(config.UserError, match=r'row 1 of .* but int'):
+  with pytest.raises(errors.UserError, match=r'row 1 of .* but int'):
     _texts((f'{table}#n',), seed=0)
 
 
@@ -169,7 +170,7 @@ def test_a_file_that_is_cut_is_named_with_its_line(tmp_path, suffix):
   for left in (len(packed) - 3, len(packed) // 2, 30):
     path.write_bytes(packed[:left])
     with pytest.raises(
-      config.UserError, match=r'cannot read .*x\.jsonl.* after line \d+: .*end'
+      errors.UserError, match=r'cannot read .*x\.jsonl.* after line \d+: .*end'
     ) as caught:
       _texts((str(path),), seed=0)
     assert '\n' not in str(caught.value)
@@ -182,7 +183,7 @@ def test_a_parquet_file_that_is_cut_is_named(tmp_path):
   path = tmp_path / 'x.parquet'
   _write_parquet(path, ['one', 'two'])
   path.write_bytes(path.read_bytes()[:-20])
-  with pytest.raises(config.UserError, match=r'cannot read .*x\.parquet after'):
+  with pytest.raises(errors.UserError, match=r'cannot read .*x\.parquet after'):
     _texts((str(path),), seed=0)
 
 
@@ -199,10 +200,8 @@ def test_a_big_file_is_never_in_memory(tmp_path, name):
   del texts
 
   def peak(characters):
-    files = text_files.find(str(path), ())
-    stream = corpus._in_blocks(
-      text_files.read(files, name), 0, 4096, characters
-    )
+    files = files_lib.find(str(path), ())
+    stream = corpus._in_blocks(files_lib.read(files, name), 0, 4096, characters)
     tracemalloc.start()
     count = sum(1 for _ in stream)
     size = tracemalloc.get_traced_memory()[1]
@@ -216,7 +215,7 @@ def test_a_big_file_is_never_in_memory(tmp_path, name):
 
 
 def test_a_text_without_lines_is_cut(tmp_path, monkeypatch):
-  monkeypatch.setattr(text_files, '_LONGEST_TEXT', 5000)
+  monkeypatch.setattr(files_lib, '_LONGEST_TEXT', 5000)
   path = tmp_path / 'x.txt'
   path.write_text('ab' * 8000)
   texts = _texts((str(path),), seed=0)

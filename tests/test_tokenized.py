@@ -14,8 +14,10 @@ import pytest
 import tokenizers
 from tokenizers import models, pre_tokenizers
 
-from sae_jax import config
-from sae_jax.activations import corpus, tokenized
+from sae_jax import errors
+from sae_jax.text import contexts as contexts_lib
+from sae_jax.text import corpus
+from sae_jax.text import workers as workers_lib
 
 BOS = 300
 
@@ -65,7 +67,7 @@ def test_documents_are_cut_into_contexts(most, least):
     wanted += [(number, document.source, piece) for piece in pieces]
     number += bool(pieces)
   found = list(
-    tokenized.contexts(
+    contexts_lib.contexts(
       documents(LENGTHS),
       byte_tokenizer(),
       context_length=16,
@@ -92,7 +94,7 @@ def test_packed_contexts_are_the_documents_end_to_end(bos):
     stream += ids
     numbers += [number] * len(ids)
   found = list(
-    tokenized.contexts(
+    contexts_lib.contexts(
       documents(LENGTHS), made, context_length=16, pack=True, bos=bos
     )
   )
@@ -115,7 +117,7 @@ def test_packed_contexts_are_the_documents_end_to_end(bos):
 @pytest.mark.fast
 def test_packed_documents_are_cut_off_and_a_short_end_left_out():
   found = list(
-    tokenized.contexts(
+    contexts_lib.contexts(
       documents([100, 5, 100]),
       byte_tokenizer(),
       context_length=16,
@@ -127,7 +129,7 @@ def test_packed_documents_are_cut_off_and_a_short_end_left_out():
   numbers = np.concatenate([c.documents for c in found])
   # 32 + 5 + 32 tokens, of which the last 5 fill no context.
   assert [int((numbers == i).sum()) for i in range(3)] == [32, 5, 27]
-  kept = tokenized.contexts(
+  kept = contexts_lib.contexts(
     documents([100, 5, 100]),
     byte_tokenizer(),
     context_length=16,
@@ -149,7 +151,7 @@ def test_contexts_go_on_from_the_place_of_any(pack, bos):
     return byte_tokenizer().encode(text)
 
   def contexts(**start):
-    return tokenized.contexts(
+    return contexts_lib.contexts(
       documents(LENGTHS),
       types.SimpleNamespace(encode=encode),
       context_length=16,
@@ -176,7 +178,7 @@ def test_contexts_go_on_from_the_place_of_any(pack, bos):
 
 @pytest.mark.fast
 def test_a_bos_is_before_a_document_that_is_cut():
-  first, second = tokenized.contexts(
+  first, second = contexts_lib.contexts(
     documents([20]), byte_tokenizer(), context_length=16, bos=BOS
   )
   assert (first.tokens[0], len(first.tokens), len(second.tokens)) == (
@@ -201,8 +203,8 @@ def test_a_bos_is_before_a_document_that_is_cut():
 )
 def test_wrong_numbers(wrong, message):
   settings = {'tokenizer': byte_tokenizer(), 'context_length': 16} | wrong
-  with pytest.raises(config.UserError, match=message):
-    tokenized.contexts(documents([5]), **settings)
+  with pytest.raises(errors.UserError, match=message):
+    contexts_lib.contexts(documents([5]), **settings)
 
 
 @pytest.mark.fast
@@ -210,8 +212,8 @@ def test_the_text_of_a_tokenizer_is_a_tokenizer():
   made = byte_tokenizer()
   made.encode_special_tokens = False
   same(
-    tokenized.contexts(documents(LENGTHS), made.to_str(), context_length=16),
-    tokenized.contexts(documents(LENGTHS), made, context_length=16),
+    contexts_lib.contexts(documents(LENGTHS), made.to_str(), context_length=16),
+    contexts_lib.contexts(documents(LENGTHS), made, context_length=16),
   )
 
 
@@ -223,7 +225,7 @@ def test_any_number_of_processes_gives_the_same(workers, pack):
   lengths[50:54] = [150_000] * 4
 
   def run(workers):
-    return tokenized.contexts(
+    return contexts_lib.contexts(
       documents(lengths),
       byte_tokenizer(),
       context_length=64,
@@ -242,7 +244,7 @@ def test_special_tokens_are_text_in_other_processes_too():
     made = byte_tokenizer()
     made.encode_special_tokens = special_is_text
     for workers in (0, 1):
-      ((_, found),) = tokenized.tokenize(texts, made, workers)
+      ((_, found),) = workers_lib.tokenize(texts, made, workers)
       assert len(found) == tokens
 
 
@@ -265,7 +267,7 @@ def counted(source, taken):
 @pytest.mark.slow
 def test_little_is_read_ahead_and_closing_ends_the_processes():
   before, taken = children(), []
-  stream = tokenized.contexts(
+  stream = contexts_lib.contexts(
     counted(documents([100] * 5000), taken),
     byte_tokenizer(),
     context_length=64,
@@ -273,7 +275,7 @@ def test_little_is_read_ahead_and_closing_ends_the_processes():
   )
   assert not taken
   assert len(list(itertools.islice(stream, 5))) == 5
-  ahead = tokenized._BATCH_DOCUMENTS * (2 * tokenized._BATCHES_AHEAD + 1)
+  ahead = workers_lib._BATCH_DOCUMENTS * (2 * workers_lib._BATCHES_AHEAD + 1)
   assert 0 < len(taken) <= ahead
   assert len(children() - before) == 2
   stream.close()
@@ -283,16 +285,16 @@ def test_little_is_read_ahead_and_closing_ends_the_processes():
 
 def failing(lengths):
   yield from documents(lengths)
-  raise config.UserError('line 3 is wrong')
+  raise errors.UserError('line 3 is wrong')
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('workers', [0, 2])
 def test_what_came_before_an_error_is_given(workers):
-  stream = tokenized.tokenize(failing([9] * 100), byte_tokenizer(), workers)
+  stream = workers_lib.tokenize(failing([9] * 100), byte_tokenizer(), workers)
   before = children()
   found = []
-  with pytest.raises(config.UserError, match='line 3 is wrong'):
+  with pytest.raises(errors.UserError, match='line 3 is wrong'):
     for document, _ in stream:
       found.append(document.number)
   assert found == list(range(100))
@@ -305,9 +307,9 @@ def test_a_text_that_is_none_is_named(workers):
   texts = [*documents([9] * 40), corpus.Document('odd', 40, 'a\ud83d')]
   found = []
   with pytest.raises(
-    config.UserError, match=r'document 40, of odd, cannot be tokenized \('
+    errors.UserError, match=r'document 40, of odd, cannot be tokenized \('
   ):
-    for document, _ in tokenized.tokenize(texts, byte_tokenizer(), workers):
+    for document, _ in workers_lib.tokenize(texts, byte_tokenizer(), workers):
       found.append(document.number)
   assert found == list(range(40))
 
@@ -315,13 +317,13 @@ def test_a_text_that_is_none_is_named(workers):
 @pytest.mark.slow
 def test_a_process_that_is_killed_is_one_line():
   before = children()
-  stream = tokenized.contexts(
+  stream = contexts_lib.contexts(
     documents([2000] * 3000), byte_tokenizer(), context_length=64, workers=2
   )
   next(stream)
   os.kill(max(children() - before), signal.SIGKILL)
   with pytest.raises(
-    config.UserError,
+    errors.UserError,
     match=r'tokenizing process \d of 2 was ended by SIGKILL.*use fewer',
   ) as caught:
     list(stream)

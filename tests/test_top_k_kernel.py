@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 import numpy as np
 import pytest
 
-from sae_jax import aot
-from sae_jax.sparse.top_k import api, kernel
+from sae_jax.ops.top_k import api, kernel
+from sae_jax.tpu import aot
 
 RNG = np.random.default_rng(0)
 # Blocks of 32 candidates, so several of them, the last one short.

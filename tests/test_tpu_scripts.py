@@ -46,9 +46,6 @@ def release(cloud):
   cloud.change(hold=False)
 
 
-# The whole way.
-
-
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_from_nothing_to_results_through_a_preemption(cloud, script):
   cloud.ok(script, 'create')
@@ -111,9 +108,6 @@ def test_the_same_name_with_other_tpus_is_an_error(
   cloud.one_line(2, found, wanted, script=script, action='create', **settings)
 
 
-# --dry-run.
-
-
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_a_dry_run_prints_what_a_run_does(cloud, script):
   for action in ACTIONS:
@@ -172,9 +166,6 @@ def test_a_printed_command_can_be_pasted(cloud):
     )
   cloud.until_finished('queued_resource.sh')
   assert cloud.trained()[0][-2:] == ['--sources=a b', "--note=it's"]
-
-
-# The command line and the settings.
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
@@ -283,8 +274,6 @@ def test_spot_and_more_flags_reach_the_create_command(cloud, script):
   assert "'--spot'" in text or "'--provisioning-model=SPOT'" in text
   assert f"'{more}'" in text
 
-
-# Errors as the tools make them.
 
 DESCRIBE = {
   'queued_resource.sh': 'queued-resources describe',
@@ -435,9 +424,6 @@ def test_a_half_made_cluster_is_made_whole(cloud):
   assert cloud.state['clusters'] == {'sae': 'v6e-8'}
 
 
-# Runs.
-
-
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_one_run_at_a_time(cloud, script):
   installed(cloud, script)
@@ -551,9 +537,6 @@ def test_the_number_of_another_process_is_not_a_run(cloud):
   assert 'the run: failed 137' in done.err
   for host in (cloud.root / 'hosts').iterdir():
     (host / 'sae_jax_run' / 'pid').unlink()
-
-
-# Resuming.
 
 
 @pytest.mark.parametrize('script', ON_HOSTS)
@@ -670,9 +653,6 @@ def test_a_jobset_restarts_only_if_it_is_told_to(cloud):
   (cloud.root / 'codes').write_text('1')
   call(cloud, [*create, '--max-restarts=1'])
   assert cloud.state['jobsets']['sae']['status']['terminalState'] == 'Completed'
-
-
-# Controls of the tests themselves.
 
 
 def call(cloud, argv):

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax import checkpoint, files, loop, metrics, optimizer, train
-from sae_jax.activations import layout, manifest
-from sae_jax.activations import store as store_lib
-from sae_jax.activations import writer as writer_lib
-from sae_jax.config import UserError
+from sae_jax import checkpoint, errors
+from sae_jax import store as store_lib
 from sae_jax.probing import reconstruction
+from sae_jax.storage import claim
+from sae_jax.store import layout, manifest
+from sae_jax.store import writer as writer_lib
+from sae_jax.training import log, optimizer, run, train
 from tests import planted, processes, runs
 
 
@@ -63,7 +64,7 @@ def test_stopped_and_resumed_is_uninterrupted(
   config = runs.train_config()
 
   # As after a SIGKILL: nothing is written on the way out.
-  monkeypatch.setattr(metrics.Writer, 'close', lambda self: None)
+  monkeypatch.setattr(log.Writer, 'close', lambda self: None)
   runs.break_off(17, {workdir: config}, store)
   monkeypatch.undo()
   assert checkpoint.load(workdir).step == 10
@@ -79,11 +80,11 @@ def test_control_a_part_that_is_not_restored_is_seen(
 ):
   workdir, config = str(tmp_path / 'run'), runs.train_config()
   runs.break_off(17, {workdir: config}, store)
-  whole = loop.restore
+  whole = run.restore
 
   def forgets(*args):
     state = whole(*args)
-    parts = loop._parts(state)
+    parts = run._parts(state)
     parts |= parts['progress']
     nothing = jax.tree.map(jnp.zeros_like, parts[lost])
     if lost in ('adam', 'ema'):
@@ -91,7 +92,7 @@ def test_control_a_part_that_is_not_restored_is_seen(
       return state.replace(optimizer=nothing)
     return state.replace(**{lost: nothing})
 
-  monkeypatch.setattr(loop, 'restore', forgets)
+  monkeypatch.setattr(run, 'restore', forgets)
   train.train(config, store, workdir)
   with pytest.raises(AssertionError):
     runs.assert_same_run(workdir, finished[0])
@@ -132,7 +133,8 @@ def test_a_finished_run_is_left_alone(finished, store):
 def test_a_workdir_with_another_config_is_refused(finished, store):
   other = runs.train_config(batch_size=128, seed=3)
   with pytest.raises(
-    UserError, match=r'batch_size: 64 -> 128; seed: 0 -> 3\): use another'
+    errors.UserError,
+    match=r'batch_size: 64 -> 128; seed: 0 -> 3\): use another',
   ):
     train.train(other, store, finished[0])
 
@@ -140,7 +142,7 @@ def test_a_workdir_with_another_config_is_refused(finished, store):
 @pytest.mark.fast
 def test_misfits_are_refused(store, tmp_path):
   def refused(message, **kwargs):
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(errors.UserError, match=message):
       train.train(runs.train_config(**kwargs), store, str(tmp_path / 'none'))
 
   sae = runs.train_config().sae
@@ -168,7 +170,9 @@ def test_misfits_are_refused(store, tmp_path):
 @pytest.mark.fast
 def test_a_store_without_held_out_rows_is_refused_at_once(tmp_path):
   planted.write_store(str(tmp_path / 'store'), holdout_documents=0)
-  with pytest.raises(UserError, match='holds 0 rows out, an evaluation needs'):
+  with pytest.raises(
+    errors.UserError, match='holds 0 rows out, an evaluation needs'
+  ):
     train.train(
       runs.train_config(), str(tmp_path / 'store'), str(tmp_path / 'run')
     )
@@ -199,7 +203,7 @@ def test_a_run_goes_on_with_the_version_of_the_data_that_it_began_with(
   runs.break_off(15, {workdir: runs.train_config()}, url)
   # More is appended meanwhile.
   old = store_lib.open_store(url)
-  plan = layout.read_json(url, layout.PLAN, manifest.Plan)
+  plan = layout.read_json(url, layout.PLAN, manifest.StorePlan)
   rows_RD = planted.activations(100, seed=9)
   made = writer_lib.StoreWriter(url, plan)
   shard = made.shard(len(old.manifest.shard_counts))
@@ -209,7 +213,9 @@ def test_a_run_goes_on_with_the_version_of_the_data_that_it_began_with(
   )
   shard.finish()
   made.seal(made.complete(shard.number + 1), holdout_rows=100)
-  with pytest.raises(UserError, match=r'another version: --store_version=1 '):
+  with pytest.raises(
+    errors.UserError, match=r'another version: --store_version=1 '
+  ):
     train.train(runs.train_config(), url, workdir)
   found = train.train(runs.train_config(store_version=1), url, workdir)
   runs.assert_same_bits(found, want)
@@ -235,7 +241,9 @@ def test_a_damaged_checkpoint_is_named(finished, store, tmp_path, part):
     (folder / part).write_text('{}')
   else:
     shutil.rmtree(folder / part)
-  with pytest.raises(UserError, match=r'30 cannot be read .* delete that fold'):
+  with pytest.raises(
+    errors.UserError, match=r'30 cannot be read .* delete that fold'
+  ):
     train.train(runs.train_config(), store, str(workdir))
   # As told: without it the run goes on from step 20 to the same bits.
   shutil.rmtree(folder)
@@ -246,9 +254,11 @@ def test_a_damaged_checkpoint_is_named(finished, store, tmp_path, part):
 
 @pytest.mark.fast
 def test_load_says_what_is_missing(finished, tmp_path):
-  with pytest.raises(UserError, match='no checkpoints under'):
+  with pytest.raises(errors.UserError, match='no checkpoints under'):
     checkpoint.load(str(tmp_path))
-  with pytest.raises(UserError, match='no checkpoint of step 7: it has 20, 30'):
+  with pytest.raises(
+    errors.UserError, match='no checkpoint of step 7: it has 20, 30'
+  ):
     checkpoint.load(finished[0], step=7)
 
 
@@ -290,7 +300,7 @@ def test_a_finished_run_with_decay_keeps_its_steps(store, tmp_path):
   workdir = str(tmp_path / 'run')
   train.train(runs.train_config(steps=10, optimizer=falling), store, workdir)
   before = runs.log(workdir)
-  with pytest.raises(UserError, match='steps: 10 -> 20'):
+  with pytest.raises(errors.UserError, match='steps: 10 -> 20'):
     train.train(runs.train_config(steps=20, optimizer=falling), store, workdir)
   assert runs.log(workdir) == before
 
@@ -313,7 +323,7 @@ def alone_or_together(folder):
   try:
     state = train.train(config, store, 'run')
     print('trained to', state.step)
-  except UserError as error:
+  except errors.UserError as error:
     print(error)
 
 
@@ -330,7 +340,7 @@ def test_processes_that_do_not_share_the_workdir_are_refused(tmp_path):
   assert list((tmp_path / '0').rglob('*')) == [tmp_path / '0' / 'run']
   assert not list((tmp_path / '1').iterdir())
   # One that another process has is refused on both; none waits for the other.
-  with files.claim(str(tmp_path / '0' / 'run')):
+  with claim.claim(str(tmp_path / '0' / 'run')):
     said = processes.run_two(code, [tmp_path / '0', tmp_path / '0'])
   assert 'run is in use by another process' in said[0]
   assert 'process 0 cannot use workdir run: see what it says' in said[1]

@@ -9,8 +9,10 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
 from sae_jax import subject as subject_lib
-from sae_jax.activations import corpus, harvest
+from sae_jax.harvesting import harvest
+from sae_jax.harvesting.config import HarvestConfig
 from sae_jax.subject import capture, transformer
+from sae_jax.text import corpus
 
 SITE = capture.Site(1, 'resid_post')
 LOUD = ord('~')  # A token whose embedding is scaled up: an attention sink.
@@ -44,7 +46,7 @@ def subject():
 
 def config(path, **changes):
   """Of a harvest of the toy; keyword arguments replace fields."""
-  return harvest.HarvestConfig(
+  return HarvestConfig(
     **{
       'subject': 'toy',
       'sites': (str(SITE),),

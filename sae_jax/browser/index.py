@@ -22,39 +22,19 @@ import hashlib
 import json
 import math
 from typing import Any
-import zipfile
 
 from etils import epath
 import numpy as np
 
 from sae_jax import config as config_lib
-from sae_jax import files, progress
+from sae_jax import errors, progress
+from sae_jax.features import table
+from sae_jax.features.table import MOMENTS, SHAPES
+from sae_jax.storage import files
 
 FORMAT_VERSION = 1
 _PAGE = epath.Path(__file__).parent / 'page'
 _WRITERS = 8  # threads: a bucket's latency, not its bandwidth, is the bound
-
-_MOMENTS = ('density', 'max', 'mean', 'std', 'skew')
-_SHAPES = {
-  'latent_ids': ('N',),
-  'count': ('N',),
-  **{name: ('N',) for name in _MOMENTS},
-  'hist_edges': ('H + 1',),
-  'hist_counts': ('N', 'H'),
-  **{
-    f'{kind}_{name}': ('N', f'M {kind}', 'W')[:rank]
-    for kind in ('top', 'random')
-    for name, rank in (('tokens', 3), ('acts', 3), ('peak', 2), ('document', 2))
-  },
-  **{
-    f'vote_{way}_{name}': ('N', f'V {way}')
-    for way in ('up', 'down')
-    for name in ('ids', 'logits')
-  },
-  'neighbour_ids': ('N', 'neighbours'),
-  'neighbour_cosines': ('N', 'neighbours'),
-}
-_TOKEN_ARRAYS = ('top_tokens', 'random_tokens', 'vote_up_ids', 'vote_down_ids')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +92,8 @@ def build_index(
   """
   config = config or BrowseConfig()
   if not isinstance(features, dict):
-    features = read_features(features)
-  check_features(features, len(vocabulary))
+    features = table.read_features(features)
+  table.check_features(features, len(vocabulary))
   report = _plain(report, 'report')
 
   out = epath.Path(out_url)
@@ -179,63 +159,6 @@ def is_whole(out_url: epath.PathLike) -> bool:
   }
 
 
-def read_features(url: epath.PathLike) -> dict[str, np.ndarray]:
-  """Reads features.npz; raises UserError if it is absent or is no npz."""
-  path = epath.Path(url)
-  if not path.exists():
-    raise config_lib.UserError(f'{path} does not exist: run sae-probe first')
-  try:
-    with path.open('rb') as file, np.load(file, allow_pickle=False) as arrays:
-      return {name: arrays[name] for name in arrays.files}
-  except (zipfile.BadZipFile, ValueError, EOFError, AttributeError) as error:
-    raise config_lib.UserError(
-      f'{path} is not a readable npz file: run sae-probe again'
-    ) from error
-
-
-def check_features(
-  features: dict[str, np.ndarray], vocabulary_size: int
-) -> None:
-  """Raises UserError unless the arrays fit each other and the vocabulary."""
-  missing = sorted(set(_SHAPES) - set(features))
-  if missing:
-    raise config_lib.UserError(
-      f'features lack {", ".join(missing)}: run sae-probe of this version'
-    )
-  sizes = {}
-  for name, axes in _SHAPES.items():
-    shape = np.shape(features[name])
-    if len(shape) != len(axes):
-      raise config_lib.UserError(
-        f'{name} has shape {shape}: it needs the axes ({", ".join(axes)})'
-      )
-    for axis, size in zip(axes, shape):
-      axis, size = ('H', size - 1) if axis == 'H + 1' else (axis, size)
-      if size < 1:
-        raise config_lib.UserError(
-          f'{name} is empty along {axis}: run sae-probe on more tokens'
-        )
-      known_from, known = sizes.setdefault(axis, (name, size))
-      if size != known:
-        raise config_lib.UserError(
-          f'{name} has {size} along {axis} but {known_from} has {known}: '
-          'run sae-probe again'
-        )
-  ids = features['latent_ids']
-  if len(np.unique(ids)) != len(ids):
-    raise config_lib.UserError(
-      f'latent_ids has {len(ids)} entries but only {len(np.unique(ids))} '
-      'different ones: run sae-probe again'
-    )
-  for name in _TOKEN_ARRAYS:
-    largest = int(np.max(features[name], initial=-1))
-    if largest >= vocabulary_size:
-      raise config_lib.UserError(
-        f'{name} holds token {largest} but the vocabulary ends at '
-        f'{vocabulary_size - 1}: use the vocabulary of the probed subject'
-      )
-
-
 def _columns(features, config):
   """What list and search need: a list per column, one entry per latent."""
   limit = config.label_tokens
@@ -247,7 +170,7 @@ def _columns(features, config):
   return {
     'latent': features['latent_ids'].tolist(),
     'count': features['count'].tolist(),
-    **{name: _exact(features[name]) for name in _MOMENTS},
+    **{name: _exact(features[name]) for name in MOMENTS},
     'top': top,
     'votes': [row[:limit] for row in _present(features['vote_up_ids'])],
   }
@@ -296,7 +219,7 @@ def _write_shards(features, config, folder):
 
 def _feature(features, row, digits):
   """One latent's entry in a shard."""
-  one = {name: features[name][row] for name in _SHAPES if name != 'hist_edges'}
+  one = {name: features[name][row] for name in SHAPES if name != 'hist_edges'}
   near = one['neighbour_ids'] >= 0
   return {
     'latent': int(one['latent_ids']),
@@ -380,7 +303,7 @@ def _plain(value, name):
     return value if math.isfinite(value) else None
   if value is None or isinstance(value, str | int):
     return value
-  raise config_lib.UserError(
+  raise errors.UserError(
     f'{name} is a {type(value).__name__}: a report holds numbers, texts, '
     'lists and dicts'
   )

@@ -1,6 +1,6 @@
 """sae-browse: probing's results -> a static page of all features."""
 
-from sae_jax.browser import browse, index
+from sae_jax.browser import build, index
 from sae_jax.cli import flags
 
 
@@ -13,7 +13,7 @@ def define() -> None:
 
 def work() -> None:
   """Builds the page as the flags say."""
-  page = browse.browse(
+  page = build.browse(
     flags.read(index.BrowseConfig), flags.url('probe'), flags.url('workdir')
   )
   print(f'{page}\nserve it: python -m http.server -d {flags.url("workdir")}')

@@ -11,7 +11,8 @@ from absl import app, flags, logging
 import jax
 
 from sae_jax import config as config_lib
-from sae_jax import memory
+from sae_jax import errors
+from sae_jax.cli import huge_pages
 
 _Config = TypeVar('_Config')
 _USER_ERROR = 2
@@ -81,11 +82,11 @@ def url(name: str) -> str:
   """
   value = flags.FLAGS[name].value
   if not value:
-    raise config_lib.UserError(f'{name} is empty: give a path or gs:// URL')
+    raise errors.UserError(f'{name} is empty: give a path or gs:// URL')
   if value.startswith('gs://'):
     return value
   if '://' in value:
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'{name} {value} is neither a local path nor a gs:// URL'
     )
   return os.path.abspath(os.path.expanduser(value))
@@ -102,7 +103,7 @@ def run(main: Callable[[], Any], description: str) -> None:
     description: what --help says first.
   """
 
-  memory.use_huge_pages()
+  huge_pages.use_huge_pages()
 
   def parse(argv: list[str]) -> list[str]:
     # absl's own --help exits with 1 and knows the flags of __main__ only.
@@ -124,7 +125,7 @@ def run(main: Callable[[], Any], description: str) -> None:
     logging.get_absl_handler().addFilter(_own_or_important)
     try:
       main()
-    except config_lib.UserError as error:
+    except errors.UserError as error:
       if flags.FLAGS.debug:
         raise
       _fail(str(error), _USER_ERROR)

@@ -2,15 +2,16 @@
 
 from absl import flags as absl_flags
 
-from sae_jax.activations import harvest as harvest_lib
-from sae_jax.activations import layout
-from sae_jax.activations import store as store_lib
+from sae_jax import store as store_lib
 from sae_jax.cli import flags
+from sae_jax.harvesting import harvest as harvest_lib
+from sae_jax.harvesting.config import HarvestConfig
+from sae_jax.store import layout
 
 
 def define() -> None:
   """Defines this binary's flags."""
-  flags.define(harvest_lib.HarvestConfig)
+  flags.define(HarvestConfig)
   flags.define_url('store', 'where the activations are written')
   absl_flags.DEFINE_integer(
     'process_index', 0, 'which of the processes that make this store it is'
@@ -34,7 +35,7 @@ def work() -> None:
     print(f'{store}: {opened.verify():,} bytes are what was written')
     return
   manifest = harvest_lib.harvest(
-    flags.read(harvest_lib.HarvestConfig),
+    flags.read(HarvestConfig),
     store,
     process=(values.process_index, values.process_count),
   )

@@ -7,13 +7,13 @@ from etils import epath
 import jax
 
 from sae_jax import config as config_lib
+from sae_jax import errors
 from sae_jax import plan as plan_lib
 from sae_jax.cli import flags
-from sae_jax.config import UserError
+from sae_jax.ops import dispatch
 from sae_jax.plan import table
 from sae_jax.plan.planner import DEAD
-from sae_jax.sparse import dispatch
-from sae_jax.train_config import TrainConfig
+from sae_jax.training.config import TrainConfig
 
 _SHORT = {'d': 'd_model', 'n': 'n_latents', 'batch': 'batch_size'}
 
@@ -70,7 +70,7 @@ def _mesh() -> str | tuple[int, int]:
     return text
   data, _, latent = text.partition('x')
   if not (data.isdecimal() and latent.isdecimal()):
-    raise UserError(
+    raise errors.UserError(
       f'mesh {text!r} is not two numbers: write data x latent as --mesh=4x64, '
       'or --mesh=auto'
     )
@@ -91,7 +91,7 @@ def work() -> None:
   jax.config.update('jax_enable_compilation_cache', False)
   values = absl_flags.FLAGS
   if not values.topology:
-    raise UserError('topology is not given: write --topology=v6e:16x16')
+    raise errors.UserError('topology is not given: write --topology=v6e:16x16')
   found = plan_lib.plan(
     flags.read(TrainConfig),
     values.topology,

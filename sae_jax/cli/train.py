@@ -3,11 +3,10 @@
 from absl import flags as absl_flags
 import jax
 
-from sae_jax import mesh
-from sae_jax import train as train_lib
+from sae_jax import errors, mesh
 from sae_jax.cli import flags
-from sae_jax.config import UserError
-from sae_jax.train_config import TrainConfig
+from sae_jax.training import train as train_lib
+from sae_jax.training.config import TrainConfig
 
 
 def define() -> None:
@@ -59,7 +58,7 @@ def _swept(texts: list[str]) -> dict[str, tuple]:
   for text in texts:
     name, _, listed = text.partition('=')
     if name not in absl_flags.FLAGS or not listed or name in values:
-      raise UserError(
+      raise errors.UserError(
         f'--sweep={text} is not a field of its own and its values: '
         'write --sweep=k=16,32, once for each field'
       )
@@ -67,7 +66,7 @@ def _swept(texts: list[str]) -> dict[str, tuple]:
     try:
       values[name] = tuple(parser.parse(value) for value in listed.split(','))
     except ValueError as error:
-      raise UserError(f'--sweep={text}: {error}') from error
+      raise errors.UserError(f'--sweep={text}: {error}') from error
   return values
 
 

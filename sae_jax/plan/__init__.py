@@ -1,7 +1,7 @@
 """What a run would need of TPUs that are not here, by compiling it for them.
 
-`chips` has the published figures, `hlo` reads a compiled program's text,
-`program` says what it does, `roofline` how long that takes at least, `plan`
+`program` reads what a compiled program says,
+`roofline` how long that takes at least, `planner`
 puts them together.
 """
 

@@ -12,8 +12,9 @@ import jax
 from jax.sharding import Mesh
 
 from sae_jax import mesh as mesh_lib
-from sae_jax import step
-from sae_jax.train_config import TrainConfig
+from sae_jax.training import state as state_lib
+from sae_jax.training import step
+from sae_jax.training.config import TrainConfig
 
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 _OUT_OF_MEMORY = re.compile(
@@ -82,7 +83,7 @@ def arguments(config: TrainConfig, mesh: Mesh) -> Footprint:
     config: the run.
     mesh: of the devices.
   """
-  state = step.abstract_state(config, mesh)
+  state = state_lib.abstract_state(config, mesh)
   names = {
     'parameters': state.sae,
     'moments': state.optimizer.adam,
@@ -117,7 +118,7 @@ def compile_step(
   Args:
     config: the run.
     mesh: of the devices it is compiled for.
-    implementation: of the sparse products, see `sparse.decode`.
+    implementation: of the sparse products, see `ops.decode`.
 
   Returns:
     The program's text and its memory, also where that is too much.

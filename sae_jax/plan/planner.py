@@ -6,22 +6,16 @@ import time
 
 from jax.sharding import Mesh
 
-from sae_jax.config import UserError
-from sae_jax.plan import chips as chips_lib
-from sae_jax.plan import (
-  footprint,
-  hlo,
-  parts,
-  program,
-  remedies,
-  roofline,
-  splits,
-)
-from sae_jax.plan.chips import Slices
+from sae_jax import errors
+from sae_jax.plan import footprint, meshes, remedies, roofline
 from sae_jax.plan.footprint import Compiled
-from sae_jax.plan.program import Costs
+from sae_jax.plan.program import costs as costs_lib
+from sae_jax.plan.program import parts, text
+from sae_jax.plan.program.costs import Costs
 from sae_jax.plan.record import Plan, Split
-from sae_jax.train_config import TrainConfig
+from sae_jax.tpu import chips as chips_lib
+from sae_jax.tpu.chips import Slices
+from sae_jax.training.config import TrainConfig
 
 DEAD = ('none', 'few', 'all')
 # Splits that are listed, compiled or not.
@@ -48,7 +42,7 @@ def plan(
     topology: a slice such as 'v6e:16x16'.
     num_slices: how many of them.
     mesh: shards of batch and latents, or 'auto' to look for the best.
-    implementation: of the sparse products, see `sparse.decode`.
+    implementation: of the sparse products, see `ops.decode`.
     dead: the dead latents that AuxK's work is taken for: 'none', 'few' (its
       smallest size) or 'all'.
     compiles: programs that are compiled at most to rank splits, and again to
@@ -62,16 +56,20 @@ def plan(
       it; it names the nearest that can.
   """
   if not config.sae.d_model:
-    raise UserError('d_model 0: say how wide the activations are, as --d=768')
+    raise errors.UserError(
+      'd_model 0: say how wide the activations are, as --d=768'
+    )
   if dead not in DEAD:
-    raise UserError(f'dead {dead!r} is not known: use one of {", ".join(DEAD)}')
+    raise errors.UserError(
+      f'dead {dead!r} is not known: use one of {", ".join(DEAD)}'
+    )
   slices = chips_lib.find(topology, num_slices)
   if mesh == 'auto':
     tries = _guesses(config, slices, implementation)
   else:
-    made = splits.make_mesh(slices, *mesh)
-    splits.check(config, made)
-    tries = [splits.guess(config, slices, made, implementation)]
+    made = meshes.make_mesh(slices, *mesh)
+    meshes.check(config, made)
+    tries = [meshes.guess(config, slices, made, implementation)]
   done, refused = _compiled_splits(
     config, slices, tries, implementation, dead, max(1, compiles), report
   )
@@ -122,7 +120,7 @@ def plan(
 
 def _compiled_splits(
   config, slices, tries, implementation, dead, compiles, report
-) -> tuple[list[Plan], dict[splits.Guess, str]]:
+) -> tuple[list[Plan], dict[meshes.Guess, str]]:
   """The plans of the first splits that the step takes, the best first.
 
   And why it does not take others.
@@ -134,7 +132,7 @@ def _compiled_splits(
     report(f'compiling mesh {guess.data}x{guess.latent} ...')
     try:
       one = _compiled(config, slices, guess, implementation, dead)
-    except UserError as error:
+    except errors.UserError as error:
       refused[guess] = str(error)
       report(f'refused: {error}')
       continue
@@ -147,7 +145,7 @@ def _compiled_splits(
     )
     flags = remedies.accepted(config, slices, implementation)
     also = f' ({flags} is accepted)' if flags else ''
-    raise UserError(f'mesh {guess.data}x{guess.latent}: {reason}{also}')
+    raise errors.UserError(f'mesh {guess.data}x{guess.latent}: {reason}{also}')
   return sorted(done, key=_order), refused
 
 
@@ -160,21 +158,21 @@ def _order(one: Plan) -> tuple[bool, float]:
 
 def _guesses(
   config: TrainConfig, slices: Slices, implementation: str | None
-) -> list[splits.Guess]:
+) -> list[meshes.Guess]:
   """All splits, the most promising first."""
-  allowed = splits.candidates(config, slices)
+  allowed = meshes.candidates(config, slices)
   if not allowed:
     # Raises with the nearest sizes that can be split.
-    made = splits.make_mesh(slices, len(slices.devices), 1)
-    splits.check(config, made)
-    raise UserError(
+    made = meshes.make_mesh(slices, len(slices.devices), 1)
+    meshes.check(config, made)
+    raise errors.UserError(
       f'no split of {slices.name} divides batch_size {config.batch_size:,} and '
       f'n_latents {config.sae.n_latents:,}: use multiples of '
       f'{len(slices.devices)}'
     )
   found = [
-    splits.guess(
-      config, slices, splits.make_mesh(slices, *split), implementation
+    meshes.guess(
+      config, slices, meshes.make_mesh(slices, *split), implementation
     )
     for split in allowed
   ]
@@ -189,7 +187,7 @@ def _guesses(
 
 def _compiled(config, slices, guess, implementation, dead) -> Plan:
   """The plan of one split."""
-  mesh = splits.make_mesh(slices, guess.data, guess.latent)
+  mesh = meshes.make_mesh(slices, guess.data, guess.latent)
   config = dataclasses.replace(
     config, mesh_data=guess.data, mesh_latent=guess.latent
   )
@@ -219,7 +217,7 @@ def read(
   Raises:
     ValueError: if a part of the step is nowhere in the program.
   """
-  module = hlo.parse(compiled.text)
+  module = text.parse(compiled.text)
   parts.check(module, parts.expected(config, mesh, compiled.implementation))
 
   def seconds(costs: Costs) -> float:
@@ -232,7 +230,7 @@ def read(
     # The bound must hold whichever is taken.
     return min(range(len(branches)), key=lambda i: seconds(branches[i]))
 
-  costs = program.costs(module, choose)
+  costs = costs_lib.costs(module, choose)
   at_a_time = config.batch_size // mesh.shape['data'] // config.micro_batches
   codes = at_a_time * config.sae.n_latents // mesh.shape['latent']
   # Weights, rounded or transposed, may be as large as the codes of few tokens.
@@ -246,7 +244,7 @@ def read(
   made = list(
     {
       (str(buffer.shape), buffer.part): buffer
-      for buffer in program.buffers(module, 1)
+      for buffer in costs_lib.buffers(module, 1)
       if buffer.opcode != 'parameter' and buffer.shape.dims not in state
     }.values()
   )

@@ -4,12 +4,12 @@ import dataclasses
 from typing import Any
 
 from sae_jax.plan import roofline as roofline_lib
-from sae_jax.plan.chips import CHIPS, Slices
 from sae_jax.plan.footprint import Footprint
-from sae_jax.plan.program import Buffer, Costs, Kernel
+from sae_jax.plan.program.costs import Buffer, Costs, Kernel
 from sae_jax.plan.remedies import Remedy
 from sae_jax.plan.roofline import Roofline
-from sae_jax.train_config import TrainConfig
+from sae_jax.tpu.chips import CHIPS, Slices
+from sae_jax.training.config import TrainConfig
 
 GIB = 2**30
 NOTHING_MEASURED = (

@@ -4,13 +4,13 @@ from collections.abc import Callable, Iterator
 import dataclasses
 import math
 
-from sae_jax import step
-from sae_jax.config import UserError
-from sae_jax.plan import chips as chips_lib
-from sae_jax.plan import footprint, splits
-from sae_jax.plan.chips import Slices
+from sae_jax import errors
+from sae_jax.plan import footprint, meshes
 from sae_jax.plan.footprint import Footprint
-from sae_jax.train_config import TrainConfig
+from sae_jax.tpu import chips as chips_lib
+from sae_jax.tpu.chips import Slices
+from sae_jax.training import step
+from sae_jax.training.config import TrainConfig
 
 # Fewer tokens than this at a time leave a matrix unit idle.
 _LEAST_TOKENS = 256
@@ -74,10 +74,10 @@ def find(
         found.append(Remedy(flags, expected, False))
         break
       report(f'compiling with {flags} ...')
-      mesh = splits.make_mesh(other, changed.mesh_data, changed.mesh_latent)
+      mesh = meshes.make_mesh(other, changed.mesh_data, changed.mesh_latent)
       try:
         made = footprint.compile_step(changed, mesh, implementation)
-      except UserError as error:
+      except errors.UserError as error:
         report(f'refused: {error}')
         continue
       left -= 1
@@ -100,11 +100,11 @@ def accepted(
   Returns:
     Flags, or None where none of them helps.
   """
-  mesh = splits.make_mesh(slices, config.mesh_data, config.mesh_latent)
+  mesh = meshes.make_mesh(slices, config.mesh_data, config.mesh_latent)
   for flags, changed, _ in _parts(config, slices, None):
     try:
       step.lowered(changed, mesh, implementation)
-    except UserError:
+    except errors.UserError:
       continue
     return flags
   return None
@@ -126,7 +126,7 @@ def _parts(config, slices, needs) -> _Changes:
 
 def _splits(config, slices, needs) -> _Changes:
   """More shards of the latents, and fewer tokens at a time with them."""
-  for data, latent in splits.candidates(config, slices):
+  for data, latent in meshes.candidates(config, slices):
     if latent <= config.mesh_latent:
       continue
     changed = dataclasses.replace(config, mesh_data=data, mesh_latent=latent)
@@ -149,9 +149,9 @@ def _larger(config, slices, needs) -> _Changes:
     name = chips_lib.name(slices.chip, chips_lib.nearest(slices.chip, size))
     try:
       other = chips_lib.find(name, slices.count)
-    except UserError:
+    except errors.UserError:
       continue
-    for data, latent in splits.candidates(config, other):
+    for data, latent in meshes.candidates(config, other):
       if latent < config.mesh_latent:
         continue
       changed = dataclasses.replace(config, mesh_data=data, mesh_latent=latent)
@@ -187,19 +187,19 @@ def _expected(config, slices, needs, changed, other, implementation) -> float:
   the others with the tokens at a time. It is not less than a guess that knows
   nothing of the compiler.
   """
-  mesh = splits.make_mesh(other, changed.mesh_data, changed.mesh_latent)
+  mesh = meshes.make_mesh(other, changed.mesh_data, changed.mesh_latent)
   held = footprint.arguments(changed, mesh)
-  others = needs.temporaries - splits.lasting(needs, config.mesh_data)
+  others = needs.temporaries - meshes.lasting(needs, config.mesh_data)
   others = max(0, others) * _tokens(changed) / _tokens(config)
   # Codes that are dense shrink with the latents, too.
   others *= min(1, changed.sae.n_latents / config.sae.n_latents)
   scaled = (
     held.total
-    + splits.lasting(held, changed.mesh_data)
+    + meshes.lasting(held, changed.mesh_data)
     + others
     + needs.program
   )
-  guess = splits.guess(changed, other, mesh, implementation)
+  guess = meshes.guess(changed, other, mesh, implementation)
   return max(scaled, guess.hbm_bytes)
 
 

@@ -6,9 +6,9 @@ import dataclasses
 import jax
 from jax.sharding import Mesh
 
-from sae_jax.plan import exchange
-from sae_jax.plan.chips import Slices
-from sae_jax.plan.program import Costs
+from sae_jax.plan.program import exchange
+from sae_jax.plan.program.costs import Costs
+from sae_jax.tpu.chips import Slices
 
 ASSUMPTIONS = (
   'every matrix product runs at the peak rate of bfloat16 (float32 factors at '

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 
 from sae_jax.plan import roofline
-from sae_jax.plan.program import Buffer
+from sae_jax.plan.program.costs import Buffer
 from sae_jax.plan.record import GIB, NOTHING_MEASURED, Plan
 
 _NAMES = {

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sae_jax.config import UserError
+from sae_jax import errors
 from sae_jax.probing import probes
 
 
@@ -59,14 +59,14 @@ def accumulate(state: PcaState, x_BD) -> PcaState:
   x_BD = np.asarray(x_BD, np.float64)
   d_model = state.mean_D.shape[0]
   if x_BD.ndim != 2 or x_BD.shape[1] != d_model:
-    raise UserError(
+    raise errors.UserError(
       f'a batch for PCA has shape {x_BD.shape}: give rows of width {d_model}'
     )
   if not len(x_BD):
     return state
   mean_D = x_BD.mean(0)
   if not np.isfinite(mean_D).all():
-    raise UserError(
+    raise errors.UserError(
       f'{np.count_nonzero(~np.isfinite(x_BD).all(1))} of {len(x_BD)} rows for '
       'PCA hold values that are not finite: mask them first'
     )
@@ -99,11 +99,11 @@ def fit_pca(batches: Iterable, n_components: int | None = None) -> Pca:
     state = accumulate(state, x_BD)
   count = state.count if state else 0
   if count < 2:
-    raise UserError(f'PCA of {count} rows: give at least 2')
+    raise errors.UserError(f'PCA of {count} rows: give at least 2')
   most = min(count - 1, len(state.mean_D))
   n_components = most if n_components is None else n_components
   if not 0 < n_components <= most:
-    raise UserError(
+    raise errors.UserError(
       f'n_components {n_components} must be from 1 to {most} for {count} rows '
       f'of width {len(state.mean_D)}'
     )
@@ -161,7 +161,7 @@ def pca_fvu(pca: Pca, batches: Iterable) -> np.ndarray:
     seen = accumulate(seen, x_BD)
   variance = np.trace(seen.scatter_DD)
   if not variance > 0:
-    raise UserError(
+    raise errors.UserError(
       f'FVU of {seen.count} rows without variance: give at least 2 that differ'
     )
   # Squared distances from the fitted mean, along each component and in all,

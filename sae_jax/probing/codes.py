@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from sae_jax import autoencoder, progress
-from sae_jax.activations import store as store_lib
+from sae_jax import store as store_lib
 from sae_jax.checkpoint import Trained
 
 

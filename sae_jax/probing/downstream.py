@@ -8,10 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sae_jax import autoencoder, progress
-from sae_jax.activations import store as store_lib
+from sae_jax import autoencoder, errors, progress
+from sae_jax import store as store_lib
 from sae_jax.checkpoint import Trained
-from sae_jax.config import UserError
 from sae_jax.subject import capture, splice, Subject
 
 _RESAMPLES = 1000
@@ -91,7 +90,7 @@ def heldout_contexts(store: store_lib.Store, n_tokens: int) -> Contexts:
   long = ends - starts > 1
   starts, ends = starts[long], ends[long]
   if not len(starts):
-    raise UserError(
+    raise errors.UserError(
       'the held-out text has no context of two or more tokens: harvest with a '
       'min_context_tokens of 2 or more'
     )

@@ -8,7 +8,8 @@ from matplotlib.backends import backend_agg
 from matplotlib.figure import Figure
 import numpy as np
 
-from sae_jax import files, metrics
+from sae_jax.autoencoder import metrics
+from sae_jax.storage import files
 
 
 def _write(path: epath.PathLike, figure: Figure) -> None:
@@ -84,7 +85,7 @@ def save(
   Args:
     folder: where to.
     report: from `report.probe`.
-    table: from `features.build`; gives the density.
+    table: from `examples.build`; gives the density.
   """
   folder = epath.Path(folder)
   _write(folder / 'density.png', density(table['density']))

@@ -9,7 +9,7 @@ import numpy as np
 from sae_jax import autoencoder, progress
 from sae_jax.checkpoint import Trained
 from sae_jax.subject import capture, Subject
-from sae_jax.subject import tokenizer as tokenizer_lib
+from sae_jax.subject.formats import tokenizer as tokenizer_lib
 
 POOLING = ('mean', 'last')
 _BATCH = 16

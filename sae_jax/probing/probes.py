@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sae_jax.config import UserError
+from sae_jax import errors
 
 _HESSIAN_FLOOR = 1e-4
 _MAX_STEPS = 64
@@ -230,7 +230,7 @@ def score_task(
   """
   n_train, n_test = np.shape(train_feature_PN)[1], np.shape(test_feature_PN)[1]
   if not n_train or n_train != n_test:
-    raise UserError(
+    raise errors.UserError(
       f'train features of {n_train} latents, test features of {n_test}: '
       'give the same ones, at least one'
     )
@@ -261,13 +261,13 @@ def _checked_labels(feature_PN, labels_P, both: bool = True) -> np.ndarray:
   labels_P = np.asarray(labels_P)
   shape = np.shape(feature_PN)
   if len(shape) != 2 or labels_P.shape != shape[:1]:
-    raise UserError(
+    raise errors.UserError(
       f'features of shape {shape} and labels of shape {labels_P.shape}: '
       'give features [P, N] and labels [P]'
     )
   n_zeros, n_ones = np.sum(labels_P == 0), np.sum(labels_P == 1)
   if n_zeros + n_ones != len(labels_P) or (both and not n_zeros * n_ones):
-    raise UserError(
+    raise errors.UserError(
       f'{len(labels_P)} labels hold {n_zeros} zeros and {n_ones} ones: '
       'give zeros and ones alone, both of them'
     )

@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sae_jax import autoencoder, metrics, progress
-from sae_jax.activations import store as store_lib
+from sae_jax import autoencoder, progress
+from sae_jax import store as store_lib
+from sae_jax.autoencoder import metrics
 from sae_jax.checkpoint import Trained
 from sae_jax.probing import baselines
 

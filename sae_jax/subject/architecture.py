@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sae_jax import config as config_lib
+from sae_jax import errors
 
 Params = dict[str, Any]
 
@@ -126,21 +126,21 @@ class TransformerConfig:
 
   def __post_init__(self):
     if self.n_heads % self.n_kv_heads:
-      raise config_lib.UserError(
+      raise errors.UserError(
         f'n_heads {self.n_heads} must be a multiple of '
         f'n_kv_heads {self.n_kv_heads}'
       )
     if self.d_head % 2:
-      raise config_lib.UserError(
+      raise errors.UserError(
         f'd_head {self.d_head} must be even: rotary positions turn pairs'
       )
     if self.rotary_dim % 2 or not 0 <= self.rotary_dim <= self.d_head:
-      raise config_lib.UserError(
+      raise errors.UserError(
         f'rotary_dim {self.rotary_dim} must be even and at most '
         f'd_head {self.d_head}'
       )
     if self.windows and len(self.windows) != self.n_layers:
-      raise config_lib.UserError(
+      raise errors.UserError(
         f'windows has {len(self.windows)} entries for {self.n_layers} blocks: '
         'give one each, 0 for a block without'
       )
@@ -153,7 +153,7 @@ class TransformerConfig:
 
 def _check_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
   if value not in known:
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'{name} {value!r} is not known: use one of {", ".join(known)}'
     )
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sae_jax import config as config_lib
+from sae_jax import errors
 from sae_jax.subject import capture, transformer
 
 
@@ -29,7 +29,7 @@ class Sampling:
 
   def __post_init__(self):
     if self.temperature < 0 or self.top_k < 0:
-      raise config_lib.UserError(
+      raise errors.UserError(
         f'temperature {self.temperature} and top_k {self.top_k} must not be '
         'negative'
       )
@@ -167,16 +167,16 @@ def _prepare(config, params, tokens_BT, length_B, n_new, sampling, edits, seed):
     length_B = np.full(n_sequences, n_prompt)
   lengths = np.asarray(length_B)
   if lengths.min() < 1 or lengths.max() > n_prompt:
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'lengths from {lengths.min()} to {lengths.max()} must be between 1 and '
       f'the {n_prompt} tokens of the prompts'
     )
   if n_new < 1:
-    raise config_lib.UserError(f'n_new {n_new} must be at least 1')
+    raise errors.UserError(f'n_new {n_new} must be at least 1')
   # The last token drawn is never read.
   longest = max(n_prompt, int(lengths.max()) + n_new - 1)
   if config.n_positions and longest > config.n_positions:
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'prompts of up to {n_prompt} tokens and {n_new} more need {longest} '
       f'positions, this subject has {config.n_positions}: use fewer'
     )

@@ -10,7 +10,7 @@ where they mean a site of the scheme.
 import dataclasses
 import re
 
-from sae_jax import config as config_lib
+from sae_jax import errors
 from sae_jax.subject import architecture
 
 # In the order in which a block passes them.
@@ -143,7 +143,7 @@ def parse_site(
   match = _MODULE.fullmatch(text)
   if match and match[1] in _MODULES_WHOLE:
     return Site(None, _MODULES_WHOLE[match[1]])
-  raise config_lib.UserError(
+  raise errors.UserError(
     f'site {text!r} is not known: use blocks.N.KIND, as '
     f'blocks.14.resid_post, KIND one of {", ".join(KINDS)}; or '
     f'{", ".join(WHOLE)}'
@@ -152,7 +152,7 @@ def parse_site(
 
 def _post_attention(text, block, config) -> str:
   if config is None:
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'site {text!r} is one thing in Gemma 2 and 3, another elsewhere: use '
       f'blocks.{block}.attn_out or blocks.{block}.mlp_in'
     )
@@ -162,18 +162,18 @@ def _post_attention(text, block, config) -> str:
 def check_site(config: architecture.TransformerConfig, site: Site) -> None:
   """Raises UserError where the subject has no such block or site."""
   if site.block is not None and site.block >= config.n_layers:
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'site {site} is beyond the last block of this subject '
       f'({config.n_layers} blocks): use blocks.0.{site.name} '
       f'to blocks.{config.n_layers - 1}.{site.name}'
     )
   if site.name == 'pos_embed' and not config.n_positions:
-    raise config_lib.UserError(
+    raise errors.UserError(
       'site pos_embed is not in this subject, whose positions are rotary: '
       'use embed'
     )
   if site.name == 'resid_mid' and config.parallel:
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'site {site} is not in this subject, whose attention and feed-forward '
       f'are parallel: use blocks.{site.block}.resid_pre'
     )

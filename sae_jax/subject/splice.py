@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 
-from sae_jax import config as config_lib
+from sae_jax import errors
 from sae_jax.subject import capture, transformer
 
 
@@ -31,7 +31,7 @@ def resume(
   """
   capture.check_site(config, site)
   if site.name != 'resid_post':
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'a pass cannot go on from {site} alone: use a resid_post, or '
       'splice.splice, which runs the whole'
     )

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from sae_jax import config as config_lib
+from sae_jax import errors
 from sae_jax.subject import architecture, block
 
 Cache = block.Cache
@@ -60,7 +60,7 @@ def embed_positions(
     UserError: if there are more positions than the table has.
   """
   if n_positions > config.n_positions:
-    raise config_lib.UserError(
+    raise errors.UserError(
       f'{n_positions} tokens are more than the {config.n_positions} positions '
       'of this subject: use shorter sequences'
     )

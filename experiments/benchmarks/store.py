@@ -1,0 +1,235 @@
+"""Times reading a store: in order and shuffled, from disk, and while training.
+
+Prints one JSON line last. For each of --repeats, one after the other and each
+with the store's files dropped from the page cache:
+
+  plain      the files' bytes, read one after the other by `read`
+  in_order   all rows by `Store.read_rows`, checksums included
+  shuffled   an epoch of batches as a run gets them, checksums included
+
+and `shuffled_over_plain`, the median of the ratios of each repeat's rates. Then
+the demo's autoencoder is trained for --steps on such batches, and
+`feed_wait_share` is the part of the time that it waited for them.
+
+A virtual machine's disk may be cached by its host, which nothing here drops:
+the first reading is left out, so that all are served alike.
+
+  python -m experiments.benchmarks.store --workdir=runs/store --gib=4
+"""
+
+import dataclasses
+import json
+import os
+import pathlib
+import statistics
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sae_jax import autoencoder, errors, mesh, store
+from sae_jax import config as config_lib
+from sae_jax.cli import flags
+from sae_jax.feed import from_store
+from sae_jax.store import layout, manifest, writer
+from sae_jax.training import loop, step
+from sae_jax.training import state as state_lib
+from sae_jax.training.config import TrainConfig
+
+_BLOCK = 2**23
+_CONTEXT = 128
+_SITE = 'blocks.0.resid_post'
+
+
+@dataclasses.dataclass(frozen=True)
+class BenchmarkConfig(config_lib.Config):
+  """What is read."""
+
+  gib: float = config_lib.option(4.0, 'activations of the store, in GiB')
+  d: int = config_lib.option(576, 'activation width, D', least=1)
+  dtype: str = config_lib.option(
+    'float32', 'of the store', ('float32', 'bfloat16')
+  )
+  chunk_rows: int = config_lib.option(1024, 'rows of the smallest read')
+  shard_rows: int = config_lib.option(65_536, 'rows of a stored object')
+  batch: int = config_lib.option(2048, 'rows of a batch', least=1)
+  window_chunks: int = config_lib.option(64, 'chunks that are mixed', least=1)
+  repeats: int = config_lib.option(5, 'readings of each kind', least=1)
+  n: int = config_lib.option(4096, 'latents of the run', least=1)
+  k: int = config_lib.option(32, 'active latents of a token', least=1)
+  steps: int = config_lib.option(200, 'steps of the run', least=2)
+
+
+def make(config: BenchmarkConfig, url: str) -> store.Store:
+  """The store, made if it is not there."""
+  plan = manifest.StorePlan(
+    subject='none',
+    sites=(_SITE,),
+    d_model=config.d,
+    dtype=config.dtype,
+    chunk_rows=config.chunk_rows,
+    shard_rows=config.shard_rows,
+    context_length=_CONTEXT,
+  )
+  width = config.d * jnp.dtype(config.dtype).itemsize
+  n_rows = int(config.gib * 2**30 / width)
+  n_rows -= n_rows % _CONTEXT
+  if layout.read_manifest(url) is None:
+    rng = np.random.default_rng(0)
+
+    def stretches():
+      for start in range(0, n_rows, config.shard_rows):
+        size = min(config.shard_rows, n_rows - start)
+        rows = rng.standard_normal((size, config.d), np.float32)
+        places = np.arange(start, start + size)
+        yield (
+          places % 1000,
+          places // _CONTEXT,
+          places % _CONTEXT,
+          np.ones(size, bool),
+          {_SITE: rows.astype(jnp.dtype(config.dtype))},
+        )
+
+    writer.write(url, plan, stretches(), holdout_rows=32 * _CONTEXT)
+  opened = store.open_store(url)
+  found = opened.manifest
+  for name, want in (('n_rows', n_rows), *dataclasses.asdict(plan).items()):
+    if getattr(found, name) != want and name in (
+      'n_rows', 'd_model', 'dtype', 'chunk_rows', 'shard_rows'
+    ):  # fmt: skip
+      raise errors.UserError(
+        f'store {url} has {name} {getattr(found, name)}, not {want}: use '
+        'another workdir, or the flags that it was made with'
+      )
+  return opened
+
+
+def objects(url: str) -> list[pathlib.Path]:
+  """The files that hold the activations, in order."""
+  folder = pathlib.Path(url, 'activations')
+  found = [path for path in folder.glob('*/c/*/0') if path.is_file()]
+  return sorted(found, key=lambda path: int(path.parent.name))
+
+
+def forget(paths: list[pathlib.Path]) -> None:
+  """Drops files from the page cache."""
+  for path in paths:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+      os.fsync(descriptor)
+      os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+    finally:
+      os.close(descriptor)
+
+
+def plain(opened: store.Store) -> int:
+  """Reads the files; returns bytes."""
+  total = 0
+  for path in objects(opened.url):
+    with path.open('rb', buffering=0) as file:
+      while block := file.read(_BLOCK):
+        total += len(block)
+  return total
+
+
+def in_order(opened: store.Store, rows: int = 65_536) -> int:
+  """Reads all rows in order; returns bytes."""
+  n_rows = opened.manifest.n_rows
+  for start in range(0, n_rows, rows):
+    opened.read_rows(start, min(n_rows, start + rows))
+  size = opened.activations.dtype.numpy_dtype.itemsize
+  return n_rows * opened.manifest.d_model * size
+
+
+def shuffled(opened: store.Store, config: BenchmarkConfig) -> int:
+  """Reads an epoch of batches; returns bytes."""
+  order = from_store.train_order(
+    opened,
+    0,
+    config.window_chunks,
+    from_store.lanes_for(opened, config.batch),
+  )
+  batches = from_store.StoreFeed(opened, order, config.batch)
+  for _ in batches.iterate(0, order.n_rows // config.batch):
+    pass
+  return batches.bytes_read
+
+
+def rates(opened: store.Store, config: BenchmarkConfig) -> list[dict]:
+  """MB/s of each kind, repeat by repeat."""
+  paths = objects(opened.url)
+  plain(opened)
+  found = []
+  for _ in range(config.repeats):
+    one = {}
+    for name, read in (
+      ('plain', plain),
+      ('in_order', in_order),
+      ('shuffled', lambda opened: shuffled(opened, config)),
+    ):
+      # With nothing that an earlier reading left, caches of ours included.
+      fresh = store.open_store(opened.url)
+      forget(paths)
+      began = time.perf_counter()
+      total = read(fresh)
+      one[name] = total / 1e6 / (time.perf_counter() - began)
+    found.append(one)
+    print(json.dumps(one), flush=True)
+  return found
+
+
+def waiting(opened: store.Store, config: BenchmarkConfig) -> dict[str, float]:
+  """Trains as the demo does; how batches came."""
+  made = TrainConfig(
+    sae=autoencoder.SaeConfig(d_model=config.d, n_latents=config.n, k=config.k),
+    batch_size=config.batch,
+    steps=config.steps,
+    window_chunks=config.window_chunks,
+  )
+  devices = mesh.make_mesh()
+  state = state_lib.init_state(made, devices, opened.read_rows(0, 4096))
+  do = step.make_step(made, devices)
+  order = from_store.train_order(opened, 0, config.window_chunks)
+  batches = from_store.StoreFeed(opened, order, config.batch, devices)
+  clock = loop.Clock(batches)
+  forget(objects(opened.url))
+  seconds = []
+  for batch_BD in clock.timed(batches.iterate(0, config.steps)):
+    began = time.perf_counter()
+    state, values = do(state, batch_BD)
+    jax.block_until_ready(values)
+    seconds.append(time.perf_counter() - began)
+  return clock.told() | {'step_s_median': statistics.median(seconds[1:])}
+
+
+def work() -> None:
+  """Measures as the flags say."""
+  config = flags.read(BenchmarkConfig)
+  opened = make(config, str(pathlib.Path(flags.url('workdir'), 'store')))
+  found = rates(opened, config)
+  middle = {
+    f'{name}_mb_s': statistics.median(one[name] for one in found)
+    for name in found[0]
+  }
+  ratios = [one['shuffled'] / one['plain'] for one in found]
+  print(
+    json.dumps(
+      dataclasses.asdict(config)
+      | middle
+      | {
+        'shuffled_over_plain': statistics.median(ratios),
+        'shuffled_over_plain_range': [min(ratios), max(ratios)],
+        'shuffled_over_in_order': statistics.median(
+          one['shuffled'] / one['in_order'] for one in found
+        ),
+      }
+      | waiting(opened, config)
+    )
+  )
+
+
+if __name__ == '__main__':
+  flags.define(BenchmarkConfig)
+  flags.define_url('workdir', 'the store lies in it, and is kept')
+  flags.run(work, __doc__)

@@ -1,0 +1,1 @@
+"""Every kernel by the estimates of the TPU compiler."""

@@ -1,0 +1,129 @@
+"""First weights, and how they are fitted to their inputs."""
+
+import jax
+import jax.numpy as jnp
+
+from sae_jax.autoencoder import model, preprocessing
+from sae_jax.autoencoder.params import Sae, SaeConfig
+from sae_jax.ops import rows
+
+_GAIN_TOKENS = 1024
+# Of the preprocessed tokens' RMS distance from their mean.
+_FIRST_THRESHOLD = 1e-3
+
+
+def geometric_median(
+  points_BD: jax.Array, *, tolerance: float = 1e-6, max_steps: int = 200
+) -> jax.Array:
+  """The point with the least sum of distances to the given ones.
+
+  Weiszfeld's iteration in the form of Vardi and Zhang (2000), which is defined
+  and converges where an iterate falls on a data point, duplicates included.
+
+  Args:
+    points_BD: the points.
+    tolerance: stops when a step is shorter than this times the points' mean
+      distance from their mean.
+    max_steps: stops after so many steps.
+
+  Returns:
+    The median, [D].
+  """
+  mean_D = points_BD.mean(0)
+  spread = jnp.linalg.norm(points_BD - mean_D, axis=-1).mean()
+
+  def step(carry):
+    median_D, _, count = carry
+    away_BD = points_BD - median_D
+    distance_B = jnp.linalg.norm(away_BD, axis=-1)
+    # A point this near cannot be told from the iterate in this precision.
+    near_B = distance_B <= jnp.finfo(points_BD.dtype).eps * spread
+    weight_B = jnp.where(near_B, 0, 1 / jnp.where(near_B, 1, distance_B))
+    pull_D = weight_B @ away_BD
+    pull = jnp.linalg.norm(pull_D)
+    held = near_B.sum()
+    share = jnp.where(pull > 0, jnp.maximum(0, 1 - held / pull), 0)
+    total = weight_B.sum()
+    move_D = share * pull_D / jnp.where(total > 0, total, 1)
+    return median_D + move_D, jnp.linalg.norm(move_D), count + 1
+
+  def unfinished(carry):
+    _, moved, count = carry
+    return (moved > tolerance * spread) & (count < max_steps)
+
+  start = (mean_D, jnp.array(jnp.inf, points_BD.dtype), jnp.array(0))
+  return jax.lax.while_loop(unfinished, step, start)[0]
+
+
+def init_weights(
+  config: SaeConfig, key: jax.Array, dtype: jnp.dtype = jnp.float32
+) -> Sae:
+  """Random unit decoder rows, the encoder as the config says, zero biases.
+
+  Under jit with output shardings each device makes its own part only, and
+  the values do not depend on the mesh.
+
+  Args:
+    config: the autoencoder's config.
+    key: random key.
+    dtype: of every array.
+  """
+  shape = (config.n_latents, config.d_model)
+  jumps = config.activation == 'jumprelu'
+  w_dec_ND = rows.unit_rows(jax.random.normal(key, shape, dtype))
+  # A copy: the two are donated apart.
+  w_enc_ND = jnp.copy(w_dec_ND)
+  if config.encoder_init == 'independent':
+    other = jax.random.fold_in(key, 1)
+    w_enc_ND = rows.unit_rows(jax.random.normal(other, shape, dtype))
+  return Sae(
+    w_enc_ND=w_enc_ND,
+    w_dec_ND=w_dec_ND,
+    b_lat_N=jnp.zeros((config.n_latents,), dtype),
+    b_pre_D=jnp.zeros((config.d_model,), dtype),
+    data_mean_D=jnp.zeros((config.d_model,), dtype),
+    data_scale=jnp.ones((), dtype),
+    log_threshold_N=jnp.zeros((config.n_latents,), dtype) if jumps else None,
+  )
+
+
+def fit_inputs(
+  config: SaeConfig,
+  sae: Sae,
+  sample_BD: jax.Array,
+  *,
+  axis: str | None = None,
+) -> tuple[Sae, jax.Array]:
+  """Fits a fresh autoencoder to its inputs (Gao et al. 2024, appendix A.1).
+
+  Sets the dataset's statistics, b_pre to the geometric median and JumpReLU's
+  thresholds, and scales the encoder so that reconstructions have the norm of
+  the inputs.
+
+  Args:
+    config: the autoencoder's config.
+    sae: from `init_weights`, or this shard of it.
+    sample_BD: raw activations; the paper's code takes 32,768 of them.
+    axis: the mesh axis of the latents, inside shard_map.
+
+  Returns:
+    The autoencoder, and the squared error per token of predicting the mean of
+    the preprocessed sample: the constant that NMSE divides by.
+  """
+  mean_D = sample_BD.mean(0)
+  sae = sae.replace(
+    data_mean_D=mean_D,
+    data_scale=jnp.sqrt(((sample_BD - mean_D) ** 2).sum(-1).mean()),
+  )
+  x_BD, _ = preprocessing.preprocess(config, sae, sample_BD)
+  mse_of_mean = ((x_BD - x_BD.mean(0)) ** 2).sum(-1).mean()
+  sae = sae.replace(b_pre_D=geometric_median(x_BD))
+  if sae.log_threshold_N is not None:
+    first = jnp.log(_FIRST_THRESHOLD * jnp.sqrt(mse_of_mean))
+    sae = sae.replace(log_threshold_N=sae.log_threshold_N + first)
+  some_BD = x_BD[:_GAIN_TOKENS]
+  codes = model.encode(config, sae, some_BD, axis=axis)
+  output_BD = model.decode(sae, *codes, axis=axis, dtype=config.matmul_dtype)
+  output_norm = jnp.linalg.norm(output_BD - sae.b_pre_D)
+  gain = jnp.linalg.norm(some_BD - sae.b_pre_D) / output_norm
+  return sae.replace(w_enc_ND=gain * sae.w_enc_ND), mse_of_mean

@@ -1,0 +1,67 @@
+"""Activations into the space the autoencoder works in, and back."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from sae_jax.autoencoder.params import Sae, SaeConfig
+from sae_jax.ops import scopes
+
+_LAYER_NORM_EPS = 1e-5
+
+
+@flax.struct.dataclass
+class Affine:
+  """How a token was preprocessed: x = (raw - shift) / scale."""
+
+  shift: jax.Array
+  scale: jax.Array
+
+
+@jax.named_scope(scopes.PREPROCESSING)
+def preprocess(
+  config: SaeConfig, sae: Sae, raw_BD: jax.Array
+) -> tuple[jax.Array, Affine]:
+  """Brings activations into the space the autoencoder works in.
+
+  Args:
+    config: names the preprocessing (Gao et al. 2024, section 2; layer_norm as
+      in the code released with it).
+    sae: holds the dataset's statistics.
+    raw_BD: activations as the subject model has them.
+
+  Returns:
+    x_BD in the parameters' precision or that of `raw_BD`, if more, and what
+    `restore` needs to undo it. A constant token becomes zero.
+  """
+  raw_BD = raw_BD.astype(jnp.result_type(raw_BD, sae.b_pre_D))
+  if config.preprocessing == 'none':
+    affine = Affine(jnp.zeros_like(raw_BD[:, :1]), jnp.ones_like(raw_BD[:, :1]))
+  elif config.preprocessing == 'dataset':
+    affine = Affine(
+      jnp.broadcast_to(sae.data_mean_D, raw_BD.shape),
+      jnp.broadcast_to(sae.data_scale, raw_BD[:, :1].shape),
+    )
+  else:
+    shift_B1 = raw_BD.mean(-1, keepdims=True)
+    centred_BD = raw_BD - shift_B1
+    if config.preprocessing == 'center_unit_norm':
+      norm_B1 = jnp.linalg.norm(centred_BD, axis=-1, keepdims=True)
+      # Less is what the mean's own rounding leaves of a constant token.
+      eps = 4 * jnp.finfo(raw_BD.dtype).eps * raw_BD.shape[-1] ** 0.5
+      varies_B1 = norm_B1 > eps * jnp.abs(shift_B1)
+      affine = Affine(
+        jnp.where(varies_B1, shift_B1, raw_BD[:, :1]),
+        jnp.where(varies_B1, norm_B1, 1),
+      )
+    else:
+      variance_B1 = (centred_BD**2).sum(-1, keepdims=True) / (
+        raw_BD.shape[-1] - 1
+      )
+      affine = Affine(shift_B1, jnp.sqrt(variance_B1) + _LAYER_NORM_EPS)
+  return (raw_BD - affine.shift) / affine.scale, affine
+
+
+def restore(affine: Affine, x_BD: jax.Array) -> jax.Array:
+  """The inverse of `preprocess` with the same token's affine map."""
+  return x_BD * affine.scale + affine.shift

@@ -1,0 +1,58 @@
+"""From probing's results to a page: the whole of the last stage."""
+
+import dataclasses
+
+from absl import logging
+from etils import epath
+
+from sae_jax import config as config_lib
+from sae_jax import errors
+from sae_jax import subject as subject_lib
+from sae_jax.browser import index
+from sae_jax.subject.formats import tokenizer as tokenizer_lib
+
+
+def vocabulary(subject: str) -> list[str]:
+  """The text of each token of a subject, without loading its weights."""
+  return tokenizer_lib.token_strings(subject_lib.load_tokenizer(subject))
+
+
+def browse(config: index.BrowseConfig, probe_url: str, out_url: str) -> str:
+  """Builds the feature page, unless it is there from the same results.
+
+  Args:
+    config: how the page is built.
+    probe_url: the workdir of sae-probe, local path or gs:// URL.
+    out_url: where the page goes.
+
+  Returns:
+    The URL of index.html.
+
+  Raises:
+    UserError: if the results are not there or not finished.
+  """
+  report_path = epath.Path(probe_url) / 'report.json'
+  if not report_path.exists():
+    raise errors.UserError(
+      f'{probe_url} has no report.json: give the workdir of a finished '
+      'sae-probe'
+    )
+  report = config_lib.read_json(report_path)
+  report['browse_config'] = config_lib.through_json(dataclasses.asdict(config))
+  # A page of another version is not this one.
+  report['page'] = index.page_digest()
+  meta_path = epath.Path(out_url) / 'data' / 'meta.json'
+  if (
+    meta_path.exists()
+    and config_lib.read_json(meta_path).get('report') == report
+    and index.is_whole(out_url)
+  ):
+    logging.info('%s is finished: reused', out_url)
+    return str(epath.Path(out_url) / 'index.html')
+  return index.build_index(
+    epath.Path(probe_url) / 'features.npz',
+    report,
+    vocabulary(report['subject']),
+    out_url,
+    config,
+  )

@@ -1,0 +1,1 @@
+"""The feature table, between probing and the browser."""

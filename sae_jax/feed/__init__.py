@@ -1,0 +1,1 @@
+"""Feed: batches in an order that is a pure function of (seed, step)."""

@@ -1,0 +1,1 @@
+"""Harvesting: contexts through a subject into an activation store."""

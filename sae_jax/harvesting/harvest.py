@@ -1,0 +1,282 @@
+"""Harvest: documents through the subject into an activation store."""
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import itertools
+import platform
+from typing import Any
+
+from absl import logging
+import jax
+import numpy as np
+import tokenizers
+
+import sae_jax
+from sae_jax import config as config_lib
+from sae_jax import errors, progress, store
+from sae_jax import mesh as mesh_lib
+from sae_jax import subject as subject_lib
+from sae_jax.harvesting import config as harvesting_config
+from sae_jax.harvesting import cutting, pools
+from sae_jax.harvesting import source as source_lib
+from sae_jax.harvesting.config import HarvestConfig
+from sae_jax.store import layout
+from sae_jax.store import manifest as manifest_lib
+from sae_jax.store import writer as writer_lib
+from sae_jax.subject import capture
+from sae_jax.text import corpus
+
+# What says how much there should be, and not what a shard is like.
+_WANTED = ('n_tokens', 'holdout_fraction')
+# What changes nothing but how long it takes.
+_MACHINE = ('tokenizer_workers', 'mesh_data', 'mesh_latent')
+
+
+def harvest(
+  config: HarvestConfig,
+  store_url: str,
+  subject: subject_lib.Subject | None = None,
+  process: tuple[int, int] = (0, 1),
+) -> store.Manifest | None:
+  """Writes the activations of a subject on a corpus to a store.
+
+  Shards that are complete are left as they are, whoever made them, so that an
+  interrupted harvest goes on, and ends with the same bytes. A finished store
+  with an equal config is left alone; where more tokens are wanted it gets more
+  shards, and another version of the manifest.
+
+  Args:
+    config: what to harvest.
+    store_url: the store's folder, local or gs://.
+    subject: the language model, if it is loaded already; its name is the
+      config's subject.
+    process: the number of this process and how many there are, each of which
+      makes every so many'th shard. They need not know of each other, and the
+      store does not depend on how many there are.
+
+  Returns:
+    The store's manifest; None if other processes have not made their shards
+    yet, the last of which seals the store.
+
+  Raises:
+    UserError: if the config cannot be met, the folder holds another store, or
+      it cannot be written.
+  """
+  harvesting_config.check(config)
+  index, count = process
+  if not 0 <= index < count:
+    raise errors.UserError(
+      f'process_index {index} of process_count {count}: count from 0'
+    )
+  finished = layout.read_manifest(store_url)
+  if finished is not None and not _more(config, store_url, finished, subject):
+    logging.info(
+      'store %s is finished: %d rows, nothing to do', store_url, finished.n_rows
+    )
+    return finished
+  mesh = _mesh(config)
+  # The text is looked for before the subject is loaded: that takes seconds.
+  text = source_lib.documents(config)
+  if subject is None:
+    subject = subject_lib.load(config.subject, mesh=mesh)
+  if subject.name != config.subject:
+    raise errors.UserError(
+      f'the subject given is {subject.name}, the config says '
+      f'{config.subject}: make them the same'
+    )
+  sites = [capture.parse_site(site, subject.config) for site in config.sites]
+  if len(set(sites)) < len(sites):
+    raise errors.UserError(
+      f'sites {", ".join(config.sites)} name one twice: name each once'
+    )
+  widths = []
+  for site in sites:
+    capture.check_site(subject.config, site)
+    widths.append(capture.width(subject.config, site))
+    if widths[-1] != widths[0]:
+      raise errors.UserError(
+        f'site {site} is {widths[-1]} wide, {sites[0]} is {widths[0]}: a store '
+        'has one width, harvest them apart'
+      )
+  running = source_lib.contexts(config, text, subject.tokenizer)
+  plan = {
+    name: value
+    for name, value in dataclasses.asdict(config).items()
+    if name not in (*_WANTED, *_MACHINE)
+  }
+  writer = writer_lib.StoreWriter(
+    store_url,
+    manifest_lib.StorePlan(
+      subject=config.subject,
+      weights_sha256=subject.weights_sha256,
+      # By one name, whichever was given.
+      sites=tuple(map(str, sites)),
+      d_model=widths[0],
+      dtype=config.dtype,
+      chunk_rows=config.chunk_rows,
+      shard_rows=config.shard_rows,
+      context_length=config.context_length,
+      sources=config.sources,
+      corpus={source: corpus.identity(source) for source in config.sources},
+      tokenizer_sha256=_tokenizer_digest(subject.tokenizer),
+      seed=config.seed,
+      config=plan,
+      software=_software(config),
+    ),
+  )
+  forward = pools.Forward(config, subject, tuple(sites), mesh)
+  # Closed, so that no process that tokenizes is left.
+  with contextlib.closing(running):
+    return _run(config, forward, running, writer, process)
+
+
+def _mesh(config: HarvestConfig) -> jax.sharding.Mesh:
+  """Devices of this process: all of them, or as many as are asked for."""
+  devices = jax.local_devices()
+  if config.mesh_data:
+    devices = devices[: config.mesh_data * config.mesh_latent]
+  return mesh_lib.make_mesh(config.mesh_data, config.mesh_latent, devices)
+
+
+def _run(config, forward, running, writer, process) -> store.Manifest | None:
+  """The loop: pool n is dispatched, then pool n - 1 is stored."""
+  shards = cutting.Shards(config, running, writer)
+  first = shards.first_pool()
+  if not first:
+    raise _nothing_kept(config)
+  mask = forward.fit_mask(first, writer)
+  shard, waiting = None, None
+  with progress.bar(total=config.n_tokens, unit='tok', desc='harvest') as bar:
+    for work in itertools.chain(shards.missing(process, bar), [None]):
+      running = work and (work, forward.dispatch(work.contexts))
+      if waiting is not None:
+        done, batches = waiting
+        if shard is None:
+          shard = _Open(writer.shard(done.shard), config, writer.plan.sites)
+        shard.append(mask, done.contexts, batches, bar)
+        if done.last:
+          shard.finish()
+          shard = None
+      waiting = running
+  complete = writer.complete(shards.number)
+  if complete is None:
+    logging.info(
+      'store %s: all shards of process %d of %d are there, others are not',
+      writer.url,
+      *process,
+    )
+    return None
+  n_rows = sum(record.rows for record in complete)
+  if not n_rows:
+    raise _nothing_kept(config)
+  if shards.expected < config.n_tokens:
+    logging.warning(
+      'the sources gave %d of %d tokens: the store is smaller than asked for',
+      n_rows,
+      config.n_tokens,
+    )
+  return writer.seal(
+    complete,
+    holdout_rows=manifest_lib.holdout_rows(complete, config.holdout_fraction),
+    mask={
+      'rule': 'position 0 if mask_first; norm > norm_multiple x median_norm, '
+      'or not finite, at any site',
+      'mask_first': config.mask_first,
+      'norm_multiple': config.mask_norm_multiple,
+      'median_norm': dict(zip(writer.plan.sites, mask.median_norm)),
+    },
+    wanted={name: getattr(config, name) for name in _WANTED},
+  )
+
+
+def _nothing_kept(config: HarvestConfig) -> errors.UserError:
+  return errors.UserError(
+    f'no token of {", ".join(config.sources)} was kept: use longer texts or '
+    f'a min_context_tokens below {config.min_context_tokens}'
+  )
+
+
+class _Open:
+  """A shard that fills."""
+
+  def __init__(self, shard, config, names):
+    self._shard, self._config, self._names = shard, config, names
+    self._masked = {'first': 0, 'norm': 0}
+    self._source_rows = dict.fromkeys(config.sources, 0)
+
+  def append(self, mask, pool, batches, bar):
+    """Appends a pool in the order of the stream."""
+    config, names = self._config, self._names
+    # Batch by batch, for a pool takes half a minute on a small machine.
+    for batch, outputs in batches:
+      jax.block_until_ready(outputs)
+      bar.update(sum(pools.expected(config, pool[i]) for i in batch))
+    found = {name: pools.collect(pool, batches, name) for name in names}
+    lengths = [len(context.tokens) for context in pool]
+    positions = np.concatenate([context.positions for context in pool])
+    allowed = pools.allowed(config, positions)
+    norms = [np.concatenate(found[name][1]) for name in names]
+    keep = pools.kept(config, mask, positions, norms)
+    self._shard.append(
+      np.concatenate([context.tokens for context in pool]),
+      np.concatenate([context.documents for context in pool]),
+      positions,
+      keep,
+      {name: np.concatenate(found[name][0])[keep] for name in names},
+    )
+    # The norm rule may have left some out.
+    bar.update(int(keep.sum()) - int(allowed.sum()))
+    ends = np.cumsum(lengths)[:-1]
+    for context, part in zip(pool, np.split(keep, ends)):
+      for _, source, place in context.segments():
+        self._source_rows[source] += int(part[place].sum())
+    self._masked['first'] += int((~allowed).sum())
+    self._masked['norm'] += int((allowed & ~keep).sum())
+
+  def finish(self):
+    """Writes it."""
+    self._shard.finish(self._source_rows, self._masked)
+
+
+def _more(config, store_url, finished, subject) -> bool:
+  """Whether more is wanted than a finished store has.
+
+  Raises:
+    UserError: if it is another store.
+  """
+  old = config_lib.from_dict(HarvestConfig, finished.config)
+  longer = config.n_tokens > old.n_tokens
+  same = {name: getattr(config, name) for name in _MACHINE}
+  if longer:
+    same['n_tokens'] = config.n_tokens
+  changes = config_lib.differences(dataclasses.replace(old, **same), config)
+  if subject is not None and subject.weights_sha256 != finished.weights_sha256:
+    changes.append(
+      f'weights_sha256: {finished.weights_sha256} -> {subject.weights_sha256}'
+    )
+  if changes:
+    raise errors.UserError(
+      f'store {store_url} is finished with another config '
+      f'({"; ".join(changes)}): use another folder or delete this one'
+    )
+  return longer
+
+
+def _tokenizer_digest(tokenizer: tokenizers.Tokenizer) -> str:
+  try:
+    return manifest_lib.sha256(tokenizer.to_str().encode())
+  except Exception:  # One with parts in Python, of the caller's own.
+    return ''
+
+
+def _software(config: HarvestConfig) -> dict[str, Any]:
+  versions = {
+    'sae_jax': sae_jax.__version__,
+    'python': platform.python_version(),
+  }
+  packages = ['jax', 'numpy', 'tensorstore', 'tokenizers']
+  packages += [s for s in config.sources if s in corpus.PACKAGES]
+  for name in packages:
+    versions[name] = importlib.metadata.version(name)
+  return versions

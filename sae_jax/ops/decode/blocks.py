@@ -1,0 +1,70 @@
+"""Decoding by kernels, of blocks of pairs or of codes as they are."""
+
+import jax
+import jax.numpy as jnp
+
+from sae_jax.ops import pairs
+from sae_jax.ops.decode import kernel, tiles
+from sae_jax.tpu import target
+
+
+def sums(
+  blocks: pairs.Blocks,
+  vals_GR: jax.Array,
+  w_ND: jax.Array,
+  batch: int,
+  dtype: jnp.dtype | None,
+  expected: int | None = None,
+) -> jax.Array:
+  """sum of vals w[latent] over the pairs of each token, [B, D]."""
+  total = kernel.gather_sum(
+    blocks.latent_GR,
+    blocks.token_GR,
+    vals_GR,
+    blocks.count_G,
+    w_ND,
+    block_tokens=blocks.tokens,
+    dtype=dtype,
+    expected=expected,
+    interpret=target.platform() != 'tpu',
+  )
+  return total[:batch]
+
+
+def products(
+  blocks: pairs.Blocks,
+  g_BD: jax.Array,
+  w_ND: jax.Array,
+  dtype: jnp.dtype | None,
+  expected: int | None = None,
+) -> jax.Array:
+  """<g, w[latent]> of each pair, [G, R]."""
+  return kernel.sampled_products(
+    blocks.latent_GR,
+    blocks.token_GR,
+    blocks.count_G,
+    pairs.pad_tokens(g_BD, blocks.tokens),
+    w_ND,
+    block_tokens=blocks.tokens,
+    dtype=dtype,
+    expected=expected,
+    interpret=target.platform() != 'tpu',
+  )
+
+
+def sums_of_codes(vals_BK, idx_BK, w_ND, dtype):
+  """`reference.gather_sum` by the kernel."""
+  some = _all_blocks(vals_BK, idx_BK, w_ND)
+  return sums(some, some.vals_GR, w_ND, len(vals_BK), dtype)
+
+
+def products_of_codes(g_BD, idx_BK, w_ND, dtype):
+  """`reference.sampled_products` by the kernel."""
+  some = _all_blocks(jnp.ones(idx_BK.shape, w_ND.dtype), idx_BK, w_ND)
+  found_GR = products(some, g_BD, w_ND, dtype)
+  return found_GR.reshape(-1, idx_BK.shape[1])[: len(idx_BK)]
+
+
+def _all_blocks(vals_BK, idx_BK, w_ND):
+  tokens = tiles.block_tokens(len(idx_BK), w_ND.shape[1], idx_BK.shape[1])
+  return pairs.blocks(vals_BK, idx_BK, tokens, pack=False)

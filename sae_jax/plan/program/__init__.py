@@ -1,0 +1,1 @@
+"""What a compiled program says of its work and its memory."""

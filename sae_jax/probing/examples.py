@@ -1,0 +1,181 @@
+"""Examples and statistics of every latent, for the feature table."""
+
+import dataclasses
+
+import numpy as np
+
+from sae_jax import config as config_lib
+from sae_jax import store as store_lib
+from sae_jax.checkpoint import Trained
+from sae_jax.probing import codes as codes_lib
+from sae_jax.probing import lens, reducers
+from sae_jax.subject import Subject
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureConfig(config_lib.Config):
+  """How much is kept of every latent."""
+
+  feature_rows: int = config_lib.option(
+    1_000_000,
+    'rows of the store that examples and statistics come from',
+    least=1,
+  )
+  top_examples: int = config_lib.option(
+    16, 'highest activations kept of each latent, one per document', least=1
+  )
+  random_examples: int = config_lib.option(
+    8, 'random positive activations kept of each latent', least=1
+  )
+  window_before: int = config_lib.option(
+    24, "tokens before an example's peak", least=0
+  )
+  window_after: int = config_lib.option(
+    8, "tokens after an example's peak", least=0
+  )
+  votes: int = config_lib.option(10, 'tokens voted up and down', least=1)
+  neighbours: int = config_lib.option(
+    5, 'nearest latents by decoder cosine', least=1
+  )
+
+
+def build(
+  config: FeatureConfig,
+  trained: Trained,
+  subject: Subject,
+  store: store_lib.Store,
+  batch_rows: int,
+  seed: int,
+) -> dict[str, np.ndarray]:
+  """Gathers all latents' statistics, examples, votes and neighbours.
+
+  The store is encoded once; examples and their shading come from those codes.
+
+  Args:
+    config: how much is kept.
+    trained: the autoencoder.
+    subject: the model, for the votes.
+    store: activations and their text.
+    batch_rows: rows at a time.
+    seed: of the random examples.
+
+  Returns:
+    Arrays by name, with N latents, M examples of W tokens, H bins:
+      latent_ids [N] int32, count [N] int64 (tokens it fired on), density [N]
+      (their share), max, mean, std, skew [N] float32 (of positive values);
+      hist_edges [H + 1] float32, hist_counts [N, H] int64;
+      top_tokens [N, M, W] int32 (-1: none), top_acts [N, M, W] float32,
+      top_peak [N, M] int32 (place in W, -1: no example), top_document [N, M]
+      int32, and the same with random_; vote_up_ids, vote_up_logits,
+      vote_down_ids, vote_down_logits; neighbour_ids, neighbour_cosines.
+  """
+  n_latents = trained.config.n_latents
+  stop = min(store.manifest.n_rows, config.feature_rows)
+  codes = codes_lib.encode_rows(trained, store, 0, stop, batch_rows)
+  document_R = store.documents()[store.stream_index()[:stop]]
+
+  stats = reducers.LatentStats(n_latents)
+  top = reducers.TopExamples(n_latents, config.top_examples)
+  some = reducers.TopExamples(n_latents, config.random_examples)
+  for start in range(0, stop, batch_rows):
+    take = slice(start, min(stop, start + batch_rows))
+    vals_BK, idx_BK = codes.vals_RK[take], codes.idx_RK[take]
+    stats.update(vals_BK, idx_BK)
+    token, _ = place = np.nonzero(vals_BK > 0)
+    rows, latents = start + token, idx_BK[place]
+    top.update(latents, vals_BK[place], rows, document_R[rows])
+    chance = reducers.random_scores(rows, latents, seed)
+    some.update(latents, chance, rows, rows)
+
+  mean_N, std_N, skew_N = stats.moments()
+  used = np.flatnonzero(stats.hist_NH.sum(0))
+  low, high = (used[0], used[-1] + 1) if len(used) else (0, 1)
+  w_dec_ND = np.asarray(trained.sae.w_dec_ND)
+  up_ids, up, down_ids, down = lens.votes(
+    subject, w_dec_ND, min(config.votes, subject.config.vocab_size)
+  )
+  near_ids, near = lens.neighbours(
+    w_dec_ND, min(config.neighbours, n_latents - 1)
+  )
+  table = {
+    'latent_ids': np.arange(n_latents, dtype=np.int32),
+    'count': stats.count_N,
+    'density': (stats.count_N / stats.tokens).astype(np.float32),
+    'max': stats.max_N.astype(np.float32),
+    'mean': mean_N.astype(np.float32),
+    'std': std_N.astype(np.float32),
+    'skew': skew_N.astype(np.float32),
+    'hist_edges': reducers.HISTOGRAM_EDGES[low : high + 1].astype(np.float32),
+    'hist_counts': stats.hist_NH[:, low:high],
+    'vote_up_ids': up_ids,
+    'vote_up_logits': up,
+    'vote_down_ids': down_ids,
+    'vote_down_logits': down,
+    'neighbour_ids': near_ids,
+    'neighbour_cosines': near,
+  }
+  for name, rows_NM in (('top', top.row_NM), ('random', some.row_NM)):
+    found = windows(
+      codes, store, rows_NM, config.window_before, config.window_after
+    )
+    table |= {f'{name}_{part}': array for part, array in found.items()}
+  return table
+
+
+def windows(
+  codes: codes_lib.Codes,
+  store: store_lib.Store,
+  rows_NM: np.ndarray,
+  before: int,
+  after: int,
+) -> dict[str, np.ndarray]:
+  """The text around each latent's examples, with its activation per token.
+
+  Args:
+    codes: of rows that have the examples among them.
+    store: the text.
+    rows_NM: row of each latent's examples, -1 for none.
+    before: tokens shown before the example's.
+    after: tokens shown after it. A window ends where its context does, and
+      before the first row that is not encoded.
+
+  Returns:
+    tokens and acts [N, M, W], peak and document [N, M], as in `build`; a
+    token outside of the window is -1, a masked one has activation 0.
+  """
+  stream = store.stream_index()
+  position, document = store.positions(), store.documents()
+  start, stop = codes.start, codes.start + len(codes.vals_RK)
+  code_of = np.full(len(position), -1, np.int64)
+  code_of[stream[start:stop]] = np.arange(stop - start)
+
+  present_NM = rows_NM >= 0
+  centre_NM = stream[np.maximum(rows_NM, 0)]
+  place_NMW = centre_NM[:, :, None] + np.arange(-before, after + 1)
+  # Tokens of rows that were not encoded would look silent.
+  begin = stream[start - 1] + 1 if start else 0
+  end = stream[stop] if stop < len(stream) else len(position)
+  inside = (place_NMW >= begin) & (place_NMW < end)
+  place_NMW = np.clip(place_NMW, 0, len(position) - 1)
+  context_start = np.arange(len(position)) - position
+  inside &= (
+    context_start[place_NMW] == context_start[centre_NM][:, :, None]
+  ) & present_NM[:, :, None]
+
+  code_NMW = code_of[place_NMW]
+  latent, example, token = np.nonzero(inside & (code_NMW >= 0))
+  rows = code_NMW[latent, example, token]
+  acts_NMW = np.zeros(place_NMW.shape, np.float32)
+  # In pieces: each compares K latents of a token with one.
+  for start in range(0, len(rows), 2**20):
+    part = slice(start, start + 2**20)
+    own = codes.idx_RK[rows[part]] == latent[part, None]
+    acts_NMW[latent[part], example[part], token[part]] = np.where(
+      own, codes.vals_RK[rows[part]], 0
+    ).sum(-1)
+  return {
+    'tokens': np.where(inside, store.tokens()[place_NMW], -1).astype(np.int32),
+    'acts': acts_NMW,
+    'peak': np.where(present_NM, before, -1).astype(np.int32),
+    'document': np.where(present_NM, document[centre_NM], -1).astype(np.int32),
+  }

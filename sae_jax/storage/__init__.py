@@ -1,0 +1,1 @@
+"""Where data lies: URLs, files that are whole or absent, claimed folders."""

@@ -1,0 +1,36 @@
+"""Folders that one process has at a time."""
+
+from collections.abc import Iterator
+import contextlib
+import fcntl
+import os
+
+from sae_jax import errors
+
+
+@contextlib.contextmanager
+def claim(folder: str) -> Iterator[None]:
+  """Keeps a local folder for this process while the context is open.
+
+  The kernel lets go of it when the process ends, however it ends. Folders in
+  gs:// cannot be kept.
+
+  Raises:
+    UserError: if another process has it.
+  """
+  if folder.startswith('gs://'):
+    yield
+    return
+  os.makedirs(folder, exist_ok=True)
+  held = os.open(folder, os.O_RDONLY)
+  try:
+    try:
+      fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise errors.UserError(
+        f'{folder} is in use by another process: '
+        'wait until it has ended, or use another workdir'
+      ) from None
+    yield
+  finally:
+    os.close(held)

@@ -1,0 +1,233 @@
+"""How a store lies in its folder: objects, arrays, and how they are made."""
+
+import json
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import tensorstore as ts
+
+from sae_jax import config, errors
+from sae_jax.storage import url as url_lib
+from sae_jax.store import manifest as manifest_lib
+from sae_jax.store.manifest import Manifest, Shard, StorePlan
+
+DTYPES = {'float32': np.dtype('<f4'), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
+
+PLAN = 'plan.json'
+METADATA = 'zarr.json'
+ACTIVATIONS = 'activations'
+STREAM_INDEX = 'stream_index'
+STREAM = ('tokens', 'documents', 'positions')
+
+
+def manifest_name(version: int) -> str:
+  """The manifest of a version: the first has the plain name."""
+  return 'manifest.json' if version == 1 else f'manifest-{version}.json'
+
+
+def shard_name(shard: int) -> str:
+  """Where a complete shard is recorded."""
+  return f'{manifest_lib.RECORDS}/{shard:06d}.json'
+
+
+def read_manifest(url: str, version: int | None = None) -> Manifest | None:
+  """The manifest of a sealed store, None where there is none.
+
+  Args:
+    url: the store's folder.
+    version: which; None for the last.
+
+  Raises:
+    UserError: if it cannot be read or is of another format version.
+  """
+  if version is not None:
+    return read_json(url, manifest_name(version), Manifest)
+  found = read_json(url, manifest_name(1), Manifest)
+  while found is not None:
+    later = read_json(url, manifest_name(found.version + 1), Manifest)
+    if later is None:
+      break
+    found = later
+  return found
+
+
+def read_json(url: str, name: str, kind: type[Any]) -> Any:
+  """A dataclass from a store's folder, None where there is none.
+
+  Raises:
+    UserError: if it cannot be read or is of another format version.
+  """
+  try:
+    found = ts.KvStore.open(url_lib.kvstore(url)).result().read(name).result()
+    if found.state == 'missing':
+      return None
+    values = json.loads(found.value)
+  except ValueError as error:
+    raise errors.UserError(
+      f'cannot read {name} in {url}: {errors.reason(error)}: '
+      'check the path and your access'
+    ) from error
+  known = manifest_lib.FORMAT_VERSION
+  version = values.get('format_version', known)
+  if version != known:
+    raise errors.UserError(
+      f'store {url} has format version {version}, this sae_jax reads version '
+      f'{known}: harvest it again'
+    )
+  return config.from_dict(kind, values)
+
+
+def read_records(url: str) -> dict[int, Shard]:
+  """The records of all shards that are complete, by number.
+
+  One listing, and reads all at once: a store in a bucket may have thousands.
+
+  Raises:
+    UserError: if they cannot be read.
+  """
+  try:
+    files = ts.KvStore.open(url_lib.kvstore(url)).result()
+    folder = f'{manifest_lib.RECORDS}/'
+    inside = ts.KvStore.KeyRange(folder, folder + '\xff')
+    reads = {
+      name.decode(): files.read(name)
+      for name in files.list(inside).result()
+      if name.endswith(b'.json')
+    }
+    found = {
+      name: json.loads(read.result().value) for name, read in reads.items()
+    }
+  except ValueError as error:
+    raise errors.UserError(
+      f'cannot read the records of shards in {url}: {errors.reason(error)}: '
+      'check the path and your access'
+    ) from error
+  return {
+    int(name.removeprefix(folder).removesuffix('.json')): config.from_dict(
+      Shard, values
+    )
+    for name, values in found.items()
+  }
+
+
+def array_name(site: str) -> str:
+  """The folder of a site's activations."""
+  return f'{ACTIVATIONS}/{site}'
+
+
+class Kind(NamedTuple):
+  """What an array is like.
+
+  Attributes:
+    dtype: of its elements.
+    row: the shape of a row.
+    chunk: rows of an inner chunk.
+    shard: rows that a shard has room for.
+  """
+
+  dtype: np.dtype
+  row: tuple[int, ...]
+  chunk: int
+  shard: int
+
+
+def array_kinds(plan: StorePlan | Manifest) -> dict[str, Kind]:
+  """What each array of a store is like, by name."""
+  rows = Kind(
+    DTYPES[plan.dtype], (plan.d_model,), plan.chunk_rows, plan.shard_rows
+  )
+  stream = manifest_lib.STREAM_PER_ROW * plan.shard_rows
+  kinds = {array_name(site): rows for site in plan.sites}
+  for name, shard in [
+    (STREAM_INDEX, plan.shard_rows),
+    *[(name, stream) for name in STREAM],
+  ]:
+    chunk = _flat_chunk(shard, plan.chunk_rows)
+    kinds[name] = Kind(np.dtype('<i4'), (), chunk, shard)
+  return kinds
+
+
+def _flat_chunk(shard: int, chunk_rows: int) -> int:
+  """A multiple of chunk_rows that divides a shard, 256 KB at most."""
+  chunk = chunk_rows
+  while 2 * chunk <= 65_536 and shard % (2 * chunk) == 0:
+    chunk *= 2
+  return chunk
+
+
+def array_spec(url: str, name: str) -> dict[str, Any]:
+  """TensorStore's spec to open one of a store's arrays.
+
+  What is absent fails to read: a lost shard must not pass for zeros, so chunks
+  that are all zeros are written too.
+  """
+  folder = url_lib.kvstore(url)
+  folder['path'] += name + '/'
+  return {
+    'driver': 'zarr3',
+    'kvstore': folder,
+    'fill_missing_data_reads': False,
+    'store_data_equal_to_fill_value': True,
+  }
+
+
+def _metadata(kind: Kind, n_shards: int) -> dict[str, Any]:
+  """Zarr3 metadata of an array of so many shards, cut along its first axis."""
+  checked = [
+    {'name': 'bytes', 'configuration': {'endian': 'little'}},
+    {'name': 'crc32c'},
+  ]
+  sharding = {
+    'chunk_shape': [kind.chunk, *kind.row],
+    'codecs': checked,
+    'index_codecs': checked,
+  }
+  grid = {'chunk_shape': [kind.shard, *kind.row]}
+  return {
+    'shape': [n_shards * kind.shard, *kind.row],
+    'data_type': kind.dtype.name,
+    'chunk_grid': {'name': 'regular', 'configuration': grid},
+    'codecs': [{'name': 'sharding_indexed', 'configuration': sharding}],
+  }
+
+
+def unsealed_spec(url: str, name: str, kind: Kind, n_shards: int):
+  """`array_spec` of an array that has no metadata of its own yet."""
+  return array_spec(url, name) | {'metadata': _metadata(kind, n_shards)}
+
+
+def _in_memory(kind: Kind, n_shards: int) -> tuple[ts.TensorStore, ts.KvStore]:
+  array = ts.open(
+    {
+      'driver': 'zarr3',
+      'kvstore': 'memory://',
+      'store_data_equal_to_fill_value': True,
+      'metadata': _metadata(kind, n_shards),
+    },
+    create=True,
+  ).result()
+  return array, array.kvstore
+
+
+def array_metadata(kind: Kind, n_shards: int) -> bytes:
+  """The `zarr.json` of an array of so many shards."""
+  _, files = _in_memory(kind, n_shards)
+  return files.read(METADATA).result().value
+
+
+def encode(kind: Kind, values: np.ndarray) -> bytes:
+  """The object of a shard that holds these rows, as zarr3 has it.
+
+  Made apart from the array, so that it can be written in one piece where there
+  is none yet; TensorStore would write over what is there.
+  """
+  array, files = _in_memory(kind, 1)
+  array[: len(values)].write(values).result()
+  return files.read(object_name('', kind, 0)).result().value
+
+
+def object_name(name: str, kind: Kind, shard: int) -> str:
+  """The object of one shard of an array."""
+  folder = f'{name}/' if name else ''
+  return f'{folder}c/{shard}' + '/0' * len(kind.row)

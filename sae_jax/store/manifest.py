@@ -1,0 +1,233 @@
+"""What a store says of itself: the plan, a shard's record, the manifest."""
+
+from collections.abc import Iterable, Sequence
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+
+from sae_jax import config as config_lib
+from sae_jax import errors
+
+FORMAT_VERSION = 3
+# The name of the records among the checksums.
+RECORDS = 'shards'
+# A shard has room for so many tokens of the stream for each row: those that
+# were left out are in it.
+STREAM_PER_ROW = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class StorePlan:
+  """What all shards of a store have in common; `plan.json`, written first.
+
+  Attributes:
+    subject: name or path the subject was loaded by.
+    sites: names of the sites that were read.
+    d_model: D.
+    weights_sha256: digest of the subject's file.
+    dtype: of the stored activations.
+    chunk_rows: rows of an inner chunk.
+    shard_rows: rows that a shard has room for.
+    context_length: tokens in the longest context.
+    sources: names of the text sources.
+    corpus: source -> which text it is (`corpus.identity`).
+    tokenizer_sha256: digest of the tokenizer's JSON; empty if it has none.
+    seed: of the order of documents.
+    config: the harvest's whole config, without how much of it is wanted.
+    software: name -> version of what wrote it.
+    format_version: of the store's layout.
+  """
+
+  subject: str
+  sites: tuple[str, ...]
+  d_model: int
+  weights_sha256: str = ''
+  dtype: str = 'float32'
+  chunk_rows: int = 1024
+  shard_rows: int = 65_536
+  context_length: int = 0
+  sources: tuple[str, ...] = ()
+  corpus: dict[str, str] = dataclasses.field(default_factory=dict)
+  tokenizer_sha256: str = ''
+  seed: int = 0
+  config: dict[str, Any] = dataclasses.field(default_factory=dict)
+  software: dict[str, str] = dataclasses.field(default_factory=dict)
+  format_version: int = FORMAT_VERSION
+
+  @property
+  def shard_stream(self) -> int:
+    """Tokens of the stream that a shard has room for."""
+    return STREAM_PER_ROW * self.shard_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+  """One complete shard: an object of each array; `shards/000000.json`.
+
+  Attributes:
+    rows: that it holds, at most the plan's shard_rows.
+    stream: tokens of the stream that it holds.
+    contexts: that these are.
+    documents: (document, rows of it in this shard) in order.
+    source_rows: source -> rows that came from it.
+    masked: rule -> tokens that it left out.
+    checksums: array -> sha256 of its little-endian bytes in row order.
+  """
+
+  rows: int
+  stream: int
+  contexts: int
+  documents: tuple[tuple[int, int], ...]
+  source_rows: dict[str, int]
+  masked: dict[str, int]
+  checksums: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+  """What a sealed store holds and where it comes from; `manifest.json`.
+
+  Attributes:
+    version: 1, and one more for each time that something was appended.
+    n_rows: R, kept tokens.
+    n_stream: L, tokens of the stream.
+    holdout_rows: the last so many rows are the held-out split; it begins
+      with a document.
+    shard_counts: rows and tokens of the stream of each shard.
+    source_rows: source -> rows that came from it.
+    mask: the rule by which tokens were left out, and how many were.
+    checksums: array -> of each shard, the sha256 of its little-endian bytes in
+      row order; and that of its record.
+    identity: sha256 over all that says what data it is, so over all but
+      `software`.
+  """
+
+  format_version: int
+  version: int
+  subject: str
+  weights_sha256: str
+  sites: tuple[str, ...]
+  d_model: int
+  dtype: str
+  n_rows: int
+  n_stream: int
+  holdout_rows: int
+  chunk_rows: int
+  shard_rows: int
+  shard_counts: tuple[tuple[int, int], ...]
+  context_length: int
+  sources: tuple[str, ...]
+  corpus: dict[str, str]
+  tokenizer_sha256: str
+  source_rows: dict[str, int]
+  seed: int
+  mask: dict[str, Any]
+  config: dict[str, Any]
+  checksums: dict[str, tuple[str, ...]]
+  software: dict[str, str]
+  identity: str = ''
+
+
+def identity(manifest: Manifest) -> str:
+  """The sha256 that names the data and how it was made, `software` aside."""
+  content = dataclasses.asdict(manifest)
+  del content['software'], content['identity']
+  return hashlib.sha256(
+    json.dumps(content, sort_keys=True).encode()
+  ).hexdigest()
+
+
+def make(
+  plan: StorePlan,
+  shards: Sequence[Shard],
+  *,
+  version: int,
+  holdout_rows: int = 0,
+  mask: dict[str, Any] | None = None,
+  wanted: dict[str, Any] | None = None,
+) -> Manifest:
+  """The manifest of shards.
+
+  Args:
+    plan: what they have in common.
+    shards: their records.
+    version: of the data.
+    holdout_rows: the last so many rows are held out.
+    mask: the rule by which tokens were left out; how many were is added.
+    wanted: what of the config says how much there should be.
+  """
+  fields = dataclasses.asdict(plan)
+  fields['config'] = fields['config'] | (wanted or {})
+  masked = _summed(shard.masked for shard in shards)
+  names = shards[0].checksums if shards else ()
+  checksums = {
+    name: tuple(shard.checksums[name] for shard in shards) for name in names
+  }
+  records = (config_lib.to_json(shard).encode() for shard in shards)
+  checksums[RECORDS] = tuple(map(sha256, records))
+  made = Manifest(
+    version=version,
+    n_rows=sum(shard.rows for shard in shards),
+    n_stream=sum(shard.stream for shard in shards),
+    holdout_rows=holdout_rows,
+    shard_counts=tuple((shard.rows, shard.stream) for shard in shards),
+    source_rows=_summed(shard.source_rows for shard in shards),
+    mask=(mask or {}) | {f'masked_{rule}': n for rule, n in masked.items()},
+    checksums=checksums,
+    **fields,
+  )
+  return dataclasses.replace(made, identity=identity(made))
+
+
+def sha256(data: np.ndarray | bytes) -> str:
+  """The sha256 of bytes, or of an array's little-endian bytes in row order."""
+  if not isinstance(data, bytes):
+    data = np.ascontiguousarray(data).view(np.uint8)
+  return hashlib.sha256(data).hexdigest()
+
+
+def _summed(counts: Iterable[dict[str, int]]) -> dict[str, int]:
+  total = {}
+  for one in counts:
+    for name, n in one.items():
+      total[name] = total.get(name, 0) + n
+  return total
+
+
+def holdout_rows(shards: Sequence[Shard], fraction: float) -> int:
+  """Rows of the last documents, the fewest that are the share wanted.
+
+  Raises:
+    UserError: if that is all of them.
+  """
+  rows_by_document = {}
+  for shard in shards:
+    for document, rows in shard.documents:
+      rows_by_document[document] = rows_by_document.get(document, 0) + rows
+  total = sum(rows_by_document.values())
+  holdout = 0
+  for rows in reversed(rows_by_document.values()):
+    if holdout >= fraction * total:
+      break
+    holdout += rows
+  if holdout == total:
+    raise errors.UserError(
+      f'{len(rows_by_document)} documents cannot be split with '
+      f'holdout_fraction {fraction}: use more or shorter ones, or a smaller '
+      'fraction'
+    )
+  return holdout
+
+
+MASK = 'mask.json'
+
+
+@dataclasses.dataclass(frozen=True)
+class Mask:
+  """Which norms are kept, of each site; `mask.json`, of the first pool."""
+
+  median_norm: tuple[float, ...]
+  norm_limit: tuple[float, ...]

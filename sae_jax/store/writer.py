@@ -1,0 +1,318 @@
+"""Writing a store: shards in any order by any process, then the manifest.
+
+Objects are made where there are none, and never changed: of two writers of one
+shard the first one's bytes stay, and the other is told if its own differ.
+"""
+
+from collections.abc import Iterable, Sequence
+import dataclasses
+import json
+from typing import Any
+
+import numpy as np
+import tensorstore as ts
+
+from sae_jax import config, errors
+from sae_jax.storage import files as files_lib
+from sae_jax.storage import url as url_lib
+from sae_jax.store import layout
+from sae_jax.store import manifest as manifest_lib
+from sae_jax.store.manifest import Manifest, Shard, StorePlan
+
+
+class StoreWriter:
+  """Writes shards of a store, and seals it.
+
+  Any number of processes may have one for the same folder; what they find
+  there of the same plan stays.
+  """
+
+  def __init__(self, url: str, plan: StorePlan):
+    """Opens the folder, or makes it.
+
+    Args:
+      url: the store's folder.
+      plan: what all shards have in common.
+
+    Raises:
+      UserError: if sizes do not fit, the folder can't be written, or holds
+        shards of another plan.
+    """
+    if plan.chunk_rows < 1 or plan.shard_rows % plan.chunk_rows:
+      raise errors.UserError(
+        f'shard_rows {plan.shard_rows} must be a multiple of chunk_rows '
+        f'{plan.chunk_rows}, which must be 1 or more'
+      )
+    if plan.dtype not in layout.DTYPES:
+      raise errors.UserError(
+        f'dtype {plan.dtype!r} cannot be stored: use '
+        f'{" or ".join(layout.DTYPES)}'
+      )
+    self.url, self.plan = url, plan
+    try:
+      self._files = ts.KvStore.open(url_lib.kvstore(url)).result()
+      text = config.to_json(plan).encode()
+      if not files_lib.create(self._files, layout.PLAN, text):
+        self._check_plan()
+    except errors.UserError:
+      raise
+    except (ValueError, OSError) as error:
+      raise self._error(error) from error
+
+  def agree(self, name: str, value: Any) -> Any:
+    """Stores a dataclass, and returns that of whoever was first.
+
+    Raises:
+      UserError: if it can't be written.
+    """
+    try:
+      files_lib.create(self._files, name, config.to_json(value).encode())
+    except (ValueError, OSError) as error:
+      raise self._error(error) from error
+    return layout.read_json(self.url, name, type(value))
+
+  def records(self) -> dict[int, Shard]:
+    """The records of the shards that are complete, by number."""
+    return layout.read_records(self.url)
+
+  def shard(self, number: int) -> 'ShardWriter':
+    """Opens a missing shard."""
+    return ShardWriter(self, number)
+
+  def complete(self, n_shards: int) -> list[Shard] | None:
+    """The records of the first shards, None if one is missing."""
+    found = self.records()
+    shards = [found.get(number) for number in range(n_shards)]
+    return None if None in shards else shards
+
+  def seal(
+    self,
+    shards: Sequence[Shard],
+    *,
+    holdout_rows: int = 0,
+    mask: dict[str, Any] | None = None,
+    wanted: dict[str, Any] | None = None,
+  ) -> Manifest:
+    """Writes the manifest, after which readers find the store.
+
+    Args:
+      shards: the records of all of them, of `complete`.
+      holdout_rows: the last so many rows are held out, see `holdout_rows`.
+      mask: the rule by which tokens were left out; how many were is added.
+      wanted: what of the config says how much there should be.
+
+    Returns:
+      The manifest; that of another process if it was first.
+
+    Raises:
+      UserError: if it can't be written.
+    """
+    before = layout.read_manifest(self.url)
+    manifest = manifest_lib.make(
+      self.plan,
+      shards,
+      version=1 + (before.version if before else 0),
+      holdout_rows=holdout_rows,
+      mask=mask,
+      wanted=wanted,
+    )
+    try:
+      for name, kind in layout.array_kinds(self.plan).items():
+        metadata = layout.array_metadata(kind, len(shards))
+        self._files.write(f'{name}/{layout.METADATA}', metadata).result()
+      name = layout.manifest_name(manifest.version)
+      if not files_lib.create(
+        self._files, name, config.to_json(manifest).encode()
+      ):
+        # Another process was first; what it says of the same shards holds.
+        return layout.read_manifest(self.url, manifest.version)
+    except (ValueError, OSError) as error:
+      raise self._error(error) from error
+    return layout.read_manifest(self.url, manifest.version)
+
+  def _check_plan(self):
+    found = layout.read_json(self.url, layout.PLAN, StorePlan)
+    # What is not there yet is like what is: lists, not tuples.
+    own = config.from_dict(StorePlan, json.loads(config.to_json(self.plan)))
+    changes = config.differences(
+      *(dataclasses.replace(plan, software={}) for plan in (found, own))
+    )
+    if changes:
+      raise errors.UserError(
+        f'store {self.url} was begun with another plan ({"; ".join(changes)}): '
+        'use another folder or delete this one'
+      )
+
+  def _error(self, error: Exception) -> errors.UserError:
+    return errors.UserError(
+      f'cannot write store {self.url}: {errors.reason(error)}: '
+      'check the path, free space and your access; the same command goes on'
+    )
+
+
+class ShardWriter:
+  """One shard: contexts are appended, then all of it is written.
+
+  It is in memory until then.
+  """
+
+  def __init__(self, writer: StoreWriter, number: int):
+    self._writer, self.number = writer, number
+    self._plan = writer.plan
+    self._parts = {name: [] for name in layout.array_kinds(self._plan)}
+    self._contexts, self._stream = 0, 0
+    self.rows = 0
+
+  def has_room(self, tokens: int, rows: int) -> bool:
+    """Whether so many tokens with so many rows fit."""
+    return (
+      self.rows + rows <= self._plan.shard_rows
+      and self._stream + tokens <= self._plan.shard_stream
+    )
+
+  def append(
+    self,
+    tokens: np.ndarray,
+    documents: np.ndarray,
+    positions: np.ndarray,
+    keep_mask: np.ndarray,
+    kept: dict[str, np.ndarray],
+  ) -> None:
+    """Appends a stretch of the token stream and its kept activations.
+
+    Args:
+      tokens: int [l] token ids.
+      documents: int [l] document numbers, never descending.
+      positions: int [l] places in the subject's context, 0 at its start.
+      keep_mask: bool [l], whose activations are kept.
+      kept: site -> [keep_mask.sum(), D] their activations.
+
+    Raises:
+      ValueError: if shapes do not fit, or the shard has no room.
+    """
+    places = self._stream + np.flatnonzero(keep_mask)
+    shape = (len(places), self._plan.d_model)
+    for site in self._plan.sites:
+      if kept[site].shape != shape:
+        raise ValueError(
+          f'activations at {site} are {kept[site].shape}, but keep_mask keeps '
+          f'{shape[0]} tokens of width {shape[1]}'
+        )
+    if not len(tokens) == len(documents) == len(positions) == len(keep_mask):
+      raise ValueError('tokens, documents, positions, keep_mask differ in size')
+    if not self.has_room(len(tokens), len(places)):
+      raise ValueError(
+        f'{len(places)} rows of {len(tokens)} tokens do not fit a shard of '
+        f'{self._plan.shard_rows} and {self._plan.shard_stream} that holds '
+        f'{self.rows} and {self._stream}'
+      )
+    for site in self._plan.sites:
+      self._take(layout.array_name(site), kept[site])
+    self._take(layout.STREAM_INDEX, places)
+    for name, values in zip(layout.STREAM, (tokens, documents, positions)):
+      self._take(name, values)
+    self._contexts += int((np.asarray(positions) == 0).sum())
+    self.rows += len(places)
+    self._stream += len(tokens)
+
+  def finish(
+    self,
+    source_rows: dict[str, int] | None = None,
+    masked: dict[str, int] | None = None,
+  ) -> Shard:
+    """Writes the objects, then the record that makes them count.
+
+    Args:
+      source_rows: source -> rows of this shard that came from it.
+      masked: rule -> tokens that were left out.
+
+    Returns:
+      The record; that of another writer if it was first with the same bytes.
+
+    Raises:
+      UserError: if the disk or bucket refuses the data, or another writer has
+        written other bytes, which stay.
+    """
+    kinds = layout.array_kinds(self._plan)
+    arrays = {
+      name: np.concatenate([np.empty((0, *kind.row), kind.dtype), *parts])
+      for (name, kind), parts in zip(kinds.items(), self._parts.values())
+    }
+    documents = arrays['documents'][arrays[layout.STREAM_INDEX]]
+    numbers, counts = np.unique(documents, return_counts=True)
+    shard = Shard(
+      rows=self.rows,
+      stream=self._stream,
+      contexts=self._contexts,
+      documents=tuple(zip(numbers.tolist(), counts.tolist())),
+      source_rows=source_rows or {},
+      masked=masked or {},
+      checksums={
+        name: manifest_lib.sha256(values) for name, values in arrays.items()
+      },
+    )
+    files = self._writer._files
+    try:
+      for name, values in arrays.items():
+        key = layout.object_name(name, kinds[name], self.number)
+        if not files_lib.create(files, key, layout.encode(kinds[name], values)):
+          raise self._conflict(key)
+      key = layout.shard_name(self.number)
+      text = config.to_json(shard).encode()
+      if not files_lib.create(files, key, text):
+        raise self._conflict(key)
+    except errors.UserError:
+      raise
+    except (ValueError, OSError) as error:
+      raise self._writer._error(error) from error
+    return shard
+
+  def _take(self, name, values):
+    dtype = layout.array_kinds(self._plan)[name][0]
+    self._parts[name].append(np.asarray(values).astype(dtype))
+
+  def _conflict(self, key):
+    return errors.UserError(
+      f'{key} of store {self._writer.url} is there with other bytes: another '
+      'harvest is writing this store, or one on another machine was ended '
+      'here. If none runs, delete that object and start again'
+    )
+
+
+def write(
+  url: str,
+  plan: StorePlan,
+  stretches: Iterable[tuple],
+  *,
+  holdout_rows: int = 0,
+  mask: dict[str, Any] | None = None,
+) -> Manifest:
+  """Writes and seals a store of activations that come from elsewhere.
+
+  Args:
+    url: its folder.
+    plan: what it holds.
+    stretches: of the token stream with their activations, in order, each the
+      arguments of `ShardWriter.append`: whole contexts, that a shard has room
+      for.
+    holdout_rows: see `StoreWriter.seal`.
+    mask: see `StoreWriter.seal`.
+
+  Returns:
+    The manifest.
+
+  Raises:
+    UserError: if it can't be written, or the folder holds something else.
+  """
+  writer, number = StoreWriter(url, plan), 0
+  shard = writer.shard(number)
+  for stretch in stretches:
+    if not shard.has_room(len(stretch[0]), int(np.sum(stretch[3]))):
+      shard.finish()
+      number += 1
+      shard = writer.shard(number)
+    shard.append(*stretch)
+  shard.finish()
+  return writer.seal(
+    writer.complete(number + 1), holdout_rows=holdout_rows, mask=mask
+  )

@@ -1,0 +1,1 @@
+"""Formats and families that subjects are read from."""

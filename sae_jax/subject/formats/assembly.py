@@ -1,0 +1,155 @@
+"""Stored tensors -> the stacked parameters of a transformer."""
+
+from collections.abc import Callable
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sae_jax import errors
+from sae_jax.subject import transformer
+
+
+def as_is(tensor: np.ndarray) -> np.ndarray:
+  """The tensor."""
+  return tensor
+
+
+def turned(tensor: np.ndarray) -> np.ndarray:
+  """[outputs, inputs] -> [inputs, outputs]."""
+  return tensor.T
+
+
+def plus_one(tensor: np.ndarray) -> np.ndarray:
+  """One and what is added to it, in float32."""
+  return 1 + tensor.astype(np.float32)
+
+
+def third(part: int, turn: bool = False):
+  """A third of a tensor that holds queries, keys and values in a row.
+
+  Args:
+    part: 0 for queries, 1 for keys, 2 for values.
+    turn: whether the tensor is [outputs, inputs].
+  """
+
+  def read(tensor):
+    tensor = tensor.T if turn else tensor
+    width = tensor.shape[-1] // 3
+    return tensor[..., part * width : (part + 1) * width]
+
+  return read
+
+
+def head_third(part: int, n_heads: int, turn: bool = False):
+  """The same of a tensor that has them head by head (GPT-NeoX)."""
+
+  def read(tensor):
+    tensor = tensor.T if turn else tensor
+    heads = tensor.reshape(*tensor.shape[:-1], n_heads, 3, -1)
+    return heads[..., part, :].reshape(*tensor.shape[:-1], -1)
+
+  return read
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Where a parameter is stored.
+
+  Attributes:
+    tensor: the tensor's name; {} stands for the block.
+    read: the tensor -> the parameter, one block's.
+  """
+
+  tensor: str
+  read: Callable[[np.ndarray], np.ndarray] = as_is
+
+
+def assemble(
+  config: transformer.TransformerConfig,
+  sources: dict[str, Source],
+  read: Callable[[str], np.ndarray],
+  url: str,
+  dtype: str = 'float32',
+  shardings: transformer.Params | None = None,
+) -> transformer.Params:
+  """Reads and stacks the parameters.
+
+  Args:
+    config: the transformer's shape.
+    sources: parameter -> where it is; of a block's, after 'blocks.'.
+    read: tensor's name -> its values.
+    url: of the model, for errors.
+    dtype: of the parameters.
+    shardings: of the parameters, nested as they are; None for one device.
+      A parameter is whole in host memory, never on a device.
+
+  Raises:
+    UserError: if a tensor does not have the shape the config asks for.
+  """
+  shapes = transformer.param_shapes(config)
+
+  def load(source, block, shape):
+    name = source.tensor.format(block)
+    tensor = read(name)
+    try:
+      values = source.read(tensor)
+      fits = values.shape == shape
+    except ValueError:
+      fits = False
+    if not fits:
+      raise errors.UserError(
+        f'tensor {name} of {url} has shape {tensor.shape}, which does not give '
+        f'the {shape} that the config asks for: convert the model again'
+      )
+    return values
+
+  def whole(name, shape):
+    return np.asarray(load(sources[name], '', shape), jnp.dtype(dtype))
+
+  def stacked(name, shape):
+    values = np.empty(shape, jnp.dtype(dtype))
+    for block in range(config.n_layers):
+      values[block] = load(sources[f'blocks.{name}'], block, shape[1:])
+    return values
+
+  def place(values, sharding):
+    if sharding is None:
+      return jnp.array(values)
+    return jax.make_array_from_callback(
+      values.shape, sharding, lambda index: values[index]
+    )
+
+  shardings = shardings or {}
+  params = {
+    name: place(whole(name, shape), shardings.get(name))
+    for name, shape in shapes.items()
+    if name != 'blocks'
+  }
+  in_blocks = shardings.get('blocks', {})
+  params['blocks'] = {
+    name: place(stacked(name, shape), in_blocks.get(name))
+    for name, shape in shapes['blocks'].items()
+  }
+  return jax.block_until_ready(params)
+
+
+def check_all_used(
+  config: transformer.TransformerConfig,
+  sources: dict[str, Source],
+  names: set[str],
+  url: str,
+) -> None:
+  """Raises UserError where the family does not use a tensor of the file."""
+  used = {
+    source.tensor.format(block)
+    for source in sources.values()
+    for block in range(config.n_layers)
+  }
+  unknown = sorted(names - used)
+  if unknown:
+    raise errors.UserError(
+      f'{url} has {len(unknown)} tensors that the family does not use, '
+      f'as {unknown[0]}: its model is of another kind, use a plain one'
+    )

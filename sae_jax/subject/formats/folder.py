@@ -1,0 +1,178 @@
+"""Folders as transformers writes them: config.json, safetensors, tokenizer."""
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import hashlib
+import os
+import re
+import shutil
+import tempfile
+from typing import Any
+
+from etils import epath
+import numpy as np
+import safetensors
+
+from sae_jax import config as config_lib
+from sae_jax import errors
+from sae_jax.subject import transformer
+from sae_jax.subject.formats import assembly, families
+
+_INDEX = 'model.safetensors.index.json'
+_SINGLE = 'model.safetensors'
+_PREFIX = re.compile(r'(?:(?:model|language_model|transformer|gpt_neox)\.)+')
+# Masks and tables that older releases stored, and eyes.
+_UNUSED = re.compile(
+  r'.*\.(attn\.bias|(attn|attention)\.masked_bias|attention\.bias|inv_freq)'
+  r'|(vision_tower|multi_modal_projector)\..*'
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class SafetensorsFiles:
+  """Opened safetensors files of one model.
+
+  Attributes:
+    url: the folder.
+    tensors: name, without the prefix of the model's class -> its file and
+      its name there.
+    sha256: hex digest of the file, or of several: of the lines
+      '<digest>  <name>' in the order of the names, as sha256sum prints them.
+  """
+
+  url: str
+  tensors: dict[str, tuple[Any, str]]
+  sha256: str
+
+  def read(self, name: str) -> np.ndarray:
+    """A tensor's values.
+
+    Raises:
+      UserError: if there is no such tensor.
+    """
+    if name not in self.tensors:
+      raise errors.UserError(
+        f'{self.url} has no tensor {name} among its {len(self.tensors)}: '
+        'download or convert the model again'
+      )
+    file, stored = self.tensors[name]
+    return file.get_tensor(stored)
+
+
+def read_settings(url: str) -> dict[str, Any]:
+  """The parsed config.json of a folder.
+
+  Raises:
+    UserError: if it is not there, or not JSON.
+  """
+  path = epath.Path(url) / 'config.json'
+  if not path.is_file():
+    raise errors.UserError(
+      f'{url} has no config.json: give a folder with config.json, '
+      '*.safetensors and tokenizer.json'
+    )
+  return config_lib.read_json(path)
+
+
+@contextlib.contextmanager
+def open_files(url: str) -> Iterator[SafetensorsFiles]:
+  """Opens the safetensors files of a local or gs:// folder.
+
+  Remote files are copied to a temporary folder for as long as they are open.
+
+  Raises:
+    UserError: if they are not there, or not whole.
+  """
+  folder = epath.Path(url)
+  with contextlib.ExitStack() as stack:
+    local = None
+    if '://' in url:
+      local = stack.enter_context(tempfile.TemporaryDirectory())
+    tensors, digests = {}, []
+    for name in _filenames(url):
+      path = folder / name
+      if not path.is_file():
+        raise errors.UserError(
+          f'{url} has no {name}, which its index names: download it again'
+        )
+      if local is not None:
+        copied = os.path.join(local, name)
+        with path.open('rb') as source, open(copied, 'wb') as target:
+          shutil.copyfileobj(source, target, 1 << 24)
+      else:
+        copied = os.fspath(path)
+      file = stack.enter_context(_open(copied, f'{url}/{name}'))
+      with open(copied, 'rb') as data:
+        digests.append(hashlib.file_digest(data, 'sha256').hexdigest())
+      for stored in list(file.keys()):
+        tensors[_PREFIX.sub('', stored, count=1)] = (file, stored)
+    names = _filenames(url)
+    digest = digests[0]
+    if len(digests) > 1:
+      lines = ''.join(f'{d}  {n}\n' for d, n in zip(digests, names))
+      digest = hashlib.sha256(lines.encode()).hexdigest()
+    tensors = {k: v for k, v in tensors.items() if not _UNUSED.fullmatch(k)}
+    yield SafetensorsFiles(url, tensors, digest)
+
+
+def _filenames(url: str) -> list[str]:
+  """The files that hold the weights: by the index, or the single one."""
+  folder = epath.Path(url)
+  index = folder / _INDEX
+  if index.is_file():
+    return sorted(set(config_lib.read_json(index)['weight_map'].values()))
+  if (folder / _SINGLE).is_file():
+    return [_SINGLE]
+  found = sorted(path.name for path in folder.glob('*.safetensors'))
+  if len(found) != 1:
+    raise errors.UserError(
+      f'{url} has {len(found)} .safetensors files and no {_INDEX}: download '
+      'the whole model'
+    )
+  return found
+
+
+def _open(local: str, url: str):
+  try:
+    return safetensors.safe_open(local, framework='numpy')
+  except (safetensors.SafetensorError, OSError) as error:
+    raise errors.UserError(
+      f'{url} is not a whole safetensors file ({os.path.getsize(local)} bytes, '
+      f'{" ".join(str(error).split())}): download it again'
+    ) from error
+
+
+def load_params(
+  url: str, dtype: str = 'float32', shardings=None
+) -> tuple[transformer.TransformerConfig, transformer.Params, str]:
+  """Reads a model from a folder.
+
+  Args:
+    url: the folder, local or gs://.
+    dtype: of the parameters.
+    shardings: config -> shardings of the parameters; None for one device.
+
+  Returns:
+    The transformer's shape, its parameters and the digest of their files.
+
+  Raises:
+    UserError: if a file or tensor is missing, misshapen or unknown to the
+      family, or the family is not supported.
+  """
+  config, sources = families.transformer_config(read_settings(url))
+  with open_files(url) as files:
+    # A tied model may store the embedding under both names.
+    names = set(files.tensors)
+    if config.tied:
+      names -= {'lm_head.weight', 'embed_out.weight'}
+    assembly.check_all_used(config, sources, names, url)
+    params = assembly.assemble(
+      config,
+      sources,
+      files.read,
+      url,
+      dtype,
+      shardings(config) if shardings else None,
+    )
+    return config, params, files.sha256

@@ -1,0 +1,240 @@
+"""How GGUF files describe tokenizers.
+
+Source: the GGUF specification, github.com/ggml-org/ggml/blob/master/docs,
+what its converter writes, and the tokenizer.json of each family.
+"""
+
+import dataclasses
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from sae_jax import errors
+
+# tokenizer.ggml.token_type; 5 is a token that is never used.
+_NORMAL = 1
+_UNKNOWN = 2
+_CONTROL = 3
+_USER_DEFINED = 4
+_BYTE = 6
+
+# SentencePiece's sign for a space.
+_SPACE = '▁'
+
+# Parts of patterns; of the alternatives the first that matches counts.
+_CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
+_WORD = r'[^\r\n\p{L}\p{N}]?\p{L}+'
+_DIGIT = r'\p{N}'
+_UP_TO_3_DIGITS = r'\p{N}{1,3}'
+_SIGNS = r' ?[^\s\p{L}\p{N}]+[\r\n]*'
+_SIGNS_OR_PATH = r' ?[^\s\p{L}\p{N}]+[\r\n/]*'
+_BLANKS = r'\s*[\r\n]+|\s+(?!\S)|\s+'
+# A word ends before a capital.
+_UPPER = r'[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]'
+_LOWER = r'[\p{Ll}\p{Lm}\p{Lo}\p{M}]'
+_CASED_WORD = (
+  rf'[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+'
+  rf'|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*'
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Splitter:
+  """One `tokenizer.ggml.pre`: how text is cut before bytes are merged.
+
+  Attributes:
+    pattern: alternatives of a regular expression; none for GPT-2's, which
+      `tokenizers` has built in.
+    digits_alone: whether each digit is cut off before that.
+    composed: whether the text is normalised to NFC. Only the family's
+      tokenizer.json says so, no GGUF file does.
+    whole_first: whether a cut that is a token stays whole, whatever the
+      merges say.
+  """
+
+  pattern: tuple[str, ...] = ()
+  digits_alone: bool = False
+  composed: bool = False
+  whole_first: bool = False
+
+
+_SPLITTERS = {
+  'gpt-2': _Splitter(),
+  'smollm': _Splitter(digits_alone=True),
+  # Of GPT-NeoX. The converter knows tokenizers by what they make of one text,
+  # and this one was known as MPT's before OLMo's.
+  'olmo': _Splitter(composed=True),
+  'mpt': _Splitter(composed=True),
+  'llama-bpe': _Splitter(
+    (_CONTRACTION, _WORD, _UP_TO_3_DIGITS, _SIGNS, _BLANKS), whole_first=True
+  ),
+  'qwen2': _Splitter(
+    (_CONTRACTION, _WORD, _DIGIT, _SIGNS, _BLANKS), composed=True
+  ),
+  # Of Mistral's later models.
+  'tekken': _Splitter(
+    (_CASED_WORD, _DIGIT, _SIGNS_OR_PATH, _BLANKS), whole_first=True
+  ),
+}
+
+
+def build(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
+  """The tokenizer that a file's metadata describes.
+
+  It adds no token of its own, whatever `tokenizer.ggml.add_bos_token` says.
+
+  Args:
+    metadata: key -> value of the file.
+
+  Raises:
+    UserError: if it is neither byte-level BPE with a known pre-tokenizer nor
+      BPE of SentencePiece, or if a part of it is missing.
+  """
+  model = metadata.get('tokenizer.ggml.model')
+  splitter = metadata.get('tokenizer.ggml.pre')
+  if model == 'llama':
+    return _sentencepiece(metadata)
+  if model == 'gpt2' and splitter in _SPLITTERS:
+    return _byte_level(metadata, _SPLITTERS[splitter])
+  raise errors.UserError(
+    f'tokenizer {model!r} with pre-tokenizer {splitter!r} is not supported: '
+    f"use a GGUF file with 'gpt2' and one of {', '.join(_SPLITTERS)}, "
+    "or with 'llama'"
+  )
+
+
+def _byte_level(metadata, splitter) -> tokenizers.Tokenizer:
+  """Of GPT-2, GPT-NeoX, Llama 3 and Qwen."""
+  texts = _value(metadata, 'tokens')
+  result = tokenizers.Tokenizer(
+    models.BPE(
+      {text: i for i, text in enumerate(texts)},
+      _pairs(_value(metadata, 'merges')),
+      ignore_merges=splitter.whole_first,
+    )
+  )
+  if splitter.composed:
+    result.normalizer = normalizers.NFC()
+  stages = []
+  if splitter.digits_alone:
+    stages.append(pre_tokenizers.Digits(individual_digits=True))
+  if splitter.pattern:
+    pattern = tokenizers.Regex('|'.join(splitter.pattern))
+    stages.append(pre_tokenizers.Split(pattern, 'isolated'))
+  stages.append(
+    pre_tokenizers.ByteLevel(
+      add_prefix_space=False, use_regex=not splitter.pattern
+    )
+  )
+  result.pre_tokenizer = pre_tokenizers.Sequence(stages)
+  result.decoder = decoders.ByteLevel()
+  kinds = metadata.get('tokenizer.ggml.token_type', [])
+  _add(result, texts, kinds, normalized=False)
+  return result
+
+
+def _sentencepiece(metadata) -> tokenizers.Tokenizer:
+  """Of Llama 2, Mistral and Gemma."""
+  kinds = _value(metadata, 'token_type')
+  prefix = metadata.get('tokenizer.ggml.add_space_prefix', True)
+  # SentencePiece looks for users' tokens after spaces became '▁'. With a prefix
+  # `tokenizers` can't, as the token itself would get one: it looks before.
+  spelled = (_SPACE, ' ') if prefix else (' ', _SPACE)
+  texts = [
+    text.replace(*spelled) if kind == _USER_DEFINED else text
+    for text, kind in zip(_value(metadata, 'tokens'), kinds)
+  ]
+  # The converter may call it a control token.
+  unknown = metadata.get('tokenizer.ggml.unknown_token_id')
+  if unknown is None and _UNKNOWN in kinds:
+    unknown = kinds.index(_UNKNOWN)
+  merges = metadata.get('tokenizer.ggml.merges')
+  if merges:
+    merges = _pairs(merges)
+  else:
+    merges = _merges(texts, kinds, _value(metadata, 'scores'))
+  result = tokenizers.Tokenizer(
+    models.BPE(
+      {text: i for i, text in enumerate(texts)},
+      merges,
+      unk_token=None if unknown is None else texts[unknown],
+      fuse_unk=True,
+      byte_fallback=_BYTE in kinds,
+    )
+  )
+  spaces = normalizers.Replace(' ', _SPACE)
+  result.normalizer = (
+    normalizers.Sequence([normalizers.Prepend(_SPACE), spaces])
+    if prefix
+    else spaces
+  )
+  stages = [
+    decoders.Replace(_SPACE, ' '),
+    decoders.ByteFallback(),
+    decoders.Fuse(),
+  ]
+  if prefix:
+    stages.append(decoders.Strip(' ', 1, 0))
+  result.decoder = decoders.Sequence(stages)
+  _add(result, texts, kinds, normalized=not prefix)
+  return result
+
+
+def _merges(texts, kinds, scores) -> list[tuple[str, str]]:
+  """All pairs of pieces that make a piece, the best piece's first.
+
+  SentencePiece has no list of merges: it makes of any two neighbours the
+  piece with the best score, and the leftmost of equals. Runs of spaces have
+  equal scores in Llama 2, and grow from the left if longer left parts go
+  first.
+  """
+  # No other kind is made of pieces: a user's token is found before them.
+  score_of = {
+    text: score
+    for text, kind, score in zip(texts, kinds, scores)
+    if kind == _NORMAL
+  }
+  pairs = [
+    (-score, -cut, piece[:cut], piece[cut:])
+    for piece, score in score_of.items()
+    for cut in range(1, len(piece))
+    if piece[:cut] in score_of and piece[cut:] in score_of
+  ]
+  if len(pairs) > 1 and len({pair[0] for pair in pairs}) == 1:
+    raise errors.UserError(
+      'the GGUF file gives every piece of its tokenizer the same score: '
+      'convert the model again with its tokenizer.model'
+    )
+  # Pairs that are alike stay in the vocabulary's order.
+  pairs.sort(key=lambda pair: pair[:2])
+  return [pair[2:] for pair in pairs]
+
+
+def _add(result, texts, kinds, normalized) -> None:
+  """Tells a tokenizer which of its tokens are control and user's tokens."""
+  for group in ((_UNKNOWN, _CONTROL), (_USER_DEFINED,)):
+    special = _CONTROL in group
+    add = result.add_special_tokens if special else result.add_tokens
+    add(
+      [
+        tokenizers.AddedToken(
+          text, special=special, normalized=normalized and not special
+        )
+        for text, kind in zip(texts, kinds)
+        if kind in group
+      ]
+    )
+
+
+def _pairs(merges) -> list[tuple[str, str]]:
+  return [tuple(merge.split(' ')) for merge in merges]
+
+
+def _value(metadata, name) -> Any:
+  key = f'tokenizer.ggml.{name}'
+  if key not in metadata:
+    raise errors.UserError(
+      f'the GGUF file does not hold {key}: convert the model again'
+    )
+  return metadata[key]

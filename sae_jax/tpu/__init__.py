@@ -1,0 +1,1 @@
+"""Facts of TPU chips, and their compiler on machines without one."""

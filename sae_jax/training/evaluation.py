@@ -1,0 +1,95 @@
+"""Metrics of a state on held-out rows."""
+
+from collections.abc import Callable
+import functools
+
+import jax
+from jax.sharding import Mesh, PartitionSpec
+
+from sae_jax import mesh as mesh_lib
+from sae_jax import store
+from sae_jax.autoencoder import metrics
+from sae_jax.feed import rows
+from sae_jax.training import optimizer
+from sae_jax.training import state as state_lib
+from sae_jax.training.config import TrainConfig
+from sae_jax.training.state import TrainState
+
+
+def heldout(
+  config: TrainConfig, manifest: store.Manifest, mesh: Mesh
+) -> tuple[int, int, int]:
+  """First held-out row, where the scored ones end, and rows of a batch."""
+  first = manifest.n_rows - manifest.holdout_rows
+  last = min(manifest.n_rows, first + config.eval_rows)
+  size = min(config.batch_size, last - first)
+  return first, last, size - size % mesh.shape['data']
+
+
+def evaluate(
+  config: TrainConfig,
+  mesh: Mesh,
+  state: TrainState,
+  data: store.Store,
+  evaluation: Callable[[TrainState, jax.Array], metrics.Sums],
+) -> metrics.Metrics:
+  """Metrics on held-out rows, in whole batches.
+
+  Args:
+    config: the run.
+    mesh: where the state lies.
+    state: the state, after at least one step.
+    data: the store.
+    evaluation: from `make_evaluation`.
+  """
+  total = None
+  first, last, size = heldout(config, data.manifest, mesh)
+  for start in range(first, last - size + 1, size):
+    rows_BD = rows.read_rows(data, start, size, mesh)
+    total = metrics.add_sums(total, evaluation(state, rows_BD))
+  return metrics.summarise(total, float(state.mse_of_mean))
+
+
+def make_evaluation(
+  config: TrainConfig, mesh: Mesh, average: bool = True
+) -> Callable[[TrainState, jax.Array], metrics.Sums]:
+  """The jitted sums of one held-out batch.
+
+  Args:
+    config: the run.
+    mesh: where the state lies.
+    average: whether under the averaged weights or the last ones.
+  """
+  return _evaluation(config.sae, config.optimizer, mesh, average)
+
+
+@functools.lru_cache(maxsize=16)
+def _evaluation(sae_config, optimizer_config, mesh, average):
+  specs = mesh_lib.specs(state_lib.abstract_sae(sae_config))
+  none = PartitionSpec()
+  out = metrics.Sums(
+    tokens=none,
+    error=none,
+    x_D=none,
+    square_D=none,
+    cosine=none,
+    active=none,
+    fired_N=mesh_lib.RULES.spec('N'),
+  )
+  sums = jax.shard_map(
+    lambda sae, raw_BD: metrics.evaluate_batch(
+      sae_config, sae, raw_BD, data_axis='data', latent_axis='latent'
+    ),
+    mesh=mesh,
+    in_specs=(specs, mesh_lib.RULES.spec('BD')),
+    out_specs=out,
+  )
+
+  def evaluate(state: TrainState, raw_BD: jax.Array) -> metrics.Sums:
+    sae = state.sae
+    if average:
+      sae = optimizer.averaged(optimizer_config, sae, state.optimizer.ema)
+    return sums(sae, raw_BD)
+
+  # Whole on every process, so that each can read it.
+  return jax.jit(evaluate, out_shardings=mesh_lib.sharding(mesh, ''))

@@ -1,0 +1,170 @@
+"""Where a run's metrics are written: JSON lines and TensorBoard."""
+
+import io
+import json
+import math
+import os
+
+from absl import logging
+from etils import epath
+import tensorboardX
+from tensorboardX import record_writer
+
+from sae_jax.storage import files
+
+
+def _step_of(line: str) -> float:
+  """The step of a line; a line that is damaged is of no step that is kept."""
+  try:
+    return json.loads(line)['step']
+  except (ValueError, KeyError, TypeError):
+    return math.inf
+
+
+class _BucketEvents:
+  """TensorBoard's file in a bucket, put there whole at every flush.
+
+  tensorboardX's own writer uploads on condition of the object's generation.
+  When an answer is lost the upload is sent again and refused; that ends
+  tensorboardX's thread, and the run waits for it for ever.
+  """
+
+  def __init__(self, path: str):
+    self._path = path
+    self._buffer = io.BytesIO()
+
+  def write(self, data: bytes) -> None:
+    self._buffer.write(data)
+
+  def flush(self) -> None:
+    try:
+      files.write_bytes(self._path, self._buffer.getvalue())
+    except Exception as error:
+      # Retries are used up. These are copies of what metrics.jsonl has, and
+      # the next flush writes all of it again.
+      logging.warning('cannot write %s: %s', self._path, error)
+
+  def close(self) -> None:
+    self.flush()
+
+
+class _BucketEventsFactory:
+  open = staticmethod(_BucketEvents)
+
+  def directory_check(self, path: str) -> None:
+    """Objects need no folder."""
+
+
+class _LocalEvents:
+  """TensorBoard's file on a disk.
+
+  An error, as of a full disk, would end tensorboardX's thread, and the run
+  would wait for it for ever.
+  """
+
+  def __init__(self, path: str):
+    self._path = path.removeprefix(_LOCAL)
+    self._file = epath.Path(self._path).open('wb')
+    self._failed = False
+
+  def write(self, data: bytes) -> None:
+    self._guarded(self._file.write, data)
+
+  def flush(self) -> None:
+    self._guarded(self._file.flush)
+
+  def close(self) -> None:
+    self._guarded(self._file.close)
+
+  def _guarded(self, act, *args):
+    # A record behind a torn one could not be read.
+    if self._failed:
+      return
+    try:
+      act(*args)
+    except OSError as error:
+      self._failed = True
+      logging.warning(
+        'cannot write %s: %s: TensorBoard sees no more of this part of the '
+        'run, metrics.jsonl has it',
+        self._path,
+        error,
+      )
+
+
+class _LocalEventsFactory:
+  open = staticmethod(_LocalEvents)
+
+  def directory_check(self, path: str) -> None:
+    os.makedirs(path.removeprefix(_LOCAL), exist_ok=True)
+
+
+# tensorboardX asks a factory for paths of its prefix alone.
+_LOCAL = 'local:'
+record_writer.register_writer_factory('gs', _BucketEventsFactory())
+record_writer.register_writer_factory('local', _LocalEventsFactory())
+
+
+class Writer:
+  """Writes a run's metrics as JSON lines and for TensorBoard.
+
+  The lines depend on the run alone, not on the clock, so that a run that was
+  killed and resumed writes the same file as one that was not.
+  """
+
+  def __init__(self, workdir: str, step: int, active: bool = True):
+    """Opens the writer.
+
+    Args:
+      workdir: folder or gs:// URL; metrics.jsonl and tensorboard/ lie in it.
+      step: where the run goes on; what was written of later steps is dropped.
+      active: whether this process writes; one of a run does.
+    """
+    self._active = active
+    if not active:
+      return
+    self._path = epath.Path(workdir) / 'metrics.jsonl'
+    lines = self._path.read_text().splitlines() if self._path.exists() else []
+    self._lines = [line for line in lines if _step_of(line) <= step]
+    folder = str(epath.Path(workdir) / 'tensorboard')
+    self._board = tensorboardX.SummaryWriter(
+      folder if '://' in folder else _LOCAL + folder, purge_step=step + 1
+    )
+
+  def write(
+    self,
+    step: int,
+    values: dict[str, float],
+    board_only: dict[str, float] | None = None,
+    lists: dict[str, list[int]] | None = None,
+  ) -> None:
+    """Takes one step's values.
+
+    Args:
+      step: of the run.
+      values: one number each. What is not finite is null in the lines: JSON
+        has no NaN.
+      board_only: may depend on the clock.
+      lists: written to the lines alone, histograms say.
+    """
+    if not self._active:
+      return
+    row = {name: float(value) for name, value in values.items()}
+    plain = {n: v if math.isfinite(v) else None for n, v in row.items()}
+    self._lines.append(json.dumps({'step': step, **plain, **(lists or {})}))
+    for name, value in (row | (board_only or {})).items():
+      self._board.add_scalar(name, value, step)
+
+  def flush(self) -> None:
+    """Puts all lines on disk, whole."""
+    if not self._active:
+      return
+    text = ''.join(line + '\n' for line in self._lines)
+    files.write_text(self._path, text)
+    self._board.flush()
+
+  def close(self) -> None:
+    """Flushes and closes."""
+    self.flush()
+    if self._active:
+      self._board.close()

@@ -1,0 +1,297 @@
+"""Adam as the paper uses it: projected decoder gradients, unit rows, EMA."""
+
+import dataclasses
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import numpy as np
+import optax
+
+from sae_jax import autoencoder, errors
+from sae_jax import config as config_lib
+from sae_jax.ops import rows, scopes
+from sae_jax.ops.adam_rows import api as adam_rows_api
+
+# 2e-4 at 2^14 latents, and proportional to 1 / sqrt(n) elsewhere.
+_ANCHOR_RATE = 2e-4
+_ANCHOR_LATENTS = 2**14
+DECAYS = ('linear', 'cosine')
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig(config_lib.Config):
+  """Adam's settings (Gao et al. 2024, appendix A)."""
+
+  learning_rate: float = config_lib.option(
+    0.0,
+    'constant learning rate; 0 takes 2e-4 sqrt(2^14 / n_latents)',
+    least=0,
+  )
+  warmup_steps: int = config_lib.option(
+    0, 'steps over which the learning rate rises linearly from 0', least=0
+  )
+  decay_steps: int = config_lib.option(
+    0,
+    'steps at the end over which the learning rate falls to 0',
+    least=0,
+  )
+  decay: str = config_lib.option(
+    'linear', 'the way it falls: linear or cosine', DECAYS
+  )
+  clip_norm: float = config_lib.option(
+    0.0,
+    'gradients are scaled to at most this global norm; 0 for never',
+    least=0,
+  )
+  adam_b1: float = config_lib.option(
+    0.9, "decay of Adam's first moment", least=0, most=0.999999
+  )
+  adam_b2: float = config_lib.option(
+    0.999, "decay of Adam's second moment", least=0, most=0.999999
+  )
+  adam_eps: float = config_lib.option(6.25e-10, "Adam's epsilon", least=0)
+  ema_decay: float = config_lib.option(
+    0.999,
+    'decay of the moving average of the parameters',
+    least=1e-6,
+    most=0.999999,
+  )
+
+
+class OptimizerState(NamedTuple):
+  """Moments of Adam and the moving average of the parameters.
+
+  Attributes:
+    adam: optax's state: count, mu and nu shaped as the trained parameters.
+    ema: optax's state: count and the undebiased average, shaped likewise.
+  """
+
+  adam: optax.ScaleByAdamState
+  ema: optax.EmaState
+
+
+def peak_rate(config: OptimizerConfig, n_latents: int) -> float:
+  """The learning rate that is named, or 2e-4 sqrt(2^14 / n)."""
+  rule = _ANCHOR_RATE * math.sqrt(_ANCHOR_LATENTS / n_latents)
+  return config.learning_rate or rule
+
+
+def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
+  """The share of the peak rate at each step: warm-up, constant, decay.
+
+  Args:
+    config: names the lengths and the way of the decay.
+    steps: length of the run.
+
+  Raises:
+    UserError: if warm-up and decay are longer than the run.
+  """
+  if config.warmup_steps + config.decay_steps > steps:
+    raise errors.UserError(
+      f'warmup_steps {config.warmup_steps} + decay_steps {config.decay_steps} '
+      f'exceed the {steps} steps of the run: use fewer'
+    )
+  pieces, borders = [optax.constant_schedule(1.0)], []
+  if config.warmup_steps:
+    pieces.insert(
+      0,
+      optax.linear_schedule(
+        1 / config.warmup_steps, 1.0, max(1, config.warmup_steps - 1)
+      ),
+    )
+    borders.append(config.warmup_steps)
+  if config.decay_steps:
+    fall = {
+      'linear': lambda steps: optax.linear_schedule(1.0, 0.0, steps),
+      'cosine': lambda steps: optax.cosine_decay_schedule(1.0, steps),
+    }[config.decay]
+    pieces.append(fall(config.decay_steps))
+    borders.append(steps - config.decay_steps)
+  return optax.join_schedules(pieces, borders)
+
+
+def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
+  return optax.scale_by_adam(
+    b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_eps
+  )
+
+
+def _ema(config: OptimizerConfig) -> optax.GradientTransformation:
+  return optax.ema(config.ema_decay, debias=True)
+
+
+def init(config: OptimizerConfig, sae: autoencoder.Sae) -> OptimizerState:
+  """Zero moments and a zero average."""
+  params = autoencoder.trained(sae)
+  return OptimizerState(
+    adam=_adam(config).init(params), ema=_ema(config).init(params)
+  )
+
+
+@jax.named_scope(scopes.OPTIMIZER)
+def update(
+  config: OptimizerConfig,
+  sae: autoencoder.Sae,
+  state: OptimizerState,
+  grads: autoencoder.Sae,
+  rate: jax.Array,
+  *,
+  only_if: jax.Array | None = None,
+  implementation: str | None = None,
+  mesh: Mesh | None = None,
+) -> tuple[autoencoder.Sae, OptimizerState, jax.Array]:
+  """One step: project, clip, Adam, unit rows, moving average.
+
+  Args:
+    config: Adam's and the average's settings.
+    sae: parameters; decoder rows of unit norm.
+    state: the optimiser's state.
+    grads: gradients, shaped as `sae`.
+    rate: this step's learning rate.
+    only_if: a bool; unless it is true and the norm finite, parameters and state
+      come back as they are. None takes the step whatever the numbers.
+    implementation: 'pallas' for one pass over the decoder, see
+      `ops.adam_rows.api`; another, or None, for plain JAX.
+    mesh: that the latents are sharded over, None for one device; 'pallas' alone
+      asks.
+
+  Returns:
+    The new parameters, decoder rows of unit norm again, the new state, and
+    the global norm of the projected gradients before clipping.
+  """
+  if adam_rows_api.fused(implementation):
+    return _fused_update(config, sae, state, grads, rate, only_if, mesh)
+  gradients = autoencoder.trained(grads)
+  gradients['w_dec_ND'] = rows.project_rows(gradients['w_dec_ND'], sae.w_dec_ND)
+  norm = optax.tree.norm(gradients)
+  if config.clip_norm:
+    # A norm of 0 divides nothing: the quotient is inf and the least is 1.
+    scale = jnp.minimum(1, config.clip_norm / norm)
+    gradients = jax.tree.map(lambda g: scale * g, gradients)
+  params, adam = _adam_step(
+    config, autoencoder.trained(sae), state.adam, gradients, rate
+  )
+  params['w_dec_ND'] = rows.unit_rows(params['w_dec_ND'])
+  take = None if only_if is None else only_if & jnp.isfinite(norm)
+  params, state = _take(
+    config, take, params, adam, autoencoder.trained(sae), state
+  )
+  return sae.replace(**params), state, norm
+
+
+def _adam_step(config, params, adam, gradients, rate):
+  updates, adam = _adam(config).update(gradients, adam)
+  params = jax.tree.map(
+    lambda p, u: p - (rate * u).astype(p.dtype), params, updates
+  )
+  return params, adam
+
+
+def _take(config, take, params, adam, old_params, state):
+  """The new parameters and state, or if not `take` the old ones."""
+
+  def held(new, old):
+    if take is None:
+      return new
+    return jax.tree.map(lambda a, b: jnp.where(take, a, b), new, old)
+
+  # The average is one of parameters that are held already: those that are not
+  # have no other use then, and XLA needs no loop and no memory for them.
+  params, adam = held((params, adam), (old_params, state.adam))
+  _, ema = _ema(config).update(params, state.ema)
+  return params, OptimizerState(adam=adam, ema=held(ema, state.ema))
+
+
+def _fused_update(config, sae, state, grads, rate, only_if, mesh):
+  """`update` with one pass over the decoder; the rest goes as there."""
+  all_params, all_gradients = (
+    autoencoder.trained(sae),
+    autoencoder.trained(grads),
+  )
+  decoder = [
+    tree['w_dec_ND']
+    for tree in (
+      all_params,
+      state.adam.mu,
+      state.adam.nu,
+      state.ema.ema,
+      all_gradients,
+    )
+  ]
+  params, rest, gradients = _without_decoder((all_params, state, all_gradients))
+  how = {'implementation': 'pallas', 'mesh': mesh}
+
+  def global_norm(squares):
+    return jnp.sqrt(optax.tree.norm(gradients, squared=True) + squares)
+
+  scale, take = 1.0, None
+  if config.clip_norm or only_if is not None:
+    # What the step depends on is known before it overwrites anything.
+    norm = global_norm(
+      adam_rows_api.squared_norm(decoder[0], decoder[-1], **how)
+    )
+    if config.clip_norm:
+      scale = jnp.minimum(1, config.clip_norm / norm)
+    if only_if is not None:
+      take = only_if & jnp.isfinite(norm)
+  scaled = jax.tree.map(lambda g: scale * g, gradients)
+  new, adam = _adam_step(config, params, rest.adam, scaled, rate)
+  new, rest = _take(config, take, new, adam, params, rest)
+  *decoder, squares = adam_rows_api.adam_rows(
+    *decoder,
+    rate,
+    state.adam.count,
+    scale,
+    take,
+    b1=config.adam_b1,
+    b2=config.adam_b2,
+    eps=config.adam_eps,
+    ema_decay=config.ema_decay,
+    **how,
+  )
+  trees = (new, rest.adam.mu, rest.adam.nu, rest.ema.ema)
+  for tree, array in zip(trees, decoder):
+    tree['w_dec_ND'] = array
+  return sae.replace(**new), rest, global_norm(squares)
+
+
+def _without_decoder(tree):
+  """The tree with its dicts of parameters less the decoder."""
+
+  def rest(node):
+    if not isinstance(node, dict):
+      return node
+    return {name: a for name, a in node.items() if name != 'w_dec_ND'}
+
+  return jax.tree.map(rest, tree, is_leaf=lambda node: isinstance(node, dict))
+
+
+def averaged(
+  config: OptimizerConfig, sae: autoencoder.Sae, ema: optax.EmaState
+) -> autoencoder.Sae:
+  """The moving average, bias-corrected as Adam's moments are.
+
+  Args:
+    config: gives the decay.
+    sae: the current parameters; what is not trained is taken from them.
+    ema: the average's state; before the first step, or if all were skipped, the
+      average is the current parameters.
+  """
+  # optax keeps the decay in the parameters' precision and the weight of a
+  # new value, 1 - decay, in 64 bits. The weights' sum is taken of just those.
+  kept = float(np.asarray(config.ema_decay, jax.tree.leaves(ema.ema)[0].dtype))
+  count = ema.count.astype(jnp.result_type(float))
+  share = (1 - config.ema_decay) / (1 - kept)
+  seen = -share * jnp.expm1(count * math.log(kept))
+  some = ema.count > 0
+  seen = jnp.where(some, seen, 1)
+  return sae.replace(
+    **jax.tree.map(
+      lambda a, p: jnp.where(some, (a / seen).astype(a.dtype), p),
+      ema.ema,
+      autoencoder.trained(sae),
+    )
+  )

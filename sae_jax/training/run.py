@@ -1,0 +1,219 @@
+"""One autoencoder in training: its state and where it is written."""
+
+import collections
+import dataclasses
+import time
+from typing import Any
+
+from absl import logging
+import jax
+from jax.sharding import Mesh
+from orbax.checkpoint import v1 as ocp
+
+from sae_jax import checkpoint, errors, store
+from sae_jax.autoencoder import metrics
+from sae_jax.feed.batches import Batches
+from sae_jax.training import evaluation as evaluation_lib
+from sae_jax.training import log, optimizer
+from sae_jax.training import saver as saver_lib
+from sae_jax.training.config import TrainConfig
+from sae_jax.training.evaluation import make_evaluation
+from sae_jax.training.state import TrainState
+from sae_jax.training.step import make_step
+
+
+def _parts(state: TrainState) -> dict[str, Any]:
+  return {
+    'sae': state.sae,
+    'ema': state.optimizer.ema,
+    'adam': state.optimizer.adam,
+    'progress': {
+      'silent_N': state.silent_N,
+      'mse_of_mean': state.mse_of_mean,
+      'step': state.step,
+      'skipped': state.skipped,
+    },
+  }
+
+
+def restore(
+  checkpointer: ocp.training.Checkpointer, wanted: TrainState
+) -> TrainState:
+  """The latest state, in the shapes and shardings of `wanted`.
+
+  Raises:
+    UserError: if it is damaged.
+  """
+  parts = checkpoint.read(
+    checkpointer, checkpointer.latest.step, _parts(wanted)
+  )
+  return TrainState(
+    sae=parts['sae'],
+    optimizer=optimizer.OptimizerState(adam=parts['adam'], ema=parts['ema']),
+    **parts['progress'],
+  )
+
+
+class Run:
+  """One autoencoder in training: its state and where it is written.
+
+  Attributes:
+    done: steps done.
+    latest: values of the last step that were taken in.
+    reading: how its batches come, which is told with them.
+  """
+
+  def __init__(
+    self,
+    config: TrainConfig,
+    workdir: str,
+    mesh: Mesh,
+    state: TrainState,
+    data: store.Store,
+    batches: Batches,
+    saver: saver_lib.Saver,
+  ):
+    """Takes a state, which it gives away to its steps."""
+    self.config = config
+    self.workdir = workdir
+    self.state = state
+    self.done = self.first = int(state.step)
+    self._mesh = mesh
+    self._data = data
+    self._batches = batches
+    self._saver = saver
+    self._step = make_step(config, mesh)
+    self._about = {
+      'train_config': dataclasses.asdict(config),
+      'mse_of_mean': float(state.mse_of_mean),
+      'dataset': data.about,
+      'metric_definitions': metrics.METRIC_DEFINITIONS,
+    }
+    self._writer = log.Writer(
+      workdir, self.done, active=jax.process_index() == 0
+    )
+    self._pending = collections.deque()
+    self._saved = self.done
+    self._began = time.monotonic()
+    self.latest = {}
+    self.reading = {}
+
+  @property
+  def finished(self) -> bool:
+    """Whether all its steps are done."""
+    return self.done >= self.config.steps
+
+  def advance(self, batch_BD: jax.Array) -> None:
+    """Dispatches a step, then takes in the values of the one before."""
+    debug = jax.config.jax_debug_nans
+    # A transfer nobody meant would make the device wait for the host; a step
+    # that is run again by operations, to find a NaN, makes many. JAX forgets
+    # to look for NaNs after it has traced, unless the thread asks for it.
+    with (
+      jax.transfer_guard('allow' if debug else 'disallow'),
+      jax.debug_nans(debug),
+    ):
+      self.state, values = self._step(self.state, batch_BD)
+    self.done += 1
+    self._pending.append((self.done, values))
+    self._take(1)
+
+  def due(self) -> None:
+    """Evaluates and saves where the config asks for it after this step."""
+    if self._falls_on(self.config.eval_every):
+      self._score()
+    if self._falls_on(self.config.checkpoint_every):
+      self.save()
+
+  def _falls_on(self, every: int) -> bool:
+    return self.finished or bool(every and self.done % every == 0)
+
+  def save(self) -> None:
+    """Saves the state, unless this step's is saved."""
+    if self._saved == self.done:
+      return
+    self._take(0)
+    self._cursor = self._batches.cursor(self.done)
+    self._saver.save(self.done, self._begin_save)
+    self._saved = self.done
+
+  def finish(self) -> None:
+    """Waits until the last state that was saved is there.
+
+    Raises:
+      UserError: if it cannot be written.
+    """
+    self._saver.finish(self.done, self._begin_save)
+
+  def _begin_save(self, checkpointer: ocp.training.Checkpointer):
+    # The log must not lag behind what resume starts from.
+    self._writer.flush()
+    return checkpointer.save_checkpointables_async(
+      self.done,
+      _parts(self.state),
+      force=True,
+      custom_metadata=self._about | {'feed': self._cursor},
+    )
+
+  def close(self) -> None:
+    """Closes its log."""
+    try:
+      self._writer.close()
+    except Exception as error:
+      # What is saved has its log; why the run ends matters more.
+      logging.warning(
+        'cannot write the log of %s: %s',
+        self.workdir,
+        errors.reason(error),
+      )
+
+  def _score(self) -> None:
+    self._take(0)
+    rows = {}
+    for prefix, average in (('heldout', True), ('heldout_last', False)):
+      evaluation = make_evaluation(self.config, self._mesh, average)
+      found = evaluation_lib.evaluate(
+        self.config, self._mesh, self.state, self._data, evaluation
+      )
+      rows |= {f'{prefix}_{n}': v for n, v in found.scalars().items()}
+      if average:
+        density = metrics.density_record(found.density_N)
+    self._writer.write(
+      self.done, rows, lists={'heldout_log10_density': density['latents']}
+    )
+
+  def _take(self, keep: int) -> None:
+    """Takes in the values of all but the latest steps."""
+    while len(self._pending) > keep:
+      done, values = self._pending.popleft()
+      values = {n: v.item() for n, v in jax.device_get(values).items()}
+      if not values.pop('finite'):
+        self._not_finite(done, values)
+      self.latest = values
+      if done % self.config.log_every == 0 or done == self.config.steps:
+        seconds = time.monotonic() - self._began
+        speed = (done - self.first) * self.config.batch_size / seconds
+        told = {'tokens_per_s': speed} | self.reading
+        self._writer.write(done, values, told)
+
+  def _not_finite(self, done: int, values: dict[str, float]) -> None:
+    """Raises, or says which step was skipped, and what its batch is."""
+    which = self._batches.describe(done - 1)
+    said = (
+      f'loss {values["loss"]:.6g}, gradient norm {values["grad_norm"]:.6g} at '
+      f'step {done} of {self.workdir} (batch {done - 1} of order_seed '
+      f'{self.config.order_seed}: {which})'
+    )
+    if self.config.on_nonfinite == 'skip':
+      logging.warning('%s: skipped', said)
+      return
+    latest = self._saver.latest()
+    good = (
+      f'the checkpoint of step {latest} is good'
+      if latest
+      else 'there is no checkpoint yet'
+    )
+    raise FloatingPointError(
+      f'{said}: {good}; lower the learning rate, mend the store, or go on with '
+      '--on_nonfinite=skip'
+    )

@@ -1,0 +1,116 @@
+"""What a training step reads and writes, made on a mesh."""
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
+import numpy as np
+
+from sae_jax import autoencoder, errors
+from sae_jax import mesh as mesh_lib
+from sae_jax.training import optimizer as optimizer_lib
+from sae_jax.training.config import TrainConfig
+from sae_jax.training.optimizer import OptimizerState
+
+
+@flax.struct.dataclass
+class TrainState:
+  """Everything a step reads and writes.
+
+  Attributes:
+    sae: parameters.
+    optimizer: moments and moving average.
+    silent_N: tokens since each latent last fired, over the global batch.
+    mse_of_mean: the constant that NMSE divides by.
+    step: steps done.
+    skipped: those of them that were skipped, not being finite.
+  """
+
+  sae: autoencoder.Sae
+  optimizer: OptimizerState
+  silent_N: jax.Array
+  mse_of_mean: jax.Array
+  step: jax.Array
+  skipped: jax.Array
+
+
+def abstract_sae(config: autoencoder.SaeConfig) -> autoencoder.Sae:
+  return jax.eval_shape(
+    lambda: autoencoder.init_weights(config, jax.random.key(0))
+  )
+
+
+def init_state(
+  config: TrainConfig, mesh: Mesh, sample_BD: np.ndarray
+) -> TrainState:
+  """A fresh state, made shard by shard on the mesh.
+
+  Args:
+    config: the run.
+    mesh: where the state lies; its values do not depend on it.
+    sample_BD: raw activations from the start of the run.
+
+  Raises:
+    UserError: if they are all equal, or not finite.
+  """
+  sae_config = config.sae
+
+  def weights(key):
+    return autoencoder.init_weights(sae_config, key)
+
+  sae_shapes = abstract_sae(sae_config)
+  sae = jax.jit(weights, out_shardings=mesh_lib.shardings(sae_shapes, mesh))(
+    jax.random.key(config.seed)
+  )
+  specs = mesh_lib.specs(sae_shapes)
+  fit = jax.shard_map(
+    lambda sae, sample_BD: autoencoder.fit_inputs(
+      sae_config, sae, sample_BD, axis='latent'
+    ),
+    mesh=mesh,
+    in_specs=(specs, PartitionSpec()),
+    out_specs=(specs, PartitionSpec()),
+  )
+
+  def build(sae, sample_BD):
+    sae, mse_of_mean = fit(sae, sample_BD)
+    return TrainState(
+      sae=sae,
+      optimizer=optimizer_lib.init(config.optimizer, sae),
+      silent_N=jnp.zeros((sae_config.n_latents,), jnp.int32),
+      mse_of_mean=mse_of_mean,
+      step=jnp.zeros((), jnp.int32),
+      skipped=jnp.zeros((), jnp.int32),
+    )
+
+  out = mesh_lib.shardings(jax.eval_shape(build, sae, sample_BD), mesh)
+  state = jax.jit(build, out_shardings=out)(sae, sample_BD)
+  if not float(state.mse_of_mean) > 0:
+    raise errors.UserError(
+      f'the variance of the first {len(sample_BD)} rows is '
+      f'{float(state.mse_of_mean):g}: there is nothing to learn, or they are '
+      'not finite; use another store'
+    )
+  return state
+
+
+def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
+  """Shapes, dtypes and shardings of a state, without making one."""
+
+  def build():
+    sae = autoencoder.init_weights(config.sae, jax.random.key(0))
+    return TrainState(
+      sae=sae,
+      optimizer=optimizer_lib.init(config.optimizer, sae),
+      silent_N=jnp.zeros((config.sae.n_latents,), jnp.int32),
+      mse_of_mean=jnp.zeros((), jnp.float32),
+      step=jnp.zeros((), jnp.int32),
+      skipped=jnp.zeros((), jnp.int32),
+    )
+
+  shapes = jax.eval_shape(build)
+  return jax.tree.map(
+    lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s),
+    shapes,
+    mesh_lib.shardings(shapes, mesh),
+  )

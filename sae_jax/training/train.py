@@ -1,0 +1,214 @@
+"""Training: from a store and a config to a finished run, or its next part."""
+
+from collections.abc import Mapping, Sequence
+import contextlib
+import dataclasses
+import itertools
+from typing import Any
+
+from absl import logging
+from etils import epath
+import jax
+from jax.sharding import Mesh
+
+from sae_jax import config as config_lib
+from sae_jax import errors, store
+from sae_jax import mesh as mesh_lib
+from sae_jax.feed import batches as batches_lib
+from sae_jax.feed import from_store, from_text
+from sae_jax.storage import files
+from sae_jax.training import evaluation, loop, resume
+from sae_jax.training import run as run_lib
+from sae_jax.training import saver as saver_lib
+from sae_jax.training.config import TrainConfig
+from sae_jax.training.state import TrainState
+
+# What runs from one reading have in common.
+_SHARED = (
+  'site',
+  'store_version',
+  'stream',
+  'batch_size',
+  'order_seed',
+  'window_chunks',
+  'lanes',
+  'mesh_data',
+  'mesh_latent',
+)
+
+
+def check(config: TrainConfig, manifest: store.Manifest, mesh: Mesh) -> None:
+  """Raises UserError where config, store and mesh do not fit each other."""
+  if config.sae.d_model != manifest.d_model:
+    raise errors.UserError(
+      f'd_model {config.sae.d_model} is not the width {manifest.d_model} of '
+      f'the store: use --d_model={manifest.d_model}, or 0 to take the '
+      "store's"
+    )
+  parts = mesh.shape['data'] * config.micro_batches
+  if config.batch_size % parts:
+    raise errors.UserError(
+      f'batch_size {config.batch_size} must be a multiple of the data axis '
+      f'({mesh.shape["data"]}) times micro_batches ({config.micro_batches}): '
+      f'use {-(-config.batch_size // parts) * parts}'
+    )
+  mesh_lib.check_divides('n_latents', config.sae.n_latents, mesh, 'latent')
+  if evaluation.heldout(config, manifest, mesh)[2] < 2:
+    raise errors.UserError(
+      f'the store holds {manifest.holdout_rows} rows out, an evaluation needs '
+      f'{max(2, mesh.shape["data"])}: harvest with a larger holdout_fraction'
+    )
+
+
+def resolve(config: TrainConfig, manifest: store.Manifest) -> TrainConfig:
+  """The config with what it leaves to the store: d_model where it is 0."""
+  d_model = config.sae.d_model or manifest.d_model
+  return dataclasses.replace(
+    config, sae=dataclasses.replace(config.sae, d_model=d_model)
+  )
+
+
+def sweep(
+  config: TrainConfig, workdir: str, **values: Sequence[Any]
+) -> dict[str, TrainConfig]:
+  """Runs for every combination of some fields' values.
+
+  Args:
+    config: what they have in common.
+    workdir: local path or gs:// URL; each run gets a folder in it that is
+      named after its values.
+    **values: of fields of the config, nested ones included.
+
+  Returns:
+    The configs by workdir, for `train_many`.
+
+  Raises:
+    UserError: if there is no such field.
+  """
+  base = config_lib.flat(config)
+  unknown = sorted(set(values) - set(base))
+  if unknown:
+    raise errors.UserError(
+      f'a run has no field {", ".join(unknown)} to sweep: '
+      f'use some of {", ".join(sorted(base))}'
+    )
+  found = {}
+  for chosen in itertools.product(*values.values()):
+    some = dict(zip(values, chosen))
+    name = '_'.join(f'{field}={value}' for field, value in some.items())
+    path = str(epath.Path(workdir) / name) if name else workdir
+    found[path] = config_lib.from_flat(TrainConfig, base | some)
+  return found
+
+
+def train(config: TrainConfig, store_url: str, workdir: str) -> TrainState:
+  """Trains an autoencoder, or goes on where a run of the same config stopped.
+
+  The workdir gets config.json, metrics.jsonl, tensorboard/ and checkpoints/.
+  On SIGTERM the run is saved and this returns before the last step.
+
+  Where it runs, what it tells and how often it is saved may change between a
+  run and its resumption, and so may the number of steps if the rate does not
+  decay; nothing else.
+
+  Args:
+    config: the run.
+    store_url: a finished activation store, local path or gs:// URL.
+    workdir: local path or gs:// URL; one run each.
+
+  Returns:
+    The final state, on the mesh.
+
+  Raises:
+    UserError: if config, store, mesh and workdir do not fit, or the latest
+      checkpoint is damaged.
+    FloatingPointError: if a loss or gradient is not finite.
+  """
+  return train_many({workdir: config}, store_url)[workdir]
+
+
+def train_many(
+  configs: Mapping[str, TrainConfig], store_url: str
+) -> dict[str, TrainState]:
+  """Trains many autoencoders, in turn on each batch of one reading.
+
+  Each is what `train` makes of its config alone, to the bit, and its workdir
+  can be resumed alone. All states are in memory at once. Runs that differ in
+  seed and learning rate alone share one compiled step.
+
+  Args:
+    configs: by workdir; batch size, order and mesh are the same in all.
+    store_url: see `train`.
+
+  Returns:
+    The final states by workdir.
+
+  Raises:
+    UserError: see `train`; also where runs do not go together.
+    FloatingPointError: see `train`.
+  """
+  first = next(iter(configs.values()))
+  for name in _SHARED:
+    found = {getattr(config, name) for config in configs.values()}
+    if len(found) > 1:
+      raise errors.UserError(
+        f'{name} differs between runs on the same batches '
+        f'({", ".join(map(str, sorted(found)))}): train those apart'
+      )
+  data = store.open_store(store_url, first.site, first.store_version or None)
+  configs = {w: resolve(c, data.manifest) for w, c in configs.items()}
+  first = next(iter(configs.values()))
+  mesh = mesh_lib.make_mesh(first.mesh_data, first.mesh_latent)
+  for config in configs.values():
+    check(config, data.manifest, mesh)
+  with contextlib.ExitStack() as stack:
+    states, unfinished = {}, []
+    for workdir, config in configs.items():
+      mesh_lib.log_devices(workdir)
+      resume.claim_workdir(workdir, stack)
+      saver = stack.enter_context(
+        saver_lib.Saver(workdir, config.checkpoint_keep)
+      )
+      state, cursor = resume.first_state(
+        config, workdir, mesh, data, saver.checkpointer
+      )
+      if int(state.step) >= config.steps:
+        logging.info('%s is finished: step %d', workdir, int(state.step))
+        states[workdir] = state
+        continue
+      unfinished.append((workdir, config, state, cursor, saver))
+    if unfinished:
+      # Where the one begins that has done the least.
+      _, _, _, cursor, _ = min(unfinished, key=lambda run: int(run[2].step))
+      batches = _batches(first, data, mesh, cursor)
+      runs = []
+      for workdir, config, state, _, saver in unfinished:
+        if jax.process_index() == 0:
+          files.write_text(
+            epath.Path(workdir) / 'config.json', config_lib.to_json(config)
+          )
+        run = run_lib.Run(config, workdir, mesh, state, data, batches, saver)
+        stack.callback(run.close)
+        runs.append(run)
+      loop.run_all(runs, batches)
+      states |= {run.workdir: run.state for run in runs}
+  return {workdir: states[workdir] for workdir in configs}
+
+
+def _batches(config, data, mesh, cursor) -> batches_lib.Batches:
+  """What runs of this config are trained on."""
+  if config.stream:
+    return from_text.TextFeed(
+      data,
+      config.batch_size,
+      config.order_seed,
+      config.window_chunks,
+      mesh,
+      cursor,
+      workers=config.tokenizer_workers,
+    )
+  lanes = config.lanes or from_store.lanes_for(data, config.batch_size)
+  order = from_store.train_order(
+    data, config.order_seed, config.window_chunks, lanes
+  )
+  return from_store.StoreFeed(data, order, config.batch_size, mesh)
