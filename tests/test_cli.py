@@ -276,8 +276,8 @@ def restarted(*arguments, tunables=None):
 RESTART = """
 import os, sys
 print('began', flush=True)
-from sae_jax import memory
-memory.use_huge_pages()
+from sae_jax.cli import huge_pages
+huge_pages.use_huge_pages()
 print(os.environ.get('GLIBC_TUNABLES'), sys.argv[1:], sys.flags.optimize)
 sys.exit(7)
 """

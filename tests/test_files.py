@@ -60,8 +60,8 @@ def test_a_claimed_folder_is_refused_until_it_is_let_go(tmp_path):
 
 def test_a_claim_dies_with_its_process(tmp_path):
   code = (
-    'import sys, time; from sae_jax import files\n'
-    'with files.claim(sys.argv[1]):\n'
+    'import sys, time; from sae_jax.storage import claim\n'
+    'with claim.claim(sys.argv[1]):\n'
     '  print("claimed", flush=True); time.sleep(600)'
   )
   holder = subprocess.Popen(

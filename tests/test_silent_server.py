@@ -15,7 +15,7 @@ _SECONDS = 4
 _CODE = """
 import threading, time
 import sae_jax
-from sae_jax.activations import layout
+from sae_jax.store import layout
 read = lambda: layout.read_manifest('gs://bucket/store')
 threading.Thread(target=read, daemon=True).start()
 time.sleep(float({seconds}))

@@ -333,10 +333,10 @@ def test_a_process_that_is_killed_is_one_line():
 
 _PARENT = """
 import itertools, os, pathlib, sys, time
-from sae_jax.activations import tokenized
+from sae_jax.text import contexts
 from tests import test_tokenized
 # The long ones take seconds.
-stream = tokenized.contexts(
+stream = contexts.contexts(
   test_tokenized.documents([10] * 64 + [3_000_000] * int(sys.argv[1])),
   test_tokenized.byte_tokenizer(), context_length=4, workers=2)
 next(stream)
