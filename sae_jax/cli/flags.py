@@ -1,6 +1,7 @@
 """Config dataclasses as absl flags, and the frame of every binary."""
 
 from collections.abc import Callable
+import decimal
 import json
 import logging as python_logging
 import os
@@ -33,7 +34,7 @@ def define(kind: type) -> None:
     elif isinstance(field.default, bool):
       flag = flags.DEFINE_bool(field.name, field.default, text)
     elif isinstance(field.default, int):
-      flag = flags.DEFINE_integer(field.name, field.default, text)
+      flag = define_integer(field.name, field.default, text)
     elif isinstance(field.default, float):
       flag = flags.DEFINE_float(field.name, field.default, text)
     elif isinstance(field.default, tuple):
@@ -41,6 +42,37 @@ def define(kind: type) -> None:
     else:
       flag = flags.DEFINE_string(field.name, field.default, text)
     show(flag)
+
+
+class _IntegerParser(flags.IntegerParser):
+  """Reads 131072, 1_000_000 and 10e9 alike, exactly, and no fraction."""
+
+  def convert(self, argument: int | str) -> int:
+    if not isinstance(argument, str):
+      return super().convert(argument)
+    try:
+      value = decimal.Decimal(argument)
+    except decimal.InvalidOperation:
+      value = decimal.Decimal('nan')
+    if not value.is_finite() or value != value.to_integral_value():
+      raise ValueError(
+        f'{argument!r} is not an integer: write 131072, 1_000_000 or 10e9'
+      )
+    # Before int(), to which 1e999999999 is a billion digits.
+    if not -(2**63) <= value < 2**63:
+      raise ValueError(f'{argument!r} does not fit into 64 bits')
+    return int(value)
+
+
+def define_integer(name: str, default: int, text: str) -> flags.FlagHolder[int]:
+  """Defines a flag for an exact integer, as 131072, 1_000_000 or 10e9."""
+  return flags.DEFINE(
+    _IntegerParser(),
+    name,
+    default,
+    text,
+    serializer=flags.ArgumentSerializer(),
+  )
 
 
 def define_url(name: str, text: str) -> None:

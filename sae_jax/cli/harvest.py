@@ -13,10 +13,10 @@ def define() -> None:
   """Defines this binary's flags."""
   flags.define(HarvestConfig)
   flags.define_url('store', 'where the activations are written')
-  absl_flags.DEFINE_integer(
+  flags.define_integer(
     'process_index', 0, 'which of the processes that make this store it is'
   )
-  absl_flags.DEFINE_integer(
+  flags.define_integer(
     'process_count', 1, 'how many there are, each of which makes its shards'
   )
   absl_flags.DEFINE_bool(

@@ -25,7 +25,7 @@ def define() -> None:
     absl_flags.DEFINE_alias(short, name)
   for flag in (
     absl_flags.DEFINE_string('topology', '', 'a slice, such as v6e:16x16'),
-    absl_flags.DEFINE_integer('num_slices', 1, 'slices of that topology'),
+    flags.define_integer('num_slices', 1, 'slices of that topology'),
     absl_flags.DEFINE_string(
       'mesh',
       '',
@@ -41,13 +41,13 @@ def define() -> None:
     absl_flags.DEFINE_enum(
       'dead', 'few', DEAD, "the dead latents that AuxK's work is taken for"
     ),
-    absl_flags.DEFINE_integer(
+    flags.define_integer(
       'compiles',
       2,
       'splits that are compiled, at most, the most promising first; and '
       'changes that are, where a run does not fit',
     ),
-    absl_flags.DEFINE_integer('tokens', 0, 'of the whole run, for its hours'),
+    flags.define_integer('tokens', 0, 'of the whole run, for its hours'),
     absl_flags.DEFINE_float(
       'price_per_chip_hour', 0.0, 'for the cost of all tokens'
     ),

@@ -43,12 +43,10 @@ def _define_processes() -> None:
     )
   )
   flags.show(
-    absl_flags.DEFINE_integer(
-      'num_processes', 0, 'with --coordinator=host:port'
-    )
+    flags.define_integer('num_processes', 0, 'with --coordinator=host:port')
   )
   flags.show(
-    absl_flags.DEFINE_integer('process_id', -1, 'with --coordinator=host:port')
+    flags.define_integer('process_id', -1, 'with --coordinator=host:port')
   )
 
 
