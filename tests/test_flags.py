@@ -3,12 +3,16 @@
 from absl import flags as absl_flags
 import pytest
 
-from sae_jax.cli import flags, harvest, plan, train
+from sae_jax import config
+from sae_jax.activations.harvest import HarvestConfig
+from sae_jax.browser.index import BrowseConfig
+from sae_jax.cli import flags
+from sae_jax.probing.report import ProbeConfig
+from sae_jax.train_config import TrainConfig
 from tests import binaries
 
 pytestmark = pytest.mark.fast
 
-BINARIES = {'sae-harvest': harvest, 'sae-plan': plan, 'sae-train': train}
 REQUIRED = ['--store=s', '--workdir=w']
 
 
@@ -66,20 +70,19 @@ def test_what_is_no_integer_is_refused(text, part):
     assert len(str(error.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize('name', BINARIES)
-def test_every_integer_of_the_binaries_takes_an_exponent(name):
-  with binaries.defined(BINARIES[name].define) as values:
-    integers = [
-      flag
-      for flag in values
-      if values[flag].flag_type() == 'int'
-      and values.find_module_defining_flag(flag).startswith('sae_jax')
-    ]
-    assert {
-      'sae-harvest': {'n_tokens', 'process_index', 'process_count'},
-      'sae-plan': {'tokens', 'num_slices', 'compiles', 'batch_size'},
-      'sae-train': {'steps', 'num_processes', 'process_id'},
-    }[name] <= set(integers)
+@pytest.mark.parametrize(
+  ('name', 'some'),
+  [
+    ('sae-harvest', {'n_tokens', 'process_index', 'process_count'}),
+    ('sae-plan', {'tokens', 'num_slices', 'compiles', 'batch_size'}),
+    ('sae-train', {'steps', 'num_processes', 'process_id'}),
+  ],
+)
+def test_every_integer_of_the_binaries_takes_an_exponent(name, some):
+  ours = binaries.flags_of(name)
+  with binaries.defined(binaries.MODULES[name].define) as values:
+    integers = [flag for flag in ours if values[flag].flag_type() == 'int']
+    assert some <= set(integers)
     for flag in integers:
       assert parse(values, f'--{flag}=1e3')[flag].value == 1000
 
@@ -96,9 +99,43 @@ def test_absl_takes_no_exponent():
 
 
 def test_bounds_of_a_field_hold_for_every_spelling():
-  with binaries.defined(train.define) as values:
+  with binaries.defined(binaries.MODULES['sae-train'].define) as values:
     parse(values, '--seed=3e9')
     with pytest.raises(ValueError, match='seed 3000000000 must be 2147483647'):
-      flags.read(train.TrainConfig)
+      flags.read(TrainConfig)
     parse(values, '--seed=2e9')
-    assert flags.read(train.TrainConfig).seed == 2 * 10**9
+    assert flags.read(TrainConfig).seed == 2 * 10**9
+
+
+@pytest.mark.parametrize(
+  ('name', 'kind'),
+  [
+    ('sae-harvest', HarvestConfig),
+    ('sae-train', TrainConfig),
+    ('sae-probe', ProbeConfig),
+    ('sae-browse', BrowseConfig),
+    ('sae-plan', TrainConfig),
+  ],
+)
+def test_every_field_of_a_config_is_a_flag(name, kind):
+  ours = binaries.flags_of(name)
+  for field in config.leaves(kind):
+    # Of an enum the help begins with its values.
+    assert ours[field.name].endswith(field.metadata['help'])
+
+
+@pytest.mark.parametrize('name', binaries.MODULES)
+def test_help_lists_every_flag_whichever_module_defines_it(name):
+  expected = binaries.flags_of(name)
+  with binaries.defined(binaries.MODULES[name].define) as values:
+    # Control: what absl lists where the main module is another.
+    assert binaries.missing_in_help(values.main_module_help(), expected)
+    assert not binaries.missing_in_help(flags.help_text(), expected)
+
+
+def test_help_lists_no_flag_of_a_library():
+  with binaries.defined(lambda: flags.define_integer('many', 7, 'of it')):
+    listed = flags.help_text()
+  assert '--many: of it' in listed
+  assert '--verbosity' in absl_flags.FLAGS.get_help()
+  assert '--verbosity' not in listed

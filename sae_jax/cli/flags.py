@@ -30,18 +30,17 @@ def define(kind: type) -> None:
     text = field.metadata['help']
     choices = field.metadata.get('choices')
     if choices:
-      flag = flags.DEFINE_enum(field.name, field.default, choices, text)
+      flags.DEFINE_enum(field.name, field.default, choices, text)
     elif isinstance(field.default, bool):
-      flag = flags.DEFINE_bool(field.name, field.default, text)
+      flags.DEFINE_bool(field.name, field.default, text)
     elif isinstance(field.default, int):
-      flag = define_integer(field.name, field.default, text)
+      define_integer(field.name, field.default, text)
     elif isinstance(field.default, float):
-      flag = flags.DEFINE_float(field.name, field.default, text)
+      flags.DEFINE_float(field.name, field.default, text)
     elif isinstance(field.default, tuple):
-      flag = flags.DEFINE_list(field.name, list(field.default), text)
+      flags.DEFINE_list(field.name, list(field.default), text)
     else:
-      flag = flags.DEFINE_string(field.name, field.default, text)
-    show(flag)
+      flags.DEFINE_string(field.name, field.default, text)
 
 
 class _IntegerParser(flags.IntegerParser):
@@ -64,9 +63,9 @@ class _IntegerParser(flags.IntegerParser):
     return int(value)
 
 
-def define_integer(name: str, default: int, text: str) -> flags.FlagHolder[int]:
+def define_integer(name: str, default: int, text: str) -> None:
   """Defines a flag for an exact integer, as 131072, 1_000_000 or 10e9."""
-  return flags.DEFINE(
+  flags.DEFINE(
     _IntegerParser(),
     name,
     default,
@@ -78,19 +77,34 @@ def define_integer(name: str, default: int, text: str) -> flags.FlagHolder[int]:
 def define_url(name: str, text: str) -> None:
   """Defines a required flag for a local path or gs:// URL."""
   _urls.append(name)
-  show(
-    flags.DEFINE_string(
-      name, None, f'{text}, a local path or gs:// URL', required=True
-    )
+  flags.DEFINE_string(
+    name, None, f'{text}, a local path or gs:// URL', required=True
   )
 
 
-def show(flag: flags.FlagHolder) -> None:
-  """Makes --help list the flag, whichever module defined it."""
-  flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[flag.name])
+def define_processes() -> None:
+  """Defines the flags of a run on many hosts, for `mesh.start_processes`."""
+  flags.DEFINE_string(
+    'coordinator',
+    '',
+    "of a run on many hosts: 'auto' on a TPU slice, or the first process's "
+    'host:port',
+  )
+  define_integer('num_processes', 0, 'with --coordinator=host:port')
+  define_integer('process_id', -1, 'with --coordinator=host:port')
 
 
-show(flags.DEFINE_bool('debug', False, 'show the traceback of an error'))
+def help_text() -> str:
+  """All flags of this program with their help; not those of libraries."""
+  values, program = flags.FLAGS, sys.argv[0]
+  for module, found in values.flags_by_module_dict().items():
+    if module.partition('.')[0] == __name__.partition('.')[0]:
+      for flag in found:
+        values.register_key_flag_for_module(program, flag)
+  return values.main_module_help()
+
+
+flags.DEFINE_bool('debug', False, 'show the traceback of an error')
 
 
 def read(kind: type[_Config]) -> _Config:
@@ -138,9 +152,9 @@ def run(main: Callable[[], Any], description: str) -> None:
   huge_pages.use_huge_pages()
 
   def parse(argv: list[str]) -> list[str]:
-    # absl's own --help exits with 1 and knows the flags of __main__ only.
+    # absl's own --help exits with 1 and lists the flags of __main__ alone.
     if _HELP & set(argv[1:]):
-      print(f'{description}\n{flags.FLAGS.main_module_help()}')
+      print(f'{description}\n{help_text()}')
       sys.exit(0)
     try:
       rest = flags.FLAGS(argv)

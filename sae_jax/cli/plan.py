@@ -23,40 +23,37 @@ def define() -> None:
   flags.define(TrainConfig)
   for short, name in _SHORT.items():
     absl_flags.DEFINE_alias(short, name)
-  for flag in (
-    absl_flags.DEFINE_string('topology', '', 'a slice, such as v6e:16x16'),
-    flags.define_integer('num_slices', 1, 'slices of that topology'),
-    absl_flags.DEFINE_string(
-      'mesh',
-      '',
-      'shards of batch and latents, such as 4x64, or auto for the best split; '
-      'by default mesh_data and mesh_latent where they are given, else auto',
-    ),
-    absl_flags.DEFINE_enum(
-      'implementation',
-      None,
-      dispatch.IMPLEMENTATIONS,
-      'of the sparse products; by default as in training',
-    ),
-    absl_flags.DEFINE_enum(
-      'dead', 'few', DEAD, "the dead latents that AuxK's work is taken for"
-    ),
-    flags.define_integer(
-      'compiles',
-      2,
-      'splits that are compiled, at most, the most promising first; and '
-      'changes that are, where a run does not fit',
-    ),
-    flags.define_integer('tokens', 0, 'of the whole run, for its hours'),
-    absl_flags.DEFINE_float(
-      'price_per_chip_hour', 0.0, 'for the cost of all tokens'
-    ),
-    absl_flags.DEFINE_string('json', '', 'where all figures go as JSON'),
-    absl_flags.DEFINE_string(
-      'emit_hlo', '', "where the compiled program's text goes"
-    ),
-  ):
-    flags.show(flag)
+  absl_flags.DEFINE_string('topology', '', 'a slice, such as v6e:16x16')
+  flags.define_integer('num_slices', 1, 'slices of that topology')
+  absl_flags.DEFINE_string(
+    'mesh',
+    '',
+    'shards of batch and latents, such as 4x64, or auto for the best split; '
+    'by default mesh_data and mesh_latent where they are given, else auto',
+  )
+  absl_flags.DEFINE_enum(
+    'implementation',
+    None,
+    dispatch.IMPLEMENTATIONS,
+    'of the sparse products; by default as in training',
+  )
+  absl_flags.DEFINE_enum(
+    'dead', 'few', DEAD, "the dead latents that AuxK's work is taken for"
+  )
+  flags.define_integer(
+    'compiles',
+    2,
+    'splits that are compiled, at most, the most promising first; and changes '
+    'that are, where a run does not fit',
+  )
+  flags.define_integer('tokens', 0, 'of the whole run, for its hours')
+  absl_flags.DEFINE_float(
+    'price_per_chip_hour', 0.0, 'for the cost of all tokens'
+  )
+  absl_flags.DEFINE_string('json', '', 'where all figures go as JSON')
+  absl_flags.DEFINE_string(
+    'emit_hlo', '', "where the compiled program's text goes"
+  )
 
 
 def _mesh() -> str | tuple[int, int]:

@@ -12,42 +12,21 @@ from sae_jax.training.config import TrainConfig
 def define() -> None:
   """Defines this binary's flags."""
   flags.define(TrainConfig)
-  _define_processes()
-  flags.show(
-    absl_flags.DEFINE_multi_string(
-      'sweep',
-      [],
-      'many runs from one reading, each in a folder of the workdir: '
-      '--sweep=k=16,32 --sweep=seed=0,1 trains all four combinations',
-    )
+  flags.define_processes()
+  absl_flags.DEFINE_multi_string(
+    'sweep',
+    [],
+    'many runs from one reading, each in a folder of the workdir: '
+    '--sweep=k=16,32 --sweep=seed=0,1 trains all four combinations',
   )
-  flags.show(
-    absl_flags.DEFINE_bool(
-      'debug_nans', False, 'stop at the operation that makes a NaN; slow'
-    )
+  absl_flags.DEFINE_bool(
+    'debug_nans', False, 'stop at the operation that makes a NaN; slow'
   )
   flags.define_url('store', 'a finished store of activations')
   flags.define_url(
     'workdir', 'config, metrics and checkpoints of the run; resumes if it is '
     'there'
   )  # fmt: skip
-
-
-def _define_processes() -> None:
-  flags.show(
-    absl_flags.DEFINE_string(
-      'coordinator',
-      '',
-      "of a run on many hosts: 'auto' on a TPU slice, or the first process's "
-      'host:port',
-    )
-  )
-  flags.show(
-    flags.define_integer('num_processes', 0, 'with --coordinator=host:port')
-  )
-  flags.show(
-    flags.define_integer('process_id', -1, 'with --coordinator=host:port')
-  )
 
 
 def _swept(texts: list[str]) -> dict[str, tuple]:
