@@ -13,7 +13,7 @@ import jax
 
 from sae_jax import config as config_lib
 from sae_jax import errors
-from sae_jax.cli import huge_pages
+from sae_jax.cli import backend, huge_pages
 
 _Config = TypeVar('_Config')
 _USER_ERROR = 2
@@ -169,6 +169,7 @@ def run(main: Callable[[], Any], description: str) -> None:
 
   def guarded(_) -> None:
     logging.get_absl_handler().addFilter(_own_or_important)
+    backend.skip_absent_tpu()
     try:
       main()
     except errors.UserError as error:
