@@ -19,18 +19,33 @@ MODULES = {
 
 @contextlib.contextmanager
 def defined(define):
-  """absl's flags with those that a function defines, which go again after."""
+  """absl's flags with those that a function defines, which go again after.
+
+  Flags that modules define when they are imported, as some experiments do, are
+  put aside meanwhile: programs have flags of the same name.
+  """
   values = absl_flags.FLAGS
-  before = set(values)
+  # absl keeps all of its state there, some of it in dictionaries of lists.
+  kept = dict(values.__dict__)
+  for name, value in kept.items():
+    if isinstance(value, dict):
+      kept[name] = {
+        key: list(inner) if isinstance(inner, list) else inner
+        for key, inner in value.items()
+      }
+  for name in list(values):
+    module = values.find_module_defining_flag(name, '')
+    if not module.startswith('absl.') and module != flags.__name__:
+      delattr(values, name)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(flags, '_urls', [])
     try:
       define()
       yield values
     finally:
-      for name in set(values) - before:
-        delattr(values, name)
       values.unparse_flags()
+      values.__dict__.clear()
+      values.__dict__.update(kept)
 
 
 def flags_of(name):
