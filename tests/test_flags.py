@@ -4,11 +4,11 @@ from absl import flags as absl_flags
 import pytest
 
 from sae_jax import config
-from sae_jax.activations.harvest import HarvestConfig
 from sae_jax.browser.index import BrowseConfig
 from sae_jax.cli import flags
+from sae_jax.harvesting.config import HarvestConfig
 from sae_jax.probing.report import ProbeConfig
-from sae_jax.train_config import TrainConfig
+from sae_jax.training.config import TrainConfig
 from tests import binaries
 
 pytestmark = pytest.mark.fast
