@@ -12,9 +12,87 @@ Array names end in the letters of their axes, as in an einsum:
 
 so `w_dec_ND` is a decoder with one row per latent and `vals_BK` holds the K
 activations of each token of a batch.
+
+What `__all__` names is the public surface. It is imported when it is first
+used, so that `import sae_jax` itself takes no time.
 """
 
 import os
+import pkgutil
+import typing
+
+if typing.TYPE_CHECKING:
+  from sae_jax.autoencoder.params import SaeConfig
+  from sae_jax.autoencoder.raw import Codes
+  from sae_jax.browser.build import browse
+  from sae_jax.browser.index import BrowseConfig
+  from sae_jax.checkpoint.trained import load, Trained
+  from sae_jax.config import Config, option
+  from sae_jax.errors import UserError
+  from sae_jax.harvesting.config import HarvestConfig
+  from sae_jax.harvesting.harvest import harvest
+  from sae_jax.probing.examples import FeatureConfig
+  from sae_jax.probing.report import lines as report_lines
+  from sae_jax.probing.report import probe, ProbeConfig
+  from sae_jax.store.reader import open_store, Store
+  from sae_jax.subject import load as load_subject
+  from sae_jax.training.config import TrainConfig
+  from sae_jax.training.objective import ObjectiveConfig
+  from sae_jax.training.optimizer import OptimizerConfig
+  from sae_jax.training.train import sweep, train, train_many
+
+__all__ = [
+  'BrowseConfig',
+  'Codes',
+  'Config',
+  'FeatureConfig',
+  'HarvestConfig',
+  'ObjectiveConfig',
+  'OptimizerConfig',
+  'ProbeConfig',
+  'SaeConfig',
+  'Store',
+  'TrainConfig',
+  'Trained',
+  'UserError',
+  'browse',
+  'harvest',
+  'load',
+  'load_subject',
+  'open_store',
+  'option',
+  'probe',
+  'report_lines',
+  'sweep',
+  'train',
+  'train_many',
+]
+_PLACES = {
+  'BrowseConfig': 'browser.index:BrowseConfig',
+  'Codes': 'autoencoder.raw:Codes',
+  'Config': 'config:Config',
+  'FeatureConfig': 'probing.examples:FeatureConfig',
+  'HarvestConfig': 'harvesting.config:HarvestConfig',
+  'ObjectiveConfig': 'training.objective:ObjectiveConfig',
+  'OptimizerConfig': 'training.optimizer:OptimizerConfig',
+  'ProbeConfig': 'probing.report:ProbeConfig',
+  'SaeConfig': 'autoencoder.params:SaeConfig',
+  'Store': 'store.reader:Store',
+  'TrainConfig': 'training.config:TrainConfig',
+  'Trained': 'checkpoint.trained:Trained',
+  'UserError': 'errors:UserError',
+  'browse': 'browser.build:browse',
+  'harvest': 'harvesting.harvest:harvest',
+  'load': 'checkpoint.trained:load',
+  'load_subject': 'subject:load',
+  'open_store': 'store.reader:open_store',
+  'option': 'config:option',
+  'probe': 'probing.report:probe',
+  'report_lines': 'probing.report:lines',
+  'sweep': 'training.train:sweep',
+  'train': 'training.train:train',
+  'train_many': 'training.train:train_many',
+}
 
 # TensorStore waits for ever for a server that is silent. With these a transfer
 # that stays below a kilobyte a second for a minute is begun again.
@@ -22,3 +100,15 @@ os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_TIME_SECONDS', '60')
 os.environ.setdefault('TENSORSTORE_CURL_LOW_SPEED_LIMIT_BYTES', '1024')
 
 __version__ = '0.1.0'
+
+
+def __getattr__(name: str) -> typing.Any:
+  if name not in _PLACES:
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  value = pkgutil.resolve_name(f'{__name__}.{_PLACES[name]}')
+  globals()[name] = value
+  return value
+
+
+def __dir__() -> list[str]:
+  return sorted({*globals(), *__all__})

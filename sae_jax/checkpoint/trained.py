@@ -10,6 +10,7 @@ from orbax.checkpoint import v1 as ocp
 
 from sae_jax import autoencoder, errors
 from sae_jax import config as config_lib
+from sae_jax.autoencoder import raw as raw_lib
 from sae_jax.checkpoint import format
 from sae_jax.storage import url as url_lib
 from sae_jax.training import optimizer
@@ -18,6 +19,10 @@ from sae_jax.training import optimizer
 @dataclasses.dataclass(frozen=True)
 class Trained:
   """An autoencoder read from a checkpoint.
+
+  Its methods take and give activations as the subject model has them, arrays
+  [..., D] of numpy or jax; see `autoencoder.raw`. `reconstruct` is `decode` of
+  `encode`.
 
   Attributes:
     config: its config.
@@ -32,6 +37,18 @@ class Trained:
   mse_of_mean: float
   step: int
   about: dict[str, Any]
+
+  def encode(self, raw: raw_lib.Array) -> raw_lib.Codes:
+    """The active latents of raw activations, see `raw.encode`."""
+    return raw_lib.encode(self.config, self.sae, raw)
+
+  def decode(self, codes: raw_lib.Codes) -> raw_lib.Array:
+    """The raw activations that codes stand for, see `raw.decode`."""
+    return raw_lib.decode(self.config, self.sae, codes)
+
+  def reconstruct(self, raw: raw_lib.Array) -> raw_lib.Array:
+    """Raw activations as the autoencoder gives them back."""
+    return raw_lib.reconstruct(self.config, self.sae, raw)
 
 
 def load(url: str, *, average: bool = True, step: int | None = None) -> Trained:
