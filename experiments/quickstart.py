@@ -10,51 +10,46 @@ import dataclasses
 import os
 import time
 
-from sae_jax import config as config_lib
-from sae_jax.autoencoder import SaeConfig
-from sae_jax.browser.build import browse
-from sae_jax.browser.index import BrowseConfig
+import sae_jax
 from sae_jax.cli import flags
-from sae_jax.harvesting.config import HarvestConfig
-from sae_jax.harvesting.harvest import harvest
-from sae_jax.probing import report as report_lib
-from sae_jax.training import train as train_lib
-from sae_jax.training.config import TrainConfig
-from sae_jax.training.objective import ObjectiveConfig
-from sae_jax.training.optimizer import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class QuickstartConfig(config_lib.Config):
+class QuickstartConfig(sae_jax.Config):
   """The budget of the demo."""
 
-  n_tokens: int = config_lib.option(100_000, 'activations to harvest')
-  n_latents: int = config_lib.option(4096, 'latents of the autoencoder, N')
-  k: int = config_lib.option(32, 'active latents per token, K')
-  steps: int = config_lib.option(1000, 'training steps')
-  batch_size: int = config_lib.option(1024, 'tokens per step')
-  task_prompts: int = config_lib.option(200, 'prompts of each probe task')
-  downstream_tokens: int = config_lib.option(
+  n_tokens: int = sae_jax.option(100_000, 'activations to harvest')
+  n_latents: int = sae_jax.option(4096, 'latents of the autoencoder, N')
+  k: int = sae_jax.option(32, 'active latents per token, K')
+  steps: int = sae_jax.option(1000, 'training steps')
+  batch_size: int = sae_jax.option(1024, 'tokens per step')
+  task_prompts: int = sae_jax.option(200, 'prompts of each probe task')
+  downstream_tokens: int = sae_jax.option(
     4096, 'held-out tokens that reconstructions are spliced into'
   )
-  seed: int = config_lib.option(0, 'of text, weights and order')
+  seed: int = sae_jax.option(0, 'of text, weights and order')
 
 
 def stages(
   config: QuickstartConfig,
-) -> tuple[HarvestConfig, TrainConfig, report_lib.ProbeConfig, BrowseConfig]:
+) -> tuple[
+  sae_jax.HarvestConfig,
+  sae_jax.TrainConfig,
+  sae_jax.ProbeConfig,
+  sae_jax.BrowseConfig,
+]:
   """The configs of the four stages."""
-  harvesting = HarvestConfig(
+  harvesting = sae_jax.HarvestConfig(
     n_tokens=config.n_tokens,
     # A token in eight thousand is a sink with a hundred times the norm.
     mask_norm_multiple=10.0,
     seed=config.seed,
   )
-  training = TrainConfig(
-    sae=SaeConfig(n_latents=config.n_latents, k=config.k),
+  training = sae_jax.TrainConfig(
+    sae=sae_jax.SaeConfig(n_latents=config.n_latents, k=config.k),
     # The paper's 10 million tokens of silence are more than this run has.
-    objective=ObjectiveConfig(dead_after_tokens=2 * config.n_tokens),
-    optimizer=OptimizerConfig(
+    objective=sae_jax.ObjectiveConfig(dead_after_tokens=2 * config.n_tokens),
+    optimizer=sae_jax.OptimizerConfig(
       # On held-out rows of this run 3e-3 did better than 1e-3 and 5e-4; the
       # rule's 4e-4 is meant for many more steps.
       learning_rate=3e-3,
@@ -68,12 +63,12 @@ def stages(
     seed=config.seed,
     order_seed=config.seed,
   )
-  probing = report_lib.ProbeConfig(
+  probing = sae_jax.ProbeConfig(
     task_prompts=config.task_prompts,
     downstream_tokens=config.downstream_tokens,
     seed=config.seed,
   )
-  browsing = BrowseConfig(title='SmolLM2-135M, features after block 14')
+  browsing = sae_jax.BrowseConfig(title='SmolLM2-135M, features after block 14')
   return harvesting, training, probing, browsing
 
 
@@ -85,13 +80,13 @@ def quickstart(config: QuickstartConfig, workdir: str) -> dict:
     for name in ('store', 'train', 'probe', 'browser')
   }
   began = time.monotonic()
-  harvest(harvesting, place['store'])
-  train_lib.train(training, place['store'], place['train'])
-  report = report_lib.probe(
+  sae_jax.harvest(harvesting, place['store'])
+  sae_jax.train(training, place['store'], place['train'])
+  report = sae_jax.probe(
     probing, place['train'], place['store'], place['probe']
   )
-  page = browse(browsing, place['probe'], place['browser'])
-  print('\n' + '\n'.join(report_lib.lines(report)))
+  page = sae_jax.browse(browsing, place['probe'], place['browser'])
+  print('\n' + '\n'.join(sae_jax.report_lines(report)))
   print(f'\ntook {time.monotonic() - began:.0f} s')
   for name, url in place.items():
     print(f'  {name:8} {url}')

@@ -133,8 +133,7 @@ def test_the_notebook_runs_on_a_small_budget(tmp_path):
   # As a user would: the budget and the folder are the first code cell.
   settings = next(c for c in notebook.cells if 'QuickstartConfig(' in c.source)
   settings.source = (
-    'from experiments.quickstart import QuickstartConfig\n'
-    f'config = QuickstartConfig(**{BUDGET | SMALLER})\n'
+    f'config = quickstart.QuickstartConfig(**{BUDGET | SMALLER})\n'
     f'workdir = {str(tmp_path / "colab")!r}'
   )
   client = NotebookClient(
