@@ -15,14 +15,10 @@ import os
 import jax
 import numpy as np
 
-from experiments.runs import heldout as heldout_of
+from experiments import runs as runs_lib
 from sae_jax import config as config_lib
-from sae_jax.autoencoder import SaeConfig
-from sae_jax.cli import flags
 from sae_jax.training import train
 from sae_jax.training.config import TrainConfig
-from sae_jax.training.objective import ObjectiveConfig
-from sae_jax.training.optimizer import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,16 +38,18 @@ class DeadLatentsConfig(config_lib.Config):
 
 def configs(config: DeadLatentsConfig) -> dict[str, TrainConfig]:
   """The two runs by name."""
-  both = TrainConfig(
-    sae=SaeConfig(n_latents=config.n_latents, k=config.k),
-    objective=ObjectiveConfig(dead_after_tokens=config.window),
-    optimizer=OptimizerConfig(learning_rate=config.learning_rate),
-    batch_size=config.batch_size,
-    steps=-(-config.n_tokens // config.batch_size),
+  both = runs_lib.short_run(
+    config.n_tokens,
+    config.batch_size,
+    n_latents=config.n_latents,
+    k=config.k,
+    dead_after_tokens=config.window,
+    learning_rate=config.learning_rate,
+    # The paper has no warm-up, and this many steps average more.
+    warmup_steps=0,
+    ema_decay=0.999,
     seed=config.seed,
     order_seed=config.seed,
-    log_every=100,
-    checkpoint_every=250,
   )
   return {
     'auxk_and_transposed': both,
@@ -70,22 +68,22 @@ def measure(config: DeadLatentsConfig, store: str, workdir: str) -> dict:
   states = train.train_many(
     {place[name]: run for name, run in runs.items()}, store
   )
-  found = {'tokens': runs['neither'].steps * config.batch_size}
+  result = {'tokens': runs['neither'].steps * config.batch_size}
   for name, where in place.items():
     state = states[where]
-    heldout = heldout_of(where)
+    heldout = runs_lib.heldout(where)
     silent_N = np.asarray(jax.device_get(state.silent_N))
-    found[name] = {
+    result[name] = {
       'dead_share': float((silent_N >= config.window).mean()),
       'heldout_nmse': heldout['heldout_nmse'],
       'heldout_l0': heldout['heldout_l0'],
     }
-  return dataclasses.asdict(config) | found
+  return dataclasses.asdict(config) | result
 
 
 def main() -> None:
   """Entry point."""
-  flags.run_experiment(DeadLatentsConfig, measure, __doc__)
+  runs_lib.run_experiment(DeadLatentsConfig, measure, __doc__)
 
 
 if __name__ == '__main__':

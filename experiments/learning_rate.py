@@ -13,14 +13,8 @@ import dataclasses
 import math
 import os
 
-from experiments.runs import heldout
+from experiments import runs
 from sae_jax import config as config_lib
-from sae_jax.autoencoder import SaeConfig
-from sae_jax.cli import flags
-from sae_jax.training import train
-from sae_jax.training.config import TrainConfig
-from sae_jax.training.objective import ObjectiveConfig
-from sae_jax.training.optimizer import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,37 +36,28 @@ class LearningRateConfig(config_lib.Config):
 
 def measure(config: LearningRateConfig, store: str, workdir: str) -> dict:
   """Trains the grid and compares."""
-  steps = -(-config.n_tokens // config.batch_size)
-  base = TrainConfig(
-    sae=SaeConfig(k=config.k),
-    objective=ObjectiveConfig(dead_after_tokens=config.n_tokens // 4),
-    # The paper's is constant; the first steps of a fresh Adam are not.
-    optimizer=OptimizerConfig(warmup_steps=steps // 20, ema_decay=0.99),
-    batch_size=config.batch_size,
-    steps=steps,
-    seed=config.seed,
-    order_seed=config.seed,
-    log_every=100,
-    checkpoint_every=250,
-  )
-  found = {}
+  nmse = {}
   for size in map(int, config.n_latents):
-    runs = train.sweep(
-      dataclasses.replace(
-        base, sae=dataclasses.replace(base.sae, n_latents=size)
-      ),
-      os.path.join(workdir, str(size)),
-      learning_rate=tuple(map(float, config.rates)),
+    base = runs.short_run(
+      config.n_tokens,
+      config.batch_size,
+      n_latents=size,
+      k=config.k,
+      dead_after_tokens=config.n_tokens // 4,
+      seed=config.seed,
+      order_seed=config.seed,
     )
-    train.train_many(runs, store)
-    found[size] = {
-      run.optimizer.learning_rate: heldout(where)['heldout_nmse']
-      for where, run in runs.items()
-    }
-  best = {size: min(row, key=row.get) for size, row in found.items()}
+    metrics = runs.heldout_by_rate(
+      base,
+      tuple(map(float, config.rates)),
+      store,
+      os.path.join(workdir, str(size)),
+    )
+    nmse[size] = {rate: row['heldout_nmse'] for rate, row in metrics.items()}
+  best = {size: min(row, key=row.get) for size, row in nmse.items()}
   smallest = min(best)
   scaled = {}
-  for size, row in found.items():
+  for size, row in nmse.items():
     predicted = best[smallest] * math.sqrt(smallest / size)
     nearest = min(row, key=lambda rate: abs(math.log(rate / predicted)))
     scaled[size] = {
@@ -81,12 +66,12 @@ def measure(config: LearningRateConfig, store: str, workdir: str) -> dict:
       'nmse_over_best': row[nearest] / row[best[size]],
       'unscaled_nmse_over_best': row[best[smallest]] / row[best[size]],
     }
-  return {'nmse': found, 'best': best, 'scaled': scaled}
+  return {'nmse': nmse, 'best': best, 'scaled': scaled}
 
 
 def main() -> None:
   """Entry point."""
-  flags.run_experiment(LearningRateConfig, measure, __doc__)
+  runs.run_experiment(LearningRateConfig, measure, __doc__)
 
 
 if __name__ == '__main__':

@@ -20,14 +20,8 @@ import os
 import numpy as np
 from scipy import stats
 
-from experiments.runs import heldout
+from experiments import runs
 from sae_jax import config as config_lib
-from sae_jax.autoencoder import SaeConfig
-from sae_jax.cli import flags
-from sae_jax.training import train
-from sae_jax.training.config import TrainConfig
-from sae_jax.training.objective import ObjectiveConfig
-from sae_jax.training.optimizer import OptimizerConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,35 +40,22 @@ class TopkVsReluConfig(config_lib.Config):
   batch_size: int = config_lib.option(2048, 'tokens of a step', least=1)
 
 
-def _base(config: TopkVsReluConfig) -> TrainConfig:
-  steps = -(-config.n_tokens // config.batch_size)
-  return TrainConfig(
-    sae=SaeConfig(n_latents=config.n_latents),
-    # Both methods without AuxK: it is TopK's answer to dead latents.
-    objective=ObjectiveConfig(k_aux=0),
-    optimizer=OptimizerConfig(
-      warmup_steps=steps // 20, decay_steps=steps // 5, ema_decay=0.99
-    ),
-    batch_size=config.batch_size,
-    steps=steps,
-    log_every=100,
-    checkpoint_every=250,
-  )
-
-
 def measure(config: TopkVsReluConfig, store: str, workdir: str) -> dict:
   """Trains all pairs and compares."""
-  base = config_lib.flat(_base(config))
+  steps = -(-config.n_tokens // config.batch_size)
 
   def score(name, rates, **fields):
     """Held-out metrics by learning rate of runs that differ in nothing else."""
-    runs = train.sweep(
-      config_lib.from_flat(TrainConfig, base | fields),
-      os.path.join(workdir, name),
-      learning_rate=rates,
+    run = runs.short_run(
+      config.n_tokens,
+      config.batch_size,
+      n_latents=config.n_latents,
+      # Both methods without AuxK: it is TopK's answer to dead latents.
+      k_aux=0,
+      decay_steps=steps // 5,
+      **fields,
     )
-    train.train_many(runs, store)
-    return {c.optimizer.learning_rate: heldout(w) for w, c in runs.items()}
+    return runs.heldout_by_rate(run, rates, store, os.path.join(workdir, name))
 
   def relu(rates, seed, weight):
     return score(
@@ -86,8 +67,8 @@ def measure(config: TopkVsReluConfig, store: str, workdir: str) -> dict:
     k = max(1, round(l0))
     return score(f'topk_{k}_seed{seed}', rates, k=k, seed=seed)
 
-  def best(found):
-    return min(found, key=lambda rate: found[rate]['heldout_nmse'])
+  def best(metrics):
+    return min(metrics, key=lambda rate: metrics[rate]['heldout_nmse'])
 
   rates = tuple(map(float, config.rates))
   weights = tuple(map(float, config.weights))
@@ -139,7 +120,7 @@ def measure(config: TopkVsReluConfig, store: str, workdir: str) -> dict:
 
 def main() -> None:
   """Entry point."""
-  flags.run_experiment(TopkVsReluConfig, measure, __doc__)
+  runs.run_experiment(TopkVsReluConfig, measure, __doc__)
 
 
 if __name__ == '__main__':

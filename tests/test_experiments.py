@@ -92,6 +92,18 @@ def test_a_run_that_was_stopped_has_no_figures(store, tmp_path):
     runs_lib.heldout(str(tmp_path))
 
 
+def test_a_short_run_takes_fields_in_place_of_its_own():
+  run = runs_lib.short_run(1001, 10, k=4, n_latents=64)
+  assert (run.steps, run.optimizer.warmup_steps) == (101, 5)
+  assert (run.sae.k, run.sae.n_latents) == (4, 64)
+  run = runs_lib.short_run(1001, 10, warmup_steps=0, on_nonfinite='skip')
+  assert (run.optimizer.warmup_steps, run.on_nonfinite) == (0, 'skip')
+  with pytest.raises(TypeError, match='a run has no n_latent, rate'):
+    runs_lib.short_run(1001, 10, rate=1e-3, n_latent=64)
+  with pytest.raises(errors.UserError, match='k 65 exceeds n_latents 64'):
+    runs_lib.short_run(1001, 10, k=65, n_latents=64)
+
+
 def test_the_benchmark_times_every_part_and_the_step_learns():
   shape = train.BenchmarkConfig(d=32, n=256, k=4, batch=64, steps=3)
   found = train.measure(shape)

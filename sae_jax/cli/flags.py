@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 import decimal
-import json
 import logging as python_logging
 import os
 import sys
@@ -190,29 +189,6 @@ def run(main: Callable[[], Any], description: str) -> None:
       _fail('interrupted; the same command goes on or starts over', 130)
 
   app.run(guarded, flags_parser=parse)
-
-
-def run_experiment(
-  kind: type[_Config],
-  measure: Callable[[_Config, str, str], dict],
-  description: str,
-) -> None:
-  """Runs an experiment on a store and prints its result as a line of JSON.
-
-  Args:
-    kind: the experiment's config, whose fields become flags.
-    measure: of the config, the store's URL and the workdir's.
-    description: what --help says first.
-  """
-  define(kind)
-  define_url('store', 'a finished store of activations')
-  define_url('workdir', 'where the runs go; they resume if they are there')
-  run(
-    lambda: print(
-      json.dumps(measure(read(kind), url('store'), url('workdir')))
-    ),
-    description,
-  )
 
 
 def _own_or_important(record: python_logging.LogRecord) -> bool:
