@@ -62,8 +62,16 @@ def test_every_prompt_once_and_no_flawed_set(probes, monkeypatch):
   expected |= {f'a, "long"\nprompt {i}' for i in range(50)}
   assert len(texts) == len(set(texts))
   assert set(texts) == expected
-  monkeypatch.setattr(corpus, '_FLAWED_TASKS', ())
+  monkeypatch.setattr(corpus, 'FLAWED_TASKS', {})
   assert set(_texts(('sae-probes',), seed=0)) == expected | {'flawed'}
+
+
+def test_stores_of_the_demo_keep_their_text():
+  """Another text under the same name would be another store."""
+  flawed = {n for n, flaw in corpus.FLAWED_TASKS.items() if flaw.in_prompts}
+  assert {name.split('_')[0] for name in flawed} == {
+    '69', '112', '161', '162', '163'
+  }  # fmt: skip
 
 
 def test_tasks_take_turns(probes):

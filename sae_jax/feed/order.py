@@ -11,8 +11,7 @@ always the same places of it. Who trains on some places of the batches reads the
 chunks of their lanes alone. The lanes are part of the order, and do not depend
 on how many processes there are.
 
-Permutations sort splitmix64 hashes (Steele, Lea, Flood, "Fast splittable
-pseudorandom number generators", 2014), so they hang on no library's version.
+Permutations sort splitmix64 hashes, so they hang on no library's version.
 """
 
 from collections.abc import Iterator
@@ -22,8 +21,8 @@ import functools
 import numpy as np
 
 from sae_jax import errors
+from sae_jax.feed import splitmix64
 
-_GAMMA = np.uint64(0x9E3779B97F4A7C15)
 # What a hash is for, so that chunks and rows of one number differ.
 _CHUNKS, _ROWS, _LANES = 1, 2, 3
 
@@ -201,18 +200,9 @@ def mixing(seed: int, window: int, n_rows: int) -> np.ndarray:
   return np.argsort(_hash(seed, window, _ROWS, np.arange(n_rows)))
 
 
-def _mix(x: np.ndarray) -> np.ndarray:
-  """One splitmix64 step: a bijection of uint64."""
-  with np.errstate(over='ignore'):
-    x = x + _GAMMA
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
 def _hash(seed: int, epoch: int, kind: int, items: np.ndarray) -> np.ndarray:
   """Hashes of items; distinct items of one (seed, epoch, kind) never tie."""
   key = np.zeros(1, np.uint64)
   for part in (seed, epoch, kind):
-    key = _mix(key ^ np.uint64(part % 2**64))
-  return _mix(key ^ items.astype(np.uint64))
+    key = splitmix64.step(key ^ np.uint64(part % 2**64))
+  return splitmix64.step(key ^ items.astype(np.uint64))

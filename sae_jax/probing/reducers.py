@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from sae_jax.feed import splitmix64
+
 # Twenty bins per decade of activation; values beyond count in the end bins.
 HISTOGRAM_EDGES = np.logspace(-5, 3, 161)
 
@@ -126,10 +128,7 @@ def random_scores(
   Highest scores of a stream are a uniform sample of it, whatever its order
   and batching. The hash is SplitMix64's finaliser.
   """
-  x = rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+  x = rows.astype(np.uint64) * splitmix64.GAMMA
   x ^= latents.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03)
   x += np.uint64(seed * 0x8CB92BA72F3D8DD7 % 2**64)
-  x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-  x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-  x ^= x >> np.uint64(31)
-  return (x >> np.uint64(11)).astype(np.float64) / 2**53
+  return (splitmix64.finalise(x) >> np.uint64(11)).astype(np.float64) / 2**53

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import csv
 import dataclasses
 import difflib
-import importlib.util
 import re
 import zlib
 
@@ -20,6 +19,8 @@ import numpy as np
 import zstandard
 
 from sae_jax import errors
+from sae_jax.storage import packages
+from sae_jax.text.flaws import FLAWED_TASKS
 
 # A person's sex from the name, the verdict of a review, a place's country, a
 # headline's topic: short texts whose last token alone does not tell, few with
@@ -31,17 +32,7 @@ DEMO_TASKS = (
   '23_headline_ischina',
 )
 
-# Left out unless asked for by name.
-FLAWED_TASKS = {
-  '49_cm_isshort': 'the label is the length of the prompt',
-  '69_blood-pressure': '793 of the 3,200 prompts are repeats',
-  '92_glue_sst2': 'phrases cut from one sentence land on both sides of a split',
-  '161_agnews_0': 'the kind of text tells the label, and so does its length',
-  '162_agnews_1': 'the kind of text tells the label, and so does its length',
-  '163_agnews_2': 'the kind of text tells the label, and so does its length',
-}
-
-_PACKAGE = 'sae_probes'
+_REQUIREMENT = 'sae-probes==0.4.2'
 _SUFFIX = '.csv.zst'
 _LENGTH_BANDS = 16
 
@@ -79,8 +70,8 @@ def load_tasks(
 
   Args:
     names: tasks to load, flawed ones too; None takes `DEMO_TASKS` first, then
-      the other sound ones in the package's order, skipping those that are not
-      binary or too small.
+      in the package's order the others that have no flaw, skipping those that
+      are not binary or too small.
     n_tasks: how many to take when `names` is None; 0 takes all there are.
     n_prompts: prompts of each task, even.
     max_chars: the longest prompt, in characters.
@@ -101,9 +92,9 @@ def load_tasks(
     for name in names:
       _check_known(name, known)
     return [_load(folder, name, n_prompts, max_chars, seed) for name in names]
-  sound = [n for n in known if n not in FLAWED_TASKS and n not in DEMO_TASKS]
+  others = set(known) - set(DEMO_TASKS) - set(FLAWED_TASKS)
   tasks = []
-  for name in [*DEMO_TASKS, *sound]:
+  for name in [*DEMO_TASKS, *(name for name in known if name in others)]:
     if n_tasks and len(tasks) == n_tasks:
       break
     try:
@@ -157,16 +148,13 @@ def _generator(seed: int, purpose: str) -> np.random.Generator:
 
 
 def _folder() -> epath.Path:
-  spec = importlib.util.find_spec(_PACKAGE)
-  places = list(spec.submodule_search_locations or ()) if spec else []
-  for place in places:
-    folder = epath.Path(place) / 'data' / 'cleaned_data'
-    if folder.is_dir():
-      return folder
-  raise errors.UserError(
-    f'the probe tasks of package {_PACKAGE} are not installed: '
-    'run `pip install --no-deps sae-probes==0.4.2`'
-  )
+  package = packages.folder('sae_probes', _REQUIREMENT, 'a probe task')
+  folder = epath.Path(package) / 'data' / 'cleaned_data'
+  if not folder.is_dir():
+    raise errors.UserError(
+      f'{package} has no probe tasks: pip install --no-deps {_REQUIREMENT}'
+    )
+  return folder
 
 
 def _names(folder: epath.Path) -> list[str]:

