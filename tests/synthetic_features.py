@@ -229,6 +229,10 @@ def _report(n_latents, n_tokens, dead_N):
     'n_latents': n_latents,
     'k': 32,
     'n_tokens': n_tokens,
+    'control_definitions': {
+      'random': 'The best of as many random directions as there are latents.',
+      'channel': 'The best single channel of the activation.',
+    },
     'probes': {
       'sentiment of reviews': _probe(('negative', 'positive'), 12, 0.871),
       'kind of text': _probe(('prose', 'source code'), 45, 0.993),
@@ -257,5 +261,6 @@ def _probe(classes, latent, auc):
       'random': score(0.664),
       'channel': score(0.707),
       'pca': score(0.741),
+      'brand new': score(0.633),
     },
   }

@@ -318,7 +318,15 @@ def test_overview_tells_the_report(page, made):
     auc, low, _, high = row[1].split()
     assert float(auc) == pytest.approx(probe['latent']['test_auc'], abs=6e-4)
     assert float(low) < float(auc) < float(high)
-    assert [float(text) for text in row[2:]] == [0.664, 0.707, 0.741, 0.512]
+    aucs = [score['test_auc'] for score in probe['controls'].values()]
+    assert [float(text) for text in row[2:]] == aucs
+  heads = page.locator('.overview thead th').all_inner_texts()
+  assert heads[3:] == ['permuted', 'random', 'channel', 'pca', 'brand new']
+  page.locator('.overview thead .term', has_text='channel').hover()
+  tip = page.locator('#tip').inner_text()
+  assert tip == (
+    'AUC of a control. ' + report['control_definitions']['channel']
+  )
 
   labels = page.locator('.overview .bar').evaluate_all(
     'bars => bars.map((bar) => bar.ariaLabel)'

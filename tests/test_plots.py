@@ -71,6 +71,28 @@ def test_probe_aucs_draws_intervals_and_controls():
   assert sorted(points) == sorted([0.52, 0.71, 0.66, 0.69] * 2)
 
 
+def test_every_control_of_every_task_is_drawn():
+  report = make_report()
+  sport, place = report['probes'].values()
+  sport['controls'] = {
+    f'control {i}': make_score(0.5 + i / 100, 0, 1) for i in range(11)
+  }
+  # A task may lack controls that others have, and the other way round.
+  place['controls'] = {'one more': make_score(0.75, 0, 1)}
+  axes = plots.probe_aucs(report).axes[0]
+  shown = [text.get_text() for text in axes.get_legend().get_texts()]
+  names = [*sport['controls'], 'one more']
+  assert sorted(shown) == sorted(['best latent', *names])
+  lines = {line.get_label(): line for line in axes.lines}
+  for name, control in (sport['controls'] | place['controls']).items():
+    assert lines[name].get_xdata()[0] == control['test_auc']
+  assert lines['one more'].get_ydata()[0] == 1
+  # What one task has and the other too has one marker, and is named once.
+  both = plots.probe_aucs(make_report()).axes[0]
+  markers = [line.get_marker() for line in both.lines]
+  assert all(markers.count(marker) == 2 for marker in 'x+v^')
+
+
 def test_saved_figures_are_images(tmp_path):
   table = {'density': np.float32([0, 0.1, 0.2])}
   plots.save(tmp_path / 'plots', make_report(), table)

@@ -155,6 +155,7 @@ def test_probes_are_the_functions_own(finished, parts):
   assert found['2_again']['classes'] == ['one', 'two']
   assert found['2_again']['prompts'] == 24
   controls = baselines.controls(*sides[0], *sides[1])
+  assert list(finished[1]['control_definitions']) == list(controls)
   assert found['2_again']['controls'] == {
     name: score._asdict() for name, score in controls.items()
   }

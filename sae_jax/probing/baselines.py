@@ -13,6 +13,15 @@ import numpy as np
 from sae_jax import errors
 from sae_jax.probing import probes
 
+# What each of `controls` is, for whoever reads the report.
+CONTROL_DEFINITIONS = {
+  'permuted': 'The best latent after the labels were shuffled: what chance '
+  'gives.',
+  'random': 'The best of as many random directions as there are latents.',
+  'channel': 'The best single channel of the activation.',
+  'pca': "The best principal direction of the prompts' activations.",
+}
+
 
 class PcaState(NamedTuple):
   """Rows seen so far: their number, mean and scatter about that mean.
@@ -200,10 +209,10 @@ def controls(
       permutations and directions.
 
   Returns:
-    Scores by name: `permuted` (the same latents, labels shuffled within each
-    side of the split), `random` (as many random directions as latents),
-    `channel` (single channels of the activations), `pca` (principal
-    directions of the training prompts).
+    Scores by the names of `CONTROL_DEFINITIONS`: `permuted` (the same latents,
+    labels shuffled within each side of the split), `random` (as many random
+    directions as latents), `channel` (single channels of the activations),
+    `pca` (principal directions of the training prompts).
   """
   label_rng, direction_rng = np.random.default_rng(seed).spawn(2)
   train_resid_PD = np.asarray(train_resid_PD, np.float32)

@@ -1,6 +1,7 @@
 """Figures of a report, as PNG files."""
 
 import io
+import itertools
 from typing import Any
 
 from etils import epath
@@ -10,6 +11,9 @@ import numpy as np
 
 from sae_jax.autoencoder import metrics
 from sae_jax.storage import files
+
+# For controls; where there are more, some share one.
+_MARKERS = 'x+v^sD<>'
 
 
 def _write(path: epath.PathLike, figure: Figure) -> None:
@@ -49,11 +53,16 @@ def reconstruction(report: dict[str, Any]) -> Figure:
 def probe_aucs(report: dict[str, Any]) -> Figure:
   """Held-out AUC of each task's best latent, 95 % interval, and controls."""
   tasks = list(report['probes'])
+  controls = itertools.chain.from_iterable(
+    report['probes'][task]['controls'] for task in tasks
+  )
+  markers = dict(zip(dict.fromkeys(controls), itertools.cycle(_MARKERS)))
+  unnamed = set(markers)
   figure = Figure(figsize=(6, 1 + 0.6 * len(tasks)))
   axes = figure.subplots()
   for place, task in enumerate(tasks):
-    found = report['probes'][task]
-    score = found['latent']
+    scores = report['probes'][task]
+    score = scores['latent']
     # A percentile interval need not hold the estimate; matplotlib wants it to.
     spread = [
       [max(0.0, score['test_auc'] - score['test_auc_low'])],
@@ -64,11 +73,12 @@ def probe_aucs(report: dict[str, Any]) -> Figure:
       score['test_auc'], place, xerr=spread, fmt='o', color='#4669a8',
       capsize=3, label=label,
     )  # fmt: skip
-    for (name, control), marker in zip(found['controls'].items(), 'x+v^'):
+    for name, control in scores['controls'].items():
       axes.plot(
-        control['test_auc'], place, marker, color='#8a909c',
-        label=name if place == 0 else None,
+        control['test_auc'], place, markers[name], color='#8a909c',
+        label=name if name in unnamed else None,
       )  # fmt: skip
+      unnamed.discard(name)
   axes.axvline(0.5, color='#b9bec8', linewidth=0.8)
   axes.set_yticks(range(len(tasks)), tasks)
   axes.invert_yaxis()

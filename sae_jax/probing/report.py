@@ -135,6 +135,7 @@ def probe(
       'n_tokens': min(store.manifest.n_rows, config.features.feature_rows),
       'mask': store.manifest.mask,
       'metric_definitions': metrics.METRIC_DEFINITIONS,
+      'control_definitions': baselines.CONTROL_DEFINITIONS,
       'made_from': made_from,
     }
   )

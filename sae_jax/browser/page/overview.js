@@ -17,12 +17,6 @@ const VARIANCE = [
   ['fvu_pca', 'PCA', 'The same for a projection onto the leading principal components, as many as a token has active latents.'],
   ['fvu_untrained', 'untrained', 'The same for an autoencoder at its initialisation: what training is worth.'],
 ];
-const CONTROLS = {
-  random: 'The best of as many random directions as there are latents.',
-  channel: 'The best single channel of the activation.',
-  pca: 'The best principal direction of the prompts’ activations.',
-  permuted: 'The best latent after the labels were shuffled: what chance gives.',
-};
 const ELSEWHERE = new Set([...Object.keys(MEANING),
   ...VARIANCE.map(([key]) => key), 'probes', 'n_latents', 'k', 'subject',
   'site', 'n_tokens', 'delta_ce_low', 'delta_ce_high']);
@@ -78,9 +72,11 @@ function metrics(report) {
 function probes(report) {
   const tasks = Object.entries(report.probes ?? {});
   if (!tasks.length) return null;
-  const controls = Object.keys(CONTROLS).filter(
-    (name) => tasks.every(([, { controls: found }]) => found?.[name]));
-  const auc = (score) => number(score.test_auc);
+  const controls = [...new Set(tasks.flatMap(
+    ([, scores]) => Object.keys(scores.controls ?? {})))];
+  // Older reports do not define them.
+  const definition = (name) => report.control_definitions?.[name] ?? '';
+  const auc = (score) => (score ? number(score.test_auc) : '–');
   const between = (score) => (score.test_auc_low === undefined ? null
     : el('small', {}, `${number(score.test_auc_low)} – ${
       number(score.test_auc_high)}`));
@@ -94,16 +90,16 @@ function probes(report) {
         el('th', { scope: 'col' }, 'latent'),
         el('th', { scope: 'col' }, term('AUC', 'Area under the ROC curve on held-out prompts, with its 95 % interval: 0.5 is chance, 1 is perfect.')),
         controls.map((name) => el('th', { scope: 'col' },
-          term(name, `AUC of a control. ${CONTROLS[name]}`))))),
-      el('tbody', {}, tasks.map(([task, found]) => el('tr', {},
+          term(name, `AUC of a control. ${definition(name)}`))))),
+      el('tbody', {}, tasks.map(([task, scores]) => el('tr', {},
         el('th', { scope: 'row' }, task,
-          el('small', {}, (found.classes ?? [])
+          el('small', {}, (scores.classes ?? [])
             .filter((name) => !/^\d+$/.test(name)).join(' or '))),
-        el('td', {}, el('a', { href: `#/latent/${found.latent.best_latent}` },
-          `#${found.latent.best_latent}`)),
-        el('td', {}, el('b', {}, auc(found.latent)), between(found.latent)),
+        el('td', {}, el('a', { href: `#/latent/${scores.latent.best_latent}` },
+          `#${scores.latent.best_latent}`)),
+        el('td', {}, el('b', {}, auc(scores.latent)), between(scores.latent)),
         controls.map((name) => el('td', {},
-          auc(found.controls[name])))))))));
+          auc(scores.controls?.[name])))))))));
 }
 
 export function densityBars(columns, pick) {
