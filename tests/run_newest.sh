@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the fast tests on the newest Python from 3.12 on that is found here.
+# Runs tests/unit on the newest Python from 3.12 on that is found here.
 set -euo pipefail
 venv=${VENV:-.venv-newest}
 
@@ -29,4 +29,4 @@ import platform
 import jax
 print(f'newest: Python {platform.python_version()}, jax {jax.__version__}')
 PY
-"$venv/bin/python" -m pytest -n 2 --dist=loadfile -m fast -q
+"$venv/bin/python" -m pytest -n 2 --dist=loadfile -q tests/unit

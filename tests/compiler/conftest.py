@@ -1,0 +1,18 @@
+"""Chips to compile for."""
+
+import pytest
+
+from sae_jax.plan import meshes
+from sae_jax.tpu import chips
+
+
+@pytest.fixture(scope='module')
+def v5e():
+  """Four chips to compile for."""
+  return chips.find('v5e:2x2')
+
+
+@pytest.fixture(scope='module')
+def line(v5e):
+  """A mesh of them, all along the latents."""
+  return meshes.make_mesh(v5e, 1, 4)

@@ -1,0 +1,404 @@
+"""sae-plan: slices that there are, bounds by hand, plans that hold."""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+from sae_jax import errors
+from sae_jax import plan as plan_lib
+from sae_jax.autoencoder import SaeConfig
+from sae_jax.plan import footprint, meshes, planner, remedies, roofline, table
+from sae_jax.plan.program import costs as costs_lib
+from sae_jax.plan.program import exchange, parts
+from sae_jax.plan.program import text as text_lib
+from sae_jax.tpu import aot, chips
+from sae_jax.training import step
+from sae_jax.training.config import TrainConfig
+from sae_jax.training.objective import ObjectiveConfig
+from tests.support.programs import module_of
+
+BF16, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
+# Tokens, latents of one of four shards, width.
+B, S, D = 384, 512, 256
+
+
+def train_config(**kwargs):
+  """A step that compiles in seconds, AuxK included."""
+  values = {
+    'sae': SaeConfig(d_model=D, n_latents=4 * S, k=8),
+    'objective': ObjectiveConfig(k_aux=8),
+    'batch_size': B,
+  }
+  return TrainConfig(**(values | kwargs))
+
+
+@pytest.fixture(scope='module')
+def compiled(line):
+  return footprint.compile_step(train_config(), line, 'dense')
+
+
+@pytest.fixture(scope='module')
+def planned(v5e, line, compiled):
+  config = train_config(mesh_data=1, mesh_latent=4)
+  return planner.read(config, v5e, line, compiled)
+
+
+@pytest.mark.parametrize(
+  ('topology', 'part'),
+  [
+    ('v7e:2x2', "chip 'v7e' is not known, there are v4, v5e, v5p, v6e, tpu7x"),
+    ('v6e:3x3', 'no such slice of v6e: use v6e:4x4'),
+    ('v5p:3x2x1', 'no such slice of v5p: use v5p:2x2x2'),
+    ('v5p:4x4x5', 'no such slice of v5p: use v5p:4x4x8'),
+    ('v6e:16x32', 'use v6e:16x16 --num_slices=2'),
+    ('v6e', 'use v6e:1x1'),
+    ('', 'is not known'),
+  ],
+)
+def test_slices_that_are_not_name_one_that_is(topology, part):
+  with pytest.raises(errors.UserError, match=re.escape(part)):
+    chips.find(topology)
+
+
+def test_every_small_slice_that_is_named_can_be_compiled_for():
+  for chip in chips.CHIPS:
+    for shape in chips.offered(chip)[:4]:
+      found = chips.find(chips.name(chip, shape))
+      per_chip = 2 if chip == 'tpu7x' else 1
+      assert found.devices_per_chip == per_chip
+      assert len(found.devices) == per_chip * math.prod(shape)
+
+
+@pytest.mark.parametrize('chip', chips.CHIPS)
+def test_the_room_in_hbm_is_what_the_compiler_says(chip):
+  slices = chips.find(chips.name(chip, chips.offered(chip)[1]))
+  mesh = meshes.make_mesh(slices, 0, 1)
+  x = jax.ShapeDtypeStruct(
+    (len(slices.devices), 2**18, 2**18), BF16,
+    sharding=NamedSharding(mesh, P('data')),
+  )  # fmt: skip
+  with pytest.raises(jax.errors.JaxRuntimeError) as error:
+    jax.jit(jnp.sin).lower(x).compile()
+  room = re.search(r'available HBM \(([\d.]+)G\)', str(error.value))
+  assert slices.device.hbm_gib == pytest.approx(float(room[1]), abs=0.01)
+  # The array and its sine, of all that the compiler counts.
+  assert footprint._needed(str(error.value)) == 2 * 2**37
+
+
+def test_times_are_those_of_the_slower_of_products_and_memory(v5e, line):
+  costs = costs_lib.Costs(
+    parts={
+      'a': costs_lib.Work(1, 197e12, 819e9 / 2),
+      'b': costs_lib.Work(1, 197e12 / 4, 819e9 * 2),
+    }
+  )
+  costs.collectives[exchange.Collective('all-reduce', (), 'a')] = np.array(
+    [3, 200e9]
+  )
+  found = roofline.roofline(costs, v5e, line)
+  seconds = {part.name: part.seconds for part in found.parts}
+  assert seconds == {'a': 1, 'b': 2}
+  assert found.exchanges_s == pytest.approx(2 * 3 / 4)
+  assert found.step_s == 3
+  assert found.without_overlap_s == pytest.approx(3 + 1.5)
+
+
+@pytest.mark.parametrize(
+  ('kind', 'data', 'latent', 'want'),
+  [
+    # 400 GB/s over all links of v6e, half of them along one dimension.
+    ('all-reduce', 1, 256, 2 * 255 / 256 / 400e9),
+    ('all-reduce', 16, 16, 2 * 15 / 16 / 200e9),
+    ('all-gather', 16, 16, 15 / 200e9),
+    ('reduce-scatter', 16, 16, 15 / 16 / 200e9),
+    # Of each byte half crosses the middle of 16: 128 chips, 32 links each way.
+    ('all-to-all', 1, 256, 128 / 2 / (32 * 100e9)),
+    ('all-to-all', 16, 16, 8 / 2 / (2 * 100e9)),
+    ('collective-permute', 16, 16, 1 / 200e9),
+  ],
+)
+def test_exchanges_take_the_links_that_they_span(kind, data, latent, want):
+  slices = chips.find('v6e:16x16')
+  mesh = meshes.make_mesh(slices, data, latent)
+  seconds = roofline.link_seconds(kind, 1.0, mesh.devices[0], slices)
+  assert seconds == pytest.approx(want)
+
+
+def test_devices_share_their_chip():
+  slices = chips.find('tpu7x:2x2x1')
+  assert slices.device.flops == chips.CHIPS['tpu7x'].flops / 2
+  assert slices.hbm_limit == pytest.approx(94.74 * 2**30)
+
+
+def test_memory_has_its_parts(planned):
+  held = planned.footprint
+  weights = 2 * S * D * 4 + S * 4 + D * 4
+  # The mean and scale of the data are not trained.
+  assert held.parameters == weights + D * 4 + 4
+  assert held.moments == 2 * weights + 4
+  assert held.average == weights + 4
+  assert held.counters == S * 4 + 3 * 4
+  assert held.batch == B * D * 2
+  assert held.temporaries > 0 and held.program > 0
+  # The compiler's arguments are these, but for tiles of small ones.
+  assert 0 <= held.padding < 0.02 * held.arguments
+  assert planned.fits and held.total < planned.slices.hbm_limit
+
+
+def test_products_of_the_step_are_all_counted(planned):
+  work = planned.costs.parts
+  encode = 2 * B * D * S
+  assert work['encoder and top-k'].flops == encode
+  total = planned.costs.total.flops - work[parts.AUXK].flops
+  # The decoder, its two gradients and the encoder's are products as large.
+  assert total == 5 * encode
+  # Adam reads 4 of a kind and a gradient, and writes 4.
+  weights = 2 * S * D * 4
+  moved = work[parts.OPTIMIZER].hbm_bytes
+  assert 7 * weights < moved < 16 * weights
+
+
+def test_auxk_counts_by_the_dead_latents_that_are_assumed(
+  v5e, line, compiled, planned
+):
+  config = planned.config
+  flops = {
+    dead: planner.read(config, v5e, line, compiled, dead)
+    .costs.parts.get(parts.AUXK, costs_lib.Work())
+    .flops
+    for dead in planner.DEAD
+  }
+  assert flops['none'] == 0 < flops['few'] < flops['all']
+  assert planned.costs.parts[parts.AUXK].flops == flops['few']
+  assert list(planned.auxk_s) == sorted(planned.auxk_s)
+  assert any('few dead latents' in text for text in table.lines(planned))
+
+
+def test_a_dense_buffer_is_found(planned):
+  """Dense products of codes make arrays of tokens x latents."""
+  assert planned.codes == B * S
+  shapes = {b.shape.dims for b in planned.dense}
+  # Weights that are rounded are none of them, though they might be as large.
+  assert (B, S) in shapes and (S, D) not in shapes
+
+
+def test_blocks_of_tokens_leave_no_dense_buffer(line, v5e):
+  """Control: a program that never makes them."""
+
+  def f(x, w):
+    def block(x):
+      return jax.lax.top_k(x @ w.T, 4)
+
+    return jax.lax.map(block, x.reshape(8, 64, 256))
+
+  module = module_of(line, f, ((512, 256), BF16), ((2048, 256), BF16))
+  assert costs_lib.buffers(module, 64 * 2048)
+  assert not costs_lib.buffers(module, 512 * 2048)
+
+
+def test_figures_are_for_json_and_for_reading(planned):
+  whole = dataclasses.replace(planned, tokens=10**12, price_per_chip_hour=2.0)
+  found = json.loads(json.dumps(whole.to_dict()))
+  assert found['measured'] is False and found['fits'] is True
+  per_chip = sum(found['hbm_parts_per_chip_gib'].values())
+  assert found['hbm_per_chip_gib'] == pytest.approx(per_chip)
+  parts_s = sum(p['seconds'] for p in found['roofline_parts'].values())
+  links_s = sum(one['seconds'] for one in found['exchanges'])
+  assert found['roofline_step_s'] == pytest.approx(max(parts_s, links_s))
+  rate = B / found['roofline_step_s']
+  assert found['tokens_per_s_at_most'] == pytest.approx(rate)
+  assert found['hours_at_least'] == pytest.approx(10**12 / rate / 3600)
+  assert found['cost_at_least'] == pytest.approx(
+    found['hours_at_least'] * 4 * 2.0
+  )
+  text = list(table.lines(whole))
+  assert text[0].startswith('nothing here was measured')
+  assert any(line.startswith('FITS: ') for line in text)
+  assert any('at most' in line and 'tokens/s' in line for line in text)
+  assert any('cost at least' in line for line in text)
+
+
+def test_what_does_not_fit_says_what_does():
+  lines = []
+  big = train_config(
+    sae=SaeConfig(d_model=512, n_latents=2**20, k=8),
+    objective=ObjectiveConfig(k_aux=0),
+  )
+  found = plan_lib.plan(big, 'v5e:1x1', compiles=1, report=lines.append)
+  assert not found.fits and found.roofline.step_s > 0
+  needs, room = found.footprint.total, found.slices.hbm_limit
+  # Parameters, moments, average and gradients are 20 GiB.
+  assert room < 16 * 2**30 and needs > 20 * 2**30
+  text = '\n'.join(table.lines(found))
+  assert f'{(needs - room) / 2**30:.2f} GiB too much' in text
+  first = found.remedies[0]
+  assert first.compiled and first.flags.startswith('--topology=v5e:2x2 --mesh')
+  assert first.hbm_bytes < room and first.flags in text
+  others = [remedy for remedy in found.remedies if not remedy.compiled]
+  assert others and 'by arithmetic, not compiled' in text
+  # Fewer tokens at a time would not do: there are few of them.
+  assert not any('micro' in remedy.flags for remedy in found.remedies)
+
+
+def test_fewer_tokens_at_a_time_are_proposed_where_they_help(v5e, line):
+  config = train_config(
+    sae=SaeConfig(d_model=D, n_latents=2**18, k=8),
+    batch_size=2**17,
+    mesh_data=1,
+    mesh_latent=4,
+  )
+  held = footprint.arguments(config, line)
+  needs = dataclasses.replace(held, temporaries=20 * 2**30)
+  found = remedies.find(config, v5e, needs, None, 0, print)
+  assert found[0].flags == '--micro_batches=2' and not found[0].compiled
+  # Of tokens alone, so that half of them takes half of it.
+  assert 9 * 2**30 < found[0].hbm_bytes < 13 * 2**30
+
+
+@pytest.mark.parametrize(
+  ('config', 'mesh', 'part'),
+  [
+    (
+      train_config(sae=SaeConfig(d_model=D, n_latents=4097, k=8)), (1, 4),
+      'n_latents 4,097 can not be split evenly over 4 shards: use --n=4096',
+    ),
+    (
+      train_config(batch_size=1023), (4, 1),
+      'use --batch=1024',
+    ),
+    (
+      train_config(batch_size=1000, micro_batches=3), (2, 2),
+      'over 2 shards and 3 micro-batches: use --batch=1002',
+    ),
+    (train_config(), (1, 5), 'mesh 1x5 needs 5 devices, there are 4: use'),
+    (train_config(sae=SaeConfig(k=8)), (1, 4), 'd_model 0'),
+    (
+      train_config(
+        batch_size=511, sae=SaeConfig(d_model=D, n_latents=4097, k=8)
+      ),
+      'auto',
+      'use --batch=512',
+    ),
+  ],
+)  # fmt: skip
+def test_uneven_splits_name_the_nearest_even_one(config, mesh, part):
+  with pytest.raises(errors.UserError, match=re.escape(part)):
+    plan_lib.plan(config, 'v5e:2x2', mesh=mesh)
+
+
+def test_a_mesh_that_does_not_lie_on_the_torus_names_one(monkeypatch):
+  slices = chips.find('v6e:4x4')
+  real = meshes.mesh_lib.make_mesh
+
+  def refuses(data, latent, devices):
+    if latent == 8:
+      raise NotImplementedError('Failed to find assignment')
+    return real(data, latent, devices)
+
+  monkeypatch.setattr(meshes.mesh_lib, 'make_mesh', refuses)
+  with pytest.raises(
+    errors.UserError, match='links of v6e:4x4: use --mesh=1x16'
+  ):
+    meshes.make_mesh(slices, 2, 8)
+  config = train_config()
+  assert (2, 8) not in meshes.candidates(config, slices)
+
+
+def test_splits_are_ranked_and_compiled_ones_are_told_from_guesses(monkeypatch):
+  """Compiles nothing: the compiler's part is the other tests'."""
+  slices = chips.find('v5e:2x2')
+  seen = []
+  step_scopes = (
+    *('preprocessing', 'jvp(encoder)', 'transpose(jvp(encoder))', 'AuxK'),
+    *('jvp(encoder and decoder)', 'transpose(jvp(encoder and decoder))'),
+    *('top-k over shards', 'optimizer'),
+  )
+
+  def compile_step(config, mesh, implementation):
+    seen.append((config.mesh_data, config.mesh_latent))
+    text = 'ENTRY %m (p: f32[8]) -> f32[8] {\n  %p = f32[8]{0} parameter(0)\n'
+    for i, scope in enumerate(step_scopes):
+      text += f'  %n.{i} = f32[8]{{0}} negate(%p), '
+      text += f'metadata={{op_name="jit(step)/{scope}/neg"}}\n'
+    slow = 'f32[2048,1024]{1,0}' * (config.mesh_latent == 4) or 'f32[8]{0}'
+    text += f'  ROOT %c = {slow} copy(%p)\n}}\n'
+    held = footprint.arguments(config, mesh)
+    return footprint.Compiled(text, held, fits=config.mesh_latent > 1)
+
+  monkeypatch.setattr(footprint, 'compile_step', compile_step)
+  found = plan_lib.plan(train_config(), slices.name, compiles=2)
+  assert len(seen) == 2 and len(found.splits) == 3
+  assert [split.compiled for split in found.splits] == [True, True, False]
+  every = plan_lib.plan(train_config(), slices.name, compiles=9)
+  order = [(split.data, split.latent) for split in every.splits]
+  # The slow one comes second, the one that does not fit last.
+  assert order == [(2, 2), (1, 4), (4, 1)]
+  assert (every.config.mesh_data, every.config.mesh_latent) == (2, 2)
+
+
+def test_a_step_that_refuses_a_config_says_what_it_takes(monkeypatch):
+  real = remedies.step.lowered
+
+  def refuses(config, *args):
+    if config.micro_batches < 4:
+      raise errors.UserError('too many pairs: use a smaller batch')
+    return real(config, *args)
+
+  monkeypatch.setattr(remedies.step, 'lowered', refuses)
+  with pytest.raises(errors.UserError) as error:
+    plan_lib.plan(train_config(batch_size=2**12), 'v5e:2x2', mesh=(2, 2))
+  assert str(error.value) == (
+    'mesh 2x2: too many pairs: use a smaller batch '
+    '(--micro_batches=4 is accepted)'
+  )
+
+
+def run(*flags):
+  return subprocess.run(
+    [sys.executable, '-m', 'sae_jax.cli.plan', *flags],
+    capture_output=True,
+    text=True,
+    env=os.environ | {'TF_CPP_MIN_LOG_LEVEL': '3'},
+  )
+
+
+def test_the_binary_prints_a_table_and_writes_json_and_hlo(tmp_path):
+  out, text = tmp_path / 'plan.json', tmp_path / 'step.txt'
+  done = run(
+    '--topology=v5e:2x2', '--num_slices=1', '--d=256', '--n=2048', '--k=8',
+    '--batch=256', '--k_aux=0', '--mesh=auto', '--tokens=1000000',
+    '--price_per_chip_hour=1.2', f'--json={out}', f'--emit_hlo={text}',
+  )  # fmt: skip
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.startswith('nothing here was measured')
+  found = json.loads(out.read_text())
+  assert {'fits', 'hbm_per_chip_gib', 'roofline_step_s'} <= set(found)
+  assert found['config']['sae']['n_latents'] == 2048
+  assert text_lib.parse(text.read_text()).entry.instructions
+  wrong = run('--topology=v6e:3x3', '--d=256')
+  assert wrong.returncode == 2 and wrong.stdout == ''
+  assert wrong.stderr.strip().endswith('use v6e:4x4')
+
+
+def test_a_large_batch_is_cut_for_auxk_whoever_chose_the_kernels():
+  # Its 33 million candidates are too many for one kernel.
+  made = train_config(
+    sae=SaeConfig(d_model=128, n_latents=2**20, k=256),
+    objective=ObjectiveConfig(k_aux=256),
+    batch_size=131_072,
+  )
+  mesh = aot.mesh('v6e:4x4', 1, 16)
+  for implementation in (None, 'pallas'):
+    lowered = step.lowered(made, mesh, implementation)
+    assert 'segment_sums' in lowered.as_text()

@@ -1,0 +1,28 @@
+"""The top k over shards."""
+
+import numpy as np
+import pytest
+
+from sae_jax import ops
+from tests.support.top_k_checks import (
+  ADVERSARIAL,
+  sharded_winners,
+  unsharded_winners,
+  winners_that_crowd_one_shard_are_kept,
+)
+
+
+@pytest.mark.parametrize('name', ADVERSARIAL)
+@pytest.mark.parametrize('k', [1, 7, 24])
+# Eight shards share 16 tokens out; five are ranked by every shard.
+@pytest.mark.parametrize('batch', [5, 16])
+def test_top_k_over_shards_equals_one_stable_sort(name, k, batch):
+  rng = np.random.default_rng(3)
+  x_BN = np.concatenate([ADVERSARIAL[name](rng) for _ in range(4)])
+  x_BN = x_BN[:batch].astype(np.float32)
+  got = sharded_winners(x_BN, k, 8, ops.global_top_k)
+  np.testing.assert_array_equal(got, unsharded_winners(x_BN, k))
+
+
+def test_top_k_over_shards_keeps_winners_that_crowd_one_shard():
+  winners_that_crowd_one_shard_are_kept()

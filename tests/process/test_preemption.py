@@ -1,0 +1,114 @@
+"""Runs that are killed, stopped or moved end as those left in peace."""
+
+import os
+import pathlib
+import random
+import signal
+import time
+
+import pytest
+
+from sae_jax import checkpoint
+from tests.support import runs
+
+# More on request, 20 at most: the run must not end before.
+KILLS = int(os.environ.get('SAE_JAX_RUN_KILLS', '5'))
+STEPS = 2400
+EVERY = 40
+
+
+@pytest.fixture(scope='module')
+def whole(store, tmp_path_factory):
+  """The workdir of an uninterrupted run, which saved at its end alone."""
+  workdir = str(tmp_path_factory.mktemp('runs') / 'whole')
+  runs.run(runs.command(store, workdir, steps=STEPS, checkpoint_every=0))
+  runs.assert_active(workdir)
+  return workdir
+
+
+def being_written(workdir):
+  """Checkpoints that are begun and not finished."""
+  return list(pathlib.Path(workdir, 'checkpoints').glob('*-checkpoint-tmp*'))
+
+
+def wait_to_kill(kind, process, workdir, rng):
+  """Waits for a random moment of a kind."""
+  before = runs.saved_steps(workdir)[-1:] or [0]
+  wanted = before[0] + EVERY * rng.randint(1, 2)
+  if kind == 'starting':
+    time.sleep(rng.uniform(0, 4))
+    return
+  runs.wait_until(
+    lambda: runs.saved_steps(workdir)[-1:] >= [wanted - EVERY + 1], process
+  )
+  if kind == 'between':
+    time.sleep(rng.uniform(0, 0.1))
+    return
+  runs.wait_until(lambda: being_written(workdir), process)
+  time.sleep(rng.uniform(0, 0.02))
+
+
+def test_killed_again_and_again_it_ends_with_the_same_bits(
+  store, whole, tmp_path
+):
+  rng, workdir = random.Random(0), str(tmp_path / 'run')
+  command = runs.command(store, workdir, steps=STEPS, checkpoint_every=EVERY)
+  # Half of them while a checkpoint is written.
+  order = ('writing', 'between', 'writing', 'starting')
+  kinds = [order[i % len(order)] for i in range(KILLS)]
+  rng.shuffle(kinds)
+  saved, torn = [0], 0
+  for kind in kinds:
+    process = runs.start(command)
+    wait_to_kill(kind, process, workdir, rng)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    torn += bool(being_written(workdir))
+    saved.append((runs.saved_steps(workdir) or [0])[-1])
+    assert saved[-1] >= saved[-2]
+  assert torn >= max(1, KILLS // 6)
+  assert len(set(saved)) > KILLS // 2
+  assert saved[-1] < STEPS
+  runs.run(command)
+  runs.assert_same_run(workdir, whole)
+  for average in (True, False):
+    runs.assert_same_bits(
+      checkpoint.load(workdir, average=average).sae,
+      checkpoint.load(whole, average=average).sae,
+    )
+  assert not being_written(workdir)
+
+
+def test_sigterm_saves_and_the_same_command_goes_on(store, whole, tmp_path):
+  workdir = str(tmp_path / 'run')
+  command = runs.command(store, workdir, steps=STEPS, checkpoint_every=300)
+  process = runs.start(command)
+  runs.wait_until(lambda: runs.saved_steps(workdir), process)
+  process.terminate()
+  out, said = runs.ended(process)
+  done = runs.stopped_at(out, STEPS)
+  assert f'SIGTERM: saved after step {done}' in said
+  assert 300 <= done < STEPS
+  assert runs.saved_steps(workdir)[-1] == done
+  assert runs.rows(workdir)[-1]['step'] == done
+  assert checkpoint.load(workdir).step == done
+  out, _ = runs.run(command)
+  assert f'trained to step {STEPS}' in out and 'SIGTERM' not in out
+  runs.assert_same_run(workdir, whole)
+
+
+def test_an_interrupt_is_one_line_and_the_run_goes_on(store, tmp_path):
+  workdir = str(tmp_path / 'run')
+  command = runs.command(store, workdir, steps=STEPS, checkpoint_every=EVERY)
+  process = runs.start(command)
+  runs.wait_until(lambda: runs.saved_steps(workdir), process)
+  process.send_signal(signal.SIGINT)
+  _, said = runs.ended(process, 130)
+  assert 'Traceback' not in said
+  assert said.splitlines()[-1].startswith('error: interrupted')
+  # What it saved is whole: it goes on from there.
+  done = checkpoint.load(workdir).step
+  assert EVERY <= done < STEPS
+  _, said = runs.run([*command, f'--steps={done + 1}'])
+  assert f'resumes after step {done}' in said

@@ -1,0 +1,98 @@
+"""The objective, and a dense one in float64 that it must equal."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sae_jax import autoencoder
+from sae_jax.ops import rows
+from sae_jax.training import objective
+from tests.support import dense_reference
+
+CONFIG = autoencoder.SaeConfig(d_model=12, n_latents=48, k=5)
+MSE_OF_MEAN = 0.7
+
+
+def problem(seed=0, dead=range(0, 48, 4)):
+  """A random float64 autoencoder, tokens and dead latents."""
+  rng = np.random.default_rng(seed)
+  n, d = CONFIG.n_latents, CONFIG.d_model
+  sae = autoencoder.Sae(
+    w_enc_ND=jnp.asarray(rng.standard_normal((n, d))),
+    w_dec_ND=rows.unit_rows(jnp.asarray(rng.standard_normal((n, d)))),
+    b_lat_N=jnp.asarray(0.1 * rng.standard_normal(n)),
+    b_pre_D=jnp.asarray(rng.standard_normal(d)),
+    data_mean_D=jnp.zeros(d),
+    data_scale=jnp.ones(()),
+  )
+  dead_N = np.zeros(n, bool)
+  dead_N[list(dead)] = True
+  return sae, jnp.asarray(rng.standard_normal((20, d))), jnp.asarray(dead_N)
+
+
+def ours(sae, x_BD, dead_N, weight=1 / 32, sae_config=CONFIG, **kwargs):
+  """Value, terms and gradients of what is trained."""
+  options = {'k_aux': 7, 'aux_weight': weight}
+  names = {
+    field.name for field in dataclasses.fields(objective.ObjectiveConfig)
+  }
+  options |= {name: kwargs.pop(name) for name in names & set(kwargs)}
+  (value, terms), grads = objective.value_and_grad(
+    sae,
+    x_BD,
+    dead_N,
+    MSE_OF_MEAN,
+    sae_config,
+    objective.ObjectiveConfig(**options),
+    **kwargs,
+  )
+  return value, terms, autoencoder.trained(grads)
+
+
+def dense(sae, x_BD, dead_N, weight=1 / 32, **kwargs):
+  def of(params):
+    return dense_reference.loss(
+      sae.replace(**params), x_BD, dead_N, MSE_OF_MEAN, CONFIG.k, 7, weight,
+      **kwargs,
+    )  # fmt: skip
+
+  (value, terms), grads = jax.value_and_grad(of, has_aux=True)(
+    autoencoder.trained(sae)
+  )
+  return value, terms, grads
+
+
+def largest_difference(got, want):
+  assert jax.tree.structure(got) == jax.tree.structure(want)
+  return max(
+    float(abs(g - w).max() / (abs(w).max() + 1e-30))
+    for g, w in zip(jax.tree.leaves(got), jax.tree.leaves(want))
+  )
+
+
+def gradients_equal_dense_autodiff(weight, implementation, multi_topk):
+  with jax.enable_x64(True):
+    args = problem()
+    value, terms, grads = ours(
+      *args, weight, multi_topk=multi_topk, implementation=implementation
+    )
+    want, (nmse, aux), want_grads = dense(
+      *args, weight, wide=multi_topk * CONFIG.k, wide_weight=1 / 8
+    )
+    assert value.dtype == jnp.float64
+    np.testing.assert_allclose(value, want, rtol=1e-12)
+    np.testing.assert_allclose(terms.nmse, nmse, rtol=1e-12)
+    np.testing.assert_allclose(terms.aux, aux, rtol=1e-12)
+    assert float(aux) > 0
+    multi = (want - nmse - weight * aux) * 8
+    np.testing.assert_allclose(terms.multi, multi, rtol=1e-9, atol=1e-12)
+    assert (multi > 0.01) == (multi_topk > 0)
+    assert largest_difference(grads, want_grads) < 1e-10
+    # Control: each term is seen.
+    _, _, other = dense(*args, weight + 1)
+    assert largest_difference(grads, other) > 1e-4
+    if multi_topk:
+      _, _, narrow = dense(*args, weight)
+      assert largest_difference(grads, narrow) > 1e-4

@@ -1,0 +1,8 @@
+"""Texts as the strings of their tokens."""
+
+from sae_jax.subject.formats import tokenizer as tokenizer_lib
+
+
+def pieces(tokenizer, text):
+  strings = tokenizer_lib.token_strings(tokenizer)
+  return [strings[i] for i in tokenizer_lib.encode(tokenizer, text)]

@@ -1,0 +1,232 @@
+"""The autoencoder's functions against float64 numpy."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import optimize
+
+from sae_jax import autoencoder, errors
+from sae_jax.ops import rows as rows_lib
+
+
+def make(preprocessing='center_unit_norm', **kwargs):
+  values = {'d_model': 24, 'n_latents': 96, 'k': 6} | kwargs
+  config = autoencoder.SaeConfig(preprocessing=preprocessing, **values)
+  rng = np.random.default_rng(0)
+  raw_BD = 3 + rng.standard_normal((500, 24)) * np.linspace(0.5, 4, 24)
+  raw_BD = raw_BD.astype(np.float32)
+  sae = autoencoder.init_weights(config, jax.random.key(0))
+  sae, mse_of_mean = autoencoder.fit_inputs(config, sae, jnp.asarray(raw_BD))
+  return config, sae, raw_BD, mse_of_mean
+
+
+def preprocessed(name, raw_BD):
+  """The preprocessings' definitions, in float64."""
+  raw_BD = raw_BD.astype(np.float64)
+  centred = raw_BD - raw_BD.mean(1, keepdims=True)
+  if name == 'none':
+    return raw_BD
+  if name == 'center_unit_norm':
+    return centred / np.linalg.norm(centred, axis=1, keepdims=True)
+  if name == 'layer_norm':
+    return centred / (raw_BD.std(1, ddof=1, keepdims=True) + 1e-5)
+  centred = raw_BD - raw_BD.mean(0)
+  return centred / np.sqrt((centred**2).sum(1).mean())
+
+
+@pytest.mark.parametrize('name', autoencoder.PREPROCESSING)
+def test_preprocess_is_its_definition_and_restore_undoes_it(name):
+  config, sae, raw_BD, _ = make(name)
+  x_BD, affine = autoencoder.preprocess(config, sae, raw_BD)
+  np.testing.assert_allclose(
+    x_BD, preprocessed(name, raw_BD), rtol=2e-5, atol=2e-5
+  )
+  np.testing.assert_allclose(
+    autoencoder.restore(affine, x_BD), raw_BD, rtol=1e-4, atol=1e-4
+  )
+
+
+def test_layer_norm_of_a_faint_token_is_its_definition():
+  # Small enough that it matters where the epsilon is added.
+  config, sae, raw_BD, _ = make('layer_norm')
+  faint_BD = 1e-4 * raw_BD
+  x_BD, _ = autoencoder.preprocess(config, sae, faint_BD)
+  want_BD = preprocessed('layer_norm', faint_BD)
+  np.testing.assert_allclose(x_BD, want_BD, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize('name', autoencoder.PREPROCESSING)
+@pytest.mark.parametrize('level', [7.0, 0.1, 1000.1, -3.3, 0.0])
+def test_a_constant_token_is_finite(name, level):
+  config, sae, _, _ = make(name)
+  x_BD, affine = autoencoder.preprocess(config, sae, jnp.full((2, 24), level))
+  assert np.isfinite(x_BD).all()
+  if name == 'center_unit_norm':
+    np.testing.assert_array_equal(x_BD, 0)
+    # Control: a token that varies a little is brought to unit norm.
+    other, _ = autoencoder.preprocess(
+      config, sae, level + 1e-3 * (1 + abs(level)) * jnp.eye(2, 24)
+    )
+    np.testing.assert_allclose(np.linalg.norm(other, axis=1), 1, rtol=1e-5)
+  np.testing.assert_allclose(
+    autoencoder.restore(affine, x_BD),
+    np.full((2, 24), level),
+    rtol=1e-5,
+    atol=1e-6,
+  )
+
+
+def test_half_precision_activations_are_widened():
+  config, sae, raw_BD, _ = make()
+  x_BD, _ = autoencoder.preprocess(config, sae, jnp.bfloat16(raw_BD))
+  assert x_BD.dtype == jnp.float32
+
+
+def test_encode_decode_equal_a_float64_definition():
+  config, sae, raw_BD, _ = make()
+  x_BD, _ = autoencoder.preprocess(config, sae, raw_BD)
+  vals_BK, idx_BK = autoencoder.encode(config, sae, x_BD)
+  output_BD = autoencoder.decode(sae, vals_BK, idx_BK)
+
+  wide = {f.name: np.asarray(getattr(sae, f.name), np.float64)
+          for f in dataclasses.fields(sae)}  # fmt: skip
+  x64_BD = np.asarray(x_BD, np.float64)
+  pre_BN = (x64_BD - wide['b_pre_D']) @ wide['w_enc_ND'].T + wide['b_lat_N']
+  want_BK = np.argsort(-pre_BN, axis=1)[:, : config.k]
+  np.testing.assert_array_equal(idx_BK, want_BK)
+  z_BK = np.maximum(np.take_along_axis(pre_BN, want_BK, 1), 0)
+  np.testing.assert_allclose(vals_BK, z_BK, rtol=1e-4, atol=1e-6)
+  want_BD = (z_BK[:, :, None] * wide['w_dec_ND'][want_BK]).sum(1)
+  np.testing.assert_allclose(
+    output_BD, want_BD + wide['b_pre_D'], rtol=1e-4, atol=1e-5
+  )
+
+
+def test_reconstruct_is_in_the_raw_space():
+  config, sae, raw_BD, _ = make('layer_norm', n_latents=24, k=24)
+  # An orthonormal decoder with both signs of every direction loses nothing.
+  eye = jnp.eye(24)
+  both = jnp.concatenate([eye, -eye])
+  sae = sae.replace(w_enc_ND=both, w_dec_ND=both, b_lat_N=jnp.zeros(48))
+  got = autoencoder.reconstruct(config, sae, raw_BD)
+  np.testing.assert_allclose(got, raw_BD, rtol=1e-4, atol=1e-4)
+  # Control: without the way back it is far off.
+  x_BD, _ = autoencoder.preprocess(config, sae, raw_BD)
+  inside = autoencoder.decode(sae, *autoencoder.encode(config, sae, x_BD))
+  assert abs(np.asarray(inside) - raw_BD).max() > 1
+
+
+def test_fresh_autoencoder_fits_its_inputs():
+  config, sae, raw_BD, mse_of_mean = make()
+  norms_N = np.linalg.norm(sae.w_dec_ND, axis=1)
+  np.testing.assert_allclose(norms_N, 1, rtol=1e-5)
+  # The encoder is the decoder's transpose up to one factor.
+  factor = np.asarray(sae.w_enc_ND) / np.asarray(sae.w_dec_ND)
+  np.testing.assert_allclose(factor, factor[0, 0], rtol=1e-4)
+  x_BD, _ = autoencoder.preprocess(config, sae, raw_BD)
+  output_BD = autoencoder.decode(sae, *autoencoder.encode(config, sae, x_BD))
+  np.testing.assert_allclose(
+    np.linalg.norm(output_BD - sae.b_pre_D),
+    np.linalg.norm(x_BD - sae.b_pre_D),
+    rtol=1e-4,
+  )
+  wide = np.asarray(x_BD, np.float64)
+  np.testing.assert_allclose(
+    mse_of_mean, ((wide - wide.mean(0)) ** 2).sum(1).mean(), rtol=1e-4
+  )
+
+
+def test_first_encoder_is_the_transpose_or_drawn_apart():
+  _, sae, _, _ = make()
+  cosine_N = (sae.w_enc_ND * sae.w_dec_ND).sum(1)
+  cosine_N /= jnp.linalg.norm(sae.w_enc_ND, axis=1)
+  np.testing.assert_allclose(cosine_N, 1, rtol=1e-5)
+  _, apart, _, _ = make(encoder_init='independent')
+  np.testing.assert_array_equal(apart.w_dec_ND, sae.w_dec_ND)
+  norms_N = jnp.linalg.norm(apart.w_enc_ND, axis=1)
+  cosine_N = (apart.w_enc_ND * apart.w_dec_ND).sum(1) / norms_N
+  assert abs(cosine_N).mean() < 0.3
+  # Rows of one norm, as the transpose has them.
+  np.testing.assert_allclose(norms_N, norms_N[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize('name', autoencoder.PREPROCESSING)
+def test_first_thresholds_are_small_beside_the_tokens_spread(name):
+  _, sae, _, mse_of_mean = make(name, activation='jumprelu')
+  np.testing.assert_allclose(
+    np.exp(sae.log_threshold_N), 1e-3 * mse_of_mean**0.5, rtol=1e-5
+  )
+  assert make(name)[1].log_threshold_N is None
+
+
+def sum_of_distances(point_D, points_BD):
+  return np.linalg.norm(points_BD - point_D, axis=1).sum()
+
+
+@pytest.mark.parametrize('kind', ['cloud', 'duplicates', 'on a point', 'line'])
+def test_geometric_median_is_the_minimum(kind):
+  rng = np.random.default_rng(5)
+  points_BD = rng.standard_normal((60, 3)) + np.array([5, 0, -1])
+  if kind == 'duplicates':
+    points_BD[:25] = points_BD[0]
+  elif kind == 'on a point':
+    # More than half of the weight: the median is that very point, where
+    # plain Weiszfeld divides by zero.
+    points_BD[:40] = [1.0, 2.0, 3.0]
+  elif kind == 'line':
+    # Skewed, and odd in number, so that the minimum is one point.
+    points_BD = rng.exponential(size=(61, 1)) * [1.0, 0.0, 0.0]
+  with jax.enable_x64(True):
+    got_D = np.asarray(
+      autoencoder.geometric_median(
+        jnp.asarray(points_BD), tolerance=1e-12, max_steps=20_000
+      )
+    )
+  assert np.isfinite(got_D).all()
+  best = min(
+    optimize.minimize(
+      sum_of_distances, start, (points_BD,), method='Nelder-Mead',
+      options={'xatol': 1e-10, 'fatol': 1e-12, 'maxiter': 10_000},
+    ).fun
+    for start in (points_BD.mean(0), np.median(points_BD, axis=0))
+  )  # fmt: skip
+  assert sum_of_distances(got_D, points_BD) <= best * (1 + 1e-7)
+  # Control: the mean is not the geometric median of these.
+  assert sum_of_distances(points_BD.mean(0), points_BD) > best * (1 + 1e-5)
+
+
+def test_geometric_median_starts_on_a_data_point():
+  # The mean is a data point that is not the median.
+  points_BD = jnp.array([[0.0], [0.0], [0.0], [1.0], [4.0]])
+  points_BD = jnp.concatenate([points_BD, jnp.array([[1.0]])])
+  got = autoencoder.geometric_median(points_BD, max_steps=2000)
+  assert sum_of_distances(np.asarray(got), np.asarray(points_BD)) < 6.01
+
+
+def test_geometric_median_stays_on_a_heavy_point_it_starts_from():
+  # The mean is 0, where five of nine points lie: the median. The pull of the
+  # others is less than what holds it there; Weiszfeld's step would leave.
+  points_BD = jnp.array([0.0] * 5 + [3.0, -1.0, -1.0, -1.0])[:, None]
+  assert autoencoder.geometric_median(points_BD) == 0
+
+
+def test_geometric_median_of_equal_points_is_that_point():
+  got = autoencoder.geometric_median(jnp.full((9, 4), 2.5))
+  np.testing.assert_array_equal(got, np.full(4, 2.5))
+
+
+def test_unit_rows_leaves_a_zero_row():
+  rows = rows_lib.unit_rows(jnp.array([[3.0, 4.0], [0.0, 0.0]]))
+  np.testing.assert_allclose(rows, [[0.6, 0.8], [0, 0]], rtol=1e-6)
+
+
+def test_bad_configs_are_refused():
+  with pytest.raises(errors.UserError, match='k 9 exceeds n_latents 8'):
+    autoencoder.SaeConfig(n_latents=8, k=9)
+  with pytest.raises(
+    errors.UserError, match="preprocessing 'fancy' is not known"
+  ):
+    autoencoder.SaeConfig(preprocessing='fancy')

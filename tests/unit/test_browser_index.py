@@ -1,0 +1,334 @@
+"""The index on disk says what the arrays say."""
+
+import collections
+import json
+
+from etils import epath
+import numpy as np
+import pytest
+
+from sae_jax import errors
+from sae_jax.browser import index
+from tests.support import synthetic_features
+
+
+@pytest.fixture(scope='module')
+def made():
+  return synthetic_features.make(
+    n_latents=30, n_examples=4, window=24, n_tokens=4000
+  )
+
+
+@pytest.fixture(scope='module')
+def folder(made, tmp_path_factory):
+  out = tmp_path_factory.mktemp('browser')
+  config = index.BrowseConfig(features_per_shard=7, activation_digits=9)
+  index.build_index(*made, out, config)
+  return out
+
+
+def read(folder, name):
+  def refuse(constant):
+    raise ValueError(f'{name} holds {constant}, which is not JSON')
+
+  text = (folder / 'data' / name).read_text()
+  return json.loads(text, parse_constant=refuse)
+
+
+def read_shards(folder):
+  names = sorted(p.name for p in (folder / 'data' / 'features').iterdir())
+  return [read(folder, f'features/{name}') for name in names]
+
+
+def mismatches(features, folder):
+  """Names of the arrays that the files do not give back."""
+  columns = read(folder, 'columns.json')
+  rebuilt = {name: np.full_like(a, -1) for name, a in features.items()}
+  for name in ('count', 'density', 'max', 'mean', 'std', 'skew'):
+    rebuilt[name] = np.array(columns[name], features[name].dtype)
+  rebuilt['latent_ids'] = np.array(columns['latent'])
+  rebuilt['hist_edges'] = np.float32(read(folder, 'meta.json')['hist_edges'])
+  for kind in ('top', 'random'):
+    rebuilt[f'{kind}_acts'][:] = 0
+  entries = [entry for shard in read_shards(folder) for entry in shard]
+  for row, entry in enumerate(entries):
+    assert entry['latent'] == features['latent_ids'][row]
+    rebuilt['hist_counts'][row] = entry['histogram']
+    for kind in ('top', 'random'):
+      for i, example in enumerate(entry[kind]):
+        width = len(example['tokens'])
+        rebuilt[f'{kind}_tokens'][row, i, :width] = example['tokens']
+        rebuilt[f'{kind}_acts'][row, i, example['fired']] = example['acts']
+        rebuilt[f'{kind}_peak'][row, i] = example['peak']
+        rebuilt[f'{kind}_document'][row, i] = example['document']
+    for way in ('up', 'down'):
+      votes = entry[f'votes_{way}']
+      rebuilt[f'vote_{way}_ids'][row] = votes['tokens']
+      rebuilt[f'vote_{way}_logits'][row] = votes['logits']
+    rebuilt['neighbour_ids'][row] = entry['neighbours']['latents']
+    rebuilt['neighbour_cosines'][row] = entry['neighbours']['cosines']
+  return [
+    name
+    for name in features
+    if not np.array_equal(features[name], rebuilt[name])
+  ]
+
+
+def test_files_give_the_arrays_back(made, folder):
+  assert mismatches(made[0], folder) == []
+  assert [len(shard) for shard in read_shards(folder)] == [7, 7, 7, 7, 2]
+
+
+@pytest.mark.parametrize(
+  'name', ['density', 'top_acts', 'random_peak', 'vote_up_logits', 'count']
+)
+def test_comparison_sees_one_changed_number(made, folder, name):
+  features = {k: v.copy() for k, v in made[0].items()}
+  alive = np.flatnonzero(features['count'])[3]
+  features[name][alive].flat[0] += 1 if name == 'count' else 0.001
+  if name == 'random_peak':
+    features[name][alive, 0] += 1
+  elif np.ndim(features[name]) == 1:
+    features[name][alive] *= 1.001 if name == 'density' else 2
+  assert mismatches(features, folder) == [name]
+
+
+def test_activations_keep_the_digits_asked_for(made, tmp_path):
+  features, report, vocabulary = made
+  index.build_index(
+    features,
+    report,
+    vocabulary,
+    tmp_path,
+    index.BrowseConfig(activation_digits=3),
+  )
+  row = int(np.flatnonzero(features['count'])[0])
+  example = read_shards(tmp_path)[0][row]['top'][0]
+  whole = features['top_acts'][row, 0][example['fired']]
+  np.testing.assert_allclose(example['acts'], whole, rtol=5.1e-3)
+  assert not np.array_equal(np.float32(example['acts']), whole)
+  assert all(
+    len(str(v).strip('0').replace('.', '')) <= 3 for v in example['acts']
+  )
+
+
+def test_top_tokens_are_those_at_the_peaks_most_frequent_first(made, folder):
+  features, _, _ = made
+  columns = read(folder, 'columns.json')
+  for row, found in enumerate(columns['top']):
+    peaks = [
+      int(tokens[peak])
+      for tokens, peak in zip(
+        features['top_tokens'][row], features['top_peak'][row]
+      )
+      if peak >= 0
+    ]
+    times = collections.Counter(peaks)
+    assert sorted(found) == sorted(times)
+    assert [times[t] for t in found] == sorted(times.values(), reverse=True)
+    assert columns['votes'][row] == features['vote_up_ids'][row, :5].tolist()
+
+
+def test_previews_hold_the_peak_in_full_strength(made, folder):
+  features, _, _ = made
+  previews = read(folder, 'previews.json')
+  for row in np.flatnonzero(features['count']):
+    best = features['top_tokens'][row, 0][features['top_peak'][row, 0]]
+    tokens, percents = previews['tokens'][row], previews['percents'][row]
+    assert len(tokens) == len(percents) <= 12
+    assert tokens[percents.index(100)] == best
+
+
+def test_texts_are_written_once(made, folder):
+  _, _, vocabulary = made
+  assert read(folder, 'vocabulary.json') == vocabulary
+  assert '\ud83d' in vocabulary
+  for path in (folder / 'data').rglob('*.json'):
+    holds = 'committee' in path.read_text()
+    assert holds == (path.name == 'vocabulary.json'), path.name
+
+
+def test_silent_latents_have_votes_but_no_contexts(made, folder):
+  features, _, _ = made
+  silent = np.flatnonzero(features['count'] == 0)
+  assert len(silent)
+  entries = [entry for shard in read_shards(folder) for entry in shard]
+  previews = read(folder, 'previews.json')
+  for row in silent:
+    assert entries[row]['top'] == entries[row]['random'] == []
+    assert len(entries[row]['votes_up']['tokens']) == 10
+    assert previews['tokens'][row] == []
+  meta = read(folder, 'meta.json')
+  assert meta['n_alive'] == 30 - len(silent)
+  assert meta['n_features'] == 30
+
+
+def test_padding_on_the_left_moves_the_peak(made, tmp_path):
+  features, report, vocabulary = made
+  plain = {k: v.copy() for k, v in features.items()}
+  row = int(np.flatnonzero(features['count'])[0])
+  plain['top_tokens'][row, 0, 20:] = -1
+  plain['top_acts'][row, 0, 20:] = 0
+  plain['top_peak'][row, 0] = 5
+  plain['top_acts'][row, 0, 5] = 9
+  moved = {k: v.copy() for k, v in plain.items()}
+  for name in ('top_tokens', 'top_acts'):
+    moved[name][row, 0] = np.roll(plain[name][row, 0], 4)
+  moved['top_peak'][row, 0] = 9
+  index.build_index(plain, report, vocabulary, tmp_path / 'plain')
+  index.build_index(moved, report, vocabulary, tmp_path / 'moved')
+  assert read_shards(tmp_path / 'plain') == read_shards(tmp_path / 'moved')
+
+
+def test_what_is_absent_or_not_finite_is_left_out_or_null(made, tmp_path):
+  features, report, vocabulary = made
+  features = {k: v.copy() for k, v in features.items()}
+  features['skew'][2] = np.nan
+  features['max'][3] = np.inf
+  features['neighbour_ids'][1, 3:] = -1
+  features['vote_up_ids'][1, 4:] = -1
+  report = {**report, 'kl': float('nan'), 'delta_ce': np.float32(0.5)}
+  report['curve'] = np.arange(3)
+  index.build_index(features, report, vocabulary, tmp_path)
+  columns = read(tmp_path, 'columns.json')
+  assert columns['skew'][2] is None
+  assert columns['max'][3] is None
+  entry = read_shards(tmp_path)[0][1]
+  assert len(entry['neighbours']['latents']) == 3
+  assert len(entry['neighbours']['cosines']) == 3
+  assert len(entry['votes_up']['logits']) == 4
+  written = read(tmp_path, 'meta.json')['report']
+  assert written['kl'] is None
+  assert written['delta_ce'] == 0.5
+  assert written['curve'] == [0, 1, 2]
+
+
+def test_file_and_dict_give_the_same_bytes(made, tmp_path):
+  features, report, vocabulary = made
+  np.savez(tmp_path / 'features.npz', **features)
+  index.build_index(features, report, vocabulary, tmp_path / 'a')
+  index.build_index(
+    str(tmp_path / 'features.npz'), report, vocabulary, tmp_path / 'b'
+  )
+  files = [p.relative_to(tmp_path / 'a') for p in (tmp_path / 'a').rglob('*.*')]
+  assert len(files) > 10
+  for name in files:
+    assert (tmp_path / 'a' / name).read_bytes() == (
+      tmp_path / 'b' / name
+    ).read_bytes(), name
+
+
+def test_build_names_the_content(made, tmp_path):
+  features, report, vocabulary = made
+  builds = []
+  alive = np.flatnonzero(features['count'])[0]
+  for change in (0, 0, 1):
+    features['top_document'][alive, 0] += change
+    index.build_index(features, report, vocabulary, tmp_path)
+    builds.append(read(tmp_path, 'meta.json')['build'])
+  features['top_document'][alive, 0] -= 1
+  assert builds[0] == builds[1] != builds[2]
+
+
+def test_interrupted_build_leaves_no_index(made, tmp_path, monkeypatch):
+  index.build_index(*made, tmp_path, index.BrowseConfig(features_per_shard=5))
+  assert len(read_shards(tmp_path)) == 6
+
+  def fail(features, row, digits):
+    raise OSError('disk full')
+
+  with monkeypatch.context() as patch:
+    patch.setattr(index, '_feature', fail)
+    with pytest.raises(OSError, match='disk full'):
+      index.build_index(*made, tmp_path)
+  assert not (tmp_path / 'data' / 'meta.json').exists()
+  index.build_index(*made, tmp_path)
+  assert len(read_shards(tmp_path)) == 1
+
+
+def damaged(made, name, change):
+  features = {**made[0]}
+  features[name] = change(features[name].copy())
+  return features
+
+
+def test_errors_name_the_numbers(made, tmp_path):
+  features, report, vocabulary = made
+
+  def message(features=features, report=report, vocabulary=vocabulary, **opts):
+    with pytest.raises(errors.UserError) as error:
+      index.build_index(
+        features,
+        report,
+        vocabulary,
+        tmp_path / 'out',
+        index.BrowseConfig(**opts),
+      )
+    assert '\n' not in str(error.value)
+    assert not (tmp_path / 'out').exists()
+    return str(error.value)
+
+  lacking = {k: v for k, v in features.items() if k not in ('skew', 'max')}
+  assert 'lack max, skew' in message(lacking)
+  short = damaged(made, 'top_peak', lambda a: a[:, :3])
+  assert 'top_peak has 3 along M top but top_tokens has 4' in message(short)
+  flat = damaged(made, 'hist_counts', lambda a: a.ravel())
+  assert 'hist_counts has shape (1200,)' in message(flat)
+  edges = damaged(made, 'hist_edges', lambda a: a[1:])
+  assert 'hist_counts has 40 along H but hist_edges has 39' in message(edges)
+  twice = damaged(made, 'latent_ids', lambda a: a // 2)
+  assert '30 entries but only 15 different' in message(twice)
+  empty = {
+    k: v[:, :0] if k.startswith('top_') else v for k, v in features.items()
+  }
+  assert 'top_tokens is empty along M top' in message(empty)
+  assert 'the vocabulary ends at 99' in message(vocabulary=vocabulary[:100])
+  assert 'features_per_shard 0 must be 1 or more' in message(
+    features_per_shard=0
+  )
+  assert 'report.x is a set' in message(report={'x': {1}})
+  missing = tmp_path / 'none.npz'
+  assert 'none.npz does not exist' in message(missing)
+  for content in (b'PK\x03\x04 broken', b'', b'text'):
+    missing.write_bytes(content)
+    assert 'not a readable npz' in message(missing)
+
+
+def test_page_asks_for_nothing_from_elsewhere(folder):
+  page = {p.name: p.read_text() for p in folder.iterdir() if p.is_file()}
+  assert {'index.html', 'app.js', 'style.css'} <= set(page)
+  assert "default-src 'none'" in page['index.html']
+  for name, text in page.items():
+    rest = text.replace('http://www.w3.org/2000/svg', '').replace(
+      'http://localhost:8000', ''
+    )
+    assert '://' not in rest, name
+    for word in ('innerHTML', 'outerHTML', 'insertAdjacentHTML', 'eval('):
+      assert word not in text, f'{name} uses {word}'
+
+
+def test_the_page_digest_changes_with_the_page(tmp_path, monkeypatch):
+  before = index.page_digest()
+  assert before == index.page_digest()
+  copy = epath.Path(tmp_path)
+  for source in index._PAGE.iterdir():
+    if source.is_file():
+      (copy / source.name).write_text(source.read_text())
+  monkeypatch.setattr(index, '_PAGE', copy)
+  assert index.page_digest() == before
+  (copy / 'app.js').write_text('changed')
+  assert index.page_digest() != before
+
+
+def test_a_page_is_whole_until_a_file_is_lost(made, tmp_path):
+  features, report, vocabulary = made
+  index.build_index(features, report, vocabulary, tmp_path)
+  assert index.is_whole(tmp_path)
+  names = ['index.html', 'data/columns.json', 'data/features/00000.json']
+  for name in names:
+    path = tmp_path / name
+    kept = path.read_bytes()
+    path.unlink()
+    assert not index.is_whole(tmp_path), name
+    path.write_bytes(kept)
+  assert index.is_whole(tmp_path)

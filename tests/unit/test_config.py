@@ -1,0 +1,69 @@
+"""Configs: nesting, JSON and what is said of bad ones."""
+
+import dataclasses
+import json
+
+import pytest
+
+from sae_jax import config, errors
+from sae_jax.training.config import TrainConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Inner(config.Config):
+  rate: float = config.option(0.5, 'a rate', least=0.1, most=4)
+  names: tuple[str, ...] = config.option(('a',), 'some names')
+
+
+@dataclasses.dataclass(frozen=True)
+class Outer(config.Config):
+  inner: Inner = dataclasses.field(default_factory=Inner)
+  kind: str = config.option('x', 'a kind', ('x', 'y'))
+
+
+def test_json_round_trip_keeps_tuples_and_nesting():
+  made = Outer(Inner(2.0, ('b', 'c')), 'y')
+  read = config.from_dict(Outer, json.loads(config.to_json(made)))
+  assert read == made
+  assert isinstance(read.inner, Inner)
+
+
+def test_flat_round_trip():
+  made = Outer(Inner(2.0, ('b',)), 'y')
+  flat = config.flat(made)
+  assert flat == {'rate': 2.0, 'names': ('b',), 'kind': 'y'}
+  assert config.from_flat(Outer, flat) == made
+  assert [f.name for f in config.leaves(Outer)] == list(flat)
+
+
+def test_differences_name_nested_fields():
+  assert config.differences(Outer(), Outer(Inner(2.0))) == ['rate: 0.5 -> 2.0']
+  assert config.differences(Outer(), Outer()) == []
+
+
+def test_bad_configs_are_refused_in_words():
+  with pytest.raises(errors.UserError, match=r"kind 'z' is not known: use one"):
+    Outer(kind='z')
+  with pytest.raises(errors.UserError, match=r'rate 0 must be 0\.1 or more'):
+    Inner(rate=0)
+  with pytest.raises(errors.UserError, match=r'rate nan must be 0\.1 or more'):
+    Inner(rate=float('nan'))
+  with pytest.raises(errors.UserError, match='rate 5 must be 4 or less'):
+    Inner(rate=5)
+  with pytest.raises(errors.UserError, match='Outer has no field colour'):
+    config.from_dict(Outer, {'colour': 3})
+
+
+def test_reading_json_that_is_absent_or_damaged(tmp_path):
+  with pytest.raises(errors.UserError, match='is not there'):
+    config.read_json(tmp_path / 'none.json')
+  (tmp_path / 'bad.json').write_text('{"a": ')
+  with pytest.raises(errors.UserError, match='is damaged'):
+    config.read_json(tmp_path / 'bad.json')
+
+
+def test_every_training_field_has_help_and_a_name_of_its_own():
+  fields = config.leaves(TrainConfig)
+  names = [field.name for field in fields]
+  assert len(names) == len(set(names))
+  assert all(field.metadata['help'] for field in fields)

@@ -1,0 +1,245 @@
+"""Splicing scores against full forwards, context by context, in float64."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sae_jax import autoencoder, errors
+from sae_jax.probing import downstream
+from sae_jax.subject import splice
+from tests.support import probed
+
+
+@jax.jit
+def spliced_logits(tokens_T, new_TD, kept_T):
+  subject = probed.make_subject()
+
+  def replace(resid_BTD):
+    return jnp.where(kept_T[None, :, None], new_TD[None], resid_BTD)
+
+  return splice.splice(
+    subject.config, subject.params, tokens_T[None], probed.SITE, replace
+  )[0]
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+  return probed.write_store(str(tmp_path_factory.mktemp('made') / 'store'))
+
+
+@pytest.fixture(scope='module')
+def trained(data):
+  return probed.make_trained(data)
+
+
+def slow_contexts(data, n_tokens):
+  """Held-out contexts of two tokens or more, found token by token."""
+  held_out = set(data.documents()[data.stream_index()[data.n_train :]].tolist())
+  kept = set(data.stream_index().tolist())
+  contexts, taken = [], 0
+  for place, position in enumerate(data.positions()):
+    if data.documents()[place] not in held_out:
+      continue
+    if position == 0:
+      contexts.append(([], [], int(data.documents()[place])))
+    contexts[-1][0].append(int(data.tokens()[place]))
+    contexts[-1][1].append(place in kept)
+  out = []
+  for context in contexts:
+    if len(context[0]) > 1 and taken < n_tokens:
+      taken += len(context[0])
+      out.append(context)
+  return out
+
+
+@pytest.mark.parametrize('n_tokens', [1, 12, 13, 30, 10_000])
+def test_contexts_are_the_held_out_ones(data, n_tokens):
+  found = downstream.heldout_contexts(data, n_tokens)
+  want = slow_contexts(data, n_tokens)
+  assert len(found.tokens_CT) == len(want)
+  for row, (tokens, kept, document) in enumerate(want):
+    assert found.length_C[row] == len(tokens)
+    assert found.document_C[row] == document
+    for got_CT, values in ((found.tokens_CT, tokens), (found.kept_CT, kept)):
+      assert got_CT[row, : len(tokens)].tolist() == values
+      assert not got_CT[row, len(tokens) :].any()
+  assert len(want) < 9 or {2, 3, 10, 12} <= set(found.length_C.tolist())
+
+
+def test_no_context_is_of_a_training_document(data):
+  trained_on = data.documents()[data.stream_index()[: data.n_train]]
+  contexts = downstream.heldout_contexts(data, 10_000)
+  assert not set(contexts.document_C) & set(trained_on.tolist())
+  # The case that matters: the first held-out row is not its context's first.
+  first = data.stream_index()[data.n_train]
+  assert data.positions()[first] > 0
+
+
+def test_a_split_of_single_tokens_is_refused(tmp_path):
+  # Position 0 is kept by chance, here in one of them.
+  lengths = ((5, 4), (1,), (1, 1), (1, 1, 1, 1, 1, 1))
+  data = probed.write_store(str(tmp_path / 'store'), lengths, 3, share_kept=9)
+  assert data.manifest.holdout_rows
+  with pytest.raises(
+    errors.UserError, match='no context of two or more tokens'
+  ):
+    downstream.heldout_contexts(data, 100)
+
+
+def log_probs(logits_TV):
+  logits_TV = np.asarray(logits_TV, np.float64)
+  shifted_TV = logits_TV - logits_TV.max(1, keepdims=True)
+  return shifted_TV - np.log(np.exp(shifted_TV).sum(1, keepdims=True))
+
+
+def slow_losses(trained, contexts, mean_D, use_mask=True):
+  """Sums [5, C] and counts [C]: whole forwards, one context at a time."""
+  sums, counts = [], []
+  for tokens, kept, _ in contexts:
+    tokens, kept = np.array(tokens), np.array(kept)
+    kept |= not use_mask
+    x_TD, (shift, scale) = probed.inputs(trained, probed.residuals(tokens))
+    output_TD = probed.decoded(trained, probed.latents(trained, x_TD))
+
+    def spliced(new_TD, kept, tokens=tokens):
+      # Filled up with another token than the code under test uses.
+      fill = (0, probed.CONTEXT - len(tokens))
+      logits_TV = spliced_logits(
+        np.pad(tokens, fill, constant_values=7),
+        np.pad(np.float32(new_TD), (fill, (0, 0)), constant_values=3.0),
+        np.pad(kept, fill),
+      )
+      return log_probs(logits_TV)[: len(tokens) - 1]
+
+    shape = (len(tokens), probed.D_MODEL)
+    original = spliced(np.zeros(shape), np.zeros_like(kept))
+    with_sae = spliced(output_TD * scale + shift, kept)
+    variants = (
+      original,
+      with_sae,
+      spliced(np.zeros(shape), kept),
+      spliced(np.broadcast_to(mean_D, shape), kept),
+    )
+    places = np.arange(len(tokens) - 1), tokens[1:]
+    kl = (np.exp(original) * (original - with_sae)).sum()
+    sums.append([*(-v[places].sum() for v in variants), kl])
+    counts.append(len(tokens) - 1)
+  return np.array(sums).T, np.array(counts)
+
+
+@pytest.fixture(scope='module')
+def slow(data, trained):
+  mean_D = data.read_rows(0, data.n_train).mean(0)
+  contexts = slow_contexts(data, 60)
+  return slow_losses(trained, contexts, mean_D), contexts, mean_D
+
+
+def measure(trained, data, n_tokens, **kwargs):
+  mean_D = data.read_rows(0, data.n_train).mean(0)
+  return downstream.measure(
+    trained, probed.make_subject(), data, n_tokens, mean_D, **kwargs
+  )
+
+
+def test_measure_equals_full_forwards(data, trained, slow):
+  (sums_XC, count_C), contexts, _ = slow
+  found = measure(trained, data, 60)
+  names = ('ce', 'ce_spliced', 'ce_zero', 'ce_mean', 'kl')
+  ce, spliced, zero, mean, kl = sums_XC.sum(1) / count_C.sum()
+  for name, value in zip(names, (ce, spliced, zero, mean, kl)):
+    np.testing.assert_allclose(getattr(found, name), value, rtol=2e-5)
+  np.testing.assert_allclose(found.delta_ce, spliced - ce, rtol=1e-4)
+  np.testing.assert_allclose(
+    found.ce_recovered, 1 - (spliced - ce) / (zero - ce), rtol=1e-3
+  )
+  np.testing.assert_allclose(
+    found.ce_recovered_mean, 1 - (spliced - ce) / (mean - ce), rtol=1e-3
+  )
+  assert found.predictions == count_C.sum()
+  assert found.contexts == len(contexts) and len(contexts) % 4
+  assert found.documents == len({document for *_, document in contexts})
+  assert found.kl > 0.01
+
+
+def test_control_masked_tokens_and_lost_contexts_would_show(
+  data, trained, slow
+):
+  (sums_XC, count_C), contexts, mean_D = slow
+  found = measure(trained, data, 60)
+  everywhere_XC, _ = slow_losses(trained, contexts, mean_D, use_mask=False)
+  for sums in (everywhere_XC, sums_XC[:, :-1]):
+    count = count_C[: sums.shape[1]].sum()
+    for place, name in enumerate(('ce_spliced', 'ce_zero'), 1):
+      assert abs(getattr(found, name) * count / sums[place].sum() - 1) > 1e-3
+
+
+def test_the_batch_does_not_matter(data, trained):
+  one, other = (measure(trained, data, 60, batch_contexts=n) for n in (1, 4))
+  for name, value in dataclasses.asdict(one).items():
+    np.testing.assert_allclose(getattr(other, name), value, rtol=1e-4)
+
+
+def by_hand(trained, k, w_enc_ND, w_dec_ND, b_pre_D):
+  config = autoencoder.SaeConfig(
+    probed.D_MODEL, len(w_enc_ND), k, preprocessing='none'
+  )
+  sae = trained.sae.replace(
+    w_enc_ND=jnp.float32(w_enc_ND),
+    w_dec_ND=jnp.float32(w_dec_ND),
+    b_lat_N=jnp.zeros(len(w_enc_ND)),
+    b_pre_D=jnp.float32(b_pre_D),
+  )
+  return dataclasses.replace(trained, config=config, sae=sae)
+
+
+def test_controls_identity_zero_and_mean(data, trained):
+  both_ND = np.concatenate([np.eye(probed.D_MODEL), -np.eye(probed.D_MODEL)])
+  none_D = np.zeros(probed.D_MODEL)
+  exact = by_hand(trained, probed.D_MODEL, both_ND, both_ND, none_D)
+  found = measure(exact, data, 60)
+  assert abs(found.delta_ce) < 1e-5 and abs(found.kl) < 1e-5
+  assert abs(found.ce_recovered - 1) < 1e-5
+  assert found.delta_ce_low <= found.delta_ce_high < 1e-5
+
+  silent = by_hand(trained, 3, both_ND, 0 * both_ND, none_D)
+  found = measure(silent, data, 60)
+  assert found.ce_spliced == found.ce_zero
+  assert found.ce_recovered == 0 and found.kl > 0.05
+
+  mean_D = data.read_rows(0, data.n_train).mean(0)
+  constant = by_hand(trained, 3, both_ND, 0 * both_ND, mean_D)
+  found = measure(constant, data, 60)
+  np.testing.assert_allclose(found.ce_spliced, found.ce_mean, rtol=1e-6)
+  assert abs(found.ce_recovered_mean) < 1e-4
+  assert abs(found.ce_recovered) > 0.01
+
+
+def test_an_ablation_that_costs_nothing_is_no_scale():
+  sums_XC = np.array([[2.0, 3.0], [2.5, 3.0], [2.0, 3.0], [4.0, 4.0], [1, 1]])
+  found = downstream._summary(sums_XC, np.array([2, 3]), np.array([8, 8]), 0)
+  assert np.isnan(found.ce_recovered)
+  np.testing.assert_allclose(found.ce_recovered_mean, 1 - 0.5 / 3)
+  np.testing.assert_allclose(found.delta_ce, 0.1)
+  # Nor do two contexts of one document tell how documents differ.
+  assert np.isnan([found.delta_ce_low, found.delta_ce_high]).all()
+
+
+def test_the_interval_covers_the_truth_where_contexts_are_alike():
+  rng = np.random.default_rng(0)
+  document_C = np.repeat(np.arange(40), 4)
+  trials, covered, naive = 300, 0, 0
+  for trial in range(trials):
+    shift_C = 0.3 + rng.normal(0, 0.2, 40)[document_C]
+    count_C = rng.integers(5, 30, len(document_C))
+    change_C = count_C * (shift_C + rng.normal(0, 0.05, len(document_C)))
+    low, high = downstream._interval(change_C, count_C, document_C, trial)
+    covered += low < 0.3 < high
+    # Control: contexts taken for independent.
+    apart_C = np.arange(len(document_C))
+    low, high = downstream._interval(change_C, count_C, apart_C, trial)
+    naive += low < 0.3 < high
+  assert 0.90 < covered / trials < 0.98
+  assert naive / trials < 0.85

@@ -1,0 +1,114 @@
+"""The experiments run small on planted activations and report what they say."""
+
+import dataclasses
+import json
+import math
+import pathlib
+
+import numpy as np
+import pytest
+
+from experiments import dead_latents, learning_rate, topk_vs_relu
+from experiments import runs as runs_lib
+from experiments.benchmarks import train
+from sae_jax import errors
+from tests.support import planted
+
+
+def last_heldout(workdir):
+  lines = pathlib.Path(workdir, 'metrics.jsonl').read_text().splitlines()
+  return json.loads(lines[-1])
+
+
+def test_dead_latents_are_fewer_with_auxk_and_the_transposed_start(
+  store, tmp_path
+):
+  config = dead_latents.DeadLatentsConfig(
+    n_tokens=16_000, n_latents=256, k=2, batch_size=64, window=1000,
+    learning_rate=3e-3,
+  )  # fmt: skip
+  found = dead_latents.measure(config, store, str(tmp_path))
+  with_both, neither = found['auxk_and_transposed'], found['neither']
+  assert with_both['dead_share'] < neither['dead_share'] - 0.05
+  heldout = last_heldout(tmp_path / 'neither')
+  assert neither['heldout_nmse'] == heldout['heldout_nmse']
+  # Finished runs are reused: the same figures at once.
+  assert dead_latents.measure(config, store, str(tmp_path)) == found
+
+
+def test_learning_rates_are_scaled_from_the_smallest_size(store, tmp_path):
+  config = learning_rate.LearningRateConfig(
+    n_tokens=4000, n_latents=('32', '128'), rates=('2e-2', '1e-2', '1e-4'),
+    k=4, batch_size=64,
+  )  # fmt: skip
+  found = learning_rate.measure(config, store, str(tmp_path))
+  for size, rates in found['nmse'].items():
+    assert set(rates) == {2e-2, 1e-2, 1e-4}
+    assert found['best'][size] == min(rates, key=rates.get)
+  large = found['scaled'][128]
+  assert math.isclose(large['predicted'], found['best'][32] / 2)
+  assert large['nmse_over_best'] >= 1
+  # A rate far too small is seen to be worse.
+  assert found['nmse'][32][1e-4] > 1.2 * min(found['nmse'][32].values())
+
+
+def test_topk_and_relu_are_compared_at_the_same_l0(store, tmp_path):
+  config = topk_vs_relu.TopkVsReluConfig(
+    n_tokens=16_000, n_latents=64, seeds=2, weights=('0.02', '0.08'),
+    rates=('1e-2', '3e-3'), batch_size=64,
+  )  # fmt: skip
+  found = topk_vs_relu.measure(config, store, str(tmp_path))
+  assert len(found['pairs']) == 4
+  for pair in found['pairs']:
+    assert abs(pair['relu_l0'] - pair['topk_l0']) <= 0.51
+  # The heavier penalty leaves fewer latents.
+  light, heavy = found['pairs'][0], found['pairs'][-1]
+  assert heavy['relu_l0'] < light['relu_l0']
+  for weight, summary in found['gain_of_topk'].items():
+    gains = [
+      pair['relu_nmse'] - pair['topk_nmse']
+      for pair in found['pairs']
+      if pair['weight'] == weight
+    ]
+    assert math.isclose(summary['gain'], np.mean(gains))
+    low, high = summary['interval']
+    # Two seeds: Student's t with one degree of freedom.
+    half = 12.706 * abs(gains[0] - gains[1]) / 2
+    np.testing.assert_allclose((high - low) / 2, half, rtol=1e-3)
+
+
+def test_a_run_that_was_stopped_has_no_figures(store, tmp_path):
+  from sae_jax.training import train
+
+  train.train(planted.train_config(steps=5), store, str(tmp_path))
+  assert runs_lib.heldout(str(tmp_path))['step'] == 5
+  path = tmp_path / 'config.json'
+  path.write_text(path.read_text().replace('"steps": 5', '"steps": 9'))
+  with pytest.raises(
+    errors.UserError, match='stopped before step 9: run it again'
+  ):
+    runs_lib.heldout(str(tmp_path))
+
+
+def test_a_short_run_takes_fields_in_place_of_its_own():
+  run = runs_lib.short_run(1001, 10, k=4, n_latents=64)
+  assert (run.steps, run.optimizer.warmup_steps) == (101, 5)
+  assert (run.sae.k, run.sae.n_latents) == (4, 64)
+  run = runs_lib.short_run(1001, 10, warmup_steps=0, on_nonfinite='skip')
+  assert (run.optimizer.warmup_steps, run.on_nonfinite) == (0, 'skip')
+  with pytest.raises(TypeError, match='a run has no n_latent, rate'):
+    runs_lib.short_run(1001, 10, rate=1e-3, n_latent=64)
+  with pytest.raises(errors.UserError, match='k 65 exceeds n_latents 64'):
+    runs_lib.short_run(1001, 10, k=65, n_latents=64)
+
+
+def test_the_benchmark_times_every_part_and_the_step_learns():
+  shape = train.BenchmarkConfig(d=32, n=256, k=4, batch=64, steps=3)
+  found = train.measure(shape)
+  names = ('encoder_matmul', 'topk', 'decode', 'backward', 'optimizer')
+  for name in (*(f'{part}_s' for part in names), 'step_s_median', 'step_s_min'):
+    assert found[name] >= 0, name
+  assert found['step_s_min'] <= found['step_s_median']
+  assert found['peak_memory_gib'] > 0.05
+  longer = train.measure(dataclasses.replace(shape, steps=30))
+  assert longer['loss'] < found['loss']

@@ -1,0 +1,278 @@
+"""The feature table against slow loops over tokens and dense codes."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats as scipy_stats
+
+from sae_jax.features import table as table_lib
+from sae_jax.probing import codes, examples, lens
+from tests.support import probed
+
+CONFIG = examples.FeatureConfig(
+  feature_rows=1000,
+  top_examples=5,
+  random_examples=3,
+  window_before=4,
+  window_after=2,
+  votes=6,
+  neighbours=4,
+)
+N, W = 24, 7
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+  return probed.write_store(str(tmp_path_factory.mktemp('made') / 'store'))
+
+
+@pytest.fixture(scope='module')
+def trained(data):
+  return probed.make_trained(data)
+
+
+def build(trained, data, config=CONFIG, batch_rows=50, seed=0):
+  subject = probed.make_subject()
+  return examples.build(config, trained, subject, data, batch_rows, seed)
+
+
+@pytest.fixture(scope='module')
+def table(trained, data):
+  return build(trained, data)
+
+
+@pytest.fixture(scope='module')
+def dense_RN(trained, data):
+  x_RD, _ = probed.inputs(trained, data.read_rows(0, data.manifest.n_rows))
+  return probed.latents(trained, x_RD)
+
+
+def row_document(data):
+  return data.documents()[data.stream_index()]
+
+
+def slow_window(data, acts_R, row, before, after, start=0, stop=None):
+  """Tokens and activations around a row, walking out from it."""
+  stop = data.manifest.n_rows if stop is None else stop
+  row_at = {place: r for r, place in enumerate(data.stream_index().tolist())}
+  centre = int(data.stream_index()[row])
+  tokens, acts = np.full(before + 1 + after, -1), np.zeros(before + 1 + after)
+  for step, reach in ((-1, before), (1, after)):
+    for away in range(reach + 1):
+      place = centre + step * away
+      tokens[before + step * away] = data.tokens()[place]
+      here = row_at.get(place)
+      acts[before + step * away] = 0 if here is None else acts_R[here]
+      # On to the next token, if it is of this context and was encoded.
+      beyond = place + step
+      first = place if step < 0 else beyond
+      if first == len(data.positions()) or data.positions()[first] == 0:
+        break
+      if beyond in row_at and not start <= row_at[beyond] < stop:
+        break
+  return tokens, acts
+
+
+def test_statistics_equal_the_dense_codes(table, dense_RN):
+  fired_RN = dense_RN > 0
+  np.testing.assert_array_equal(table['latent_ids'], np.arange(N))
+  np.testing.assert_array_equal(table['count'], fired_RN.sum(0))
+  np.testing.assert_allclose(table['density'], fired_RN.mean(0), rtol=1e-6)
+  np.testing.assert_array_equal(table['hist_counts'].sum(1), fired_RN.sum(0))
+  assert table['hist_counts'][:, [0, -1]].any(0).all()
+  for latent in range(N):
+    values = dense_RN[fired_RN[:, latent], latent]
+    if len(values) < 2:
+      continue
+    for name, value in (
+      ('max', values.max()),
+      ('mean', values.mean()),
+      ('std', values.std()),
+      ('skew', scipy_stats.skew(values)),
+    ):
+      np.testing.assert_allclose(table[name][latent], value, rtol=2e-3)
+    # Float32 codes may fall on the other side of an edge, one bin over.
+    counts = np.histogram(values, table['hist_edges'])[0]
+    moved = np.abs(np.cumsum(counts) - table['hist_counts'][latent].cumsum())
+    assert moved.max() <= 1
+  assert table['count'][list(probed.DEAD)].sum() == 0
+
+
+def test_top_examples_are_each_documents_best(table, data, dense_RN):
+  documents = row_document(data)
+  several = 0
+  for latent in range(N):
+    best = {}
+    for row in np.flatnonzero(dense_RN[:, latent]):
+      held = best.get(documents[row])
+      if held is None or dense_RN[row, latent] > dense_RN[held, latent]:
+        best[documents[row]] = row
+    rows = sorted(best.values(), key=lambda r: -dense_RN[r, latent])[:5]
+    peaks = table['top_peak'][latent]
+    assert peaks.tolist() == [4] * len(rows) + [-1] * (5 - len(rows))
+    several += len(rows) > 1
+    for example, row in enumerate(rows):
+      tokens, acts = slow_window(data, dense_RN[:, latent], row, 4, 2)
+      assert table['top_document'][latent, example] == documents[row]
+      np.testing.assert_array_equal(
+        table['top_tokens'][latent, example], tokens
+      )
+      np.testing.assert_allclose(
+        table['top_acts'][latent, example], acts, rtol=1e-3, atol=1e-4
+      )
+    assert (table['top_tokens'][latent, len(rows) :] == -1).all()
+    assert not table['top_acts'][latent, len(rows) :].any()
+    assert (table['top_document'][latent, len(rows) :] == -1).all()
+  assert several > 10
+  # Control: without documents, the best five are others.
+  best_NM = -np.sort(-dense_RN.T, axis=1)[:, :5]
+  assert np.abs(table['top_acts'][:, :, 4] - best_NM).max() > 0.01
+
+
+def test_random_examples_are_positive_and_any(table, trained, data, dense_RN):
+  count = (dense_RN > 0).sum(0)
+  present = table['random_peak'] >= 0
+  np.testing.assert_array_equal(present.sum(1), np.minimum(count, 3))
+  assert (table['random_acts'][present][:, 4] > 0).all()
+  assert (table['random_tokens'][~present] == -1).all()
+  other = build(trained, data, seed=1)
+  assert (other['random_tokens'] != table['random_tokens']).any()
+  np.testing.assert_array_equal(other['top_tokens'], table['top_tokens'])
+  # Unlike the best, they are of no particular size.
+  value = np.sort(dense_RN, axis=0)
+  middle_N = [np.median(v[v > 0]) if (v > 0).any() else 0 for v in value.T]
+  high = table['random_acts'][:, :, 4] > np.array(middle_N)[:, None]
+  assert 0.25 < high[present].mean() < 0.75
+  assert (table['top_acts'][:, 0, 4] >= middle_N - np.float64(1e-4)).all()
+
+
+def test_the_batch_does_not_matter(table, trained, data):
+  other = build(trained, data, batch_rows=7)
+  assert other.keys() == table.keys()
+  for name, array in table.items():
+    np.testing.assert_allclose(other[name], array, rtol=1e-3, atol=1e-5)
+
+
+def test_votes_and_neighbours_are_the_decoders(table, trained):
+  w_dec_ND = np.asarray(trained.sae.w_dec_ND)
+  want = lens.votes(probed.make_subject(), w_dec_ND, 6)
+  for name, array in zip(('up_ids', 'up_logits', 'down_ids'), want):
+    np.testing.assert_array_equal(table[f'vote_{name}'], array)
+  ids, cosines = lens.neighbours(w_dec_ND, 4)
+  np.testing.assert_array_equal(table['neighbour_ids'], ids)
+  np.testing.assert_array_equal(table['neighbour_cosines'], cosines)
+
+
+def encoded(trained, data, start, stop):
+  found = codes.encode_rows(trained, data, start, stop, 64)
+  dense_RN = np.zeros((data.manifest.n_rows, N))
+  for row, (vals, idx) in enumerate(zip(found.vals_RK, found.idx_RK), start):
+    dense_RN[row, idx] = vals
+  return found, dense_RN
+
+
+@pytest.mark.parametrize('span', [(0, None), (0, 61), (29, 74)])
+@pytest.mark.parametrize('before,after', [(0, 0), (4, 2), (20, 15)])
+def test_windows_equal_a_slow_loop(trained, data, span, before, after):
+  start, stop = span[0], span[1] or data.manifest.n_rows
+  found, acts_RN = encoded(trained, data, start, stop)
+  # Every row once, whether the latent fires there or not, and some gaps.
+  rows_NM = np.full((N, 8), -1)
+  rows_NM.flat[: stop - start] = np.arange(start, stop)
+  rng = np.random.default_rng(0)
+  rows_NM = rng.permuted(rows_NM, axis=0)
+  assert (rows_NM == -1).any() and (
+    np.bincount(rows_NM[rows_NM >= 0]) < 2
+  ).all()
+  window = examples.windows(found, data, rows_NM, before, after)
+  for latent, example in np.ndindex(rows_NM.shape):
+    row = rows_NM[latent, example]
+    got = {name: array[latent, example] for name, array in window.items()}
+    if row < 0:
+      assert got['peak'] == got['document'] == -1
+      assert (got['tokens'] == -1).all() and not got['acts'].any()
+      continue
+    tokens, acts = slow_window(
+      data, acts_RN[:, latent], row, before, after, start, stop
+    )
+    np.testing.assert_array_equal(got['tokens'], tokens)
+    np.testing.assert_array_equal(got['acts'], np.float32(acts))
+    assert got['peak'] == before
+    assert got['document'] == row_document(data)[row]
+
+
+def test_control_contexts_end_inside_documents(trained, data, monkeypatch):
+  """Windows cut at documents would not equal the slow loop's."""
+  rows_NM = np.arange(24 * 5).reshape(N, 5)
+  found, _ = encoded(trained, data, 0, data.manifest.n_rows)
+  right = examples.windows(found, data, rows_NM, 4, 2)['tokens']
+  starts = np.searchsorted(data.documents(), data.documents())
+  monkeypatch.setattr(
+    data, 'positions', lambda: np.arange(len(starts)) - starts
+  )
+  wrong = examples.windows(found, data, rows_NM, 4, 2)['tokens']
+  assert ((right == -1) & (wrong >= 0)).sum() > 20
+  assert not ((right >= 0) & (wrong == -1)).any()
+
+
+def test_a_window_ends_where_the_encoded_rows_do(trained, data):
+  """Beyond, tokens would be shown as if the latent were silent on them."""
+  stream, position = data.stream_index(), data.positions()
+  # A context that is cut: the next row is the next token of it.
+  cut = next(
+    row
+    for row in range(40, 200)
+    if stream[row] == stream[row - 1] + 1 and position[stream[row]] > 2
+  )
+  rows_NM = np.full((N, 1), cut - 1)
+  part = examples.windows(
+    encoded(trained, data, 0, cut)[0], data, rows_NM, 2, 2
+  )
+  whole = examples.windows(
+    encoded(trained, data, 0, data.manifest.n_rows)[0], data, rows_NM, 2, 2
+  )
+  assert (part['tokens'][:, 0, 3:] == -1).all()
+  assert (whole['tokens'][:, 0, 3] == data.tokens()[stream[cut]]).all()
+  np.testing.assert_array_equal(
+    part['tokens'][..., :3], whole['tokens'][..., :3]
+  )
+  # Control: some latent does fire on the token that is left out.
+  assert whole['acts'][:, 0, 3].any()
+
+
+def test_the_page_takes_the_table_and_its_file(table, tmp_path):
+  table_lib.check_features(table, probed.VOCABULARY)
+  table_lib.save(tmp_path / 'deep' / 'features.npz', table)
+  read = table_lib.read_features(tmp_path / 'deep' / 'features.npz')
+  assert read.keys() == table.keys()
+  for name, array in table.items():
+    np.testing.assert_array_equal(read[name], array)
+    assert read[name].dtype == array.dtype
+  kinds = {name: array.dtype.kind for name, array in table.items()}
+  assert kinds['count'] == 'i' and table['count'].dtype == np.int64
+  assert all(array.dtype.itemsize <= 4 for n, array in table.items()
+             if n not in ('count', 'hist_counts'))  # fmt: skip
+
+
+def test_fewer_rows_are_read_on_request(trained, data, dense_RN):
+  config = dataclasses.replace(CONFIG, feature_rows=61, votes=1000)
+  found = build(trained, data, config)
+  np.testing.assert_array_equal(found['count'], (dense_RN[:61] > 0).sum(0))
+  np.testing.assert_allclose(
+    found['density'], (dense_RN[:61] > 0).mean(0), rtol=1e-6
+  )
+  # There are no more votes than tokens.
+  assert found['vote_up_ids'].shape == (N, probed.VOCABULARY)
+
+
+def test_an_autoencoder_that_never_fires_has_a_table(trained, data):
+  silent = dataclasses.replace(
+    trained, sae=trained.sae.replace(b_lat_N=jnp.full(N, -1e3))
+  )
+  found = build(silent, data)
+  table_lib.check_features(found, probed.VOCABULARY)
+  for name in ('count', 'density', 'max', 'mean', 'std', 'skew', 'hist_counts'):
+    assert not found[name].any()
+  assert (found['top_peak'] == -1).all() and (found['random_peak'] == -1).all()

@@ -1,0 +1,139 @@
+"""What flags take, in process; `test_cli` runs the binaries."""
+
+from absl import flags as absl_flags
+import pytest
+
+from sae_jax import config
+from sae_jax.browser.index import BrowseConfig
+from sae_jax.cli import flags
+from sae_jax.harvesting.config import HarvestConfig
+from sae_jax.probing.report import ProbeConfig
+from sae_jax.training.config import TrainConfig
+from tests.support import binaries
+
+REQUIRED = ['--store=s', '--workdir=w']
+
+
+def parse(values, *arguments):
+  """Parses the arguments of a command."""
+  given = [flag for flag in REQUIRED if flag[2:].split('=')[0] in values]
+  values(['binary', *given, *arguments])
+  return values
+
+
+@pytest.mark.parametrize(
+  ('text', 'value'),
+  [
+    ('131072', 131072),
+    ('1_000_000', 10**6),
+    ('1e6', 10**6),
+    ('10e9', 10**10),
+    ('1.5e3', 1500),
+    ('-1', -1),
+    ('0', 0),
+    # A float of 53 bits would round both.
+    ('9007199254740993', 2**53 + 1),
+    ('9007199254740.993e3', 2**53 + 1),
+    (str(2**63 - 1), 2**63 - 1),
+  ],
+)
+def test_an_integer_is_exact_in_every_spelling(text, value):
+  with binaries.defined(lambda: flags.define_integer('many', 7, 'of it')) as f:
+    assert parse(f).many == 7
+    assert parse(f, f'--many={text}').many == value
+    assert type(f.many) is int
+    assert f['many'].serialize() == f'--many={value}'
+
+
+@pytest.mark.parametrize(
+  ('text', 'part'),
+  [
+    ('1.5', 'is not an integer: write 131072, 1_000_000 or 10e9'),
+    ('1e-3', 'is not an integer'),
+    ('many', 'is not an integer'),
+    ('', 'is not an integer'),
+    ('inf', 'is not an integer'),
+    ('nan', 'is not an integer'),
+    ('1e99999999999999999999', 'is not an integer'),
+    (str(2**63), 'does not fit into 64 bits'),
+    ('1e999999999', 'does not fit into 64 bits'),
+  ],
+)
+def test_what_is_no_integer_is_refused(text, part):
+  with binaries.defined(lambda: flags.define_integer('many', 7, 'of it')) as f:
+    with pytest.raises(absl_flags.IllegalFlagValueError) as error:
+      parse(f, f'--many={text}')
+    assert str(error.value).startswith(f'flag --many={text}: {text!r} ')
+    assert part in str(error.value)
+    assert len(str(error.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+  ('name', 'some'),
+  [
+    ('sae-harvest', {'n_tokens', 'process_index', 'process_count'}),
+    ('sae-plan', {'tokens', 'num_slices', 'compiles', 'batch_size'}),
+    ('sae-train', {'steps', 'num_processes', 'process_id'}),
+  ],
+)
+def test_every_integer_of_the_binaries_takes_an_exponent(name, some):
+  ours = binaries.flags_of(name)
+  with binaries.defined(binaries.MODULES[name].define) as values:
+    integers = [flag for flag in ours if values[flag].flag_type() == 'int']
+    assert some <= set(integers)
+    for flag in integers:
+      assert parse(values, f'--{flag}=1e3')[flag].value == 1000
+
+
+def test_absl_takes_no_exponent():
+  """Control: an integer flag that is not ours does not pass these tests."""
+  with (
+    binaries.defined(
+      lambda: absl_flags.DEFINE_integer('many', 7, 'of it')
+    ) as values,
+    pytest.raises(absl_flags.IllegalFlagValueError),
+  ):
+    parse(values, '--many=1e3')
+
+
+def test_bounds_of_a_field_hold_for_every_spelling():
+  with binaries.defined(binaries.MODULES['sae-train'].define) as values:
+    parse(values, '--seed=3e9')
+    with pytest.raises(ValueError, match='seed 3000000000 must be 2147483647'):
+      flags.read(TrainConfig)
+    parse(values, '--seed=2e9')
+    assert flags.read(TrainConfig).seed == 2 * 10**9
+
+
+@pytest.mark.parametrize(
+  ('name', 'kind'),
+  [
+    ('sae-harvest', HarvestConfig),
+    ('sae-train', TrainConfig),
+    ('sae-probe', ProbeConfig),
+    ('sae-browse', BrowseConfig),
+    ('sae-plan', TrainConfig),
+  ],
+)
+def test_every_field_of_a_config_is_a_flag(name, kind):
+  ours = binaries.flags_of(name)
+  for field in config.leaves(kind):
+    # Of an enum the help begins with its values.
+    assert ours[field.name].endswith(field.metadata['help'])
+
+
+@pytest.mark.parametrize('name', binaries.MODULES)
+def test_help_lists_every_flag_whichever_module_defines_it(name):
+  expected = binaries.flags_of(name)
+  with binaries.defined(binaries.MODULES[name].define) as values:
+    # Control: what absl lists where the main module is another.
+    assert binaries.missing_in_help(values.main_module_help(), expected)
+    assert not binaries.missing_in_help(flags.help_text(), expected)
+
+
+def test_help_lists_no_flag_of_a_library():
+  with binaries.defined(lambda: flags.define_integer('many', 7, 'of it')):
+    listed = flags.help_text()
+  assert '--many: of it' in listed
+  assert '--verbosity' in absl_flags.FLAGS.get_help()
+  assert '--verbosity' not in listed

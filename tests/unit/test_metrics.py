@@ -1,0 +1,126 @@
+"""Metrics against their definitions in float64, and the writer."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sae_jax import autoencoder
+from sae_jax.autoencoder import metrics
+from sae_jax.training import log
+
+
+def batch(seed, size, offset=0.0, scale=1.0):
+  rng = np.random.default_rng(seed)
+  x_BD = (offset + scale * rng.standard_normal((size, 6))).astype(np.float32)
+  output_BD = x_BD + 0.3 * scale * rng.standard_normal((size, 6))
+  vals_BK = np.maximum(rng.standard_normal((size, 4)), 0).astype(np.float32)
+  # Indices of a token are distinct; latent 9 never appears.
+  idx_BK = np.stack([rng.permutation(9)[:4] for _ in range(size)])
+  return x_BD, output_BD.astype(np.float32), vals_BK, idx_BK.astype(np.int32)
+
+
+def test_metrics_over_batches_equal_their_definitions():
+  # A mean a thousand times the spread: sums of raw squares in float32
+  # would have no digit of the variance left.
+  parts = [batch(seed, size, 100.0, 0.1) for seed, size in ((0, 50), (1, 7))]
+  origin_D = jnp.full(6, 100.0)
+  total = None
+  for part in parts:
+    sums = metrics.batch_sums(*map(jnp.asarray, part), 10, origin_D)
+    total = metrics.add_sums(total, sums)
+  got = metrics.summarise(total, mse_of_mean=0.05)
+
+  x, output, vals = (
+    np.concatenate([p[i] for p in parts]).astype(np.float64) for i in range(3)
+  )
+  idx = np.concatenate([p[3] for p in parts])
+  error = ((x - output) ** 2).sum()
+  np.testing.assert_allclose(got.nmse, error / len(x) / 0.05, rtol=1e-5)
+  np.testing.assert_allclose(
+    got.fvu, error / ((x - x.mean(0)) ** 2).sum(), rtol=1e-4
+  )
+  cosine = (x * output).sum(1) / np.linalg.norm(x, axis=1)
+  cosine /= np.linalg.norm(output, axis=1)
+  np.testing.assert_allclose(got.cosine, cosine.mean(), rtol=1e-5)
+  np.testing.assert_allclose(got.l0, (vals > 0).sum(1).mean(), rtol=1e-12)
+  density_N = np.array([((idx == n) & (vals > 0)).sum() for n in range(10)])
+  np.testing.assert_allclose(got.density_N, density_N / len(x), rtol=1e-12)
+  assert got.dead_fraction == (density_N == 0).mean() > 0
+  assert got.tokens == 57
+
+
+def test_fvu_of_predicting_the_mean_is_one_and_of_perfection_zero():
+  x_BD, _, vals_BK, idx_BK = map(jnp.asarray, batch(3, 200))
+  for output_BD, want in ((x_BD.mean(0) + 0 * x_BD, 1.0), (x_BD, 0.0)):
+    sums = metrics.batch_sums(x_BD, output_BD, vals_BK, idx_BK, 10, x_BD[0])
+    got = metrics.summarise(metrics.add_sums(None, sums), 1.0)
+    np.testing.assert_allclose(got.fvu, want, atol=1e-5)
+
+
+def test_evaluate_batch_is_encode_decode_and_sums():
+  config = autoencoder.SaeConfig(d_model=6, n_latents=12, k=3)
+  raw_BD = jnp.asarray(batch(4, 30)[0])
+  sae = autoencoder.init_weights(config, jax.random.key(1))
+  sae, _ = autoencoder.fit_inputs(config, sae, raw_BD)
+  got = metrics.evaluate_batch(config, sae, raw_BD)
+  x_BD, _ = autoencoder.preprocess(config, sae, raw_BD)
+  vals_BK, idx_BK = autoencoder.encode(config, sae, x_BD)
+  output_BD = autoencoder.decode(sae, vals_BK, idx_BK)
+  np.testing.assert_allclose(
+    got.error, ((x_BD - output_BD) ** 2).sum(), rtol=1e-5
+  )
+  assert int(got.fired_N.sum()) == int(got.active) == int((vals_BK > 0).sum())
+
+
+def test_density_histogram_counts_the_living_and_the_silent():
+  counts, silent = metrics.density_histogram(
+    np.array([0, 0, 1e-3, 1.5e-3, 0.5, 1.0, 1e-12])
+  )
+  assert silent == 2
+  assert counts.sum() == 5
+  # Beyond the edges counts in the outer bins.
+  assert counts[0] == 1
+  record = metrics.density_record(np.array([0, 0.5]))
+  assert json.loads(json.dumps(record))['silent'] == 1
+
+
+def lines(path):
+  return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_writer_drops_what_was_written_beyond_the_resumed_step(tmp_path):
+  writer = log.Writer(str(tmp_path), 0)
+  for step in (1, 2, 3):
+    writer.write(step, {'loss': jnp.asarray(step / 2)}, {'tokens_per_s': 9.0})
+  writer.close()
+  assert [row['step'] for row in lines(tmp_path / 'metrics.jsonl')] == [1, 2, 3]
+  writer = log.Writer(str(tmp_path), 2)
+  writer.write(3, {'loss': 7.0})
+  writer.close()
+  rows = lines(tmp_path / 'metrics.jsonl')
+  assert rows == [
+    {'step': 1, 'loss': 0.5},
+    {'step': 2, 'loss': 1.0},
+    {'step': 3, 'loss': 7.0},
+  ]
+  assert list((tmp_path / 'tensorboard').iterdir())
+
+
+def test_writer_survives_a_damaged_line_and_writes_no_nan(tmp_path):
+  (tmp_path / 'metrics.jsonl').write_text('{"step": 1, "loss": 2.0}\n{"st')
+  writer = log.Writer(str(tmp_path), 5)
+  writer.write(6, {'loss': float('nan')})
+  writer.close()
+  assert lines(tmp_path / 'metrics.jsonl') == [
+    {'step': 1, 'loss': 2.0},
+    {'step': 6, 'loss': None},
+  ]
+
+
+def test_writer_of_another_process_writes_nothing(tmp_path):
+  writer = log.Writer(str(tmp_path / 'run'), 0, active=False)
+  writer.write(1, {'loss': 1.0})
+  writer.close()
+  assert not (tmp_path / 'run').exists()

@@ -1,0 +1,101 @@
+"""Pooled prompts against one forward pass each, without padding."""
+
+import numpy as np
+import pytest
+
+from sae_jax.probing import pooled
+from tests.support import probed
+
+RNG = np.random.default_rng(0)
+MAX_TOKENS = 20
+# Empty, of one token, past one width of padding, past the limit; more than
+# one batch of them.
+COUNTS = [3, 0, 1, 17, 30, 2, 20, 9, 1, *RNG.choice([2, 3, 9, 17], 13)]
+PROMPTS = [
+  ' '.join(f'w{i}' for i in RNG.integers(1, probed.VOCABULARY, count))
+  for count in COUNTS
+]
+
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+  data = probed.write_store(str(tmp_path_factory.mktemp('made') / 'store'))
+  return probed.make_trained(data)
+
+
+@pytest.fixture(scope='module')
+def tokens_first(trained):
+  """Each prompt's activations, preprocessed in float64: a list of x_TD."""
+  subject = probed.make_subject()
+  out = []
+  for prompt in PROMPTS:
+    ids = [int(word[1:]) for word in prompt.split()][:MAX_TOKENS] or [0]
+    resid_BTD = probed.run_capture(
+      subject.config, subject.params, np.array([ids]), probed.SITE
+    )
+    out.append(probed.inputs(trained, resid_BTD[0])[0])
+  return out
+
+
+def pool(trained, pooling, prompts=PROMPTS):
+  return pooled.pooled_inputs(
+    trained,
+    probed.make_subject(),
+    str(probed.SITE),
+    prompts,
+    MAX_TOKENS,
+    pooling,
+    'test',
+  )
+
+
+def test_last_is_the_last_token(trained, tokens_first):
+  want_PD = np.array([x_TD[-1] for x_TD in tokens_first])
+  found_PD = pool(trained, 'last')
+  assert found_PD.dtype == np.float32
+  np.testing.assert_allclose(found_PD, want_PD, atol=2e-6)
+  # Control: the last token of a prompt that was not cut.
+  longer_PD = pooled.pooled_inputs(
+    trained, probed.make_subject(), str(probed.SITE), PROMPTS, 30, 'last', ''
+  )
+  changed_P = np.abs(longer_PD - want_PD).max(1) > 1e-3
+  assert set(np.flatnonzero(changed_P)) == {
+    i for i, count in enumerate(COUNTS) if count > MAX_TOKENS
+  }
+
+
+def test_mean_leaves_out_position_0(trained, tokens_first):
+  want_PD = np.array(
+    [x_TD[1:].mean(0) if len(x_TD) > 1 else x_TD[0] for x_TD in tokens_first]
+  )
+  found_PD = pool(trained, 'mean')
+  np.testing.assert_allclose(found_PD, want_PD, atol=2e-6)
+  # Control: with it, all prompts but those of one token differ.
+  all_PD = np.array([x_TD.mean(0) for x_TD in tokens_first])
+  differs_P = np.abs(found_PD - all_PD).max(1) > 1e-3
+  np.testing.assert_array_equal(differs_P, np.array(COUNTS) > 1)
+
+
+def test_the_company_of_other_prompts_does_not_matter(trained):
+  found_PD = pool(trained, 'mean')
+  order = RNG.permutation(len(PROMPTS))
+  shuffled_PD = pool(trained, 'mean', [PROMPTS[i] for i in order])
+  np.testing.assert_allclose(shuffled_PD, found_PD[order], atol=1e-6)
+  few_PD = pool(trained, 'mean', PROMPTS[:3])
+  np.testing.assert_allclose(few_PD, found_PD[:3], atol=1e-6)
+
+
+def test_encoding_the_mean_is_the_mean_of_encodings(trained, tokens_first):
+  sae = probed.wide(trained)
+  want_PN = np.array(
+    [
+      ((x_TD - sae.b_pre_D) @ sae.w_enc_ND.T + sae.b_lat_N)[
+        1 if len(x_TD) > 1 else 0 :
+      ].mean(0)
+      for x_TD in tokens_first
+    ]
+  )
+  found_PN = pooled.pre_activations(trained, pool(trained, 'mean'))
+  np.testing.assert_allclose(found_PN, want_PN, rtol=1e-4, atol=1e-4)
+  # Before TopK and ReLU: negative ones are there.
+  assert (found_PN < 0).any() and (found_PN != 0).all()

@@ -1,0 +1,330 @@
+"""The report: each number is its function's own, and misfits are refused."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from sae_jax import checkpoint, errors
+from sae_jax import store as store_lib
+from sae_jax.autoencoder import SaeConfig
+from sae_jax.browser import index
+from sae_jax.features import table as table_lib
+from sae_jax.probing import (
+  baselines,
+  downstream,
+  examples,
+  pooled,
+  probes,
+  reconstruction,
+  report,
+  tasks,
+)
+from sae_jax.probing.examples import FeatureConfig
+from sae_jax.training import train
+from tests.support import planted, probed
+
+CONFIG = report.ProbeConfig(
+  features=FeatureConfig(1000, 4, 2, 4, 2, 5, 3),
+  eval_rows=40,
+  batch_rows=16,
+  downstream_tokens=30,
+  n_tasks=2,
+  task_prompts=24,
+)
+
+
+@pytest.fixture(scope='module')
+def store_url(tmp_path_factory):
+  url = str(tmp_path_factory.mktemp('made') / 'store')
+  probed.write_store(url)
+  return url
+
+
+@pytest.fixture(scope='module')
+def run(store_url, tmp_path_factory):
+  """The workdir of a few training steps."""
+  workdir = str(tmp_path_factory.mktemp('made') / 'run')
+  config = planted.train_config(
+    sae=SaeConfig(probed.D_MODEL, 24, 4),
+    batch_size=16,
+    steps=20,
+    sample_rows=60,
+  )
+  train.train(config, store_url, workdir)
+  return workdir
+
+
+def made_tasks(names, n_tasks, n_prompts, max_chars, seed):
+  """Prompts with w1 or w2 somewhere; stands in for the package's files."""
+  assert (names, n_tasks, n_prompts, max_chars) == (None, 2, 24, 100)
+  rng = np.random.default_rng(seed)
+  labels_P = np.arange(n_prompts, dtype=np.int32) % 2
+  out = []
+  for name in ('1_which', '2_again')[:n_tasks]:
+    prompts = []
+    for label in labels_P:
+      words = rng.integers(3, probed.VOCABULARY, rng.integers(3, 9))
+      words[rng.integers(1, len(words))] = 1 + label
+      prompts.append(' '.join(f'w{i}' for i in words))
+    out.append(tasks.Task(name, tuple(prompts), labels_P, ('one', 'two')))
+  return out
+
+
+@pytest.fixture(autouse=True)
+def without_the_package(monkeypatch):
+  monkeypatch.setattr(tasks, 'load_tasks', made_tasks)
+
+
+def probe(run, store_url, workdir, config=CONFIG, subject=None):
+  subject = subject or probed.make_subject()
+  return report.probe(config, run, store_url, str(workdir), subject)
+
+
+@pytest.fixture(scope='module')
+def finished(run, store_url, tmp_path_factory):
+  workdir = tmp_path_factory.mktemp('made') / 'probe'
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(tasks, 'load_tasks', made_tasks)
+    return workdir, probe(run, store_url, workdir)
+
+
+@pytest.fixture(scope='module')
+def parts(run, store_url):
+  return checkpoint.load(run), store_lib.open_store(store_url)
+
+
+def test_reconstruction_scores_are_the_functions_own(finished, parts):
+  trained, data = parts
+  found = finished[1]
+  span = (data.n_train, data.n_train + 40, 16)
+  measured = reconstruction.measure(trained, data, *span, 'test')
+  for name, value in measured.scalars().items():
+    assert found[name] == value
+  # Not the number of predictions that were spliced.
+  assert found['tokens'] == 40 != found['predictions']
+  assert found['fvu_pca'] == reconstruction.pca_fvu(
+    trained, data, *span[:2], 4, 16
+  )
+  fresh = reconstruction.untrained(trained.config, data.read_rows(0, 60), 1)
+  control = reconstruction.measure(fresh, data, *span, 'test')
+  assert found['fvu_untrained'] == control.fvu
+  assert found['density']['silent'] == (measured.density_N == 0).sum()
+  assert sum(found['density']['latents']) + found['density']['silent'] == 24
+
+
+def test_downstream_scores_are_the_functions_own(finished, parts):
+  trained, data = parts
+  want = downstream.measure(
+    trained,
+    probed.make_subject(),
+    data,
+    30,
+    data.read_rows(0, 60).mean(0),
+  )
+  for name, value in dataclasses.asdict(want).items():
+    assert finished[1][name] == value
+  assert {'delta_ce', 'kl', 'ce_recovered'} <= finished[1].keys()
+
+
+def test_probes_are_the_functions_own(finished, parts):
+  trained, _ = parts
+  task = made_tasks(None, 2, 24, 100, 0)[1]
+  x_PD = pooled.pooled_inputs(
+    trained,
+    probed.make_subject(),
+    str(probed.SITE),
+    list(task.prompts),
+    64,
+    'mean',
+    '',
+  )
+  pre_PN = pooled.pre_activations(trained, x_PD)
+  left, right = tasks.split(task, 0)
+  sides = [
+    (pre_PN[side], x_PD[side], task.labels_P[side]) for side in (left, right)
+  ]
+  (pre, _, labels), (test_pre, _, test_labels) = sides
+  want = probes.score_task(pre, labels, test_pre, test_labels)
+  found = finished[1]['probes']
+  assert list(found) == ['1_which', '2_again']
+  assert found['2_again']['latent'] == want._asdict()
+  assert found['2_again']['classes'] == ['one', 'two']
+  assert found['2_again']['prompts'] == 24
+  controls = baselines.controls(*sides[0], *sides[1])
+  assert list(finished[1]['control_definitions']) == list(controls)
+  assert found['2_again']['controls'] == {
+    name: score._asdict() for name, score in controls.items()
+  }
+
+
+def test_the_workdir_holds_it_all(finished, parts):
+  trained, data = parts
+  workdir, found = finished
+  assert json.loads((workdir / 'report.json').read_text()) == found
+  table = examples.build(
+    CONFIG.features, trained, probed.make_subject(), data, 16, 0
+  )
+  read = table_lib.read_features(workdir / 'features.npz')
+  assert read.keys() == table.keys()
+  for name, array in table.items():
+    np.testing.assert_array_equal(read[name], array)
+  for name in ('density', 'reconstruction', 'probes'):
+    assert (workdir / 'plots' / f'{name}.png').stat().st_size > 1000
+  assert found['subject'] == 'made' and found['site'] == str(probed.SITE)
+  assert (found['n_latents'], found['k'], found['d_model']) == (24, 4, 16)
+  assert found['n_tokens'] == data.manifest.n_rows
+  assert found['made_from']['step'] == 20
+
+
+def test_the_page_is_built_from_the_workdir(finished, tmp_path):
+  workdir, found = finished
+  index.build_index(
+    workdir / 'features.npz',
+    found,
+    [f'w{i}' for i in range(probed.VOCABULARY)],
+    tmp_path / 'page',
+  )
+  meta = json.loads((tmp_path / 'page' / 'data' / 'meta.json').read_text())
+  assert meta['report']['nmse'] == found['nmse']
+  assert meta['n_features'] == 24
+
+
+def test_finished_work_is_reused_and_other_work_is_not(
+  finished, run, store_url, monkeypatch
+):
+  class Called(Exception):
+    pass
+
+  def scores(*args):
+    raise Called
+
+  monkeypatch.setattr(report, 'scores', scores)
+  workdir, found = finished
+  before = (workdir / 'features.npz').stat().st_mtime_ns
+  assert probe(run, store_url, workdir) == found
+  assert (workdir / 'features.npz').stat().st_mtime_ns == before
+  # Control: anything else is made anew.
+  for change in ({'seed': 1}, {'average': False}, {'pooling': 'last'}):
+    with pytest.raises(Called):
+      probe(run, store_url, workdir, dataclasses.replace(CONFIG, **change))
+  (workdir / 'report.json').rename(workdir / 'away')
+  with pytest.raises(Called):
+    probe(run, store_url, workdir)
+  (workdir / 'away').rename(workdir / 'report.json')
+
+
+def test_no_report_vouches_for_files_of_another_config(
+  finished, run, store_url, tmp_path, monkeypatch
+):
+  """Stopped while it overwrites an older probing, it leaves no report."""
+  workdir, found = finished
+  (tmp_path / 'report.json').write_text((workdir / 'report.json').read_text())
+  assert probe(run, store_url, tmp_path) == found
+
+  def stops(*args):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(report.plots, 'save', stops)
+  with pytest.raises(KeyboardInterrupt):
+    probe(run, store_url, tmp_path, dataclasses.replace(CONFIG, seed=5))
+  assert (tmp_path / 'features.npz').exists()
+  assert not (tmp_path / 'report.json').exists()
+
+
+def test_misfits_are_refused(finished, run, tmp_path, store_url):
+  def refused(message, url, subject=None):
+    with pytest.raises(errors.UserError, match=message):
+      probe(run, url, tmp_path / 'none', subject=subject)
+    assert not (tmp_path / 'none').exists()
+
+  rows_RD = planted.activations(200)
+  planted.write_store(
+    str(tmp_path / 'narrow'), 90, rows_RD=rows_RD[:, :12], holdout_documents=1
+  )
+  refused(
+    'width 16, the store holds 12: give the store it was trained on',
+    str(tmp_path / 'narrow'),
+  )
+  probed.write_store(str(tmp_path / 'whole'), heldout=0)
+  refused('no held-out rows to score', str(tmp_path / 'whole'))
+  probed.write_store(str(tmp_path / 'site'), site='blocks.1.resid_post')
+  refused(
+    r'trained on blocks.0.resid_post of made \(aaaaaaaa\), the store holds '
+    r'blocks.1.resid_post of made',
+    str(tmp_path / 'site'),
+  )
+  probed.write_store(str(tmp_path / 'other'), weights_sha256='b' * 64)
+  refused(r'holds blocks.0.resid_post of made \(bbbb', str(tmp_path / 'other'))
+  other = dataclasses.replace(probed.make_subject(), weights_sha256='c' * 64)
+  refused('not the model the store was harvested from', store_url, other)
+  # Even where there is nothing left to do.
+  with pytest.raises(errors.UserError, match='not the model'):
+    probe(run, store_url, finished[0], subject=other)
+
+
+def test_a_store_that_was_not_trained_on_is_warned_of(
+  parts, tmp_path, monkeypatch
+):
+  warnings = []
+  monkeypatch.setattr(
+    report.logging, 'warning', lambda text, *args: warnings.append(text % args)
+  )
+  trained, data = parts
+  report.check(trained, data)
+  assert not warnings
+  longer = probed.write_store(
+    str(tmp_path / 'longer'), (*probed.LENGTHS, (9,)), heldout=5
+  )
+  report.check(trained, longer)
+  assert 'may have been trained on' in warnings[0]
+
+
+def test_the_subject_is_the_stores_or_the_configs(
+  run, store_url, tmp_path, monkeypatch
+):
+  asked = []
+
+  def load(name):
+    asked.append(name)
+    return dataclasses.replace(probed.make_subject(), weights_sha256='c' * 64)
+
+  monkeypatch.setattr(report.subject_lib, 'load', load)
+  for name in ('', 'else.gguf'):
+    config = dataclasses.replace(CONFIG, subject=name)
+    with pytest.raises(errors.UserError, match='not the model'):
+      report.probe(config, run, store_url, str(tmp_path / 'none'))
+  assert asked == ['made', 'else.gguf']
+
+
+def test_options_out_of_range_are_refused():
+  for name, value in (('batch_rows', 0), ('eval_rows', -1), ('n_tasks', -1)):
+    with pytest.raises(
+      errors.UserError, match=f'{name} {value} must be . or more'
+    ):
+      dataclasses.replace(CONFIG, **{name: value})
+  with pytest.raises(
+    errors.UserError, match='top_examples 0 must be 1 or more'
+  ):
+    report.ProbeConfig(features=FeatureConfig(top_examples=0))
+  with pytest.raises(errors.UserError, match="pooling 'max' is not known"):
+    report.ProbeConfig(pooling='max')
+  assert report.ProbeConfig(n_tasks=0, average=False, seed=0).n_tasks == 0
+
+
+def test_lines_say_the_numbers(finished):
+  found = finished[1]
+  text = report.lines(found)
+  assert len(text) == 5
+  for name in ('nmse', 'fvu', 'fvu_pca', 'fvu_untrained'):
+    assert f'{found[name]:.4f}' in text[0]
+  assert f'L0 {found["l0"]:.2f}' in text[1]
+  assert f'{100 * found["dead_fraction"]:.2f}%' in text[1]
+  for name in ('delta_ce', 'delta_ce_low', 'delta_ce_high', 'ce', 'kl'):
+    assert f'{found[name]:.4f}' in text[2]
+  for line, (name, scored) in zip(text[3:], found['probes'].items()):
+    assert line.startswith(f'{name}: AUC {scored["latent"]["test_auc"]:.3f}')
+    assert f'by latent {scored["latent"]["best_latent"]} ' in line
+    for control, score in scored['controls'].items():
+      assert f'{control} {score["test_auc"]:.3f}' in line
