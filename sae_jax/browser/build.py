@@ -22,7 +22,7 @@ def browse(config: index.BrowseConfig, probe_url: str, out_url: str) -> str:
 
   Args:
     config: how the page is built.
-    probe_url: the workdir of sae-probe, local path or gs:// URL.
+    probe_url: the workdir of sae-probe, local path or URL.
     out_url: where the page goes.
 
   Returns:

@@ -80,7 +80,7 @@ def build_index(
     features: the arrays of `features.npz`, or its path or URL.
     report: the metrics of the autoencoder, as in `report.json`.
     vocabulary: the readable text of each token id.
-    out_url: folder to write, local or gs://; an older index in it is replaced.
+    out_url: folder to write, or its URL; an older index in it is replaced.
     config: how to build; the defaults if None.
 
   Returns:

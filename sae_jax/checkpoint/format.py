@@ -12,24 +12,21 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from sae_jax import errors
-from sae_jax.storage import url
+from sae_jax.storage import orbax as orbax_lib
+from sae_jax.storage import url as url_lib
 
 
 def open_checkpointer(workdir: str, keep: int = 2) -> ocp.training.Checkpointer:
   """Opens a run's checkpoints; close it, or use it as a context manager.
 
   Args:
-    workdir: the run's folder or gs:// URL.
+    workdir: the run's folder or URL.
     keep: how many of the latest are kept.
   """
-  context = ocp.Context()
-  # In a bucket a transaction on OCDBT takes its own write, if the answer was
-  # lost, for another's, and the checkpoint fails with ALREADY_EXISTS.
-  context.array.saving.use_ocdbt = '://' not in workdir
   return ocp.training.Checkpointer(
     # Orbax writes to no relative path.
-    epath.Path(url.absolute(workdir)) / 'checkpoints',
-    context=context,
+    epath.Path(url_lib.absolute(workdir)) / 'checkpoints',
+    context=orbax_lib.context(workdir),
     preservation_policy=ocp.training.preservation_policies.LatestN(keep),
     cleanup_tmp_directories=True,
   )

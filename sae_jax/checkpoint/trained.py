@@ -12,6 +12,7 @@ from sae_jax import autoencoder, errors
 from sae_jax import config as config_lib
 from sae_jax.autoencoder import raw as raw_lib
 from sae_jax.checkpoint import format
+from sae_jax.storage import orbax as orbax_lib
 from sae_jax.storage import url as url_lib
 from sae_jax.training import optimizer
 
@@ -55,7 +56,7 @@ def load(url: str, *, average: bool = True, step: int | None = None) -> Trained:
   """Reads an autoencoder from a run's workdir, on one device.
 
   Args:
-    url: the run's workdir, a local path or gs:// URL.
+    url: the run's workdir, a local path or URL.
     average: whether to take the moving average, bias-corrected, or the last
       parameters themselves.
     step: which checkpoint; None for the latest.
@@ -68,7 +69,9 @@ def load(url: str, *, average: bool = True, step: int | None = None) -> Trained:
     raise errors.UserError(
       f'no checkpoints under {url}: give the workdir of sae-train'
     )
-  with ocp.training.Checkpointer(folder) as checkpointer:
+  with ocp.training.Checkpointer(
+    folder, context=orbax_lib.context(url)
+  ) as checkpointer:
     steps = [found.step for found in checkpointer.checkpoints]
     if not steps or step not in (None, *steps):
       raise errors.UserError(

@@ -13,6 +13,7 @@ import jax
 from sae_jax import config as config_lib
 from sae_jax import errors
 from sae_jax.cli import backend, huge_pages
+from sae_jax.storage import url as url_lib
 
 _Config = TypeVar('_Config')
 _USER_ERROR = 2
@@ -74,11 +75,9 @@ def define_integer(name: str, default: int, text: str) -> None:
 
 
 def define_url(name: str, text: str) -> None:
-  """Defines a required flag for a local path or gs:// URL."""
+  """Defines a required flag for a local path or the URL of a bucket."""
   _urls.append(name)
-  flags.DEFINE_string(
-    name, None, f'{text}, a local path or gs:// URL', required=True
-  )
+  flags.DEFINE_string(name, None, f'{text}, {url_lib.kinds()}', required=True)
 
 
 def define_processes() -> None:
@@ -127,14 +126,11 @@ def url(name: str) -> str:
   """
   value = flags.FLAGS[name].value
   if not value:
-    raise errors.UserError(f'{name} is empty: give a path or gs:// URL')
-  if value.startswith('gs://'):
-    return value
-  if '://' in value:
-    raise errors.UserError(
-      f'{name} {value} is neither a local path nor a gs:// URL'
-    )
-  return os.path.abspath(os.path.expanduser(value))
+    raise errors.UserError(f'{name} is empty: give {url_lib.kinds()}')
+  try:
+    return url_lib.absolute(os.path.expanduser(value))
+  except errors.UserError as error:
+    raise errors.UserError(f'{name} {error}') from error
 
 
 def run(main: Callable[[], Any], description: str) -> None:

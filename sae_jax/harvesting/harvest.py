@@ -48,7 +48,7 @@ def harvest(
 
   Args:
     config: what to harvest.
-    store_url: the store's folder, local or gs://.
+    store_url: the store's folder, local or in a bucket.
     subject: the language model, if it is loaded already; its name is the
       config's subject.
     process: the number of this process and how many there are, each of which

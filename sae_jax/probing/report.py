@@ -83,7 +83,7 @@ def probe(
 
   Args:
     config: what is evaluated.
-    checkpoint: the workdir of a training run, local path or gs:// URL.
+    checkpoint: the workdir of a training run, local path or URL.
     store_url: the activations; the held-out split is what is scored.
     workdir: where the results go.
     subject: the subject model, if it is loaded already.

@@ -1,1 +1,1 @@
-"""Where data lies: URLs, files that are whole or absent, claimed folders."""
+"""Where runs, stores and models lie: what a URL is."""

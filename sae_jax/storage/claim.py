@@ -6,6 +6,7 @@ import fcntl
 import os
 
 from sae_jax import errors
+from sae_jax.storage import url as url_lib
 
 
 @contextlib.contextmanager
@@ -13,12 +14,12 @@ def claim(folder: str) -> Iterator[None]:
   """Keeps a local folder for this process while the context is open.
 
   The kernel lets go of it when the process ends, however it ends. Folders in
-  gs:// cannot be kept.
+  buckets cannot be kept.
 
   Raises:
     UserError: if another process has it.
   """
-  if folder.startswith('gs://'):
+  if url_lib.is_remote(folder):
     yield
     return
   os.makedirs(folder, exist_ok=True)

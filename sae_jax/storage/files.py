@@ -7,23 +7,24 @@ from etils import epath
 import tensorstore as ts
 
 from sae_jax import errors
+from sae_jax.storage import url as url_lib
 
 
 def write_bytes(path: epath.PathLike, data: bytes) -> None:
   """Writes a file so that a reader sees the old or the new one, never a part.
 
   Args:
-    path: local path or gs:// URL; missing folders are made.
+    path: local path or URL; missing folders are made.
     data: the file's content.
 
   Raises:
     OSError: if it cannot be written.
   """
   path = epath.Path(path)
-  if '://' in os.fspath(path):
+  if url_lib.is_remote(path):
     try:
-      path.parent.mkdir(parents=True, exist_ok=True)
-      # An object appears in the bucket when its upload is complete.
+      # It needs no folder, and appears in the bucket when its upload is
+      # complete.
       path.write_bytes(data)
     except Exception as error:
       # Clients of buckets raise what they like, and name another URL.
@@ -63,8 +64,15 @@ def create(files: ts.KvStore, name: str, data: bytes) -> bool:
   Returns:
     Whether the object holds these bytes now: False if it has others, which
     stay as they are.
+
+  Raises:
+    ValueError: if it cannot be written.
   """
   if files.write(name, data, if_equal=_NOTHING).result().generation:
     return True
   # Ours, if an answer was lost, or another's who does the same work.
-  return files.read(name).result().value == data
+  there = files.read(name).result()
+  if there.state == 'missing':
+    # TensorStore takes S3's 404 for that of an object.
+    raise ValueError(f'{name} is not written and not there: is the bucket?')
+  return there.value == data

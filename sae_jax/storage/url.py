@@ -1,19 +1,198 @@
-"""What a URL is: where data lies, on a disk or in a bucket."""
+"""What a URL is. Each kind of storage is an entry of `BACKENDS`.
 
+A URL without a scheme is a local path. Only this file looks at schemes.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import importlib.util
 import os
+from typing import Any
+
+import fsspec.config
+
+from sae_jax import errors
 
 
-def kvstore(url: str | os.PathLike[str]) -> dict[str, str]:
-  """TensorStore's spec of the folder a URL names, local or gs://."""
+def _local_spec(path: str) -> dict[str, Any]:
+  return {'driver': 'file', 'path': _as_folder(path)}
+
+
+def _gcs_spec(place: str) -> dict[str, Any]:
+  bucket, _, path = place.partition('/')
+  return {'driver': 'gcs', 'bucket': bucket, 'path': _as_folder(path)}
+
+
+def _s3_spec(place: str) -> dict[str, Any]:
+  bucket, _, path = place.partition('/')
+  spec = {
+    'driver': 's3',
+    'bucket': bucket,
+    'path': _as_folder(path),
+    # Else TensorStore asks first and writes then where the server is not
+    # Amazon's, and of two writers the second one wins.
+    'use_conditional_write': True,
+  }
+  environment = os.environ.get
+  # What botocore reads; TensorStore does not.
+  endpoint = environment('AWS_ENDPOINT_URL_S3') or environment(
+    'AWS_ENDPOINT_URL'
+  )
+  if endpoint:
+    # Amazon's servers say which region a bucket is in.
+    region = environment('AWS_REGION') or environment('AWS_DEFAULT_REGION')
+    spec |= {'endpoint': endpoint, 'aws_region': region or 'us-east-1'}
+  if environment('AWS_ACCESS_KEY_ID'):
+    # They come first anyway; this does not complain of files without others.
+    spec['aws_credentials'] = {'type': 'environment'}
+  return spec
+
+
+def _as_folder(path: str) -> str:
+  return path.rstrip('/') + '/' if path else ''
+
+
+@dataclasses.dataclass(frozen=True)
+class Backend:
+  """A kind of storage.
+
+  Attributes:
+    scheme: what its URLs begin with, before '://'; '' for paths on disks.
+    spec: TensorStore's kvstore spec of a folder, from the rest of the URL; of
+      a disk from the absolute path.
+    orbax_knows: whether Orbax opens it by itself, see `storage.orbax`.
+    makes_buckets: whether to make a folder there makes its bucket too.
+    package: what must be installed to use it, if this package does not
+      require it.
+    extra: the extra of this package that installs it.
+  """
+
+  scheme: str
+  spec: Callable[[str], dict[str, Any]]
+  orbax_knows: bool = True
+  makes_buckets: bool = False
+  package: str = ''
+  extra: str = ''
+
+  @property
+  def is_remote(self) -> bool:
+    """Whether it is a bucket: objects appear whole, and nothing is renamed."""
+    return bool(self.scheme)
+
+
+BACKENDS = (
+  Backend('', _local_spec),
+  Backend('gs', _gcs_spec),
+  Backend(
+    's3',
+    _s3_spec,
+    orbax_knows=False,
+    makes_buckets=True,
+    package='s3fs',
+    extra='s3',
+  ),
+)
+
+
+def _split(url: str) -> tuple[str, str]:
+  """The scheme, '' if there is none, and what follows it."""
+  scheme, mark, rest = url.partition('://')
+  return (scheme, rest) if scheme and mark else ('', url)
+
+
+def kinds() -> str:
+  """The kinds of URL there are, in words."""
+  schemes = ' or '.join(f'{b.scheme}://' for b in BACKENDS if b.is_remote)
+  return f'a local path or a {schemes} URL'
+
+
+def has_scheme(url: str | os.PathLike[str]) -> bool:
+  """Whether a URL begins with a scheme, one of `BACKENDS` or another."""
+  return bool(_split(os.fspath(url))[0])
+
+
+def is_known(url: str | os.PathLike[str]) -> bool:
+  """Whether a URL is of one of `BACKENDS`."""
+  scheme = _split(os.fspath(url))[0]
+  return any(found.scheme == scheme for found in BACKENDS)
+
+
+def backend(url: str | os.PathLike[str]) -> Backend:
+  """The kind of storage of a URL.
+
+  Raises:
+    UserError: if it is of no kind that is known, or needs a package that is
+      not installed.
+  """
   url = os.fspath(url)
-  if url.startswith('gs://'):
-    bucket, _, path = url.removeprefix('gs://').partition('/')
-    path = path.rstrip('/') + '/' if path else ''
-    return {'driver': 'gcs', 'bucket': bucket, 'path': path}
-  path = os.path.abspath(os.path.expanduser(url))
-  return {'driver': 'file', 'path': path.rstrip('/') + '/'}
+  scheme = _split(url)[0]
+  found = next((found for found in BACKENDS if found.scheme == scheme), None)
+  if found is None:
+    raise errors.UserError(f'{url} is no URL that is known: use {kinds()}')
+  if found.package and importlib.util.find_spec(found.package) is None:
+    raise errors.UserError(
+      f'{url} needs {found.package}, which is not installed: '
+      f'pip install "sae_jax[{found.extra}]"'
+    )
+  return found
 
 
-def absolute(path: str) -> str:
-  """A local path from the root; a URL as it is."""
-  return path if '://' in path else os.path.abspath(path)
+def is_remote(url: str | os.PathLike[str]) -> bool:
+  """Whether a URL is one of a bucket.
+
+  Raises:
+    UserError: see `backend`.
+  """
+  return backend(url).is_remote
+
+
+def remote_schemes() -> list[str]:
+  """The schemes of buckets."""
+  return [found.scheme for found in BACKENDS if found.is_remote]
+
+
+def bucket(url: str) -> str:
+  """The URL of the bucket that a URL is in.
+
+  Raises:
+    UserError: see `backend`.
+  """
+  return f'{backend(url).scheme}://{_split(url)[1].partition("/")[0]}'
+
+
+def absolute(url: str | os.PathLike[str]) -> str:
+  """A local path from the root; the URL of a bucket as it is.
+
+  Raises:
+    UserError: see `backend`.
+  """
+  url = os.fspath(url)
+  return url if is_remote(url) else os.path.abspath(url)
+
+
+def kvstore(url: str | os.PathLike[str]) -> dict[str, Any]:
+  """TensorStore's spec of the folder a URL names; ~ is expanded.
+
+  Raises:
+    UserError: see `backend`.
+  """
+  url = absolute(os.path.expanduser(url))
+  return backend(url).spec(_split(url)[1])
+
+
+def is_web(url: str) -> bool:
+  """Whether a URL is of a web server, which serves files but has no folders."""
+  return _split(url)[0] in ('http', 'https')
+
+
+def without_query(url: str) -> str:
+  """A web server's URL without what it asks the server; others as they are."""
+  return url.partition('?')[0] if is_web(url) else url
+
+
+# Else etils' file systems take what they listed once for all that is there,
+# while TensorStore and other processes write.
+for _scheme in remote_schemes():
+  fsspec.config.conf.setdefault(_scheme, {}).setdefault(
+    'use_listings_cache', False
+  )

@@ -58,8 +58,9 @@ def read_json(url: str, name: str, kind: type[Any]) -> Any:
   Raises:
     UserError: if it cannot be read or is of another format version.
   """
+  spec = url_lib.kvstore(url)
   try:
-    found = ts.KvStore.open(url_lib.kvstore(url)).result().read(name).result()
+    found = ts.KvStore.open(spec).result().read(name).result()
     if found.state == 'missing':
       return None
     values = json.loads(found.value)
@@ -86,8 +87,9 @@ def read_records(url: str) -> dict[int, Shard]:
   Raises:
     UserError: if they cannot be read.
   """
+  spec = url_lib.kvstore(url)
   try:
-    files = ts.KvStore.open(url_lib.kvstore(url)).result()
+    files = ts.KvStore.open(spec).result()
     folder = f'{manifest_lib.RECORDS}/'
     inside = ts.KvStore.KeyRange(folder, folder + '\xff')
     reads = {
@@ -201,7 +203,7 @@ def _in_memory(kind: Kind, n_shards: int) -> tuple[ts.TensorStore, ts.KvStore]:
   array = ts.open(
     {
       'driver': 'zarr3',
-      'kvstore': 'memory://',
+      'kvstore': {'driver': 'memory'},
       'store_data_equal_to_fill_value': True,
       'metadata': _metadata(kind, n_shards),
     },

@@ -1,6 +1,6 @@
 """The activation store: residual rows and the token stream they come from.
 
-A store is a folder, local or gs://, of zarr3 arrays with sharding:
+A store is a folder, local or in a bucket, of zarr3 arrays with sharding:
 
   plan.json             what all shards have in common, written first
   shards/000000.json    a complete shard: its rows, documents and checksums
@@ -254,7 +254,7 @@ def open_store(
   """Opens a store.
 
   Args:
-    url: its folder, local or gs://.
+    url: its folder, local or in a bucket.
     site: whose activations; may be left out where there is one.
     version: of the data, see `Manifest`; None for the last.
     unsealed: whether one whose harvest is not finished will do, as far as its

@@ -9,6 +9,7 @@ import tokenizers
 
 from sae_jax import errors
 from sae_jax.storage import packages
+from sae_jax.storage import url as url_lib
 from sae_jax.subject import sharding, transformer
 from sae_jax.subject.formats import folder, gguf, saved
 from sae_jax.subject.formats import tokenizer as tokenizer_lib
@@ -50,9 +51,8 @@ def find(name_or_path: str) -> str:
       neither a name, nor a .gguf path, nor a folder that is there.
   """
   if name_or_path not in _PACKAGED:
-    elsewhere = '://' in name_or_path and not name_or_path.startswith('gs://')
-    if not name_or_path.endswith('.gguf') and (
-      elsewhere or not epath.Path(name_or_path).is_dir()
+    if not name_or_path.endswith('.gguf') and not (
+      url_lib.is_known(name_or_path) and epath.Path(name_or_path).is_dir()
     ):
       raise errors.UserError(
         f'subject {name_or_path!r} is not known: use {", ".join(_PACKAGED)}, '
@@ -76,7 +76,7 @@ def load(
     name_or_path: 'smollm2-135m'; a .gguf file; a folder with config.json,
       *.safetensors (one, or several and their index) and tokenizer.json as
       transformers writes it; or one that `save` wrote. Paths are local or
-      gs://.
+      URLs of a bucket.
     dtype: of the parameters: 'float32' or 'bfloat16'.
     mesh: devices to lay the parameters over (`sharding.param_shardings`);
       None for one device.

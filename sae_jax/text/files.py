@@ -16,6 +16,7 @@ import fsspec
 import zstandard
 
 from sae_jax import errors
+from sae_jax.storage import url as url_lib
 
 _TEXT_CHARACTERS = 2000  # A .txt is cut at blank lines into such documents.
 _LONGEST_TEXT = 2**27  # And there, if it has no blank lines.
@@ -75,7 +76,7 @@ def find(source: str, others: Iterable[str]) -> Files:
   if not mark or kind_of(field) or '/' in field:
     place, mark, field = source, '', 'text'
   # What a URL asks its server is no part of the file's name.
-  name = re.sub(r'^(https?://[^?]*)\?.*', r'\1', place)
+  name = url_lib.without_query(place)
   unknown = errors.UserError(
     f'source {source!r} is not known: use {", ".join(others)}, or a '
     '.txt, .jsonl (.gz, .zst) or .parquet file, folder '
@@ -84,7 +85,7 @@ def find(source: str, others: Iterable[str]) -> Files:
   try:
     system, path = fsspec.url_to_fs(place)
     # A web server is no folder, and asking would fetch the whole file.
-    is_folder = not place.startswith('http') and system.isdir(path)
+    is_folder = not url_lib.is_web(place) and system.isdir(path)
     there = is_folder or system.exists(path)
     is_glob = not there and name == place and bool(re.search(r'[*?\[]', path))
     if is_glob:
@@ -117,7 +118,7 @@ def find(source: str, others: Iterable[str]) -> Files:
         f'source {source} holds none of the files that are read (.txt, .jsonl, '
         f'.parquet) among {len(named)}: check the path'
       )
-    shown = root if '://' not in place else system.unstrip_protocol(root)
+    shown = system.unstrip_protocol(root) if url_lib.has_scheme(place) else root
     shown = shown.rstrip('/') + '/'
     files = Files(system, paths, shown, place, field)
   kinds = {kind_of(name) for name in files.paths}

@@ -11,6 +11,7 @@ import tensorboardX
 from tensorboardX import record_writer
 
 from sae_jax.storage import files
+from sae_jax.storage import url as url_lib
 
 
 def _step_of(line: str) -> float:
@@ -101,7 +102,8 @@ class _LocalEventsFactory:
 
 # tensorboardX asks a factory for paths of its prefix alone.
 _LOCAL = 'local:'
-record_writer.register_writer_factory('gs', _BucketEventsFactory())
+for _scheme in url_lib.remote_schemes():
+  record_writer.register_writer_factory(_scheme, _BucketEventsFactory())
 record_writer.register_writer_factory('local', _LocalEventsFactory())
 
 
@@ -116,7 +118,7 @@ class Writer:
     """Opens the writer.
 
     Args:
-      workdir: folder or gs:// URL; metrics.jsonl and tensorboard/ lie in it.
+      workdir: folder or URL; metrics.jsonl and tensorboard/ lie in it.
       step: where the run goes on; what was written of later steps is dropped.
       active: whether this process writes; one of a run does.
     """
@@ -128,7 +130,8 @@ class Writer:
     self._lines = [line for line in lines if _step_of(line) <= step]
     folder = str(epath.Path(workdir) / 'tensorboard')
     self._board = tensorboardX.SummaryWriter(
-      folder if '://' in folder else _LOCAL + folder, purge_step=step + 1
+      folder if url_lib.is_remote(folder) else _LOCAL + folder,
+      purge_step=step + 1,
     )
 
   def write(

@@ -116,5 +116,5 @@ def claim_workdir(workdir: str, stack: contextlib.ExitStack) -> None:
     raise errors.UserError(
       f'workdir {workdir} is local to a host: {int((~seen).sum())} of '
       f'{jax.process_count()} processes do not see what process 0 writes '
-      'there; use a gs:// URL or a shared disk'
+      'there; use a bucket or a shared disk'
     )

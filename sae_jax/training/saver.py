@@ -7,6 +7,7 @@ from absl import logging
 import jax
 
 from sae_jax import checkpoint, errors
+from sae_jax.storage import url as url_lib
 
 # How often a checkpoint in a bucket is begun again. Clients wait for a minute
 # and more before they give up, so nothing waits here.
@@ -89,7 +90,7 @@ class Saver:
     return None
 
   def _again(self, step, begin, error) -> None:
-    tries = _TRIES if '://' in self._workdir else 1
+    tries = _TRIES if url_lib.is_remote(self._workdir) else 1
     for _ in range(tries if jax.process_count() == 1 else 0):
       self._warn(error, f': saving that of step {step} now')
       error = self._reopen()

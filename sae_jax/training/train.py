@@ -75,7 +75,7 @@ def sweep(
 
   Args:
     config: what they have in common.
-    workdir: local path or gs:// URL; each run gets a folder in it that is
+    workdir: local path or URL; each run gets a folder in it that is
       named after its values.
     **values: of fields of the config, nested ones included.
 
@@ -113,8 +113,8 @@ def train(config: TrainConfig, store_url: str, workdir: str) -> TrainState:
 
   Args:
     config: the run.
-    store_url: a finished activation store, local path or gs:// URL.
-    workdir: local path or gs:// URL; one run each.
+    store_url: a finished activation store, local path or URL.
+    workdir: local path or URL; one run each.
 
   Returns:
     The final state, on the mesh.

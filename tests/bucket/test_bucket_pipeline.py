@@ -9,79 +9,12 @@ import pytest
 
 from sae_jax import checkpoint, errors
 from sae_jax import store as store_lib
-from sae_jax.autoencoder import SaeConfig
-from sae_jax.browser import index
 from sae_jax.feed import from_store
-from sae_jax.harvesting import harvest
-from sae_jax.probing import report, tasks
-from sae_jax.probing.examples import FeatureConfig
 from sae_jax.store import reader
 from sae_jax.training import saver, train
-from tests.support import planted, runs, toy
+from tests.support import pipeline, planted, runs, toy
 from tests.support.gcs import gcs_faults
 from tests.support.gcs.served import bucket
-
-BATCH, STEPS = 64, 30
-PROBE = report.ProbeConfig(
-  features=FeatureConfig(1000, 4, 2, 4, 2, 5, 3),
-  eval_rows=200,
-  batch_rows=64,
-  downstream_tokens=60,
-  n_tasks=1,
-  task_prompts=24,
-)
-
-
-def made_tasks(names, n_tasks, n_prompts, max_chars, seed):
-  """Prompts of letters; stands in for the package's files."""
-  rng = np.random.default_rng(seed)
-  labels_P = np.arange(n_prompts, dtype=np.int32) % 2
-  prompts = [
-    ''.join(rng.choice(list('abcdefgh'), 12)) + 'xy'[label]
-    for label in labels_P
-  ]
-  return [tasks.Task('1_end', tuple(prompts), labels_P, ('x', 'y'))]
-
-
-def harvested(texts, url):
-  """A store of some thousand rows: chunks of 32, eight to a shard."""
-  plan = toy.config(texts, chunk_rows=32, shard_rows=256)
-  return harvest.harvest(plan, url, toy.subject())
-
-
-def trained(store_url, workdir, steps=STEPS):
-  run = planted.train_config(
-    sae=SaeConfig(16, 32, 4), batch_size=BATCH, steps=steps
-  )
-  return train.train(run, store_url, workdir)
-
-
-def whole_pipeline(texts, root):
-  """Every stage, training in two parts; the folders are below the root."""
-  harvested(texts, f'{root}/store')
-  # The second part reads what the first one saved.
-  trained(f'{root}/store', f'{root}/run', STEPS // 2)
-  trained(f'{root}/store', f'{root}/run')
-  subject = toy.subject()
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(tasks, 'load_tasks', made_tasks)
-    found = report.probe(
-      PROBE, f'{root}/run', f'{root}/store', f'{root}/probe', subject
-    )
-  index.build_index(
-    f'{root}/probe/features.npz',
-    found,
-    [subject.tokenizer.decode([i]) for i in range(256)],
-    f'{root}/page',
-  )
-
-
-def files(folder):
-  return {
-    str(path.relative_to(folder)): path.read_bytes()
-    for path in folder.rglob('*')
-    if path.is_file()
-  }
 
 
 @pytest.fixture(scope='module')
@@ -89,7 +22,7 @@ def on_disk(tmp_path_factory):
   """The text, and the folder of every stage on a disk."""
   root = tmp_path_factory.mktemp('local')
   texts = toy.write_texts(root)
-  whole_pipeline(texts, str(root))
+  pipeline.run(texts, str(root))
   return texts, root
 
 
@@ -98,7 +31,7 @@ def test_every_stage_in_a_bucket_is_that_on_disk(on_disk, monkeypatch, rate):
   texts, root = on_disk
   faults = gcs_faults.Faults(0, rate, gcs_faults.ALL_KINDS)
   with bucket(monkeypatch, faults) as server:
-    whole_pipeline(texts, 'gs://bucket/deep')
+    pipeline.run(texts, 'gs://bucket/deep')
     print(server.table())
     state = runs.saved_state('gs://bucket/deep/run')
   # Those that are stale are left: no stage writes over an object on condition.
@@ -108,24 +41,7 @@ def test_every_stage_in_a_bucket_is_that_on_disk(on_disk, monkeypatch, rate):
     name.removeprefix('deep/'): o.data
     for name, o in server.objects['bucket'].items()
   }
-  # Byte for byte: arrays, manifest, report, table, plots, the page.
-  for stage in ('store', 'probe', 'page'):
-    want = files(root / stage)
-    assert len(want) > 4
-    folder = f'{stage}/'
-    assert want == {
-      name.removeprefix(folder): data
-      for name, data in found.items()
-      if name.startswith(folder)
-    }
-  # Checkpoints hold the time they were made at, and TensorBoard's file too.
-  for name in ('metrics.jsonl', 'config.json'):
-    assert found[f'run/{name}'] == (root / 'run' / name).read_bytes()
-  assert int(state.step) == STEPS
-  runs.assert_same_bits(state, runs.saved_state(str(root / 'run')))
-  # Older checkpoints are deleted, and nothing is left of what failed.
-  kept = {n.split('/')[2] for n in found if n.startswith('run/checkpoints/')}
-  assert kept - {'metadata', ''} == {'20', '30'}
+  pipeline.assert_as_on_disk(found, state, root)
 
 
 def epoch_in_bucket(texts, monkeypatch, rate):
@@ -136,14 +52,16 @@ def epoch_in_bucket(texts, monkeypatch, rate):
     each inner chunk; bytes at the least: those of the rows.
   """
   with bucket(monkeypatch) as server:
-    harvested(texts, 'gs://bucket/store')
+    pipeline.harvested(texts, 'gs://bucket/store')
     data = store_lib.open_store('gs://bucket/store')
     order = from_store.train_order(data, 0, 4)
     server.faults = gcs_faults.Faults(0, rate, gcs_faults.ALL_KINDS)
     server.reset_counts()
     server.log.clear()
-    steps = order.n_rows // BATCH
-    for _ in from_store.StoreFeed(data, order, BATCH).iterate(0, steps):
+    steps = order.n_rows // pipeline.BATCH
+    for _ in from_store.StoreFeed(data, order, pipeline.BATCH).iterate(
+      0, steps
+    ):
       pass
   shards = int(np.searchsorted(data.starts, order.n_rows))
   print(

@@ -95,9 +95,10 @@ def test_urls_are_expanded_or_refused(tmp_path):
   store = f'--store={tmp_path}/none'
   one_line(run('train', store, '--workdir='), 2, 'workdir is empty')
   one_line(
-    run('train', store, '--workdir=s3://b/run'),
+    run('train', store, '--workdir=az://b/run'),
     2,
-    'workdir s3://b/run is neither a local path nor a gs:// URL',
+    'workdir az://b/run is no URL that is known: use a local path or a '
+    'gs:// or s3:// URL',
   )
   one_line(
     run('train', '--store=~/no_such_store', '--workdir=w'),

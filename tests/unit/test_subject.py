@@ -27,8 +27,8 @@ from sae_jax import errors, subject
     ),
     (
       'https://example.org/m.gguf',
-      'https://example.org/m.gguf cannot be opened in place: '
-      'download it and give its path',
+      'https://example.org/m.gguf is no URL that is known: '
+      'use a local path or a gs:// or s3:// URL',
     ),
   ],
 )

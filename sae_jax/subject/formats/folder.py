@@ -16,6 +16,7 @@ import safetensors
 
 from sae_jax import config as config_lib
 from sae_jax import errors
+from sae_jax.storage import url as url_lib
 from sae_jax.subject import transformer
 from sae_jax.subject.formats import assembly, families
 
@@ -77,7 +78,7 @@ def read_settings(url: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def open_files(url: str) -> Iterator[SafetensorsFiles]:
-  """Opens the safetensors files of a local or gs:// folder.
+  """Opens the safetensors files of a folder.
 
   Remote files are copied to a temporary folder for as long as they are open.
 
@@ -87,7 +88,7 @@ def open_files(url: str) -> Iterator[SafetensorsFiles]:
   folder = epath.Path(url)
   with contextlib.ExitStack() as stack:
     local = None
-    if '://' in url:
+    if url_lib.is_remote(url):
       local = stack.enter_context(tempfile.TemporaryDirectory())
     tensors, digests = {}, []
     for name in _filenames(url):
@@ -149,7 +150,7 @@ def load_params(
   """Reads a model from a folder.
 
   Args:
-    url: the folder, local or gs://.
+    url: the folder, local or in a bucket.
     dtype: of the parameters.
     shardings: config -> shardings of the parameters; None for one device.
 

@@ -12,6 +12,7 @@ import gguf
 import numpy as np
 
 from sae_jax import errors
+from sae_jax.storage import url as url_lib
 from sae_jax.subject import transformer
 from sae_jax.subject.formats import assembly, gguf_families
 
@@ -37,24 +38,20 @@ class GgufFile:
 
 
 def open_gguf(url: str | os.PathLike[str]) -> GgufFile:
-  """Opens a local or gs:// GGUF file (a remote one is copied first).
+  """Opens a GGUF file (one in a bucket is copied first).
 
   Raises:
     UserError: if the file is not there, or not a whole little-endian GGUF
-      file.
+      file, or the URL is of no kind that is known.
   """
   url = os.fspath(url)
-  scheme = url.partition('://')[0] if '://' in url else ''
-  if scheme not in ('', 'gs'):
-    raise errors.UserError(
-      f'{url} cannot be opened in place: download it and give its path'
-    )
+  is_remote = url_lib.is_remote(url)
   path = epath.Path(url)
   if not path.is_file():
     raise errors.UserError(
       f'no file at {url}: give the path or URL of a .gguf file'
     )
-  if not scheme:
+  if not is_remote:
     return _open_local(url, url)
   with tempfile.TemporaryDirectory() as folder:
     local = os.path.join(folder, 'model.gguf')

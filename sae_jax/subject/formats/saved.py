@@ -6,11 +6,12 @@ import json
 from etils import epath
 import jax
 import jax.numpy as jnp
-import orbax.checkpoint as ocp
 import tokenizers
 
 from sae_jax import config as config_lib
 from sae_jax import errors
+from sae_jax.storage import orbax as orbax_lib
+from sae_jax.storage import url as url_lib
 from sae_jax.subject import transformer
 
 _RECORD = 'subject.json'
@@ -32,7 +33,7 @@ def save(
   """Writes subject.json, tokenizer.json and the Orbax folder params.
 
   Args:
-    url: the folder, local or gs://; there must be no subject in it.
+    url: the folder, local or in a bucket; there must be no subject in it.
     config: the transformer's shape.
     params: its parameters, as they lie on their devices.
     tokenizer: its tokenizer.
@@ -47,8 +48,10 @@ def save(
     raise errors.UserError(
       f'{url} holds a subject already: use another folder or delete this one'
     )
-  with ocp.StandardCheckpointer() as checkpointer:
-    checkpointer.save(folder.absolute() / _PARAMS, params)
+  with orbax_lib.standard_checkpointer(url) as checkpointer:
+    # Orbax writes to no relative path.
+    place = epath.Path(url_lib.absolute(url)) / _PARAMS
+    checkpointer.save(place, params)
   if jax.process_index() == 0:
     record = {
       'weights_sha256': weights_sha256,
@@ -108,6 +111,7 @@ def load(
     places,
     is_leaf=lambda x: isinstance(x, tuple),
   )
-  with ocp.StandardCheckpointer() as checkpointer:
-    params = checkpointer.restore(folder.absolute() / _PARAMS, target)
+  with orbax_lib.standard_checkpointer(url) as checkpointer:
+    place = epath.Path(url_lib.absolute(url)) / _PARAMS
+    params = checkpointer.restore(place, target)
   return config, params, digest
