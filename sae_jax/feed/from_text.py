@@ -63,8 +63,8 @@ class Cursor:
     rows: of the windows before.
   """
 
-  first: contexts_lib.Place
-  next: contexts_lib.Place
+  first: contexts_lib.Start
+  next: contexts_lib.Start
   first_tokens: str
   next_tokens: str
   window: int = 0
@@ -211,13 +211,13 @@ class TextFeed:
     )
     if cursor:
       places = {
-        name: contexts_lib.Place(*cursor[name]) for name in ('first', 'next')
+        name: contexts_lib.Start(*cursor[name]) for name in ('first', 'next')
       }
       self._start = Cursor(**(cursor | places))
     else:
       first = self._after_the_store()
       digest = _digest(first)
-      self._start = Cursor(first.place, first.place, digest, digest)
+      self._start = Cursor(first.start, first.start, digest, digest)
     self._cursors = {}
 
   def iterate(
@@ -279,7 +279,7 @@ class TextFeed:
     """
     tokens = self._store.tokens()
     last, seen, found = int(self._store.documents()[-1]), 0, None
-    with contextlib.closing(self._contexts(contexts_lib.START)) as contexts:
+    with contextlib.closing(self._contexts(contexts_lib.BEGINNING)) as contexts:
       for context in contexts:
         part = tokens[seen : seen + len(context.tokens)]
         if not len(part) and context.documents[0] > last:
@@ -317,7 +317,7 @@ class TextFeed:
         first = next(contexts, None)
         if closed.is_set():
           return
-        if first is None or (first.place, _digest(first)) != (place, digest):
+        if first is None or (first.start, _digest(first)) != (place, digest):
           raise errors.UserError(
             f'the text of {", ".join(self._config.sources)} is not what this '
             f'run began with: document {place.number} of it is another: bring '
@@ -380,7 +380,7 @@ class _Windows:
       self._new_window(),
       dataclasses.replace(
         self._start,
-        next=self._waiting[0].place,
+        next=self._waiting[0].start,
         next_tokens=_digest(self._waiting[0]),
         window=self._start.window + 1,
         rows=self._stop,

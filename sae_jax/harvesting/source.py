@@ -32,7 +32,7 @@ def contexts(
   config: HarvestConfig,
   text: Iterator[corpus.Document],
   tokenizer: tokenizers.Tokenizer,
-  start: contexts_lib.Place = contexts_lib.START,
+  start: contexts_lib.Start = contexts_lib.BEGINNING,
 ) -> Iterator[contexts_lib.Context]:
   """What the subject is to see; close it to end processes that tokenize.
 

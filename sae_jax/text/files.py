@@ -1,6 +1,6 @@
-"""Text files: where they are, on any file system, and their texts as a stream.
+"""Text files on any file system: finding them, and reading their texts.
 
-Files are read as a stream, whatever their size: a text is in memory, never a
+Files are read piece by piece, whatever their size: a text is in memory, never a
 file.
 """
 
@@ -18,24 +18,27 @@ import zstandard
 from sae_jax import errors
 from sae_jax.storage import url as url_lib
 
-_TEXT_CHARACTERS = 2000  # A .txt is cut at blank lines into such documents.
-_LONGEST_TEXT = 2**27  # And there, if it has no blank lines.
+# A document of a .txt file ends at the first blank line after this many
+# characters.
+_TEXT_CHARACTERS = 2000
+# It ends here if there is no blank line.
+_LONGEST_TEXT = 2**27
 
 _KINDS = ('.txt', '.jsonl', '.parquet')
 _PACKED = ('.gz', '.zst')
 _READ_BYTES = 2**16
-# Zstd can make 128 KiB of 4 bytes: so much is decompressed at a time.
+# Bytes that are decompressed at a time: zstd can make 128 KiB of 4 bytes.
 _ZSTD_BYTES = 512
 _PARQUET_ROWS = 256
 
 
 class Files(NamedTuple):
-  """The files of a source, in no order, and how they are read.
+  """The files of a source, in no particular order, and how to read them.
 
   Attributes:
     system: the file system they are on.
     paths: name within the source -> path on the file system.
-    shown: what messages put before a name; None if the source is one file.
+    shown: messages put this before a name; None if the source is one file.
     source: the source without its field.
     field: the field or column of the text.
   """
@@ -48,7 +51,7 @@ class Files(NamedTuple):
 
 
 def kind_of(name: str) -> str | None:
-  """The suffix that says how a file is read; None if it isn't."""
+  """The suffix that says how to read a file; None if we cannot read it."""
   name = name.lower()
   for suffix in _PACKED:
     if name.endswith(suffix):
@@ -57,72 +60,98 @@ def kind_of(name: str) -> str | None:
   return next((kind for kind in _KINDS if name.endswith(kind)), None)
 
 
-def _first_line(error: Exception) -> str:
-  return (str(error) or type(error).__name__).partition('\n')[0]
-
-
 def find(source: str, others: Iterable[str]) -> Files:
-  """Looks for a source's files; reads none.
+  """Looks for the files of a source, without reading them.
 
   Args:
     source: a path, glob or URL, with #field after it where the texts are in
       another field than 'text'.
-    others: names that would have been known, for the message.
+    others: the other sources that exist, for the message.
 
   Raises:
     UserError: if there are no such files, or they cannot be read.
   """
-  place, mark, field = source.rpartition('#')
+  location, mark, field = source.rpartition('#')
   if not mark or kind_of(field) or '/' in field:
-    place, mark, field = source, '', 'text'
-  # What a URL asks its server is no part of the file's name.
-  name = url_lib.without_query(place)
-  unknown = errors.UserError(
-    f'source {source!r} is not known: use {", ".join(others)}, or a '
-    '.txt, .jsonl (.gz, .zst) or .parquet file, folder '
-    'or glob'
-  )
+    location, mark, field = source, '', 'text'
+  # The query of a URL is not part of the file's name.
+  name = url_lib.without_query(location)
   try:
-    system, path = fsspec.url_to_fs(place)
-    # A web server is no folder, and asking would fetch the whole file.
-    is_folder = not url_lib.is_web(place) and system.isdir(path)
-    there = is_folder or system.exists(path)
-    is_glob = not there and name == place and bool(re.search(r'[*?\[]', path))
-    if is_glob:
-      root = re.match(r'[^*?\[]*/|', path)[0]
-      found = system.glob(path)
-    elif is_folder:
-      root = path.rstrip('/') + '/'
-      found = system.find(path)
+    listing = _look(location, has_query=name != location)
   except Exception as error:
     raise errors.UserError(
-      f'cannot look for source {source}: {_first_line(error)}: check the URL '
+      f'cannot look for source {source}: {errors.reason(error)}: check the URL '
       'and your access'
     ) from error
-  if not (is_glob or is_folder):
+  if listing.root is None:
     if kind_of(name) is None:
-      raise unknown
-    if not there:
-      raise errors.UserError(f'source {source} does not exist: check the path')
-    files = Files(system, {name.rpartition('/')[2]: path}, None, place, field)
-  else:
-    # Hidden files, and marks like _SUCCESS, are not data.
-    named = {path.removeprefix(root): path for path in found}
-    paths = {
-      name: path
-      for name, path in named.items()
-      if kind_of(name) and not re.search(r'(^|/)[._]', name)
-    }
-    if not paths:
       raise errors.UserError(
-        f'source {source} holds none of the files that are read (.txt, .jsonl, '
-        f'.parquet) among {len(named)}: check the path'
+        f'source {source!r} is not known: use {", ".join(others)}, or a '
+        '.txt, .jsonl (.gz, .zst) or .parquet file, folder '
+        'or glob'
       )
-    shown = system.unstrip_protocol(root) if url_lib.has_scheme(place) else root
+    if not listing.paths:
+      raise errors.UserError(f'source {source} does not exist: check the path')
+    paths, shown = {name.rpartition('/')[2]: listing.paths[0]}, None
+  else:
+    paths = _text_files(source, listing)
+    shown = listing.root
+    if url_lib.has_scheme(location):
+      shown = listing.system.unstrip_protocol(shown)
     shown = shown.rstrip('/') + '/'
-    files = Files(system, paths, shown, place, field)
-  kinds = {kind_of(name) for name in files.paths}
-  if mark and '.txt' in kinds:
+  _check_readable(source, paths, field if mark else None)
+  return Files(listing.system, paths, shown, location, field)
+
+
+class _Listing(NamedTuple):
+  """What a file system has at a location.
+
+  Attributes:
+    system: the file system.
+    root: of a folder or glob, the part of the path that its files have in
+      common; None of a single file.
+    paths: the files; none where the location does not exist.
+  """
+
+  system: Any
+  root: str | None
+  paths: list[str]
+
+
+def _look(location: str, has_query: bool) -> _Listing:
+  """Looks at a file, folder or glob; with a query, `?` is no wildcard."""
+  system, path = fsspec.url_to_fs(location)
+  # A web server has no folders, and asking would fetch the whole file.
+  if not url_lib.is_web(location) and system.isdir(path):
+    return _Listing(system, path.rstrip('/') + '/', system.find(path))
+  if system.exists(path):
+    return _Listing(system, None, [path])
+  if not has_query and re.search(r'[*?\[]', path):
+    root = re.match(r'[^*?\[]*/|', path)[0]
+    return _Listing(system, root, system.glob(path))
+  return _Listing(system, None, [])
+
+
+def _text_files(source: str, listing: _Listing) -> dict[str, str]:
+  """Name within the source -> path, of the files that can be read."""
+  paths = {}
+  for path in listing.paths:
+    name = path.removeprefix(listing.root)
+    # Hidden files, and marks like _SUCCESS, are not data.
+    if kind_of(name) and not re.search(r'(^|/)[._]', name):
+      paths[name] = path
+  if not paths:
+    raise errors.UserError(
+      f'source {source} holds none of the files that are read (.txt, .jsonl, '
+      f'.parquet) among {len(listing.paths)}: check the path'
+    )
+  return paths
+
+
+def _check_readable(source: str, names: Iterable[str], field: str | None):
+  """Raises UserError where the kinds of files do not fit the request."""
+  kinds = {kind_of(name) for name in names}
+  if field is not None and '.txt' in kinds:
     raise errors.UserError(
       f'source {source} names a field, but .txt files have none: leave '
       f'#{field} out'
@@ -131,14 +160,13 @@ def find(source: str, others: Iterable[str]) -> Files:
     raise errors.UserError(
       f'source {source} needs pyarrow: pip install "sae_jax[parquet]"'
     )
-  return files
 
 
 def read(files: Files, name: str) -> Iterator[str]:
   """The texts of one of the files, in order.
 
   Raises:
-    UserError: where it is not what its name says, or is cut off.
+    UserError: where the file is not of the kind its name says, or is cut off.
   """
   shown = files.source if files.shown is None else files.shown + name
 
@@ -154,7 +182,7 @@ def read(files: Files, name: str) -> Iterator[str]:
 
 
 class _Zstd(io.RawIOBase):
-  """A .zst file's content; zstandard's reader takes a cut file for whole."""
+  """A .zst file's content; zstandard's own reader accepts files cut short."""
 
   def __init__(self, file):
     self._file = file
@@ -186,14 +214,14 @@ class _Zstd(io.RawIOBase):
 
 
 def lines(open_file, shown: str, longest: int = -1) -> Iterator[str]:
-  """Lines of a plain, .gz or .zst file with their ends.
+  """Lines of a plain, .gz or .zst file, line ends included.
 
-  Bytes that are not UTF-8 come as lone surrogates; see `_checked`.
+  Bytes that are not UTF-8 become lone surrogates; see `_checked`.
 
   Args:
-    open_file: opens it as bytes.
+    open_file: opens the file as bytes.
     shown: its name in messages; the suffix says how it is compressed.
-    longest: a longer line comes in pieces of so many characters.
+    longest: a longer line is cut into pieces of this many characters.
   """
   count = 0
   try:
@@ -207,10 +235,10 @@ def lines(open_file, shown: str, longest: int = -1) -> Iterator[str]:
       while line := text.readline(longest):
         count += 1
         yield line
-  # A file system has errors of its own that are no OSError.
+  # File systems raise errors of their own that are not OSErrors.
   except Exception as error:
     raise errors.UserError(
-      f'cannot read {shown} after line {count}: {_first_line(error)}: '
+      f'cannot read {shown} after line {count}: {errors.reason(error)}: '
       'fetch or compress the file again'
     ) from error
 
@@ -230,7 +258,7 @@ def _checked(line: str, number: int, shown: str) -> str:
 
 
 def _without_surrogates(text: str) -> str:
-  """Half of a surrogate pair is no character, and no tokenizer takes it."""
+  """The text without halves of surrogate pairs, which no tokenizer accepts."""
   return text.encode('utf-8', 'ignore').decode()
 
 
@@ -288,19 +316,19 @@ def _parquet_texts(open_file, shown: str, field: str) -> Iterator[str]:
     ) from error
   except Exception as error:
     raise errors.UserError(
-      f'cannot read {shown} after row {number}: {_first_line(error)}: fetch '
+      f'cannot read {shown} after row {number}: {errors.reason(error)}: fetch '
       'the file again'
     ) from error
 
 
 def _txt_texts(open_file, shown: str) -> Iterator[str]:
-  parts, characters, number = [], 0, 1
+  pieces, characters, number = [], 0, 1
   for line in lines(open_file, shown, _LONGEST_TEXT):
-    parts.append(_checked(line, number, shown))
+    pieces.append(_checked(line, number, shown))
     number += line.endswith(('\n', '\r'))
     characters += len(line)
     blank = characters >= _TEXT_CHARACTERS and not line.strip()
     if blank or characters >= _LONGEST_TEXT:
-      yield ''.join(parts)
-      parts, characters = [], 0
-  yield ''.join(parts)
+      yield ''.join(pieces)
+      pieces, characters = [], 0
+  yield ''.join(pieces)

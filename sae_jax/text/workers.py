@@ -1,4 +1,4 @@
-"""Tokenizing, in this process or in others."""
+"""Tokenizing documents, in this process or in others."""
 
 import collections
 from collections.abc import Callable, Iterable, Iterator
@@ -18,11 +18,11 @@ import tokenizers
 from sae_jax import errors
 from sae_jax.text import corpus
 
-# What is sent to a process at once: so many documents, or the first few that
-# have so many characters.
+# A process is sent a batch of documents at a time. A batch is full at either of
+# these.
 _BATCH_DOCUMENTS = 32
 _BATCH_CHARACTERS = 2**18
-# Batches a process has at most, the one it works on included.
+# Largest number of batches sent to a process, the one it works on included.
 _BATCHES_AHEAD = 2
 _SECONDS_TO_END = 5
 
@@ -35,9 +35,9 @@ def tokenize(
   """Documents with their int32 [l] token ids, in their order.
 
   Args:
-    documents: the texts; at most some batches are read ahead.
+    documents: the texts; a few batches are read ahead.
     tokenizer: a tokenizer, or the text of its tokenizer.json.
-    workers: processes that tokenize; 0 to do it in this one.
+    workers: processes that tokenize; 0 tokenizes in this process.
 
   Raises:
     UserError: as `contexts` does.
@@ -49,39 +49,40 @@ def tokenize(
       tokenizer = tokenizers.Tokenizer.from_str(tokenizer)
     except Exception as error:  # The library raises nothing narrower.
       raise errors.UserError(
-        f'the tokenizer cannot be read ({error}): give the text of a '
-        'tokenizer.json'
+        f'the tokenizer cannot be read ({errors.reason(error)}): give the text '
+        'of a tokenizer.json'
       ) from error
   if not workers:
     return _tokenize_here(documents, tokenizer)
   try:
-    # Its JSON does not say whether special tokens in a text are text.
-    sent = tokenizer.to_str(), tokenizer.encode_special_tokens
+    # The JSON does not hold `encode_special_tokens`.
+    model = tokenizer.to_str(), tokenizer.encode_special_tokens
   except Exception as error:
     raise errors.UserError(
-      f'the tokenizer cannot be sent to other processes ({error}): use '
-      'workers 0'
+      'the tokenizer cannot be sent to other processes '
+      f'({errors.reason(error)}): use workers 0'
     ) from error
-  return _tokenize_there(documents, sent, workers)
+  return _tokenize_there(documents, model, workers)
 
 
 def _encode(
   encode: Callable[[str], tokenizers.Encoding], texts: list[str]
 ) -> tuple[list[np.ndarray], str | None]:
-  """Token ids of texts up to the first that fails, and why it does."""
-  found = []
+  """Token ids of the texts before the first that fails, and its error."""
+  tokens = []
   for text in texts:
     try:
-      found.append(np.asarray(encode(text).ids, np.int32))
+      tokens.append(np.asarray(encode(text).ids, np.int32))
     except Exception as error:
-      return found, f'{type(error).__name__}: {error}'.partition('\n')[0]
-  return found, None
+      return tokens, errors.reason(error)
+  return tokens, None
 
 
-def _paired(batch, found, failure):
-  yield from zip(batch, found)
+def _paired(batch, tokens, failure):
+  """Documents of a batch with their tokens, then an error for a failure."""
+  yield from zip(batch, tokens)
   if failure is not None:
-    document = batch[len(found)]
+    document = batch[len(tokens)]
     raise errors.UserError(
       f'document {document.number}, of {document.source}, cannot be tokenized '
       f'({failure}): leave it out'
@@ -94,7 +95,7 @@ def _tokenize_here(documents, tokenizer):
 
 
 def _batches(documents) -> Iterator[list[corpus.Document] | Exception]:
-  """Batches, then the error that ended the documents, if one did."""
+  """Batches of documents; last the error that reading them raised, if any."""
   batch, characters, failure = [], 0, None
   documents = iter(documents)
   while failure is None:
@@ -116,45 +117,45 @@ def _batches(documents) -> Iterator[list[corpus.Document] | Exception]:
     yield failure
 
 
-def _tokenize_there(documents, sent, workers):
+def _tokenize_there(documents, model, workers):
   failure, waiting = None, collections.deque()
   with contextlib.ExitStack() as stack:
-    started = []
+    processes = []
     for number, batch in enumerate(_batches(documents)):
       if isinstance(batch, Exception):
         failure = batch
         break
-      if len(started) < workers:
-        started.append(_Worker(sent, len(started) + 1, workers))
-        stack.callback(started[-1].close)
+      if len(processes) < workers:
+        processes.append(_Worker(model, len(processes) + 1, workers))
+        stack.callback(processes[-1].close)
       elif len(waiting) == _BATCHES_AHEAD * workers:
-        done, worker = waiting.popleft()
-        yield from _paired(done, *worker.receive())
-      # In turn, so that who does what, and the order, are known.
-      worker = started[number % workers]
+        oldest, worker = waiting.popleft()
+        yield from _paired(oldest, *worker.receive())
+      # Processes take batches in turn: so results come in the batches' order.
+      worker = processes[number % workers]
       worker.send([document.text for document in batch])
       waiting.append((batch, worker))
-    for done, worker in waiting:
-      yield from _paired(done, *worker.receive())
+    for batch, worker in waiting:
+      yield from _paired(batch, *worker.receive())
   if failure is not None:
     raise failure
 
 
 class _Worker:
-  """A process that tokenizes; it ends when this end of its line is closed.
+  """A process that tokenizes; it ends when our end of the line is closed.
 
-  The kernel closes it however this process ends. It is no child of
-  multiprocessing: that would import the main program again, and with it JAX.
+  The kernel closes the line however this process ends. multiprocessing is not
+  used: it would import the main program again, and with it JAX.
   """
 
-  def __init__(self, sent, number: int, workers: int):
+  def __init__(self, model, number: int, workers: int):
     self._name = f'tokenizing process {number} of {workers}'
     ours, theirs = socket.socketpair()
     with theirs:
       code = (
         f'from sae_jax.text import workers; workers._serve({theirs.fileno()})'
       )
-      path = os.pathsep.join(place or os.getcwd() for place in sys.path)
+      path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
       self._process = subprocess.Popen(
         [sys.executable, '-c', code],
         env=os.environ
@@ -163,7 +164,7 @@ class _Worker:
         pass_fds=[theirs.fileno()],
       )
     self._line = connection.Connection(ours.detach())
-    self.send(sent)
+    self.send(model)
 
   def send(self, job) -> None:
     try:
@@ -184,7 +185,7 @@ class _Worker:
     if code < 0:
       how = f'by {signal.Signals(-code).name}'
       if -code == signal.SIGKILL:
-        how += ', which is often want of memory'
+        how += ', which often means too little memory'
     return errors.UserError(
       f'{self._name} was ended {how}: use fewer workers, or 0 to tokenize in '
       'the main process'
@@ -203,7 +204,7 @@ class _Worker:
 
 
 def _serve(descriptor: int) -> None:
-  """What a worker does, until the other end is closed."""
+  """Runs a worker until the other end of the line is closed."""
   # Ctrl-C goes to the whole group; the main process says when to end.
   signal.signal(signal.SIGINT, signal.SIG_IGN)
   line = connection.Connection(descriptor)
@@ -216,20 +217,20 @@ def _serve(descriptor: int) -> None:
     except (EOFError, OSError):
       os._exit(0)
 
-  # Jobs are taken in while others are done: else both ends might wait for
-  # the other to read. And the end of the line ends a job that takes long.
+  # A thread receives jobs while others run: otherwise both ends could wait for
+  # the other to read. It also ends a long job when the line is closed.
   threading.Thread(target=listen, daemon=True).start()
   text, special_is_text = jobs.get()
   tokenizer = tokenizers.Tokenizer.from_str(text)
   tokenizer.encode_special_tokens = special_is_text
 
   def encode(text):
-    # Lets other threads run, which `tokenizer.encode` does not.
+    # Unlike `tokenizer.encode` this lets other threads run.
     return tokenizer.encode_batch([text])[0]
 
   while True:
-    found = _encode(encode, jobs.get())
+    result = _encode(encode, jobs.get())
     try:
-      line.send(found)
+      line.send(result)
     except OSError:
       os._exit(0)
