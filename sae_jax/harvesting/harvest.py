@@ -145,11 +145,15 @@ def _run(config, forward, running, writer, process) -> store.Manifest | None:
   first = shards.first_pool()
   if not first:
     raise _nothing_kept(config)
-  mask = forward.fit_mask(first, writer)
+  mask, fitted = forward.fit_mask(first, writer)
   shard, waiting = None, None
   with progress.bar(total=config.n_tokens, unit='tok', desc='harvest') as bar:
     for work in itertools.chain(shards.missing(process, bar), [None]):
-      running = work and (work, forward.dispatch(work.contexts))
+      running = None
+      if work is not None:
+        if not work.is_first_pool or fitted is None:
+          fitted = forward.dispatch(work.contexts)
+        running, fitted = (work, fitted), None
       if waiting is not None:
         done, batches = waiting
         if shard is None:

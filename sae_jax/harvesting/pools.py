@@ -1,9 +1,8 @@
-"""Pools of contexts through the subject, and which of their tokens are kept."""
+"""Runs pools of contexts through the subject, and selects tokens to keep."""
 
 import functools
 import math
-import operator
-from typing import Any
+from typing import NamedTuple
 
 from absl import logging
 import jax
@@ -13,45 +12,51 @@ import numpy as np
 
 from sae_jax import errors
 from sae_jax import mesh as mesh_lib
+from sae_jax import subject as subject_lib
+from sae_jax.harvesting.config import HarvestConfig
 from sae_jax.store import layout
 from sae_jax.store.manifest import MASK, Mask
+from sae_jax.store.writer import StoreWriter
 from sae_jax.subject import capture, sharding
 from sae_jax.text import contexts
 
-# Contexts are grouped by length within so many batches; the stream keeps
-# their order.
+# Batches of a pool: contexts are sorted by length within a pool, so that those
+# of a batch are alike. The store keeps the order of the text.
 _BATCHES = 8
-# Batches are padded to one of so many lengths, each compiled once.
+# Batches are padded to one of this many lengths, each compiled once.
 _LENGTHS = 4
-# Norms of tokens that are no sinks stay within so many medians.
-_SINK = 10
+# Ordinary tokens stay below this many medians; attention sinks exceed it.
+_SINK_MEDIANS = 10
 
 
-def size(config: Any) -> int:
-  """Contexts of a pool."""
+def size(config: HarvestConfig) -> int:
+  """How many contexts a pool has."""
   return _BATCHES * config.batch_contexts
 
 
-def expected(config: Any, context: contexts.Context) -> int:
-  """Rows that a context should give, before the norm rule."""
+def expected(config: HarvestConfig, context: contexts.Context) -> int:
+  """Rows that a context gives before the norm rule."""
   return len(context.tokens) - config.mask_first
 
 
-def allowed(config: Any, positions: np.ndarray) -> np.ndarray:
-  """Which tokens are kept by their place in the context, bool [l]."""
+def allowed(config: HarvestConfig, positions: np.ndarray) -> np.ndarray:
+  """Which tokens the rule on positions keeps, bool [l]."""
   return positions > 0 if config.mask_first else np.ones(len(positions), bool)
 
 
 def kept(
-  config: Any, mask: Mask, positions: np.ndarray, norms: list[np.ndarray]
+  config: HarvestConfig,
+  mask: Mask,
+  positions: np.ndarray,
+  norms: list[np.ndarray],
 ) -> np.ndarray:
-  """Which tokens are kept by their place and norms, bool [l].
+  """Which tokens the rules on positions and norms keep, bool [l].
 
   Args:
-    config: the HarvestConfig.
-    mask: which norms are.
-    positions: [l], places in the context.
-    norms: [l] of each site, in the mask's order.
+    config: of the harvest.
+    mask: the limits on norms.
+    positions: [l], position of each token in its context.
+    norms: of each site in the mask's order, [l].
   """
   keep = allowed(config, positions).copy()
   for norm, limit in zip(norms, mask.norm_limit):
@@ -63,12 +68,12 @@ def kept(
   jax.jit, static_argnames=('config', 'sites', 'dtype', 'mesh')
 )
 def _residuals(config, params, tokens_BT, sites, dtype, mesh):
-  """Site -> activations as they are stored, and their norms."""
-  found = {}
+  """Site -> activations in the store's dtype, and their norms."""
+  outputs = {}
   captured = capture.capture_many(config, params, tokens_BT, sites)
   for site, resid_BTD in captured.items():
     norm_BT = jnp.linalg.norm(resid_BTD.astype(jnp.float32), axis=-1)
-    found[str(site)] = (
+    outputs[str(site)] = (
       jax.lax.with_sharding_constraint(
         resid_BTD.astype(dtype), sharding.tokens_sharding(mesh)
       ),
@@ -77,25 +82,25 @@ def _residuals(config, params, tokens_BT, sites, dtype, mesh):
         norm_BT, NamedSharding(mesh, PartitionSpec())
       ),
     )
-  return found
+  return outputs
 
 
 def batches(
-  config: Any, pool: list[contexts.Context]
+  config: HarvestConfig, pool: list[contexts.Context]
 ) -> list[tuple[list[int], np.ndarray]]:
-  """Batches of a pool, contexts of like length together.
+  """Batches of a pool, contexts of similar length together.
 
   Args:
-    config: the HarvestConfig.
+    config: of the harvest.
     pool: the contexts.
 
   Returns:
-    Which contexts are in each batch, and their tokens, padded on the right,
-    int32 [C, T].
+    For each batch the indices of its contexts in the pool, and their tokens,
+    padded on the right, int32 [C, T].
   """
   unit = math.ceil(config.context_length / _LENGTHS)
   by_length = sorted(range(len(pool)), key=lambda i: -len(pool[i].tokens))
-  found = []
+  padded = []
   for start in range(0, len(pool), config.batch_contexts):
     batch = by_length[start : start + config.batch_contexts]
     longest = len(pool[batch[0]].tokens)
@@ -103,36 +108,48 @@ def batches(
     tokens_BT = np.zeros((config.batch_contexts, length), np.int32)
     for row, i in enumerate(batch):
       tokens_BT[row, : len(pool[i].tokens)] = pool[i].tokens
-    found.append((batch, tokens_BT))
-  return found
+    padded.append((batch, tokens_BT))
+  return padded
+
+
+class Batch(NamedTuple):
+  """A forward pass over some contexts of a pool, which may still run.
+
+  Attributes:
+    contexts: indices of the contexts in the pool.
+    outputs: site -> activations [C, T, D] and norms [C, T].
+  """
+
+  contexts: list[int]
+  outputs: dict[str, tuple[jax.Array, jax.Array]]
 
 
 class Forward:
-  """The subject, and how it reads pools of contexts.
+  """Runs the subject on pools of contexts.
 
   Attributes:
-    config: the HarvestConfig.
-    mesh: of the devices that it works on.
-    names: of the sites that are read.
+    config: of the harvest.
+    mesh: of the devices it runs on.
+    names: names of the sites that are read.
   """
 
   def __init__(
     self,
-    config: Any,
-    subject: Any,
+    config: HarvestConfig,
+    subject: subject_lib.Subject,
     sites: tuple[capture.Site, ...],
     mesh: jax.sharding.Mesh,
   ):
     """Lays the subject over the mesh.
 
     Args:
-      config: the HarvestConfig.
+      config: of the harvest.
       subject: the language model.
-      sites: where it is read.
-      mesh: contexts are split over its data axis, weights over the other.
+      sites: where its activations are read.
+      mesh: contexts are sharded over its data axis, weights over the other.
 
     Raises:
-      UserError: if a batch of contexts cannot be split so.
+      UserError: if the data axis does not divide a batch of contexts.
     """
     mesh_lib.check_divides(
       'batch_contexts', config.batch_contexts, mesh, 'data'
@@ -140,28 +157,14 @@ class Forward:
     self.config, self.mesh = config, mesh
     self.names = tuple(map(str, sites))
     self._sites, self._subject = sites, subject
-    # The pool that the mask was fitted to, and what it gave: it is harvested
-    # next.
-    self._fitted = [], []
     self._params = jax.device_put(
       subject.params, sharding.param_shardings(subject.config, mesh)
     )
 
-  def dispatch(self, pool: list[contexts.Context]) -> list:
-    """Starts the forward passes of a pool.
-
-    Returns:
-      What `collect` takes, while the device works: the contexts of each batch
-      and, by site, their activations [C, T, D] and norms [C, T].
-    """
-    fitted, found = self._fitted
-    self._fitted = [], []
-    if (
-      pool and len(fitted) == len(pool) and all(map(operator.is_, fitted, pool))
-    ):
-      return found
-    found = []
-    for batch, tokens_BT in batches(self.config, pool):
+  def dispatch(self, pool: list[contexts.Context]) -> list[Batch]:
+    """Starts the forward passes of a pool, and does not wait for them."""
+    dispatched = []
+    for indices, tokens_BT in batches(self.config, pool):
       outputs = _residuals(
         self._subject.config,
         self._params,
@@ -170,46 +173,62 @@ class Forward:
         self.config.dtype,
         self.mesh,
       )
-      found.append((batch, outputs))
-    return found
+      dispatched.append(Batch(indices, outputs))
+    return dispatched
 
-  def fit_mask(self, pool: list[contexts.Context], writer: Any) -> Mask:
-    """The mask that the store has, or that its first pool gives.
+  def fit_mask(
+    self, pool: list[contexts.Context], writer: StoreWriter
+  ) -> tuple[Mask, list[Batch] | None]:
+    """The store's mask, fitted to its first pool where there is none yet.
+
+    Args:
+      pool: the first contexts of the token stream.
+      writer: of the store.
+
+    Returns:
+      The mask, and the batches of the pool if they were run to fit it, so that
+      they need not run again.
 
     Raises:
-      UserError: if a site of the pool is finite nowhere.
+      UserError: if no activation of the pool at a site is finite.
     """
-    found = layout.read_json(writer.url, MASK, Mask)
-    if found is not None:
-      return found
-    running, medians = self.dispatch(pool), []
-    for name in self.names:
-      _, norms = collect(pool, running, name)
-      positions = np.concatenate([context.positions for context in pool])
-      finite = np.concatenate(norms)[allowed(self.config, positions)]
-      finite = finite[np.isfinite(finite)]
-      if not len(finite):
-        raise errors.UserError(
-          f'no activation at {name} of the first contexts is finite: '
-          "check the subject's weights"
-        )
-      medians.append(float(np.median(finite)))
-      loud = int((finite > _SINK * medians[-1]).sum())
-      if loud and not self.config.mask_norm_multiple:
-        logging.warning(
-          '%d of the first %d tokens at %s have more than %d times the median '
-          'norm, as attention sinks do: --mask_norm_multiple=%d leaves such '
-          'out',
-          loud,
-          len(finite),
-          name,
-          _SINK,
-          _SINK,
-        )
-    self._fitted = pool, running
+    mask = layout.read_json(writer.url, MASK, Mask)
+    if mask is not None:
+      return mask, None
+    dispatched = self.dispatch(pool)
+    medians = [self._median_norm(pool, dispatched, name) for name in self.names]
     times = self.config.mask_norm_multiple
     limits = [times * median if times else math.inf for median in medians]
-    return writer.agree(MASK, Mask(tuple(medians), tuple(limits)))
+    mask = writer.agree(MASK, Mask(tuple(medians), tuple(limits)))
+    return mask, dispatched
+
+  def _median_norm(
+    self, pool: list[contexts.Context], batches: list[Batch], name: str
+  ) -> float:
+    """The median norm at a site; warns of attention sinks that are kept."""
+    _, norms = collect(pool, batches, name)
+    positions = np.concatenate([context.positions for context in pool])
+    finite = np.concatenate(norms)[allowed(self.config, positions)]
+    finite = finite[np.isfinite(finite)]
+    if not len(finite):
+      raise errors.UserError(
+        f'no activation at {name} of the first contexts is finite: '
+        "check the subject's weights"
+      )
+    median = float(np.median(finite))
+    loud = int((finite > _SINK_MEDIANS * median).sum())
+    if loud and not self.config.mask_norm_multiple:
+      logging.warning(
+        '%d of the first %d tokens at %s have more than %d times the median '
+        'norm, as attention sinks do: --mask_norm_multiple=%d leaves such '
+        'out',
+        loud,
+        len(finite),
+        name,
+        _SINK_MEDIANS,
+        _SINK_MEDIANS,
+      )
+    return median
 
   def _put(self, tokens_BT: np.ndarray) -> jax.Array:
     return jax.make_array_from_callback(
@@ -220,22 +239,22 @@ class Forward:
 
 
 def collect(
-  pool: list[contexts.Context], batches: list, name: str
+  pool: list[contexts.Context], batches: list[Batch], name: str
 ) -> tuple[list[np.ndarray], list[np.ndarray]]:
-  """What a site holds of each context of a pool, in the pool's order.
+  """The activations of a pool at a site, in the pool's order.
 
   Args:
     pool: the contexts.
-    batches: of `Forward.dispatch`, which are waited for.
-    name: of the site.
+    batches: the forward passes of the pool; waits for them.
+    name: name of the site.
 
   Returns:
     Activations [l, D] and their norms [l] of each context.
   """
   resid, norms = [None] * len(pool), [None] * len(pool)
-  for batch, outputs in batches:
+  for indices, outputs in batches:
     resid_BTD, norm_BT = (np.asarray(array) for array in outputs[name])
-    for row, i in enumerate(batch):
+    for row, i in enumerate(indices):
       length = len(pool[i].tokens)
       resid[i], norms[i] = resid_BTD[row, :length], norm_BT[row, :length]
   return resid, norms

@@ -9,15 +9,15 @@ from sae_jax.harvesting.config import HarvestConfig
 from sae_jax.text import contexts as contexts_lib
 from sae_jax.text import corpus
 
-# To judge a document's size before it is tokenized.
+# Rough, to cut a document before it is tokenized.
 _CHARACTERS_PER_TOKEN = 4
 
 
 def documents(config: HarvestConfig) -> Iterator[corpus.Document]:
-  """The text of a harvest, in its order.
+  """The documents of a harvest, in their order.
 
   Raises:
-    UserError: if a source is not there, or cannot be read.
+    UserError: if a source does not exist or cannot be read.
   """
   return corpus.documents(
     config.sources,
@@ -34,16 +34,16 @@ def contexts(
   tokenizer: tokenizers.Tokenizer,
   start: contexts_lib.Start = contexts_lib.BEGINNING,
 ) -> Iterator[contexts_lib.Context]:
-  """What the subject is to see; close it to end processes that tokenize.
+  """Contexts for the subject; close the iterator to end its processes.
 
   Args:
     config: of the harvest.
     text: its `documents`.
     tokenizer: the subject's.
-    start: where to begin.
+    start: where in the text to begin.
 
   Raises:
-    UserError: if the BOS is no token, or a document cannot be tokenized.
+    UserError: if the BOS is not a token, or a document cannot be tokenized.
   """
   bos = tokenizer.token_to_id(config.bos) if config.bos else None
   if config.bos and bos is None:
