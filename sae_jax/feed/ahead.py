@@ -1,4 +1,4 @@
-"""Items of an iterator, made ahead by a thread."""
+"""Making the items of an iterator ahead, in a thread."""
 
 from collections.abc import Generator, Iterator
 import queue
@@ -10,24 +10,24 @@ Item = TypeVar('Item')
 
 def iterate(
   items: Iterator[Item],
-  most: int,
+  max_ahead: int,
   name: str,
   closed: threading.Event | None = None,
 ) -> Generator[Item, Any, None]:
-  """The items, some of which wait for their use.
+  """The items of an iterator, made ahead of their use.
 
   Args:
-    items: run by the thread alone, and closed by it if it can be.
-    most: how many may wait.
-    name: of the thread.
-    closed: set when the items are not wanted any more; who makes them may look
-      at it, for closing waits for the one that is being made.
+    items: the iterator; a thread runs it and, if it can be closed, closes it.
+    max_ahead: how many finished items may wait.
+    name: name of the thread.
+    closed: set when no more items are needed. An iterator that takes long may
+      look at it, since closing waits for the item being made.
 
   Yields:
-    The items. What making them raises is raised here, after those that came
-    before. Closing the generator ends the thread.
+    The items. An error in making one is raised after the items before it.
+    Closing the generator ends the thread.
   """
-  ready = queue.Queue(maxsize=max(1, most))
+  ready = queue.Queue(maxsize=max(1, max_ahead))
   closed = closed or threading.Event()
 
   def put(item):

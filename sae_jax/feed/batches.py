@@ -1,4 +1,4 @@
-"""What runs are trained on."""
+"""The interface of a source of batches for training."""
 
 from collections.abc import Generator
 from typing import Any, Protocol
@@ -7,10 +7,10 @@ import jax
 
 
 class Batches(Protocol):
-  """What runs are trained on, `StoreFeed` or `TextFeed`.
+  """A source of batches: `StoreFeed` or `TextFeed`.
 
   Attributes:
-    bytes_read: from a store, so far; None where none is read.
+    bytes_read: bytes of activations read so far; None if none are read.
   """
 
   bytes_read: int | None
@@ -18,10 +18,10 @@ class Batches(Protocol):
   def iterate(
     self, start_step: int, stop_step: int | None = None
   ) -> Generator[jax.Array, None, None]:
-    """Batches of steps, on the devices; to be closed."""
+    """The batches of some steps, on the devices; close it when done."""
 
   def cursor(self, step: int) -> dict[str, Any]:
-    """What goes into a checkpoint to go on after a step."""
+    """What a checkpoint keeps to resume after a step."""
 
   def describe(self, step: int) -> str:
-    """Where a step's batch comes from, and whether it is finite."""
+    """Where the batch of a step comes from, and whether it is finite."""

@@ -1,10 +1,10 @@
-"""Batches from a store, in its order, on the devices that use them."""
+"""Batches of a store's rows, on the devices that use them."""
 
 from collections.abc import Iterator
 import functools
 import itertools
 import threading
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -20,14 +20,30 @@ from sae_jax.feed.order import Order
 _READ_AHEAD = 2
 
 
+class _Stretch(NamedTuple):
+  """Consecutive rows of a batch that this process reads, all of one lane.
+
+  Attributes:
+    lane: the lane.
+    first: the first row, counted within the lane's share of the batch.
+    stop: one past the last row.
+    offset: where the rows begin among those that this process reads.
+  """
+
+  lane: int
+  first: int
+  stop: int
+  offset: int
+
+
 class StoreFeed:
   """Batches of a store's rows in an order.
 
-  The current window of each lane and the next are in memory, in the store's
+  The current and the next window of each lane are in memory, in the store's
   dtype; the next is read while the current is used.
 
   Attributes:
-    bytes_read: of activations, so far.
+    bytes_read: bytes of activations read so far.
   """
 
   def __init__(
@@ -41,14 +57,14 @@ class StoreFeed:
 
     Args:
       store: the activations.
-      order: of its rows.
+      order: the order of its rows.
       batch_size: B.
-      mesh: where `iterate` puts the batches. This process then reads what its
-        own devices hold of them, and the lanes that these are of.
+      mesh: where `iterate` puts the batches. This process then reads the rows
+        that its own devices hold, and only the lanes that these come from.
 
     Raises:
-      UserError: if the order is not one of this store's rows, or of such
-        batches.
+      UserError: if the order has more rows than the store, or its lanes do not
+        divide the batch.
     """
     manifest = store.manifest
     if order.n_rows > manifest.n_rows:
@@ -61,16 +77,16 @@ class StoreFeed:
     self._order = order
     self._shape = batch_size, manifest.d_model
     self._sharding = None if mesh is None else mesh_lib.sharding(mesh, 'BD')
-    self._stretches = self._needed()
-    numbers = sorted({number for number, _, _, _ in self._stretches})
+    self._stretches = self._local_stretches()
+    numbers = sorted({stretch.lane for stretch in self._stretches})
     self._lanes = {number: order.lane(number) for number in numbers}
     self._windows, self._spare = {}, []
     self._lock = threading.Lock()
     self.bytes_read = 0
 
   @functools.cached_property
-  def places(self) -> np.ndarray:
-    """Places in a batch of the rows that this process reads, ascending."""
+  def local_rows(self) -> np.ndarray:
+    """The rows of a batch that this process reads, ascending."""
     size = self._lane_size
     return np.concatenate(
       [
@@ -80,31 +96,32 @@ class StoreFeed:
     )
 
   def batch(self, step: int) -> np.ndarray:
-    """What this process reads of the batch of a step, float32 [B, D] or less.
+    """This process's rows of the batch of a step, float32 [local_rows, D].
 
-    A pure function of the step; consecutive steps are the fast way.
+    A pure function of the step; consecutive steps are fastest.
 
     Raises:
       UserError: if the store cannot be read.
     """
-    size, pieces = self._lane_size, []
-    for lane, first, stop, at in self._stretches:
+    size, pieces, n_rows = self._lane_size, [], 0
+    for lane, first, stop, _ in self._stretches:
       order = self._lanes[lane]
       for window, begin, end in order.pieces(step * size + first, stop - first):
-        pieces.append(((lane, *window), begin, end, at))
-        at += end - begin
-    rows_BD = np.empty((at, self._shape[1]), np.float32)
+        pieces.append(((lane, *window), begin, end, n_rows))
+        n_rows += end - begin
+    rows_BD = np.empty((n_rows, self._shape[1]), np.float32)
     with self._lock:
       needed = [window for window, _, _, _ in pieces]
-      self._hold([*needed, *map(self._after, needed)])
-      for window, begin, end, at in pieces:
+      self._start_reading([*needed, *map(self._after, needed)])
+      for window, begin, end, offset in pieces:
         data, mixing = self._wait(window)
-        # Clipping, which never happens, spares a copy of all of it.
-        some, out = mixing[begin:end], rows_BD[at : at + end - begin]
+        indices = mixing[begin:end]
+        out = rows_BD[offset : offset + end - begin]
         if data.dtype == out.dtype:
-          np.take(data, some, axis=0, out=out, mode='clip')
+          # Without 'clip', which never happens, NumPy copies all rows first.
+          np.take(data, indices, axis=0, out=out, mode='clip')
         else:
-          out[:] = data[some]
+          out[:] = data[indices]
     return rows_BD
 
   def iterate(
@@ -117,8 +134,8 @@ class StoreFeed:
       stop_step: the step to stop before; None never stops.
 
     Yields:
-      float32 [B, D], on the mesh if there is one, each device's part on it.
-      Closing the generator ends the thread.
+      float32 [B, D], sharded over the mesh if there is one. Closing the
+      generator ends the thread.
 
     Raises:
       UserError: if the store cannot be read.
@@ -130,12 +147,12 @@ class StoreFeed:
     return ahead.iterate(batches, _READ_AHEAD, 'feed')
 
   def cursor(self, step: int) -> dict[str, Any]:
-    """What a checkpoint keeps to go on after a step: nothing more than it."""
+    """What a checkpoint keeps to resume after a step: nothing, it has it."""
     del step
     return {}
 
   def describe(self, step: int) -> str:
-    """Which rows of the store a batch holds, and whether they are finite."""
+    """Which rows of the store a batch holds, and whether all are finite."""
     size = self._shape[0]
     rows = order_lib.batch_rows(self._order, step, size)
     bad = rows[~np.isfinite(self._store.gather(rows)).all(1)]
@@ -145,38 +162,42 @@ class StoreFeed:
       else f'its {size} store rows, {rows[0]} to {rows[-1]}, are finite'
     )
 
-  def _needed(self) -> list[tuple[int, int, int, int]]:
-    """(lane, first, stop, where they go) of places this process reads."""
-    size, wanted = self._lane_size, np.zeros(self._shape[0], bool)
-    wanted[:] = self._sharding is None
+  def _local_stretches(self) -> list[_Stretch]:
+    """The rows of a batch that this process reads."""
+    size, is_local = self._lane_size, np.zeros(self._shape[0], bool)
+    is_local[:] = self._sharding is None
     if self._sharding is not None:
       devices = self._sharding.addressable_devices_indices_map(self._shape)
       for rows, _ in devices.values():
-        wanted[rows] = True
-    found, at = [], 0
+        is_local[rows] = True
+    stretches, offset = [], 0
     for lane in range(self._order.lanes):
-      some = np.flatnonzero(wanted[lane * size : (lane + 1) * size])
-      # The devices of a process may hold stretches with gaps between.
-      for part in np.split(some, np.flatnonzero(np.diff(some) > 1) + 1):
-        if len(part):
-          found.append((lane, int(part[0]), int(part[-1]) + 1, at))
-          at += len(part)
-    return found
+      rows = np.flatnonzero(is_local[lane * size : (lane + 1) * size])
+      # The devices of a process may hold rows with gaps between them.
+      for run in np.split(rows, np.flatnonzero(np.diff(rows) > 1) + 1):
+        if len(run):
+          stretches.append(
+            _Stretch(lane, int(run[0]), int(run[-1]) + 1, offset)
+          )
+          offset += len(run)
+    return stretches
 
   def _put(self, rows_BD: np.ndarray) -> np.ndarray | jax.Array:
     if self._sharding is None:
       return rows_BD
-    places = self.places
+    local_rows = self.local_rows
     return jax.make_array_from_callback(
       self._shape,
       self._sharding,
       lambda index: rows_BD[
-        slice(*np.searchsorted(places, index[0].indices(self._shape[0])[:2]))
+        slice(
+          *np.searchsorted(local_rows, index[0].indices(self._shape[0])[:2])
+        )
       ],
     )
 
-  def _empty(self) -> np.ndarray:
-    """Room for any window."""
+  def _new_buffer(self) -> np.ndarray:
+    """Memory that is large enough for any window."""
     order, source = self._order, self._store.activations
     chunks = min(order.n_chunks, -(-order.window_chunks // order.lanes))
     return np.empty(
@@ -184,11 +205,12 @@ class StoreFeed:
     )
 
   def _after(self, window: tuple[int, int, int]) -> tuple[int, int, int]:
-    lane, *place = window
-    return lane, *self._lanes[lane].after(*place)
+    """The window that follows one in its lane."""
+    lane, *epoch_and_number = window
+    return lane, *self._lanes[lane].after(*epoch_and_number)
 
-  def _hold(self, windows: list[tuple[int, int, int]]) -> None:
-    """Starts reading windows that are not in memory and drops all others."""
+  def _start_reading(self, windows: list[tuple[int, int, int]]) -> None:
+    """Starts reading these windows unless they are there; drops all others."""
     for window in set(self._windows).difference(windows):
       data, _, reads = self._windows.pop(window)
       if not reads:
@@ -202,22 +224,23 @@ class StoreFeed:
   ) -> tuple[np.ndarray, np.ndarray, list]:
     rows, mixing = self._lanes[lane].rows(epoch, window)
     source = self._store.activations
-    # Memory is used again: the kernel takes as long to clear new pages as
-    # reading them takes.
-    spare = self._spare.pop() if self._spare else self._empty()
-    data = spare[: len(rows)]
+    # Buffers are used again: for new memory the kernel clears pages, which
+    # takes as long as reading.
+    buffer = self._spare.pop() if self._spare else self._new_buffer()
+    data = buffer[: len(rows)]
     target, reads, filled = ts.array(data), [], 0
     starts, sizes = self._lanes[lane].chunks(epoch, window)
-    places = self._store.places(starts)
-    for place, size in zip(places.tolist(), sizes.tolist()):
-      part = target[filled : filled + size].translate_to[0, 0]
-      reads.append(part.write(source[place : place + size].translate_to[0, 0]))
+    firsts = self._store.array_rows(starts)
+    for first, size in zip(firsts.tolist(), sizes.tolist()):
+      chunk = target[filled : filled + size].translate_to[0, 0]
+      reads.append(chunk.write(source[first : first + size].translate_to[0, 0]))
       filled += size
     return data, mixing, reads
 
   def _wait(
     self, window: tuple[int, int, int]
   ) -> tuple[np.ndarray, np.ndarray]:
+    """A window's rows in the order of its chunks, and their permutation."""
     data, mixing, reads = self._windows[window]
     if reads:
       try:
@@ -234,10 +257,10 @@ class StoreFeed:
     return data, mixing
 
 
-# A lane that is a chunk longer than another ends its epoch so much later; with
-# so many chunks that is a thousandth.
-_CHUNKS_OF_A_LANE = 1024
-_MOST_LANES = 256
+# Lanes differ in length by up to a chunk; with this many chunks in a lane that
+# is a thousandth of an epoch.
+_MIN_CHUNKS_PER_LANE = 1024
+_MAX_LANES = 256
 
 
 def train_order(
@@ -246,7 +269,7 @@ def train_order(
   window_chunks: int = 64,
   lanes: int = 1,
 ) -> Order:
-  """The order of a store's training rows; the held-out split is beyond it."""
+  """The order of a store's training rows, without the held-out ones."""
   return Order(
     seed,
     store.n_train,
@@ -258,12 +281,12 @@ def train_order(
 
 
 def lanes_for(store: store_lib.Store, batch_size: int) -> int:
-  """Lanes for batches of a store: as many as are worth it, and divide them."""
+  """The number of lanes to use: the most that are long and divide a batch."""
   chunks = store.n_train // store.manifest.chunk_rows
   lanes = 1
   while (
-    2 * lanes <= _MOST_LANES
-    and 2 * lanes * _CHUNKS_OF_A_LANE <= chunks
+    2 * lanes <= _MAX_LANES
+    and 2 * lanes * _MIN_CHUNKS_PER_LANE <= chunks
     and batch_size % (2 * lanes) == 0
   ):
     lanes *= 2

@@ -5,13 +5,13 @@ each window of consecutive permuted chunks are permuted among themselves. So
 reads are whole chunks, a window is all that must be in memory, and a run that
 resumes needs the step and nothing else.
 
-Of a large store the order has lanes: the chunks are dealt to them once and for
-all, each lane has such an order of its own, and gives its share of every batch,
-always the same places of it. Who trains on some places of the batches reads the
-chunks of their lanes alone. The lanes are part of the order, and do not depend
-on how many processes there are.
+The order of a large store has lanes. The chunks are dealt to the lanes once and
+for all; each lane has an order of its own, and always gives the same positions
+of every batch. A process that needs only some positions of each batch reads
+only the chunks of those lanes. The lanes are part of the order, and do not
+depend on the number of processes.
 
-Permutations sort splitmix64 hashes, so they hang on no library's version.
+Permutations sort splitmix64 hashes, so they depend on no library's version.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ import numpy as np
 from sae_jax import errors
 from sae_jax.feed import splitmix64
 
-# What a hash is for, so that chunks and rows of one number differ.
+# The use of a hash, so that a chunk and a row of the same number differ.
 _CHUNKS, _ROWS, _LANES = 1, 2, 3
 
 
@@ -35,11 +35,11 @@ class Order:
     seed: any int.
     n_rows: rows of an epoch; 0 to n_rows - 1 are visited, none beyond.
     chunk_rows: rows of an inner chunk of the store.
-    window_chunks: chunks whose rows are mixed, over all lanes; each lane has
-      one at least.
-    shards: rows of each of the store's shards, of which the last inner chunk
-      may be short; none for one shard of all rows.
-    lanes: independent parts of the order.
+    window_chunks: chunks whose rows are mixed, over all lanes; at least one in
+      each lane.
+    shards: rows of each of the store's shards, whose last inner chunk may be
+      short; empty for a single shard of all rows.
+    lanes: how many lanes the order has.
   """
 
   seed: int
@@ -63,7 +63,7 @@ class Order:
 
   @functools.cached_property
   def chunks(self) -> tuple[np.ndarray, np.ndarray]:
-    """First row of each inner chunk, and how many it has, of the n_rows."""
+    """First row of each inner chunk, and its number of rows, up to n_rows."""
     first, starts = 0, []
     for rows in self.shards or (self.n_rows,):
       starts.append(np.arange(first, first + rows, self.chunk_rows))
@@ -84,7 +84,7 @@ class Order:
     return len(self.chunks[0])
 
   def lane(self, number: int = 0) -> 'Lane':
-    """One of its lanes, from 0."""
+    """A lane by its number, from 0."""
     return Lane(self, number)
 
 
@@ -100,10 +100,10 @@ def batch_rows(order: Order, step: int, batch_size: int) -> np.ndarray:
 
 
 def lane_size(order: Order, batch_size: int) -> int:
-  """Rows that a lane gives of each batch.
+  """Rows of each batch that come from one lane.
 
   Raises:
-    UserError: if the lanes do not divide it.
+    UserError: if the lanes do not divide the batch.
   """
   if batch_size < 1 or batch_size % order.lanes:
     raise errors.UserError(
@@ -129,55 +129,57 @@ class Lane:
     self._starts, self._sizes, self._chunks = starts, sizes, chunks
     self._window_chunks = -(-order.window_chunks // order.lanes)
     self.n_rows = int(sizes[chunks].sum())
-    # Of this epoch and the next.
+    # Keeps this epoch and the next.
     self._epoch = functools.lru_cache(maxsize=2)(self._find_epoch)
 
   def rows_at(self, start: int, count: int) -> np.ndarray:
-    """Rows at places start to start + count.
+    """Rows at positions start to start + count of the lane's order.
 
     Args:
-      start: place, 0 or more; place n_rows starts the second epoch.
-      count: how many.
+      start: first position, 0 or more; n_rows is the start of epoch 1.
+      count: how many rows.
 
     Returns:
       int64 [count] row numbers.
     """
     rows = [np.empty(0, np.int64)]
     for window, first, stop in self.pieces(start, count):
-      held, mixing = self.rows(*window)
-      rows.append(held[mixing[first:stop]])
+      window_rows, mixing = self.rows(*window)
+      rows.append(window_rows[mixing[first:stop]])
     return np.concatenate(rows)
 
   def pieces(
     self, start: int, count: int
   ) -> Iterator[tuple[tuple[int, int], int, int]]:
-    """The ((epoch, window), first, stop) that hold a stretch of places."""
+    """((epoch, window), first, stop) of windows that hold these positions."""
     if start < 0 or count < 0:
-      raise ValueError(f'{count} places from {start}: neither may be negative')
+      raise ValueError(
+        f'{count} positions from {start}: neither may be negative'
+      )
     stop = start + count
     while start < stop:
-      epoch, place = divmod(start, self.n_rows)
+      epoch, position = divmod(start, self.n_rows)
       _, starts = self._epoch(epoch)
-      window = int(np.searchsorted(starts, place, 'right')) - 1
-      first = place - int(starts[window])
+      window = int(np.searchsorted(starts, position, 'right')) - 1
+      first = position - int(starts[window])
       size = min(int(starts[window + 1] - starts[window]) - first, stop - start)
       yield (epoch, window), first, first + size
       start += size
 
   def after(self, epoch: int, window: int) -> tuple[int, int]:
-    """The window after one."""
+    """(epoch, window) of the next window."""
     _, starts = self._epoch(epoch)
     last = window + 2 == len(starts)
     return (epoch + 1, 0) if last else (epoch, window + 1)
 
   def chunks(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """First row of each chunk of a window, and how many it has."""
+    """First row of each chunk of a window, and its number of rows."""
     chunks, _ = self._epoch(epoch)
-    some = chunks[window * self._window_chunks :][: self._window_chunks]
-    return self._starts[some], self._sizes[some]
+    chunks = chunks[window * self._window_chunks :][: self._window_chunks]
+    return self._starts[chunks], self._sizes[chunks]
 
   def rows(self, epoch: int, window: int) -> tuple[np.ndarray, np.ndarray]:
-    """A window's rows as its chunks hold them, and what mixes them."""
+    """A window's rows in the order of its chunks, and their permutation."""
     rows = np.concatenate(
       [
         np.arange(start, start + size)
@@ -187,7 +189,7 @@ class Lane:
     return rows, np.argsort(_hash(self._order.seed, epoch, _ROWS, rows))
 
   def _find_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-    """The epoch's permutation of chunks, and where each window starts."""
+    """The epoch's chunks in their order, and where each window starts."""
     hashes = _hash(self._order.seed, epoch, _CHUNKS, self._chunks)
     chunks = self._chunks[np.argsort(hashes)]
     ends = np.append(0, np.cumsum(self._sizes[chunks]))
@@ -196,12 +198,12 @@ class Lane:
 
 
 def mixing(seed: int, window: int, n_rows: int) -> np.ndarray:
-  """An order that mixes the rows of a window that no chunks stand behind."""
+  """A permutation of the rows of a window that is not made of chunks."""
   return np.argsort(_hash(seed, window, _ROWS, np.arange(n_rows)))
 
 
 def _hash(seed: int, epoch: int, kind: int, items: np.ndarray) -> np.ndarray:
-  """Hashes of items; distinct items of one (seed, epoch, kind) never tie."""
+  """Hashes of items; for one (seed, epoch, kind) distinct items never tie."""
   key = np.zeros(1, np.uint64)
   for part in (seed, epoch, kind):
     key = splitmix64.step(key ^ np.uint64(part % 2**64))

@@ -1,4 +1,4 @@
-"""Rows of a store, in its order, on a mesh."""
+"""Consecutive rows of a store on a mesh."""
 
 import functools
 
@@ -12,8 +12,11 @@ from sae_jax import store
 def read_rows(
   data: store.Store, start: int, size: int, mesh: Mesh
 ) -> jax.Array:
-  """Rows on the devices; a process reads what its own devices hold."""
-  # Devices that differ in their latents alone hold the same rows.
+  """Rows start to start + size on the devices, [size, D] float32.
+
+  Each process reads the rows that its own devices hold.
+  """
+  # Devices along the latent axis hold the same rows: they are read once.
   read = functools.cache(
     lambda first, stop: data.read_rows(start + first, start + stop)
   )
