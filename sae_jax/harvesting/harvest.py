@@ -190,7 +190,7 @@ def _run(config, forward, running, writer, process) -> store.Manifest | None:
       'norm_multiple': config.mask_norm_multiple,
       'median_norm': dict(zip(writer.plan.sites, mask.median_norm)),
     },
-    wanted={name: getattr(config, name) for name in _WANTED},
+    sizes={name: getattr(config, name) for name in _WANTED},
   )
 
 

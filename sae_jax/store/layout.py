@@ -1,4 +1,4 @@
-"""How a store lies in its folder: objects, arrays, and how they are made."""
+"""The layout of a store's folder: its objects and arrays, and their specs."""
 
 import json
 from typing import Any, NamedTuple
@@ -22,48 +22,49 @@ STREAM = ('tokens', 'documents', 'positions')
 
 
 def manifest_name(version: int) -> str:
-  """The manifest of a version: the first has the plain name."""
+  """File name of a version's manifest; the first has the plain name."""
   return 'manifest.json' if version == 1 else f'manifest-{version}.json'
 
 
 def shard_name(shard: int) -> str:
-  """Where a complete shard is recorded."""
+  """File name of a complete shard's record."""
   return f'{manifest_lib.RECORDS}/{shard:06d}.json'
 
 
 def read_manifest(url: str, version: int | None = None) -> Manifest | None:
-  """The manifest of a sealed store, None where there is none.
+  """The manifest of a sealed store, None if the store has none.
 
   Args:
     url: the store's folder.
-    version: which; None for the last.
+    version: its version; None for the last.
 
   Raises:
     UserError: if it cannot be read or is of another format version.
   """
   if version is not None:
     return read_json(url, manifest_name(version), Manifest)
-  found = read_json(url, manifest_name(1), Manifest)
-  while found is not None:
-    later = read_json(url, manifest_name(found.version + 1), Manifest)
+  manifest = read_json(url, manifest_name(1), Manifest)
+  while manifest is not None:
+    later = read_json(url, manifest_name(manifest.version + 1), Manifest)
     if later is None:
       break
-    found = later
-  return found
+    manifest = later
+  return manifest
 
 
 def read_json(url: str, name: str, kind: type[Any]) -> Any:
-  """A dataclass from a store's folder, None where there is none.
+  """A dataclass read from a JSON file of a store, None if there is no file.
 
   Raises:
     UserError: if it cannot be read or is of another format version.
   """
   spec = url_lib.kvstore(url)
   try:
-    found = ts.KvStore.open(spec).result().read(name).result()
-    if found.state == 'missing':
+    files = ts.KvStore.open(spec).result()
+    file = files.read(name).result()
+    if file.state == 'missing':
       return None
-    values = json.loads(found.value)
+    values = json.loads(file.value)
   except ValueError as error:
     raise errors.UserError(
       f'cannot read {name} in {url}: {errors.reason(error)}: '
@@ -82,7 +83,7 @@ def read_json(url: str, name: str, kind: type[Any]) -> Any:
 def read_records(url: str) -> dict[int, Shard]:
   """The records of all shards that are complete, by number.
 
-  One listing, and reads all at once: a store in a bucket may have thousands.
+  One listing, then all reads at once: a store in a bucket may have thousands.
 
   Raises:
     UserError: if they cannot be read.
@@ -97,7 +98,7 @@ def read_records(url: str) -> dict[int, Shard]:
       for name in files.list(inside).result()
       if name.endswith(b'.json')
     }
-    found = {
+    records = {
       name: json.loads(read.result().value) for name, read in reads.items()
     }
   except ValueError as error:
@@ -109,7 +110,7 @@ def read_records(url: str) -> dict[int, Shard]:
     int(name.removeprefix(folder).removesuffix('.json')): config.from_dict(
       Shard, values
     )
-    for name, values in found.items()
+    for name, values in records.items()
   }
 
 
@@ -119,11 +120,11 @@ def array_name(site: str) -> str:
 
 
 class Kind(NamedTuple):
-  """What an array is like.
+  """Element type and shapes of an array.
 
   Attributes:
-    dtype: of its elements.
-    row: the shape of a row.
+    dtype: type of its elements.
+    row: shape of a row.
     chunk: rows of an inner chunk.
     shard: rows that a shard has room for.
   """
@@ -135,7 +136,7 @@ class Kind(NamedTuple):
 
 
 def array_kinds(plan: StorePlan | Manifest) -> dict[str, Kind]:
-  """What each array of a store is like, by name."""
+  """The kind of each array of a store, by name."""
   rows = Kind(
     DTYPES[plan.dtype], (plan.d_model,), plan.chunk_rows, plan.shard_rows
   )
@@ -151,7 +152,7 @@ def array_kinds(plan: StorePlan | Manifest) -> dict[str, Kind]:
 
 
 def _flat_chunk(shard: int, chunk_rows: int) -> int:
-  """A multiple of chunk_rows that divides a shard, 256 KB at most."""
+  """Rows of a chunk of int32: at most 256 KB, and a divisor of a shard."""
   chunk = chunk_rows
   while 2 * chunk <= 65_536 and shard % (2 * chunk) == 0:
     chunk *= 2
@@ -161,8 +162,8 @@ def _flat_chunk(shard: int, chunk_rows: int) -> int:
 def array_spec(url: str, name: str) -> dict[str, Any]:
   """TensorStore's spec to open one of a store's arrays.
 
-  What is absent fails to read: a lost shard must not pass for zeros, so chunks
-  that are all zeros are written too.
+  Reading a missing chunk is an error, so that a lost shard does not pass for
+  zeros; hence chunks that are all zeros are written too.
   """
   folder = url_lib.kvstore(url)
   folder['path'] += name + '/'
@@ -175,7 +176,7 @@ def array_spec(url: str, name: str) -> dict[str, Any]:
 
 
 def _metadata(kind: Kind, n_shards: int) -> dict[str, Any]:
-  """Zarr3 metadata of an array of so many shards, cut along its first axis."""
+  """Zarr3 metadata of an array of `n_shards`, cut along its first axis."""
   checked = [
     {'name': 'bytes', 'configuration': {'endian': 'little'}},
     {'name': 'crc32c'},
@@ -195,7 +196,7 @@ def _metadata(kind: Kind, n_shards: int) -> dict[str, Any]:
 
 
 def unsealed_spec(url: str, name: str, kind: Kind, n_shards: int):
-  """`array_spec` of an array that has no metadata of its own yet."""
+  """`array_spec` for an array whose metadata is not written yet."""
   return array_spec(url, name) | {'metadata': _metadata(kind, n_shards)}
 
 
@@ -213,16 +214,16 @@ def _in_memory(kind: Kind, n_shards: int) -> tuple[ts.TensorStore, ts.KvStore]:
 
 
 def array_metadata(kind: Kind, n_shards: int) -> bytes:
-  """The `zarr.json` of an array of so many shards."""
+  """The `zarr.json` of an array of `n_shards`."""
   _, files = _in_memory(kind, n_shards)
   return files.read(METADATA).result().value
 
 
 def encode(kind: Kind, values: np.ndarray) -> bytes:
-  """The object of a shard that holds these rows, as zarr3 has it.
+  """The bytes of the zarr3 object of a shard that holds these rows.
 
-  Made apart from the array, so that it can be written in one piece where there
-  is none yet; TensorStore would write over what is there.
+  They are made in memory, so that the object can be created only where there is
+  none; TensorStore would overwrite one.
   """
   array, files = _in_memory(kind, 1)
   array[: len(values)].write(values).result()
@@ -230,6 +231,6 @@ def encode(kind: Kind, values: np.ndarray) -> bytes:
 
 
 def object_name(name: str, kind: Kind, shard: int) -> str:
-  """The object of one shard of an array."""
+  """Name of the object of one shard of an array."""
   folder = f'{name}/' if name else ''
   return f'{folder}c/{shard}' + '/0' * len(kind.row)

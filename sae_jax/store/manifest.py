@@ -1,4 +1,4 @@
-"""What a store says of itself: the plan, a shard's record, the manifest."""
+"""A store's descriptions of itself: plan, records of shards, mask, manifest."""
 
 from collections.abc import Iterable, Sequence
 import dataclasses
@@ -12,10 +12,10 @@ from sae_jax import config as config_lib
 from sae_jax import errors
 
 FORMAT_VERSION = 3
-# The name of the records among the checksums.
+# The key of the records among the checksums.
 RECORDS = 'shards'
-# A shard has room for so many tokens of the stream for each row: those that
-# were left out are in it.
+# Tokens of the stream that a shard has room for, for each row: more than one,
+# since the stream includes the tokens that the mask leaves out.
 STREAM_PER_ROW = 2
 
 
@@ -28,17 +28,17 @@ class StorePlan:
     sites: names of the sites that were read.
     d_model: D.
     weights_sha256: digest of the subject's file.
-    dtype: of the stored activations.
+    dtype: type of the stored activations.
     chunk_rows: rows of an inner chunk.
     shard_rows: rows that a shard has room for.
     context_length: tokens in the longest context.
     sources: names of the text sources.
-    corpus: source -> which text it is (`corpus.identity`).
+    corpus: source -> its `corpus.identity`.
     tokenizer_sha256: digest of the tokenizer's JSON; empty if it has none.
-    seed: of the order of documents.
-    config: the harvest's whole config, without how much of it is wanted.
-    software: name -> version of what wrote it.
-    format_version: of the store's layout.
+    seed: seed of the order of documents.
+    config: fields of the harvest's config that shards depend on.
+    software: name -> version of the software that wrote it.
+    format_version: version of the store's layout.
   """
 
   subject: str
@@ -68,12 +68,12 @@ class Shard:
   """One complete shard: an object of each array; `shards/000000.json`.
 
   Attributes:
-    rows: that it holds, at most the plan's shard_rows.
+    rows: rows that it holds, at most the plan's shard_rows.
     stream: tokens of the stream that it holds.
-    contexts: that these are.
+    contexts: contexts that these tokens form.
     documents: (document, rows of it in this shard) in order.
     source_rows: source -> rows that came from it.
-    masked: rule -> tokens that it left out.
+    masked: rule -> tokens that the rule left out.
     checksums: array -> sha256 of its little-endian bytes in row order.
   """
 
@@ -88,21 +88,22 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-  """What a sealed store holds and where it comes from; `manifest.json`.
+  """Content and origin of a sealed store; `manifest.json`.
+
+  Fields that are not listed here are those of `StorePlan`; `config` is whole.
 
   Attributes:
-    version: 1, and one more for each time that something was appended.
+    version: 1, and one more each time shards were appended.
     n_rows: R, kept tokens.
     n_stream: L, tokens of the stream.
-    holdout_rows: the last so many rows are the held-out split; it begins
-      with a document.
+    holdout_rows: number of held-out rows, the last ones; the first of them
+      begins a document.
     shard_counts: rows and tokens of the stream of each shard.
     source_rows: source -> rows that came from it.
     mask: the rule by which tokens were left out, and how many were.
-    checksums: array -> of each shard, the sha256 of its little-endian bytes in
-      row order; and that of its record.
-    identity: sha256 over all that says what data it is, so over all but
-      `software`.
+    checksums: array -> sha256 of each shard's little-endian bytes in row order;
+      under 'shards', of each shard's record.
+    identity: sha256 over all other fields but `software`.
   """
 
   format_version: int
@@ -132,7 +133,7 @@ class Manifest:
 
 
 def identity(manifest: Manifest) -> str:
-  """The sha256 that names the data and how it was made, `software` aside."""
+  """The sha256 of a manifest, without `software` and the identity itself."""
   content = dataclasses.asdict(manifest)
   del content['software'], content['identity']
   return hashlib.sha256(
@@ -147,20 +148,21 @@ def make(
   version: int,
   holdout_rows: int = 0,
   mask: dict[str, Any] | None = None,
-  wanted: dict[str, Any] | None = None,
+  sizes: dict[str, Any] | None = None,
 ) -> Manifest:
-  """The manifest of shards.
+  """The manifest of a store.
 
   Args:
-    plan: what they have in common.
-    shards: their records.
-    version: of the data.
-    holdout_rows: the last so many rows are held out.
-    mask: the rule by which tokens were left out; how many were is added.
-    wanted: what of the config says how much there should be.
+    plan: what the shards have in common.
+    shards: the records of all shards.
+    version: version of the manifest.
+    holdout_rows: how many of the last rows are held out.
+    mask: the rule by which tokens were left out; their numbers are added.
+    sizes: fields of the harvest's config that size the store, which the plan
+      does not have.
   """
   fields = dataclasses.asdict(plan)
-  fields['config'] = fields['config'] | (wanted or {})
+  fields['config'] = fields['config'] | (sizes or {})
   masked = _summed(shard.masked for shard in shards)
   names = shards[0].checksums if shards else ()
   checksums = {
@@ -168,7 +170,7 @@ def make(
   }
   records = (config_lib.to_json(shard).encode() for shard in shards)
   checksums[RECORDS] = tuple(map(sha256, records))
-  made = Manifest(
+  manifest = Manifest(
     version=version,
     n_rows=sum(shard.rows for shard in shards),
     n_stream=sum(shard.stream for shard in shards),
@@ -179,7 +181,7 @@ def make(
     checksums=checksums,
     **fields,
   )
-  return dataclasses.replace(made, identity=identity(made))
+  return dataclasses.replace(manifest, identity=identity(manifest))
 
 
 def sha256(data: np.ndarray | bytes) -> str:
@@ -191,17 +193,17 @@ def sha256(data: np.ndarray | bytes) -> str:
 
 def _summed(counts: Iterable[dict[str, int]]) -> dict[str, int]:
   total = {}
-  for one in counts:
-    for name, n in one.items():
+  for count in counts:
+    for name, n in count.items():
       total[name] = total.get(name, 0) + n
   return total
 
 
 def holdout_rows(shards: Sequence[Shard], fraction: float) -> int:
-  """Rows of the last documents, the fewest that are the share wanted.
+  """Rows of the fewest last documents that are this fraction of all rows.
 
   Raises:
-    UserError: if that is all of them.
+    UserError: if that is all documents.
   """
   rows_by_document = {}
   for shard in shards:
@@ -227,7 +229,12 @@ MASK = 'mask.json'
 
 @dataclasses.dataclass(frozen=True)
 class Mask:
-  """Which norms are kept, of each site; `mask.json`, of the first pool."""
+  """Per-site norm limits, fitted on the first pool and stored as `mask.json`.
+
+  Attributes:
+    median_norm: median norm of each site's activations, in the sites' order.
+    norm_limit: largest norm that is kept, of each site; infinity for no limit.
+  """
 
   median_norm: tuple[float, ...]
   norm_limit: tuple[float, ...]

@@ -1,4 +1,4 @@
-"""The activation store: residual rows and the token stream they come from.
+"""The activation store: rows of activations and the tokens they come from.
 
 A store is a folder, local or in a bucket, of zarr3 arrays with sharding:
 
@@ -6,19 +6,19 @@ A store is a folder, local or in a bucket, of zarr3 arrays with sharding:
   shards/000000.json    a complete shard: its rows, documents and checksums
   manifest.json         written last: a folder without it is not sealed
   activations/SITE/     [S * shard_rows, D] float32 or bfloat16, kept tokens
-  stream_index/         [S * shard_rows] int32, a row's place in its shard's
-                        part of the token stream, ascending
+  stream_index/         [S * shard_rows] int32, index of a row's token among the
+                        stream tokens of its shard, ascending
   tokens/ documents/ positions/   [S * 2 * shard_rows] int32, masked tokens too
 
 A shard is one object of each array, begins with a context, and is a function
 of the plan and its number alone. So shards may be written in any order, by any
 process, and an interrupted harvest makes those that are missing. Shards are
-seldom full: the manifest says how many of each one's rows, and tokens of the
-stream, there are. Row r of the store is row r minus those of the shards before
-of its shard.
+seldom full: the manifest says how many rows, and tokens of the stream, each one
+holds. Rows of the store are counted over the rows that there are, shard after
+shard.
 
-An inner chunk is the smallest read and carries a crc32c, so a damaged one fails
-to read. `writer` makes stores.
+An inner chunk is the smallest read and carries a crc32c, so reading a damaged
+one is an error. `writer` makes stores.
 """
 
 import dataclasses
@@ -43,8 +43,8 @@ class Store:
   Attributes:
     url: where it is.
     manifest: what it holds.
-    site: whose activations.
-    starts: [S + 1], the first row of each shard.
+    site: the site whose activations are read.
+    starts: [S + 1], the first row of each shard, and the number of rows.
   """
 
   def __init__(self, url: str, manifest: Manifest, site: str):
@@ -53,7 +53,7 @@ class Store:
     self.starts, self._stream_starts = (
       np.append(0, np.cumsum(column)) for column in counts.T
     )
-    # One cache for all arrays: it spares the request for each shard's index.
+    # One cache for all arrays: each shard's index is then requested only once.
     self._context = ts.Context(
       {'cache_pool': {'total_bytes_limit': _CACHE_BYTES}}
     )
@@ -62,19 +62,19 @@ class Store:
 
   @property
   def about(self) -> dict[str, Any]:
-    """What a checkpoint says of the data it was trained on."""
-    found = dataclasses.asdict(self.manifest) | {'site': self.site}
-    # As long as there are shards, and named by the identity.
-    del found['shard_counts'], found['checksums']
-    return found
+    """The description of the data that a checkpoint keeps."""
+    about = dataclasses.asdict(self.manifest) | {'site': self.site}
+    # They grow with the shards, and the identity covers them.
+    del about['shard_counts'], about['checksums']
+    return about
 
   @property
   def n_train(self) -> int:
-    """Rows before the held-out split."""
+    """Number of rows that are not held out; they come first."""
     return self.manifest.n_rows - self.manifest.holdout_rows
 
-  def places(self, rows: np.ndarray) -> np.ndarray:
-    """Where rows lie along the first axis of `activations`, int64."""
+  def array_rows(self, rows: np.ndarray) -> np.ndarray:
+    """Indices of rows along the first axis of `activations`, int64."""
     shard = np.searchsorted(self.starts, rows, 'right') - 1
     return rows - self.starts[shard] + shard * self.manifest.shard_rows
 
@@ -86,7 +86,7 @@ class Store:
       UserError: if they cannot be read.
     """
     self._check_rows(start, stop - 1, stop == start)
-    rows_RD = self._parts(self.activations, self.starts, start, stop)
+    rows_RD = self._read_range(self.activations, self.starts, start, stop)
     return rows_RD.astype(np.float32, copy=False)
 
   def gather(self, rows: np.ndarray) -> np.ndarray:
@@ -99,7 +99,7 @@ class Store:
     rows = np.asarray(rows, np.int64)
     if rows.size:
       self._check_rows(rows.min(), rows.max())
-    rows_RD = self._read(self.activations[self.places(rows)])
+    rows_RD = self._read(self.activations[self.array_rows(rows)])
     return rows_RD.astype(np.float32, copy=False)
 
   def tokens(self) -> np.ndarray:
@@ -111,58 +111,60 @@ class Store:
     return self._whole('documents')
 
   def positions(self) -> np.ndarray:
-    """Place of each token in its context, int32 [L]; 0 starts a context."""
+    """Position of each token in its context, int32 [L]; 0 starts a context."""
     return self._whole('positions')
 
   def stream_index(self) -> np.ndarray:
-    """Place of each row in the stream, int64 [R], ascending."""
+    """Index of each row's token in the stream, int64 [R], ascending."""
     shard = np.repeat(
       np.arange(len(self.starts) - 1), np.diff(self.starts).astype(int)
     )
     return self._whole(layout.STREAM_INDEX) + self._stream_starts[shard]
 
   def verify(self) -> int:
-    """Reads every byte again and compares checksums and identity.
+    """Reads every byte and compares checksums and identity.
 
     Returns:
-      The bytes that were read.
+      How many bytes were read.
 
     Raises:
-      UserError: if data or manifest are not what was written; it names the
-        objects, all of them.
+      UserError: if data or manifest are not what was written; it names all
+        damaged objects.
     """
     if manifest_lib.identity(self.manifest) != self.manifest.identity:
       raise errors.UserError(
         f'the manifest of store {self.url} was edited: its content does not '
         'give its identity: harvest it again'
       )
-    bad, total = [], 0
+    damaged, n_bytes = [], 0
     kinds = layout.array_kinds(self.manifest)
     for name, kind in kinds.items():
       array = self._open(name)
       starts = self._starts_of(name)
       for shard, want in enumerate(self.manifest.checksums[name]):
         try:
-          values = self._parts(array, starts, starts[shard], starts[shard + 1])
-          total += values.nbytes
+          values = self._read_range(
+            array, starts, starts[shard], starts[shard + 1]
+          )
+          n_bytes += values.nbytes
           if manifest_lib.sha256(values) == want:
             continue
           problem = 'is not what was written'
         except errors.UserError as error:
           problem = str(error)
-        bad.append(f'{layout.object_name(name, kind, shard)} {problem}')
+        damaged.append(f'{layout.object_name(name, kind, shard)} {problem}')
     files = ts.KvStore.open(url_lib.kvstore(self.url)).result()
     for shard, want in enumerate(self.manifest.checksums[manifest_lib.RECORDS]):
       name = layout.shard_name(shard)
       if manifest_lib.sha256(files.read(name).result().value) != want:
-        bad.append(f'{name} is not what was written')
-    if bad:
+        damaged.append(f'{name} is not what was written')
+    if damaged:
       raise errors.UserError(
-        f'{len(bad)} objects of store {self.url} are damaged: '
-        f'{"; ".join(bad)}: delete them and their records in shards/, and the '
-        'manifest, and harvest again, which makes what is missing'
+        f'{len(damaged)} objects of store {self.url} are damaged: '
+        f'{"; ".join(damaged)}: delete them and their records in shards/, and '
+        'the manifest, and harvest again, which makes what is missing'
       )
-    return total
+    return n_bytes
 
   def _check_rows(self, first, last, empty=False):
     if not empty and not 0 <= first <= last < self.manifest.n_rows:
@@ -175,25 +177,25 @@ class Store:
 
   def _read_whole(self, name: str) -> np.ndarray:
     starts = self._starts_of(name)
-    return self._parts(self._open(name), starts, 0, starts[-1])
+    return self._read_range(self._open(name), starts, 0, starts[-1])
 
-  def _parts(self, array, starts, start, stop):
-    """Rows start to stop of an array whose shards are not full."""
-    room = array.chunk_layout.write_chunk.shape[0]
+  def _read_range(self, array, starts, start, stop):
+    """Rows start to stop of an array whose shards begin at rows `starts`."""
+    shard_rows = array.chunk_layout.write_chunk.shape[0]
     shape = (int(stop - start), *array.shape[1:])
     data = np.empty(shape, array.dtype.numpy_dtype)
     target, copies = ts.array(data), []
     shard = int(np.searchsorted(starts, start, 'right')) - 1
     while start < stop:
       end = min(stop, starts[shard + 1])
-      place = int(start - starts[shard]) + shard * room
+      size = int(end - start)
       first = shape[0] - int(stop - start)
-      part = target[first : first + int(end - start)]
-      source = array[place : place + int(end - start)]
+      array_first = int(start - starts[shard]) + shard * shard_rows
+      source = array[array_first : array_first + size]
       copies.append(
-        part.translate_to[(0,) * array.rank].write(
-          source.translate_to[(0,) * array.rank]
-        )
+        target[first : first + size]
+        .translate_to[(0,) * array.rank]
+        .write(source.translate_to[(0,) * array.rank])
       )
       start, shard = end, shard + 1
     try:
@@ -223,8 +225,8 @@ class Store:
       raise self._error(name, error) from error
     dtype, row, _, shard_rows = kind
     enough = array.shape[0] >= n_shards * shard_rows
-    found = (array.dtype.numpy_dtype, array.shape[1:])
-    if not enough or found != (dtype, row):
+    fits = (array.dtype.numpy_dtype, array.shape[1:]) == (dtype, row)
+    if not enough or not fits:
       raise errors.UserError(
         f'{name} of store {self.url} is {array.dtype.name} {array.shape}, its '
         f'manifest says {dtype.name} {(n_shards * shard_rows, *row)}: copy or '
@@ -255,13 +257,13 @@ def open_store(
 
   Args:
     url: its folder, local or in a bucket.
-    site: whose activations; may be left out where there is one.
-    version: of the data, see `Manifest`; None for the last.
-    unsealed: whether one whose harvest is not finished will do, as far as its
-      first shards are complete. Its version is 0, and it has no held-out rows.
+    site: the site to read; optional if the store has only one.
+    version: see `Manifest`; None for the last.
+    unsealed: whether to open a store whose harvest is not finished, up to its
+      first missing shard. Its version is 0, and it has no held-out rows.
 
   Raises:
-    UserError: if there is none, its harvest was not finished, or it has no
+    UserError: if there is no store, its harvest is not finished, or it has no
       such site.
   """
   manifest = layout.read_manifest(url, version)
@@ -286,15 +288,15 @@ def open_store(
 
 
 def _unsealed(url: str) -> Manifest | None:
-  """What is complete of a store without a manifest; its version is 0."""
+  """A manifest of version 0 for the complete shards of an unsealed store."""
   plan = layout.read_json(url, layout.PLAN, StorePlan)
   if plan is None:
     return None
-  found = layout.read_records(url)
-  # As far as none is missing.
+  records = layout.read_records(url)
+  # Up to the first that is missing.
   shards = [
     shard
-    for i, (number, shard) in enumerate(sorted(found.items()))
+    for i, (number, shard) in enumerate(sorted(records.items()))
     if number == i
   ]
   return manifest_lib.make(plan, shards, version=0) if shards else None

@@ -1,7 +1,7 @@
 """Writing a store: shards in any order by any process, then the manifest.
 
-Objects are made where there are none, and never changed: of two writers of one
-shard the first one's bytes stay, and the other is told if its own differ.
+Objects are created where there are none, and never changed: of two writers of a
+shard the first one's bytes stay, and the other gets an error if its own differ.
 """
 
 from collections.abc import Iterable, Sequence
@@ -23,19 +23,19 @@ from sae_jax.store.manifest import Manifest, Shard, StorePlan
 class StoreWriter:
   """Writes shards of a store, and seals it.
 
-  Any number of processes may have one for the same folder; what they find
-  there of the same plan stays.
+  Any number of processes may write to the same folder if their plans are equal;
+  shards that are complete stay.
   """
 
   def __init__(self, url: str, plan: StorePlan):
-    """Opens the folder, or makes it.
+    """Opens the folder, or creates it.
 
     Args:
       url: the store's folder.
       plan: what all shards have in common.
 
     Raises:
-      UserError: if sizes do not fit, the folder can't be written, or holds
+      UserError: if sizes do not fit, or the folder can't be written or holds
         shards of another plan.
     """
     if plan.chunk_rows < 1 or plan.shard_rows % plan.chunk_rows:
@@ -60,7 +60,7 @@ class StoreWriter:
       raise self._error(error) from error
 
   def agree(self, name: str, value: Any) -> Any:
-    """Stores a dataclass, and returns that of whoever was first.
+    """Stores a dataclass unless another process has; returns the stored one.
 
     Raises:
       UserError: if it can't be written.
@@ -80,9 +80,9 @@ class StoreWriter:
     return ShardWriter(self, number)
 
   def complete(self, n_shards: int) -> list[Shard] | None:
-    """The records of the first shards, None if one is missing."""
-    found = self.records()
-    shards = [found.get(number) for number in range(n_shards)]
+    """The records of the first `n_shards` shards, None if one is missing."""
+    records = self.records()
+    shards = [records.get(number) for number in range(n_shards)]
     return None if None in shards else shards
 
   def seal(
@@ -91,18 +91,18 @@ class StoreWriter:
     *,
     holdout_rows: int = 0,
     mask: dict[str, Any] | None = None,
-    wanted: dict[str, Any] | None = None,
+    sizes: dict[str, Any] | None = None,
   ) -> Manifest:
-    """Writes the manifest, after which readers find the store.
+    """Writes the manifest, after which readers can open the store.
 
     Args:
-      shards: the records of all of them, of `complete`.
-      holdout_rows: the last so many rows are held out, see `holdout_rows`.
-      mask: the rule by which tokens were left out; how many were is added.
-      wanted: what of the config says how much there should be.
+      shards: the records of all shards, from `complete`.
+      holdout_rows: how many of the last rows are held out.
+      mask: see `manifest.make`.
+      sizes: see `manifest.make`.
 
     Returns:
-      The manifest; that of another process if it was first.
+      The manifest, or another process's if that was first.
 
     Raises:
       UserError: if it can't be written.
@@ -114,7 +114,7 @@ class StoreWriter:
       version=1 + (before.version if before else 0),
       holdout_rows=holdout_rows,
       mask=mask,
-      wanted=wanted,
+      sizes=sizes,
     )
     try:
       for name, kind in layout.array_kinds(self.plan).items():
@@ -124,18 +124,18 @@ class StoreWriter:
       if not files_lib.create(
         self._files, name, config.to_json(manifest).encode()
       ):
-        # Another process was first; what it says of the same shards holds.
+        # Another process was first, with the same shards.
         return layout.read_manifest(self.url, manifest.version)
     except (ValueError, OSError) as error:
       raise self._error(error) from error
     return layout.read_manifest(self.url, manifest.version)
 
   def _check_plan(self):
-    found = layout.read_json(self.url, layout.PLAN, StorePlan)
-    # What is not there yet is like what is: lists, not tuples.
+    stored = layout.read_json(self.url, layout.PLAN, StorePlan)
+    # Through JSON, so that both have lists and not tuples.
     own = config.from_dict(StorePlan, json.loads(config.to_json(self.plan)))
     changes = config.differences(
-      *(dataclasses.replace(plan, software={}) for plan in (found, own))
+      *(dataclasses.replace(plan, software={}) for plan in (stored, own))
     )
     if changes:
       raise errors.UserError(
@@ -151,20 +151,17 @@ class StoreWriter:
 
 
 class ShardWriter:
-  """One shard: contexts are appended, then all of it is written.
-
-  It is in memory until then.
-  """
+  """One shard: contexts are appended in memory, then all of it is written."""
 
   def __init__(self, writer: StoreWriter, number: int):
     self._writer, self.number = writer, number
     self._plan = writer.plan
-    self._parts = {name: [] for name in layout.array_kinds(self._plan)}
+    self._pieces = {name: [] for name in layout.array_kinds(self._plan)}
     self._contexts, self._stream = 0, 0
     self.rows = 0
 
   def has_room(self, tokens: int, rows: int) -> bool:
-    """Whether so many tokens with so many rows fit."""
+    """Whether the shard has room for these many tokens and rows."""
     return (
       self.rows + rows <= self._plan.shard_rows
       and self._stream + tokens <= self._plan.shard_stream
@@ -183,15 +180,16 @@ class ShardWriter:
     Args:
       tokens: int [l] token ids.
       documents: int [l] document numbers, never descending.
-      positions: int [l] places in the subject's context, 0 at its start.
-      keep_mask: bool [l], whose activations are kept.
-      kept: site -> [keep_mask.sum(), D] their activations.
+      positions: int [l] positions in the subject's context, 0 at its start.
+      keep_mask: bool [l], tokens whose activations are kept.
+      kept: site -> their activations, [keep_mask.sum(), D].
 
     Raises:
       ValueError: if shapes do not fit, or the shard has no room.
     """
-    places = self._stream + np.flatnonzero(keep_mask)
-    shape = (len(places), self._plan.d_model)
+    stream_index = self._stream + np.flatnonzero(keep_mask)
+    n_rows = len(stream_index)
+    shape = (n_rows, self._plan.d_model)
     for site in self._plan.sites:
       if kept[site].shape != shape:
         raise ValueError(
@@ -200,19 +198,19 @@ class ShardWriter:
         )
     if not len(tokens) == len(documents) == len(positions) == len(keep_mask):
       raise ValueError('tokens, documents, positions, keep_mask differ in size')
-    if not self.has_room(len(tokens), len(places)):
+    if not self.has_room(len(tokens), n_rows):
       raise ValueError(
-        f'{len(places)} rows of {len(tokens)} tokens do not fit a shard of '
+        f'{n_rows} rows of {len(tokens)} tokens do not fit a shard of '
         f'{self._plan.shard_rows} and {self._plan.shard_stream} that holds '
         f'{self.rows} and {self._stream}'
       )
     for site in self._plan.sites:
-      self._take(layout.array_name(site), kept[site])
-    self._take(layout.STREAM_INDEX, places)
+      self._add(layout.array_name(site), kept[site])
+    self._add(layout.STREAM_INDEX, stream_index)
     for name, values in zip(layout.STREAM, (tokens, documents, positions)):
-      self._take(name, values)
+      self._add(name, values)
     self._contexts += int((np.asarray(positions) == 0).sum())
-    self.rows += len(places)
+    self.rows += n_rows
     self._stream += len(tokens)
 
   def finish(
@@ -220,14 +218,14 @@ class ShardWriter:
     source_rows: dict[str, int] | None = None,
     masked: dict[str, int] | None = None,
   ) -> Shard:
-    """Writes the objects, then the record that makes them count.
+    """Writes the objects, then the record that completes the shard.
 
     Args:
       source_rows: source -> rows of this shard that came from it.
       masked: rule -> tokens that were left out.
 
     Returns:
-      The record; that of another writer if it was first with the same bytes.
+      The record.
 
     Raises:
       UserError: if the disk or bucket refuses the data, or another writer has
@@ -235,8 +233,8 @@ class ShardWriter:
     """
     kinds = layout.array_kinds(self._plan)
     arrays = {
-      name: np.concatenate([np.empty((0, *kind.row), kind.dtype), *parts])
-      for (name, kind), parts in zip(kinds.items(), self._parts.values())
+      name: np.concatenate([np.empty((0, *kind.row), kind.dtype), *pieces])
+      for (name, kind), pieces in zip(kinds.items(), self._pieces.values())
     }
     documents = arrays['documents'][arrays[layout.STREAM_INDEX]]
     numbers, counts = np.unique(documents, return_counts=True)
@@ -267,9 +265,9 @@ class ShardWriter:
       raise self._writer._error(error) from error
     return shard
 
-  def _take(self, name, values):
-    dtype = layout.array_kinds(self._plan)[name][0]
-    self._parts[name].append(np.asarray(values).astype(dtype))
+  def _add(self, name, values):
+    dtype = layout.array_kinds(self._plan)[name].dtype
+    self._pieces[name].append(np.asarray(values).astype(dtype))
 
   def _conflict(self, key):
     return errors.UserError(
@@ -287,16 +285,15 @@ def write(
   holdout_rows: int = 0,
   mask: dict[str, Any] | None = None,
 ) -> Manifest:
-  """Writes and seals a store of activations that come from elsewhere.
+  """Writes and seals a store of activations that the caller has.
 
   Args:
     url: its folder.
-    plan: what it holds.
-    stretches: of the token stream with their activations, in order, each the
-      arguments of `ShardWriter.append`: whole contexts, that a shard has room
-      for.
+    plan: what its shards have in common.
+    stretches: stretches of the token stream in order, each the arguments of
+      `ShardWriter.append`. Each is whole contexts, and fits into a shard.
     holdout_rows: see `StoreWriter.seal`.
-    mask: see `StoreWriter.seal`.
+    mask: see `manifest.make`.
 
   Returns:
     The manifest.

@@ -41,19 +41,19 @@ def stretches(data, cuts, sites=SITES[:1]):
   edges = [0, *(cuts or range(16, len(data['tokens']), 16))]
   row = 0
   for start, stop in itertools.pairwise([*edges, len(data['tokens'])]):
-    part = [v[start:stop] for k, v in data.items() if k != 'kept']
-    kept = data['kept'][row : row + part[-1].sum()]
+    stretch = [v[start:stop] for k, v in data.items() if k != 'kept']
+    kept = data['kept'][row : row + stretch[-1].sum()]
     row += len(kept)
-    yield *part, {site: kept + i for i, site in enumerate(sites)}
+    yield *stretch, {site: kept + i for i, site in enumerate(sites)}
 
 
 def write(url, data, cuts=(), holdout_rows=11, mask=None, **plan):
   """Writes a finished store; keyword arguments replace fields of its plan."""
-  made = StorePlan(**(PLAN | plan))
+  plan = StorePlan(**(PLAN | plan))
   return writer_lib.write(
     url,
-    made,
-    stretches(data, cuts, made.sites),
+    plan,
+    stretches(data, cuts, plan.sites),
     holdout_rows=holdout_rows,
     mask=mask or {'rule': 'none'},
   )
@@ -72,7 +72,7 @@ def begin(url, data, n_shards=1, **plan):
 
 
 def files(folder):
-  """What is in a folder, by name."""
+  """The bytes of each file of a folder, by name."""
   return {
     str(path.relative_to(folder)): path.read_bytes()
     for path in folder.rglob('*')

@@ -78,15 +78,16 @@ def write_texts(folder):
   return path
 
 
-def run(wanted, url):
+def run(harvest_config, url):
   """Harvests to a store."""
-  return harvest.harvest(wanted, str(url), subject())
+  return harvest.harvest(harvest_config, str(url), subject())
 
 
-def expected_contexts(wanted):
+def expected_contexts(harvest_config):
   """(document, tokens) of every context, from the definition."""
   contexts, number = [], 0
-  for document in corpus.documents(wanted.sources, wanted.seed, 3 * 20 * 4):
+  sources, seed = harvest_config.sources, harvest_config.seed
+  for document in corpus.documents(sources, seed, 3 * 20 * 4):
     ids = subject().tokenizer.encode(document.text).ids
     pieces = [ids[:20], ids[20:40], ids[40:60]]
     pieces = [piece for piece in pieces if len(piece) >= 4]

@@ -41,8 +41,8 @@ def test_loud_tokens_are_masked_and_counted(tmp_path, caplog):
   norms = np.linalg.norm(opened.read_rows(0, len(stream)), axis=1)
   assert (norms > 10 * masked.mask['median_norm'][str(toy.SITE)]).sum() == 40
   assert everything.mask['masked_norm'] == 0
-  told = r'32 of the first 512 tokens at .* more than 10 times the median'
-  assert re.search(told, caplog.text)
+  warning = r'32 of the first 512 tokens at .* more than 10 times the median'
+  assert re.search(warning, caplog.text)
 
 
 def test_the_median_is_that_of_the_first_contexts(texts, tmp_path):

@@ -105,26 +105,26 @@ def test_several_sites_share_a_stream(tmp_path):
 def test_identity_names_data_and_config(tmp_path):
   data, numbers = small.data(), itertools.count()
 
-  def made(data, **fields):
+  def identity(data, **fields):
     return small.write(
       str(tmp_path / str(next(numbers))), data, **fields
     ).identity
 
-  first = made(data)
-  assert made(data) == first
-  assert made(data, software={'jax': '9'}) == first
-  others = [made(data, dtype='bfloat16')]
+  first = identity(data)
+  assert identity(data) == first
+  assert identity(data, software={'jax': '9'}) == first
+  others = [identity(data, dtype='bfloat16')]
   for name in ('tokens', 'documents', 'positions', 'kept'):
-    others.append(made(data | {name: small.flip(data[name])}))
+    others.append(identity(data | {name: small.flip(data[name])}))
   moved = data | {'keep_mask': np.roll(data['keep_mask'], 1)}
-  others.append(made(moved))
+  others.append(identity(moved))
   changes = {
     'subject': 'other', 'weights_sha256': 'other', 'context_length': 17,
     'sources': ('other',), 'seed': 1, 'config': {}, 'sites': small.SITES[1:],
     'holdout_rows': 12, 'mask': {'rule': 'other'}, 'chunk_rows': 16,
   }  # fmt: skip
   for name, value in changes.items():
-    others.append(made(data, **{name: value}))
+    others.append(identity(data, **{name: value}))
   assert len({first, *others}) == 1 + len(others)
 
 
@@ -134,10 +134,10 @@ def test_an_unfinished_store_is_refused_and_goes_on(tmp_path):
   with pytest.raises(errors.UserError, match='not a finished store'):
     store.open_store(url)
   # Asked for, what is complete can be read.
-  some = store.open_store(url, unsealed=True)
-  assert len(some.manifest.shard_counts) == 2 and some.n_train > small.SHARD
+  begun = store.open_store(url, unsealed=True)
+  assert len(begun.manifest.shard_counts) == 2 and begun.n_train > small.SHARD
   np.testing.assert_array_equal(
-    some.read_rows(0, some.n_train), small.data()['kept'][: some.n_train]
+    begun.read_rows(0, begun.n_train), small.data()['kept'][: begun.n_train]
   )
   # Its shards stay as they are.
   before = small.files(tmp_path / 'store')
@@ -149,7 +149,9 @@ def test_an_unfinished_store_is_refused_and_goes_on(tmp_path):
   assert len(after) > 6
 
 
-def test_of_two_writers_the_first_stays_whole_and_the_other_is_told(tmp_path):
+def test_of_two_writers_the_first_stays_whole_and_the_other_is_refused(
+  tmp_path,
+):
   url = str(tmp_path / 'store')
   first = small.begin(url, small.data())
   before = small.files(tmp_path / 'store')
@@ -170,31 +172,31 @@ def test_of_two_writers_the_first_stays_whole_and_the_other_is_told(tmp_path):
 
 def test_two_writers_at_once_leave_one_whole_shard(tmp_path):
   url = str(tmp_path / 'store')
-  told, barrier = [], threading.Barrier(2)
+  refusals, barrier = [], threading.Barrier(2)
 
   def work(seed):
     barrier.wait()
     try:
       small.begin(url, small.data(seed=seed))
     except errors.UserError as error:
-      told.append(str(error))
+      refusals.append(str(error))
 
   threads = [threading.Thread(target=work, args=(seed,)) for seed in (0, 1)]
   for thread in threads:
     thread.start()
   for thread in threads:
     thread.join()
-  assert len(told) == 1 and 'other bytes' in told[0]
-  some = store.open_store(url, unsealed=True)
-  found = some.read_rows(0, some.n_train)
+  assert len(refusals) == 1 and 'other bytes' in refusals[0]
+  begun = store.open_store(url, unsealed=True)
+  rows_RD = begun.read_rows(0, begun.n_train)
   assert (
     sum(
-      np.array_equal(found, small.data(seed=seed)['kept'][: some.n_train])
+      np.array_equal(rows_RD, small.data(seed=seed)['kept'][: begun.n_train])
       for seed in (0, 1)
     )
     == 1
   )
-  some.tokens()
+  begun.tokens()
 
 
 def test_another_plan_is_refused(tmp_path):
