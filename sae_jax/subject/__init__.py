@@ -32,7 +32,7 @@ class Subject:
     name: the name or path it was loaded by.
     config: its shape, static under jit.
     params: its parameters (`transformer.param_shapes`).
-    tokenizer: its tokenizer (`subject.tokenizer` has encode and decode).
+    tokenizer: its tokenizer (`formats.tokenizer` has encode and decode).
     weights_sha256: hex digest of the files it came from.
   """
 
@@ -48,7 +48,7 @@ def find(name_or_path: str) -> str:
 
   Raises:
     UserError: if the subject's package is not installed, or the text is
-      neither a name, nor a .gguf path, nor a folder that is there.
+      neither a name, nor a .gguf path, nor an existing folder.
   """
   if name_or_path not in _PACKAGED:
     if not name_or_path.endswith('.gguf') and not (
@@ -82,7 +82,7 @@ def load(
       None for one device.
 
   Raises:
-    UserError: if it is not there, or not a model this package can run.
+    UserError: if it does not exist, or is not a model this package can run.
   """
   name = os.fspath(name_or_path)
   path = find(name)
@@ -94,7 +94,7 @@ def load(
 
   if path.endswith('.gguf'):
     file = gguf.open_gguf(path)
-    # First: it fails at once where the weights take minutes.
+    # First, since it fails at once and the weights take minutes.
     tokenizer = tokenizer_lib.from_metadata(file.metadata)
     config, params = gguf.load_params(file, dtype, shardings)
     digest = file.sha256
@@ -111,7 +111,7 @@ def load_tokenizer(
   """A subject's tokenizer, without its weights.
 
   Raises:
-    UserError: if it is not there, or not one this package can use.
+    UserError: if it does not exist, or is not one this package can use.
   """
   path = find(os.fspath(name_or_path))
   if path.endswith('.gguf'):
@@ -122,7 +122,7 @@ def load_tokenizer(
 def save(subject: Subject, url: str) -> None:
   """Writes a subject to a folder, its parameters with Orbax.
 
-  `load` reads it back onto any mesh, every process its own part.
+  `load` reads it back onto any mesh; every process reads its own shards.
   """
   saved.save(
     url,

@@ -28,12 +28,12 @@ class RopeScaling:
   Attributes:
     kind: 'linear' divides every frequency by `factor`; 'llama3' does so for
       long wavelengths, not for short ones, and blends between (Llama 3.1);
-      'factors' divides pair i by `factors[i]`, the same written out (GGUF).
+      'factors' divides pair i by `factors[i]` (GGUF's form of 'llama3').
     factor: the divisor.
     low_freq_factor: wavelengths above original_length / this are long.
     high_freq_factor: wavelengths below original_length / this are short.
     original_length: positions the model was first trained for.
-    factors: a divisor per rotary pair.
+    factors: a divisor for each rotary pair.
   """
 
   kind: str
@@ -51,7 +51,7 @@ class RopeScaling:
 class TransformerConfig:
   """Shape of a transformer; hashable, so it can be a static jit argument.
 
-  The defaults of what follows `rope_pairs` are Llama's.
+  The defaults of the fields after `rope_pairs` are Llama's.
 
   Attributes:
     n_layers: blocks.
@@ -67,30 +67,30 @@ class TransformerConfig:
       pairs 2i with 2i + 1 (GGUF's Llama), 'half' pairs i with i + H.
     rotary_dim: leading coordinates of a head that rotate; 0 for all.
     rope_scaling: stretching of the wavelengths, None for none.
-    local_rope_base: base in blocks with a window, which are never stretched;
-      0 where they are as the others (Gemma 3 has it).
-    n_positions: rows of a table of learned positions, in place of rotary
-      ones; 0 for rotary positions (GPT-2 has the table).
+    local_rope_base: base of the wavelengths in blocks with a window, where they
+      are never stretched (Gemma 3); 0 for the same as in the other blocks.
+    n_positions: rows of a table of learned positions (GPT-2); 0 for rotary
+      positions.
     norm: 'rms' scales, 'layer' centres, scales and adds a bias.
-    post_norms: whether what attention and feed-forward add to the stream is
-      normed too (Gemma 2 and 3).
-    parallel: whether the feed-forward reads the stream that attention reads,
-      and not the one it wrote (GPT-NeoX).
+    post_norms: whether the outputs of attention and feed-forward are normed
+      before they are added to the residual stream (Gemma 2 and 3).
+    parallel: whether the feed-forward reads the residual stream before
+      attention was added to it (GPT-NeoX).
     qk_norm: whether queries and keys are normed head by head before they
       rotate (Qwen3, Gemma 3).
     qkv_bias: whether queries, keys and values have a bias.
-    attn_out_bias: whether attention's output has one.
-    ffn_bias: whether the feed-forward's matrices have one.
-    gated: whether the feed-forward is act(gate) x up, and not act(up).
+    attn_out_bias: whether attention's output has a bias.
+    ffn_bias: whether the feed-forward's matrices have biases.
+    gated: whether the feed-forward is act(gate) x up, instead of act(up).
     activation: 'silu', 'gelu' (by erf), 'gelu_tanh' or 'relu'.
-    windows: for each block the positions a token sees, itself among them; 0
-      for all before it. Empty: no block has a window.
+    windows: for each block how many positions a token attends to, its own
+      included; 0 for all up to its own. Empty if no block has a window.
     attn_scale: multiplies query-key products; 0 for d_head ** -0.5.
-    attn_scale_by_block: whether block i divides it by i + 1.
+    attn_scale_by_block: whether block i divides the products by i + 1.
     attn_softcap: c of c tanh(score / c); 0 for none (Gemma 2).
-    final_softcap: the same of the logits.
+    final_softcap: the same for the logits.
     embed_scale: multiplies embedded tokens (Gemma).
-    tied: whether the embedding is the unembedding too.
+    tied: whether the embedding is also the unembedding.
   """
 
   n_layers: int
@@ -161,9 +161,9 @@ def _check_one_of(name: str, value: str, known: tuple[str, ...]) -> None:
 def param_shapes(config: TransformerConfig) -> dict[str, Any]:
   """Shapes of the parameters, nested as they are; blocks lead with L.
 
-  A matrix is stored [inputs, outputs], a norm's weight is what multiplies
-  (Gemma's files hold it less one). `unembed`, of the shape of `embed`, is
-  there unless the embedding is tied.
+  A matrix is stored [inputs, outputs]. A norm's weight is the factor itself
+  (Gemma's files hold the factor less one). `unembed`, of the shape of `embed`,
+  exists unless the embedding is tied.
   """
   n, d, f = config.n_layers, config.d_model, config.d_ff
   j, i = config.n_heads * config.d_head, config.n_kv_heads * config.d_head
@@ -172,8 +172,8 @@ def param_shapes(config: TransformerConfig) -> dict[str, Any]:
     weight = {name: shape}
     return weight | ({f'{name}_bias': shape} if config.norm == 'layer' else {})
 
-  def biases(wanted, **shapes):
-    return {f'{k}_bias': v for k, v in shapes.items()} if wanted else {}
+  def biases(has_bias, **shapes):
+    return {f'{k}_bias': v for k, v in shapes.items()} if has_bias else {}
 
   blocks = norm('attn_norm', n, d)
   blocks |= {'query': (n, d, j), 'key': (n, d, i), 'value': (n, d, i)}
@@ -198,7 +198,7 @@ def param_shapes(config: TransformerConfig) -> dict[str, Any]:
 
 
 def init(config: TransformerConfig, key: jax.Array) -> Params:
-  """An untrained float32 model: the control for anything a model 'knows'.
+  """An untrained float32 model, a control for what a trained one 'knows'.
 
   Matrices are normal with variance 1 / inputs, the embedding is standard
   normal, norms scale by one, biases are zero.

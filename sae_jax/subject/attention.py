@@ -41,25 +41,25 @@ def attend(
     query_BGQTE: queries.
     key_BGUE: keys.
     value_BGUE: values.
-    seen: which key positions a query position sees, at least one: boolean TU
-      for all sequences, or BTU.
+    seen: which key positions each query position attends to, at least one:
+      boolean TU for all sequences, or BTU.
     scale: multiplies the scores.
     softcap: c of c tanh(score / c); 0 for none.
   """
-  one = functools.partial(_attend_group, scale=scale, softcap=softcap)
+  attend_group = functools.partial(_attend_group, scale=scale, softcap=softcap)
   if seen.ndim == 3:
-    over_groups = jax.vmap(one, in_axes=(0, 0, 0, None))
+    over_groups = jax.vmap(attend_group, in_axes=(0, 0, 0, None))
     return jax.vmap(over_groups)(query_BGQTE, key_BGUE, value_BGUE, seen)
   n_groups = math.prod(key_BGUE.shape[:2])
   groups = [
     x.reshape((n_groups, *x.shape[2:]))
     for x in (query_BGQTE, key_BGUE, value_BGUE)
   ]
-  # On a CPU one group after the other stays in cache, which beat the batched
-  # product end to end; accelerators need the whole batch at once.
+  # On a CPU one group at a time stays in cache, which was faster end to end;
+  # accelerators need the whole batch at once.
   out = jax.lax.platform_dependent(
     *groups,
-    cpu=lambda *g: jax.lax.map(lambda one_group: one(*one_group, seen), g),
-    default=jax.vmap(lambda *g: one(*g, seen)),
+    cpu=lambda *g: jax.lax.map(lambda group: attend_group(*group, seen), g),
+    default=jax.vmap(lambda *g: attend_group(*g, seen)),
   )
   return out.reshape(query_BGQTE.shape)

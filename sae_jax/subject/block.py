@@ -20,12 +20,12 @@ _ACTIVATIONS = {
   'relu': jax.nn.relu,
 }
 
-# Called with the name of a site and what is there; returns what goes on.
+# (name of a site, activations there) -> the activations to go on with.
 Tap = Callable[[str, jax.Array], jax.Array]
 
 
 class Cache(NamedTuple):
-  """Keys and values of the positions seen, for every block.
+  """Keys and values of earlier positions, for every block.
 
   Attributes:
     key_LBUGE: keys, rotated.
@@ -60,75 +60,88 @@ def _linear(weights: Params, name: str, x_BTD: jax.Array) -> jax.Array:
 
 
 def layers(config: TransformerConfig) -> dict[str, np.ndarray]:
-  """What differs from block to block beside the parameters, each [L]."""
-  found = {}
+  """Settings that differ from block to block, each [L]."""
+  settings = {}
   if any(config.windows):
-    # Beyond any distance, for a block that sees everything.
+    # A block without a window: larger than any distance.
     whole = np.iinfo(np.int32).max
-    found['window'] = np.array([w or whole for w in config.windows], np.int32)
+    settings['window'] = np.array(
+      [w or whole for w in config.windows], np.int32
+    )
     if config.local_rope_base:
-      found['rope'] = np.array([bool(w) for w in config.windows], np.int32)
+      settings['rope'] = np.array([bool(w) for w in config.windows], np.int32)
   if config.attn_scale_by_block:
     divisor = np.arange(1, config.n_layers + 1, dtype=np.float32)
-    found['scale_divisor'] = divisor
-  return found
+    settings['scale_divisor'] = divisor
+  return settings
 
 
-class Place(NamedTuple):
-  """Where the tokens of a pass stand: query positions, angles, the cache."""
+class Queries(NamedTuple):
+  """Positions of the tokens of a pass, and of the keys they attend to.
 
-  query: jax.Array | np.ndarray  # T, or BT of sequences that began apart
+  Attributes:
+    position: of each token: T, or BT if sequences began at different times.
+    n_keys: key positions, 0 to n_keys - 1.
+    cos: of the rotary angles, [kinds, n_keys, H]; None for learned positions.
+    sin: the same.
+  """
+
+  position: jax.Array | np.ndarray
   n_keys: int
   cos: np.ndarray | None
   sin: np.ndarray | None
 
 
-def place_of(
+def queries_of(
   config: TransformerConfig,
   n_positions: int,
   cache: Cache | None,
   first_B: jax.Array | None,
-) -> Place:
+) -> Queries:
+  """The queries of a pass over `n_positions` tokens of each sequence.
+
+  Args:
+    config: the transformer's shape.
+    n_positions: T.
+    cache: keys and values of earlier positions, or None.
+    first_B: with a cache, the position of each sequence's first token.
+  """
   n_keys = n_positions if cache is None else cache.key_LBUGE.shape[2]
-  # None turns where positions are learned.
   cos, sin = (
     (None, None) if config.n_positions else positions.tables(config, n_keys)
   )
-  query = np.arange(n_positions, dtype=np.int32)
+  position = np.arange(n_positions, dtype=np.int32)
   if cache is not None:
-    query = first_B[:, None] + query[None]
-  return Place(query, n_keys, cos, sin)
+    position = first_B[:, None] + position[None]
+  return Queries(position, n_keys, cos, sin)
 
 
-def _seen(place: Place, layer: Params) -> jax.Array | np.ndarray:
-  """Which keys a query sees: TU, or BTU."""
-  keys = np.arange(place.n_keys, dtype=np.int32)
-  distance = place.query[..., None] - keys.reshape(
-    (1,) * place.query.ndim + (-1,)
-  )
+def _seen(queries: Queries, layer: Params) -> jax.Array | np.ndarray:
+  """Which keys each query attends to: TU, or BTU."""
+  position = queries.position
+  keys = np.arange(queries.n_keys, dtype=np.int32)
+  distance = position[..., None] - keys.reshape((1,) * position.ndim + (-1,))
   seen = distance >= 0
   return seen & (distance < layer['window']) if 'window' in layer else seen
 
 
-def _angles(
-  config: TransformerConfig, place: Place, layer: Params
-) -> tuple[jax.Array, jax.Array]:
-  """cos and sin, [1, 1, 1, T, H], or with B in front."""
-  found = []
-  for table in (place.cos, place.sin):
+def _angles(queries: Queries, layer: Params) -> tuple[jax.Array, jax.Array]:
+  """cos and sin of the queries' angles, [1 or B, 1, 1, T, H]."""
+
+  def of_queries(table):
     table = jnp.asarray(table)[layer.get('rope', 0)]
-    if place.query.ndim == 2:
-      found.append(table[place.query][:, None, None])
-    else:
-      found.append(table[None, None, None])
-  return tuple(found)
+    if queries.position.ndim == 2:
+      return table[queries.position][:, None, None]
+    return table[None, None, None]
+
+  return of_queries(queries.cos), of_queries(queries.sin)
 
 
 def _attention(
   config: TransformerConfig,
   weights: Params,
   layer: Params,
-  place: Place,
+  queries: Queries,
   x_BTD: jax.Array,
   tap: Tap,
   index: jax.Array,
@@ -146,21 +159,12 @@ def _attention(
     key = norm(config, weights, 'key_norm', key)
   query, key, value = (x.transpose(0, 2, 3, 1, 4) for x in (query, key, value))
   if not config.n_positions:
-    cos, sin = _angles(config, place, layer)
+    cos, sin = _angles(queries, layer)
     query = positions.rotate(query, cos, sin, config.rope_pairs)
     key = positions.rotate(key, cos, sin, config.rope_pairs)
   key_BGUE, value_BGUE = key[:, :, 0], value[:, :, 0]
   if cache is not None:
-    row_B1 = jnp.arange(n_sequences)[:, None]
-    cache = Cache(
-      *(
-        # Positions beyond the cache would be clamped onto the last one.
-        old.at[index, row_B1, place.query].set(
-          new_BGTE.transpose(0, 2, 1, 3).astype(old.dtype), mode='drop'
-        )
-        for old, new_BGTE in zip(cache, (key_BGUE, value_BGUE))
-      )
-    )
+    cache = _cached(cache, index, queries.position, key_BGUE, value_BGUE)
     key_BGUE, value_BGUE = (
       jax.lax.dynamic_index_in_dim(x, index, keepdims=False).transpose(
         0, 2, 1, 3
@@ -174,7 +178,7 @@ def _attention(
     query,
     key_BGUE,
     value_BGUE,
-    jnp.asarray(_seen(place, layer)),
+    jnp.asarray(_seen(queries, layer)),
     scale,
     config.attn_softcap,
   )
@@ -186,6 +190,26 @@ def _attention(
   if config.post_norms:
     out_BTD = norm(config, weights, 'attn_post_norm', out_BTD)
   return tap('attn_out', out_BTD), cache
+
+
+def _cached(
+  cache: Cache,
+  index: jax.Array,
+  position_BT: jax.Array,
+  key_BGTE: jax.Array,
+  value_BGTE: jax.Array,
+) -> Cache:
+  """The cache with a block's keys and values at these positions."""
+  row_B1 = jnp.arange(len(position_BT))[:, None]
+  return Cache(
+    *(
+      # Positions beyond the cache would be clamped onto the last one.
+      old.at[index, row_B1, position_BT].set(
+        new_BGTE.transpose(0, 2, 1, 3).astype(old.dtype), mode='drop'
+      )
+      for old, new_BGTE in zip(cache, (key_BGTE, value_BGTE))
+    )
+  )
 
 
 def _feed_forward(
@@ -208,7 +232,7 @@ def apply(
   config: TransformerConfig,
   weights: Params,
   layer: Params,
-  place: Place,
+  queries: Queries,
   resid_BTD: jax.Array,
   tap: Tap,
   index: jax.Array,
@@ -219,12 +243,12 @@ def apply(
   Args:
     config: the transformer's shape.
     weights: the block's parameters.
-    layer: the block's part of `layers`.
-    place: where the tokens stand.
+    layer: the block's settings, of `layers`.
+    queries: the tokens' positions.
     resid_BTD: the residual stream before the block.
     tap: called at every site in turn.
-    index: number of the block, of its part of the cache.
-    cache: of all blocks, or None.
+    index: number of the block, which finds its entries in the cache.
+    cache: cache of all blocks, or None.
 
   Returns:
     The residual stream after it, and the cache with the new positions.
@@ -232,7 +256,7 @@ def apply(
   resid_BTD = tap('resid_pre', resid_BTD)
   x_BTD = tap('attn_in', norm(config, weights, 'attn_norm', resid_BTD))
   attn_BTD, cache = _attention(
-    config, weights, layer, place, x_BTD, tap, index, cache
+    config, weights, layer, queries, x_BTD, tap, index, cache
   )
   if config.parallel:
     x_BTD = resid_BTD

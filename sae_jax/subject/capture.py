@@ -18,13 +18,13 @@ Edits = dict[Site, Callable[[jax.Array], jax.Array]]
 
 
 class Pass(NamedTuple):
-  """What a pass through the subject gives.
+  """The result of a pass through the subject.
 
   Attributes:
     resid_BTD: the residual stream after the last block that ran.
     recorded: site -> activations there.
-    logits_BTV: next-token logits, if they were asked for; T of those tokens.
-    cache: the cache with the new positions, if one was given.
+    logits_BTV: next-token logits of the requested tokens, or None.
+    cache: the cache with the new positions; None if none was given.
   """
 
   resid_BTD: jax.Array
@@ -46,19 +46,19 @@ def run(
   cache: transformer.Cache | None = None,
   first_B: jax.Array | None = None,
 ) -> Pass:
-  """Runs the subject, recording and replacing at sites on the way.
+  """Runs the subject, recording and replacing activations at sites.
 
   Args:
     config: the subject's shape, static under jit.
     params: the subject's parameters.
     tokens_BT: int32 token ids, padded on the right with any id.
-    record: sites to record; where one is edited too, the replacement.
+    record: sites to record; of one that is also edited, the replacement.
     edits: site -> function of its activations that replaces them, keeping
       their shape.
     n_blocks: how many blocks to run; None for all.
-    logits: whether to go on to the logits.
-    logits_at_B: the one token of each sequence, counted here from 0, whose
-      logits are wanted; None for those of all.
+    logits: whether to compute logits.
+    logits_at_B: index of the one token of each sequence to compute them for,
+      from 0 within tokens_BT; None for all tokens.
     cache: keys and values of earlier positions (`transformer.make_cache`).
     first_B: with a cache, the position of each sequence's first token.
 
@@ -82,30 +82,30 @@ def run(
     Site(None, 'embed'), transformer.embed_tokens(config, params, tokens_BT)
   )
   if config.n_positions:
-    found = transformer.embed_positions(
+    embedded = transformer.embed_positions(
       config, params, tokens_BT.shape[1], first_B
     )
     resid_BTD += tap(
-      Site(None, 'pos_embed'), jnp.broadcast_to(found, resid_BTD.shape)
+      Site(None, 'pos_embed'), jnp.broadcast_to(embedded, resid_BTD.shape)
     )
   if not n_blocks:
     resid_BTD = tap(Site(0, 'resid_pre'), resid_BTD)
-  for part in _parts(record, edits, n_blocks):
-    resid_BTD, taken, cache = transformer.scan_blocks(
+  for blocks in _block_ranges(record, edits, n_blocks):
+    resid_BTD, by_name, cache = transformer.scan_blocks(
       config,
       params,
       resid_BTD,
-      part.start,
-      part.stop,
-      record=part.names,
-      edits=part.edits,
+      blocks.start,
+      blocks.stop,
+      record=blocks.names,
+      edits=blocks.edits,
       cache=cache,
       first_B=first_B,
     )
-    for name, x_LBTD in taken.items():
-      for block in range(part.start, part.stop):
-        recorded[Site(block, name)] = x_LBTD[block - part.start]
-    last = Site(part.stop - 1, 'resid_post')
+    for name, x_LBTD in by_name.items():
+      for block in range(blocks.start, blocks.stop):
+        recorded[Site(block, name)] = x_LBTD[block - blocks.start]
+    last = Site(blocks.stop - 1, 'resid_post')
     if last not in recorded:
       resid_BTD = tap(last, resid_BTD)
   logits_BTV = None
@@ -120,19 +120,26 @@ def run(
   return Pass(resid_BTD, recorded, logits_BTV, cache)
 
 
-class _Part(NamedTuple):
-  """Blocks start..stop - 1, alike in what is wanted of them."""
+class _BlockRange(NamedTuple):
+  """Blocks start..stop - 1, with the same records and edits in each.
+
+  Attributes:
+    start: the first block.
+    stop: one past the last block.
+    names: names of the sites that are recorded inside the scan.
+    edits: name of a site -> function that replaces its activations.
+  """
 
   start: int
   stop: int
-  names: frozenset[str]  # recorded inside the scan
+  names: frozenset[str]
   edits: dict[str, Callable[[jax.Array], jax.Array]]
 
 
-def _parts(
+def _block_ranges(
   record: Sequence[Site], edits: Edits, n_blocks: int
-) -> Iterator[_Part]:
-  """Parts of the stack, as few as there can be: each is compiled once."""
+) -> Iterator[_BlockRange]:
+  """The fewest ranges that cover the stack, since each is compiled."""
   names = {block: set() for block in range(-1, n_blocks + 1)}
   for site in record:
     if site.block is not None and site.block < n_blocks:
@@ -147,7 +154,7 @@ def _parts(
   }
 
   def inside(block):
-    # The stream after a part needs no recording inside it.
+    # The residual stream after a range is at hand without recording.
     alone = 'resid_post' not in names[block - 1] | names[block + 1]
     if alone or Site(block, 'resid_post') in edits:
       return frozenset(names[block] - {'resid_post'})
@@ -164,7 +171,7 @@ def _parts(
       or 'resid_post' in names[block] - inside(block)
     )
     if ends:
-      yield _Part(start, block + 1, inside(start), edited.get(start, {}))
+      yield _BlockRange(start, block + 1, inside(start), edited.get(start, {}))
       start = block + 1
 
 
@@ -184,7 +191,7 @@ def _blocks_to_run(
 
 
 def _recorded_as(site: Site) -> Site:
-  """The stream before a block is the one after the block before it."""
+  """The site with the same activations: resid_post of the block before."""
   if site.name == 'resid_pre' and site.block:
     return Site(site.block - 1, 'resid_post')
   return site
@@ -205,7 +212,7 @@ def capture_many(
     sites: where to read, static under jit (a tuple): sites, or their names.
 
   Returns:
-    Name, as given (`str(site)` of a Site) -> activations [B, T, width].
+    Activations [B, T, width] by name, as given, or `str(site)` of a Site.
 
   Raises:
     UserError: if a name is not known, or the subject has no such site.
@@ -233,9 +240,7 @@ def capture(
   tokens_BT: jax.Array,
   site: Site,
 ) -> jax.Array:
-  """Activations at a site, resid_BTD for one of the stream.
-
-  Runs no block beyond it.
+  """Activations at a site, [B, T, width]; runs no block beyond it.
 
   Args:
     config: the subject's shape, static under jit.

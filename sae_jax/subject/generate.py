@@ -1,4 +1,4 @@
-"""Tokens one after the other, with cached keys and values, steered or not."""
+"""Generating tokens with cached keys and values, with or without steering."""
 
 from collections.abc import Callable, Iterator
 import dataclasses
@@ -19,8 +19,8 @@ class Sampling:
 
   Attributes:
     temperature: divides the logits; 0 takes the most likely token.
-    top_k: draws among so many most likely tokens; 0 among all.
-    stop_token: once it came, a sequence repeats it; -1 for none.
+    top_k: how many of the most likely tokens to draw from; 0 for all.
+    stop_token: once drawn, a sequence repeats it; -1 for none.
   """
 
   temperature: float = 0.0
@@ -40,11 +40,11 @@ class Edit(NamedTuple):
 
   Attributes:
     site: where.
-    apply: (argument, activations) -> activations; a function at the top of a
-      module, for each is compiled once.
-    argument: arrays that it takes, which may change without compiling again.
-    on_prompt: whether the prompt's tokens are changed too, and not only those
-      that come after it.
+    apply: (argument, activations) -> activations; a function at the top level
+      of a module, since each function is compiled.
+    argument: arrays for `apply`, which may change without compiling again.
+    on_prompt: whether the prompt's tokens are changed too, or only those after
+      it.
   """
 
   site: capture.Site
@@ -54,15 +54,23 @@ class Edit(NamedTuple):
 
 
 def add(vector_D: jax.Array, x_BTD: jax.Array) -> jax.Array:
-  """Steering: the vector is added to every token's activations."""
+  """Steers: adds the vector to every token's activations."""
   return x_BTD + vector_D[None, None].astype(x_BTD.dtype)
 
 
 class _State(NamedTuple):
-  """Between two tokens."""
+  """The state of generation between two tokens.
 
-  tokens_B: jax.Array  # the last ones, which the subject has yet to read
-  position_B: jax.Array  # theirs
+  Attributes:
+    tokens_B: the last tokens drawn, which the subject has not read yet.
+    position_B: their positions.
+    stopped_B: whether each sequence has drawn the stop token.
+    cache: keys and values of the tokens that were read.
+    key: for the next draw.
+  """
+
+  tokens_B: jax.Array
+  position_B: jax.Array
   stopped_B: jax.Array
   cache: transformer.Cache
   key: jax.Array
@@ -101,8 +109,8 @@ def _start(
   """Reads the prompts and draws the token after each."""
   n_sequences = tokens_BT.shape[0]
   cache = transformer.make_cache(config, params, n_sequences, n_positions)
-  # What stands beyond a prompt is cached too, but no token sees it before
-  # another one has taken its place.
+  # The padding of a prompt is cached too, but each position is overwritten
+  # before a token attends to it.
   out = capture.run(
     config,
     params,
@@ -209,7 +217,7 @@ def generate(
   edits: tuple[Edit, ...] = (),
   seed: int = 0,
 ) -> jax.Array:
-  """Continues prompts; equal to drawing from `forward` again and again.
+  """Continues prompts, as drawing from `forward` token by token would.
 
   Compiles once for each shape, sampling and set of edited sites.
 
@@ -220,8 +228,8 @@ def generate(
     n_new: tokens to draw for each.
     length_B: tokens of each prompt; None for all of them.
     sampling: how a token is drawn.
-    edits: changes of activations on the way, at most one a site.
-    seed: of the draws.
+    edits: changes of activations, at most one for each site.
+    seed: seed of the draws.
 
   Returns:
     The new tokens, int32 [B, n_new].
@@ -252,9 +260,9 @@ def stream(
   edits: tuple[Edit, ...] = (),
   seed: int = 0,
 ) -> Iterator[np.ndarray]:
-  """The same tokens as `generate`, tokens_B as soon as they are drawn.
+  """The tokens of `generate`, yielded as tokens_B when they are drawn.
 
-  Ends early when every sequence has stopped.
+  Takes the same arguments. Ends early when every sequence has stopped.
   """
   rules, arguments, state = _prepare(
     config, params, tokens_BT, length_B, n_new, sampling, edits, seed

@@ -1,4 +1,4 @@
-"""Rotary positions: the angles, and the turning of pairs.
+"""Rotary positions: their angles, and the rotation of pairs.
 
 Source: RoFormer (arXiv:2104.09864); stretching by Llama 3.1's rule.
 """
@@ -21,7 +21,7 @@ def _stretch(
     return rate_H / np.array(scaling.factors)
   low, high = scaling.low_freq_factor, scaling.high_freq_factor
   turns_H = scaling.original_length * rate_H / (2 * math.pi)
-  # Few turns within the original length are a long wavelength.
+  # A long wavelength makes few turns within the original length.
   blend_H = np.clip((turns_H - low) / (high - low), 0, 1)
   return (1 - blend_H) * rate_H / scaling.factor + blend_H * rate_H
 
@@ -31,9 +31,9 @@ def tables(
 ) -> tuple[np.ndarray, np.ndarray]:
   """cos and sin of the angles, float32 [kinds, n_positions, H].
 
-  Kind 0 is of blocks that see everything; kind 1, there with
-  `local_rope_base`, of blocks with a window. Settled in float64 on the host,
-  for angles of far positions lose digits in float32.
+  Kind 0 is for blocks without a window; kind 1, which exists with
+  `local_rope_base`, for blocks with one. Computed in float64 on the host, since
+  angles of far positions lose digits in float32.
   """
   width = config.rotary_dim or config.d_head
 
@@ -50,12 +50,12 @@ def tables(
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array, pairs: str):
-  """Turns the first 2H coordinates of a head in pairs; the rest pass.
+  """Rotates the first 2H coordinates of a head in pairs; keeps the rest.
 
   Args:
     x: [..., T, E].
-    cos: of the angles, [..., T, H], of as many axes as x.
-    sin: the same.
+    cos: cosines of the angles, [..., T, H], with as many axes as x.
+    sin: sines of the angles, likewise.
     pairs: `TransformerConfig.rope_pairs`.
   """
   width = 2 * cos.shape[-1]

@@ -1,8 +1,8 @@
-"""Where a subject's arrays lie on a mesh ("data", "latent").
+"""How a subject's arrays are sharded over a mesh ("data", "latent").
 
-Sequences are split over `data`. Over `latent` go heads, the feed-forward's
-hidden units and the vocabulary (Megatron-LM, arXiv:1909.08053), so each block
-has one sum over the axis after attention and one after the feed-forward.
+Sequences are sharded over `data`. Heads, the feed-forward's hidden units and
+the vocabulary are sharded over `latent` (Megatron-LM, arXiv:1909.08053), so
+each block sums over `latent` after attention and after the feed-forward.
 """
 
 import jax
@@ -11,8 +11,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from sae_jax.subject import transformer
 
 _AXIS = 'latent'
-# Parameter -> axis that is split, counted from the end.
-_SPLIT = {
+# Parameter -> the axis over `latent`, counted from the end.
+_SHARDED_AXIS = {
   'embed': -2,
   'unembed': -2,
   'query': -1,
@@ -35,11 +35,11 @@ def param_shardings(
 ) -> transformer.Params:
   """The sharding of every parameter, nested as they are.
 
-  What the axis does not divide, whole heads of keys and values among it, lies
-  whole on each device.
+  An axis that `latent` does not divide, counted in whole key-value heads where
+  there are heads, is not sharded: the parameter is whole on every device.
   """
   size = mesh.shape[_AXIS]
-  # Units that must not be cut: heads, and rows elsewhere.
+  # Number of units that must not be cut: heads, or single rows elsewhere.
   units = dict.fromkeys(('embed', 'unembed'), config.vocab_size)
   units |= dict.fromkeys(('query', 'attn_out'), config.n_kv_heads)
   units |= dict.fromkeys(('key', 'value'), config.n_kv_heads)
@@ -48,8 +48,8 @@ def param_shardings(
   def spec(path, shape):
     name = path[-1].key
     axes = [None] * len(shape)
-    if name in _SPLIT and units[name.removesuffix('_bias')] % size == 0:
-      axes[_SPLIT[name]] = _AXIS
+    if name in _SHARDED_AXIS and units[name.removesuffix('_bias')] % size == 0:
+      axes[_SHARDED_AXIS[name]] = _AXIS
     return NamedSharding(mesh, PartitionSpec(*axes))
 
   return jax.tree_util.tree_map_with_path(
@@ -60,5 +60,5 @@ def param_shardings(
 
 
 def tokens_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
-  """Of tokens_BT: sequences over `data`."""
+  """The sharding of tokens_BT: sequences over `data`."""
   return NamedSharding(mesh, PartitionSpec('data'))

@@ -2,9 +2,9 @@
 
 The scheme: `embed`, `pos_embed`, `final_norm`, and `blocks.N.KIND` of block N,
 0-based, with a KIND of `KINDS`. Names of TransformerLens
-(`blocks.8.hook_resid_post`) and of modules of Hugging Face's transformers
-(`model.layers.8`, `transformer.h.8.mlp`), whose output is meant, are accepted
-where they mean a site of the scheme.
+(`blocks.8.hook_resid_post`) are accepted where they name a site of the scheme.
+So are modules of Hugging Face's transformers (`model.layers.8`,
+`transformer.h.8.mlp`), which name the module's output.
 """
 
 import dataclasses
@@ -36,8 +36,8 @@ WHOLE = {
   'final_norm': 'the normed stream that the unembedding reads',
 }
 
-# TransformerLens: after 'blocks.N.'. Its 'hook_normalized' are left out: some
-# of its norms have them before their weights, some after.
+# TransformerLens, after 'blocks.N.'. Its 'hook_normalized' is left out: it is
+# before the weights in some of its norms, after them in others.
 _LENS = {
   f'hook_{kind}': kind
   for kind in (
@@ -56,7 +56,7 @@ _LENS = {
 }
 _LENS_WHOLE = {'hook_embed': 'embed', 'hook_pos_embed': 'pos_embed'}
 
-# Hugging Face: after the name of the layer.
+# Hugging Face, after the name of the layer.
 _MODULES = {
   '': 'resid_post',
   'input_layernorm': 'attn_in',
@@ -99,7 +99,7 @@ class Site:
 
   Attributes:
     block: 0-based block; None for a site outside the blocks.
-    name: of KINDS, or of WHOLE.
+    name: a key of KINDS, or of WHOLE outside the blocks.
   """
 
   block: int | None
@@ -118,8 +118,8 @@ def parse_site(
 
   Args:
     text: a name of the scheme, or TransformerLens' or Hugging Face's.
-    config: the subject, for names that mean different sites in different
-      families: 'post_attention_layernorm' alone.
+    config: the subject. It is needed only for 'post_attention_layernorm', which
+      is a different site in different families.
 
   Raises:
     UserError: if the text names no kind of site.

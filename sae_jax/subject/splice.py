@@ -1,4 +1,4 @@
-"""Running the subject on activations that were replaced at sites."""
+"""Running the subject with activations replaced at sites."""
 
 from collections.abc import Callable
 
@@ -14,20 +14,19 @@ def resume(
   resid_BTD: jax.Array,
   site: capture.Site,
 ) -> jax.Array:
-  """Activations of the stream after a block -> next-token logits_BTV.
+  """The residual stream after a block -> next-token logits_BTV.
 
-  `resume` of what `capture` read equals `forward` (`run_blocks` says how
-  closely).
+  `resume` of the activations that `capture` read equals `forward`, as closely
+  as `run_blocks` says.
 
   Args:
     config: the subject's shape, static under jit.
     params: the subject's parameters.
     resid_BTD: activations at the site, whole sequences from position 0.
-    site: where the activations belong, static under jit: a resid_post.
+    site: the resid_post where the activations belong, static under jit.
 
   Raises:
-    UserError: if the subject has no such block, or the site is one from which
-      the rest of a block cannot go on.
+    UserError: if the subject has no such block, or the site is no resid_post.
   """
   capture.check_site(config, site)
   if site.name != 'resid_post':
@@ -71,7 +70,7 @@ def splice_many(
 ) -> jax.Array:
   """Next-token logits_BTV with the activations at several sites replaced.
 
-  Each edit sees what the edits before it left.
+  Each edit sees the effects of the edits before it.
 
   Args:
     config: the subject's shape, static under jit.

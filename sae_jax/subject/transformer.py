@@ -1,8 +1,8 @@
 """The decoder-only transformer whose activations are read.
 
-One program for all families: `TransformerConfig` has the switches in which
-they differ. Pure functions of a static config and a nested dict of arrays;
-blocks are stacked and scanned. `architecture` has the key of the axes.
+One program runs all families; they differ in switches of `TransformerConfig`.
+Functions are pure, of a static config and a nested dict of arrays; blocks are
+stacked and scanned. `architecture` has the key of the axes.
 """
 
 from collections.abc import Callable
@@ -24,12 +24,12 @@ param_shapes = architecture.param_shapes
 
 
 class BlocksOutput(NamedTuple):
-  """What `scan_blocks` gives.
+  """The result of `scan_blocks`.
 
   Attributes:
     resid_BTD: the residual stream after the last block.
     recorded: site name -> its activations, [blocks, B, T, width].
-    cache: the cache with the new positions, if one was given.
+    cache: the cache with the new positions; None if none was given.
   """
 
   resid_BTD: jax.Array
@@ -43,7 +43,7 @@ def embed_tokens(
   """Token ids -> embedded tokens, scaled, without positions."""
   resid_BTD = params['embed'][tokens_BT]
   if config.embed_scale != 1:
-    # In the embedding's own type, as the models were trained.
+    # Rounded to the embedding's type, as when the models were trained.
     resid_BTD *= jnp.asarray(config.embed_scale, resid_BTD.dtype)
   return resid_BTD
 
@@ -101,13 +101,12 @@ def scan_blocks(
     start: first block, 0-based.
     stop: one past the last block; `start` again returns the input.
     record: names of sites (`sites.KINDS`) to record in each of these blocks.
-    edits: name of a site -> what replaces it, in each of these blocks;
-      what is recorded there is the replacement.
-    cache: keys and values of earlier positions; the sequences go on from
-      them.
+    edits: name of a site -> function of its activations that replaces them, in
+      each of these blocks; the replacement is recorded.
+    cache: keys and values of earlier positions of the sequences, or None.
     first_B: with a cache, the position of each sequence's first token here.
   """
-  place = block.place_of(config, resid_BTD.shape[1], cache, first_B)
+  queries = block.queries_of(config, resid_BTD.shape[1], cache, first_B)
   layers = block.layers(config)
 
   def step(carry, index):
@@ -128,11 +127,11 @@ def scan_blocks(
       return x
 
     resid_BTD, cache = block.apply(
-      config, weights, layer, place, resid_BTD, tap, index, cache
+      config, weights, layer, queries, resid_BTD, tap, index, cache
     )
     return (resid_BTD, cache), recorded
 
-  # Scanning indices, not slices, spares a copy of blocks start..stop.
+  # Scanning over indices, not slices, avoids a copy of blocks start..stop.
   (resid_BTD, cache), recorded = jax.lax.scan(
     step, (resid_BTD, cache), jnp.arange(start, stop)
   )
@@ -149,9 +148,9 @@ def run_blocks(
   """Applies blocks start..stop - 1 to the residual stream.
 
   Positions count from 0 in every sequence and attention is causal, so right
-  padding changes nothing before it. Running a..b and then b..c gives what
-  running a..c gives: on a CPU bit for bit, elsewhere as far as the compiler
-  rounds a block alike in both.
+  padding changes nothing before it. Running a..b and then b..c equals running
+  a..c: bit for bit on a CPU, elsewhere unless the compiler rounds a block
+  differently in the two.
 
   Args:
     config: the transformer's shape.
@@ -169,7 +168,7 @@ def run_blocks(
 def final_norm(
   config: TransformerConfig, params: Params, resid_BTD: jax.Array
 ) -> jax.Array:
-  """The last residual stream -> what the unembedding reads."""
+  """The last residual stream -> the normed stream that is unembedded."""
   return block.norm(config, params, 'final_norm', resid_BTD)
 
 
@@ -210,7 +209,7 @@ def forward(
 def make_cache(
   config: TransformerConfig, params: Params, n_sequences: int, n_positions: int
 ) -> Cache:
-  """An empty cache for so many positions, of the parameters' type."""
+  """An empty cache for `n_positions`, of the parameters' type."""
   shape = (
     config.n_layers,
     n_sequences,

@@ -39,14 +39,14 @@ def test_a_mesh_changes_nothing(family, data, latent):
   tokens = jax.device_put(TOKENS, sharding.tokens_sharding(mesh))
   alone = run(config, params, TOKENS)
   together = run(config, spread, tokens)
-  for one, other in zip(alone, together):
-    np.testing.assert_allclose(one, other, rtol=1e-5, atol=2e-5)
+  for a, b in zip(alone, together):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
   # A parameter that lay wrongly would show.
   wrong = spread | {'embed': jnp.roll(spread['embed'], 1, 0)}
   assert np.abs(run(config, wrong, tokens)[0] - alone[0]).max() > 0.1
 
 
-def test_what_is_split():
+def test_which_parameters_are_sharded():
   mesh = mesh_lib.make_mesh(4, 2, jax.devices())
   spread = put(params_of('llama'), LLAMA, mesh)
   blocks = spread['blocks']
@@ -60,12 +60,12 @@ def test_what_is_split():
   # 61 tokens cannot be halved, nor the two key-value heads quartered.
   assert share(spread['embed']) == 1
   even = dataclasses.replace(LLAMA, vocab_size=64)
-  split = sharding.param_shardings(even, mesh)
-  assert tuple(split['embed'].spec) == ('latent', None)
+  shardings = sharding.param_shardings(even, mesh)
+  assert tuple(shardings['embed'].spec) == ('latent', None)
   mesh = mesh_lib.make_mesh(2, 4, jax.devices())
-  split = sharding.param_shardings(LLAMA, mesh)['blocks']
-  for name, cut in (('key', False), ('query', False), ('up', True)):
-    assert ('latent' in tuple(split[name].spec)) == cut
+  shardings = sharding.param_shardings(LLAMA, mesh)['blocks']
+  for name, sharded in (('key', False), ('query', False), ('up', True)):
+    assert ('latent' in tuple(shardings[name].spec)) == sharded
 
 
 def test_generation_over_a_mesh():
@@ -89,10 +89,10 @@ def test_bfloat16_stays_close(family):
   config, params = CONFIGS[family], params_of(family)
   narrow = jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)
   wide = run(config, params, TOKENS)
-  for one, other in zip(wide, run(config, narrow, TOKENS)):
-    assert other.dtype == jnp.bfloat16
-    error = np.linalg.norm(np.asarray(other, np.float32) - one)
-    assert error < BFLOAT16_BOUND * np.linalg.norm(one)
+  for exact, rounded in zip(wide, run(config, narrow, TOKENS)):
+    assert rounded.dtype == jnp.bfloat16
+    error = np.linalg.norm(np.asarray(rounded, np.float32) - exact)
+    assert error < BFLOAT16_BOUND * np.linalg.norm(exact)
   # Half the bits again are too few.
   crude = jax.tree.map(lambda x: x.astype('float8_e4m3fn'), narrow)
   crude = jax.tree.map(lambda x: x.astype(jnp.bfloat16), crude)

@@ -71,7 +71,7 @@ def tensors(record):
   config = record['config']
   architecture = _ARCHITECTURES[config['model_type']]
   n_heads = config.get('num_attention_heads', config.get('n_head'))
-  found = {}
+  renamed = {}
   for name, values in hf_folder.tensors(record).items():
     new = _renamed(name, architecture)
     if architecture == 'llama' and ('attn_q.' in new or 'attn_k.' in new):
@@ -85,11 +85,11 @@ def tensors(record):
       values = heads.swapaxes(0, 1).reshape(values.shape)
     if architecture.startswith('gemma') and new.endswith('norm.weight'):
       values = values + 1
-    found[new] = np.ascontiguousarray(values)
+    renamed[new] = np.ascontiguousarray(values)
   rope = config.get('rope_parameters') or {}
   if rope.get('rope_type') == 'llama3':
-    found['rope_freqs.weight'] = _factors(rope, config)
-  return found
+    renamed['rope_freqs.weight'] = _factors(rope, config)
+  return renamed
 
 
 def _factors(rope, config):

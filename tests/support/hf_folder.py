@@ -38,43 +38,43 @@ def tensors(record, *, without=None):
   }
 
 
-def write(folder, record, *, n_files=1, some=None, tokenizer=True):
+def write(folder, record, *, n_files=1, weights=None, tokenizer=True):
   """Writes config.json, the weights and a tokenizer; returns the URL.
 
   Args:
-    folder: where to.
-    record: of `golden`.
-    n_files: how many files hold the weights, with an index if several do.
-    some: the tensors; None for all of them.
-    tokenizer: whether there is one.
+    folder: the folder.
+    record: a model of `golden`.
+    n_files: how many files hold the weights; several have an index.
+    weights: tensors by name; None for all of the record's.
+    tokenizer: whether to write one.
   """
   folder = pathlib.Path(folder)
   folder.mkdir(exist_ok=True, parents=True)
-  some = tensors(record) if some is None else some
+  weights = tensors(record) if weights is None else weights
   (folder / 'config.json').write_text(json.dumps(record['config']))
   if n_files == 1:
-    safetensors.numpy.save_file(some, folder / 'model.safetensors')
+    safetensors.numpy.save_file(weights, folder / 'model.safetensors')
   else:
-    places = {
+    file_of = {
       name: f'model-{1 + i % n_files:05}-of-{n_files:05}.safetensors'
-      for i, name in enumerate(some)
+      for i, name in enumerate(weights)
     }
-    for file in set(places.values()):
-      part = {name: some[name] for name in some if places[name] == file}
-      safetensors.numpy.save_file(part, folder / file)
-    index = {'metadata': {}, 'weight_map': places}
+    for file in set(file_of.values()):
+      inside = {name: x for name, x in weights.items() if file_of[name] == file}
+      safetensors.numpy.save_file(inside, folder / file)
+    index = {'metadata': {}, 'weight_map': file_of}
     (folder / 'model.safetensors.index.json').write_text(json.dumps(index))
   if tokenizer:
     words = {f'w{i}': i for i in range(record['config']['vocab_size'])}
-    made = tokenizers.Tokenizer(
+    word_level = tokenizers.Tokenizer(
       tokenizers.models.WordLevel(words, unk_token='w0')
     )
-    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    made.save(str(folder / 'tokenizer.json'))
+    word_level.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    word_level.save(str(folder / 'tokenizer.json'))
   return str(folder)
 
 
 def tokens(record):
-  """The tokens that transformers' numbers are of."""
+  """The tokens for which transformers gave its numbers."""
   rng = np.random.default_rng(1)
   return rng.integers(0, record['config']['vocab_size'], (2, 40))

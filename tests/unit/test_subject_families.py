@@ -40,7 +40,7 @@ def test_logits_and_sites_equal_transformers(name, tmp_path):
   url = hf_folder.write(tmp_path, record, n_files=1 + ('qwen' in name))
   loaded = subject.load(url)
   tokens_BT = hf_folder.tokens(record)
-  logits_BTV, found = run_all(
+  logits_BTV, by_site = run_all(
     loaded.config, loaded.params, tokens_BT, record['sites']
   )
   np.testing.assert_allclose(
@@ -49,7 +49,7 @@ def test_logits_and_sites_equal_transformers(name, tmp_path):
   assert len(record['sites']) > 12
   for site, expected in record['sites'].items():
     np.testing.assert_allclose(
-      models.some(found[site]),
+      models.some(by_site[site]),
       expected,
       rtol=0,
       atol=BOUND,
@@ -114,16 +114,16 @@ def small_record(**changes):
 
 def test_one_file_or_several_are_one_model(tmp_path):
   record = small_record()
-  one = subject.load(hf_folder.write(tmp_path / 'one', record))
+  single = subject.load(hf_folder.write(tmp_path / 'one', record))
   several = subject.load(
     hf_folder.write(tmp_path / 'several', record, n_files=3)
   )
-  jax.tree.map(np.testing.assert_array_equal, one.params, several.params)
-  assert tokenizer_lib.encode(one.tokenizer, 'w3 w14') == [3, 14]
+  jax.tree.map(np.testing.assert_array_equal, single.params, several.params)
+  assert tokenizer_lib.encode(single.tokenizer, 'w3 w14') == [3, 14]
   alone = subject.load_tokenizer(tmp_path / 'one')
-  assert alone.to_str() == one.tokenizer.to_str()
+  assert alone.to_str() == single.tokenizer.to_str()
   digest = hashlib.sha256((tmp_path / 'one/model.safetensors').read_bytes())
-  assert one.weights_sha256 == digest.hexdigest()
+  assert single.weights_sha256 == digest.hexdigest()
   lines = ''
   for path in sorted((tmp_path / 'several').glob('*.safetensors')):
     own = hashlib.sha256(path.read_bytes()).hexdigest()
@@ -153,7 +153,7 @@ def test_bfloat16_files_and_parameters(tmp_path):
     name: values.astype(ml_dtypes.bfloat16)
     for name, values in hf_folder.tensors(record).items()
   }
-  url = hf_folder.write(tmp_path, record, some=narrow)
+  url = hf_folder.write(tmp_path, record, weights=narrow)
   wide, kept = subject.load(url), subject.load(url, dtype='bfloat16')
   assert {x.dtype.name for x in jax.tree.leaves(wide.params)} == {'float32'}
   assert {x.dtype.name for x in jax.tree.leaves(kept.params)} == {'bfloat16'}
@@ -172,13 +172,15 @@ def test_prefixes_masks_and_an_unused_head_do_not_matter(tmp_path):
   record = hf_folder.golden()['gpt2']
   plain = folder.load_params(hf_folder.write(tmp_path / 'a', record))[1]
   # As GPT-2's own files have it: no prefix, masks, and here a tied head too.
-  some = {
+  weights = {
     name.removeprefix('transformer.'): x
     for name, x in hf_folder.tensors(record).items()
   }
-  some['h.0.attn.bias'] = np.ones((1, 1, 4, 4), np.float32)
-  some['lm_head.weight'] = some['wte.weight']
-  odd = folder.load_params(hf_folder.write(tmp_path / 'b', record, some=some))
+  weights['h.0.attn.bias'] = np.ones((1, 1, 4, 4), np.float32)
+  weights['lm_head.weight'] = weights['wte.weight']
+  odd = folder.load_params(
+    hf_folder.write(tmp_path / 'b', record, weights=weights)
+  )
   jax.tree.map(np.testing.assert_array_equal, plain, odd[1])
 
 
@@ -248,9 +250,9 @@ def test_older_files_say_the_same(tmp_path):
 )
 def test_a_config_that_does_not_fit_is_refused(changes, message, tmp_path):
   record = small_record()
-  some = hf_folder.tensors(record)
+  weights = hf_folder.tensors(record)
   record['config'] |= changes
-  url = hf_folder.write(tmp_path, record, some=some)
+  url = hf_folder.write(tmp_path, record, weights=weights)
   with pytest.raises(errors.UserError) as error:
     subject.load(url)
   assert str(error.value) == message.format(url=url)
@@ -288,8 +290,8 @@ def test_files_that_are_not_whole_are_refused(tmp_path):
     f'{url} has no model-00002-of-00002.safetensors, which its index names: '
     'download it again'
   )
-  some = hf_folder.tensors(record) | {'model.layers.0.odd': np.ones(3, 'f')}
-  url = hf_folder.write(tmp_path / 'c', record, some=some)
+  weights = hf_folder.tensors(record) | {'model.layers.0.odd': np.ones(3, 'f')}
+  url = hf_folder.write(tmp_path / 'c', record, weights=weights)
   assert refused(url) == (
     f'{url} has 1 tensors that the family does not use, as layers.0.odd: '
     'its model is of another kind, use a plain one'

@@ -109,12 +109,12 @@ def test_steering_is_the_splice_at_every_step():
 def test_a_stream_is_the_same_and_ends_at_the_stop():
   params = params_of('llama')
   new = np.asarray(generate.generate(LLAMA, params, TOKENS, NEW))
-  # What row 0 says third; row 1 may never say it.
+  # The third token of row 0, which row 1 may never draw.
   stop = int(new[0, 2])
   expected = new.copy()
   for row in expected:
-    said = np.flatnonzero(row == stop)
-    row[said[0] if len(said) else NEW :] = stop
+    stops = np.flatnonzero(row == stop)
+    row[stops[0] if len(stops) else NEW :] = stop
   sampling = generate.Sampling(stop_token=stop)
   stopped = generate.generate(LLAMA, params, TOKENS, NEW, sampling=sampling)
   np.testing.assert_array_equal(stopped, expected)

@@ -23,13 +23,13 @@ MODELS = [
 def test_the_file_is_the_same_model(name, tmp_path):
   record = hf_folder.golden()[name]
   path = gguf_models.write(tmp_path / 'm.gguf', record)
-  found = subject.load(path)
+  loaded = subject.load(path)
   config, params, _ = folder.load_params(hf_folder.write(tmp_path, record))
-  got = dataclasses.asdict(found.config)
-  wanted = dataclasses.asdict(config)
-  differ = {key for key in wanted if got[key] != wanted[key]}
-  # Rounded to float32, said in another way, or left out by the format.
-  np.testing.assert_allclose(got['norm_eps'], wanted['norm_eps'], rtol=1e-6)
+  got = dataclasses.asdict(loaded.config)
+  want = dataclasses.asdict(config)
+  differ = {key for key in want if got[key] != want[key]}
+  # Rounded to float32, in another form, or left out by the format.
+  np.testing.assert_allclose(got['norm_eps'], want['norm_eps'], rtol=1e-6)
   allowed = {'norm_eps'}
   if 'llama' in name:
     allowed |= {'rope_pairs', 'rope_scaling'}
@@ -42,22 +42,22 @@ def test_the_file_is_the_same_model(name, tmp_path):
   blocks = params['blocks']
   for key, values in blocks.items():
     if 'llama' not in name or not key.startswith(('query', 'key')):
-      np.testing.assert_array_equal(found.params['blocks'][key], values, key)
+      np.testing.assert_array_equal(loaded.params['blocks'][key], values, key)
   for key in params:
     if key != 'blocks':
-      np.testing.assert_array_equal(found.params[key], params[key])
+      np.testing.assert_array_equal(loaded.params[key], params[key])
 
 
 @pytest.mark.parametrize('defect', [None, 'no factors', 'half pairs'])
 def test_a_permuted_llama_gives_transformers_logits(defect, tmp_path):
   record = hf_folder.golden()['llama 3 stretched positions']
-  found = subject.load(gguf_models.write(tmp_path / 'm.gguf', record))
-  config = found.config
+  loaded = subject.load(gguf_models.write(tmp_path / 'm.gguf', record))
+  config = loaded.config
   if defect == 'no factors':
     config = dataclasses.replace(config, rope_scaling=None)
   if defect == 'half pairs':
     config = dataclasses.replace(config, rope_pairs='half')
-  logits = transformer.forward(config, found.params, hf_folder.tokens(record))
+  logits = transformer.forward(config, loaded.params, hf_folder.tokens(record))
   error = np.subtract(models.some(logits), record['logits'])
   if defect is None:
     assert np.abs(error).max() < 1e-4

@@ -73,7 +73,7 @@ ALPHABETS = [
 
 def texts():
   rng = random.Random(0)
-  made = [
+  random_texts = [
     ''.join(
       ''.join(rng.choice(alphabet) for _ in range(rng.randint(1, 9)))
       for alphabet in rng.choices(ALPHABETS, k=rng.randint(1, 9))
@@ -81,7 +81,7 @@ def texts():
     for _ in range(400)
   ]
   spaces = [' ' * n + 'x' for n in range(70)]
-  return ['', 'a.\n/b', *CORPUS[: len(CORPUS) // 3], *made, *spaces]
+  return ['', 'a.\n/b', *CORPUS[: len(CORPUS) // 3], *random_texts, *spaces]
 
 
 TEXTS = texts()
@@ -101,7 +101,7 @@ def published(pre):
   """A small tokenizer of the structure of a family's tokenizer.json."""
   pattern, composed, whole_first = PUBLISHED[pre]
 
-  def made(model):
+  def with_stages(model):
     result = tokenizers.Tokenizer(model)
     if composed:
       result.normalizer = normalizers.NFC()
@@ -117,7 +117,7 @@ def published(pre):
     result.decoder = decoders.ByteLevel()
     return result
 
-  trained = made(models.BPE())
+  trained = with_stages(models.BPE())
   trainer = trainers.BpeTrainer(
     vocab_size=1200,
     show_progress=False,
@@ -128,7 +128,7 @@ def published(pre):
   vocab, merges = model['vocab'], model['merges']
   # No merges lead to it, as with some of Llama 3's.
   vocab['Ġjagged'] = len(vocab)
-  result = made(
+  result = with_stages(
     models.BPE(vocab, [tuple(x) for x in merges], ignore_merges=whole_first)
   )
   result.add_special_tokens([CONTROL])
@@ -160,10 +160,10 @@ def test_byte_level_ids_equal_the_published_pipeline(pre):
     return reference.encode(text).ids
 
   metadata = as_metadata(reference, merges, pre)
-  found = tokenizer_lib.from_metadata(metadata)
-  assert differing(found, ids_of) == 0
-  assert cuts(found) == cuts(reference)
-  whole = tokenizer_lib.encode(found, 'a jagged') == [
+  tokenizer = tokenizer_lib.from_metadata(metadata)
+  assert differing(tokenizer, ids_of) == 0
+  assert cuts(tokenizer) == cuts(reference)
+  whole = tokenizer_lib.encode(tokenizer, 'a jagged') == [
     reference.token_to_id('a'),
     reference.token_to_id('Ġjagged'),
   ]
@@ -181,9 +181,11 @@ def test_byte_level_ids_equal_the_published_pipeline(pre):
 
 def test_composed_characters_are_decoded():
   reference, merges = published('qwen2')
-  found = tokenizer_lib.from_metadata(as_metadata(reference, merges, 'qwen2'))
-  tokens = tokenizer_lib.encode(found, 'cafe\u0301')
-  assert tokenizer_lib.decode(found, tokens) == 'caf\u00e9'
+  tokenizer = tokenizer_lib.from_metadata(
+    as_metadata(reference, merges, 'qwen2')
+  )
+  tokens = tokenizer_lib.encode(tokenizer, 'cafe\u0301')
+  assert tokenizer_lib.decode(tokenizer, tokens) == 'caf\u00e9'
 
 
 # With a space in front and no user's tokens, as Llama 2; without and with
@@ -247,8 +249,8 @@ def sentencepiece_model(request):
 
 def test_ids_equal_those_of_sentencepiece(sentencepiece_model):
   model, metadata = sentencepiece_model
-  found = tokenizer_lib.from_metadata(metadata)
-  assert differing(found, model.encode) == 0
+  tokenizer = tokenizer_lib.from_metadata(metadata)
+  assert differing(tokenizer, model.encode) == 0
   # Controls: the worst piece first, a space too many or too few.
   scores = metadata['tokenizer.ggml.scores']
   prefix = metadata['tokenizer.ggml.add_space_prefix']
@@ -256,17 +258,17 @@ def test_ids_equal_those_of_sentencepiece(sentencepiece_model):
     {'tokenizer.ggml.scores': [-score for score in scores]},
     {'tokenizer.ggml.add_space_prefix': not prefix},
   ):
-    made = tokenizer_lib.from_metadata(metadata | wrong)
-    assert differing(made, model.encode) > 0
+    tokenizer = tokenizer_lib.from_metadata(metadata | wrong)
+    assert differing(tokenizer, model.encode) > 0
 
 
 def test_pieces_are_decoded_and_shown(sentencepiece_model):
   model, metadata = sentencepiece_model
-  found = tokenizer_lib.from_metadata(metadata)
+  tokenizer = tokenizer_lib.from_metadata(metadata)
   for text in TEXTS:
-    tokens = tokenizer_lib.encode(found, text)
-    assert tokenizer_lib.decode(found, tokens) == text.replace('▁', ' ')
-  strings = tokenizer_lib.token_strings(found)
+    tokens = tokenizer_lib.encode(tokenizer, text)
+    assert tokenizer_lib.decode(tokenizer, tokens) == text.replace('▁', ' ')
+  strings = tokenizer_lib.token_strings(tokenizer)
   assert len(strings) == model.vocab_size()
   assert not any('▁' in text for text in strings)
   assert '<s>' in strings and '\\xff' in strings
@@ -302,14 +304,14 @@ def best_neighbours(scores, text):
   """SentencePiece's rule: the best score, and the leftmost of equals."""
   symbols = list('▁' + text.replace(' ', '▁'))
   while True:
-    made = [
+    merges = [
       (-scores[a + b], i)
       for i, (a, b) in enumerate(itertools.pairwise(symbols))
       if a + b in scores
     ]
-    if not made:
+    if not merges:
       return symbols
-    _, i = min(made)
+    _, i = min(merges)
     symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
 
 
@@ -318,10 +320,12 @@ def test_runs_of_spaces_with_equal_scores():
   lengths = (2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 16)
   scores = {'▁a': -1.0, 'ab': -2.0, '▁ab': -3.0, '▁': -4.0, 'a': -5.0}
   scores |= {'b': -6.0} | {'▁' * n: -1e9 for n in lengths}
-  found = tokenizer_lib.from_metadata(pieces_metadata(scores))
+  tokenizer = tokenizer_lib.from_metadata(pieces_metadata(scores))
   for n in range(60):
     for text in (' ' * n, ' ' * n + 'ab', 'b' + ' ' * n + 'abb'):
-      pieces = [found.id_to_token(i) for i in tokenizer_lib.encode(found, text)]
+      pieces = [
+        tokenizer.id_to_token(i) for i in tokenizer_lib.encode(tokenizer, text)
+      ]
       assert pieces == (best_neighbours(scores, text) if text else [])
   assert [len(x) for x in best_neighbours(scores, ' ' * 31)] == [16, 16]
 
@@ -332,8 +336,10 @@ def test_pieces_are_the_best_neighbours(text):
   scores = {'▁': -9.0, 'a': -8.0, 'b': -7.0}
   names = ('ab', 'ba', '▁a', 'bb', '▁ab', 'bba', 'abba', '▁abba', 'ba▁')
   scores |= {name: -i for i, name in enumerate(names)}
-  found = tokenizer_lib.from_metadata(pieces_metadata(scores))
-  pieces = [found.id_to_token(i) for i in tokenizer_lib.encode(found, text)]
+  tokenizer = tokenizer_lib.from_metadata(pieces_metadata(scores))
+  pieces = [
+    tokenizer.id_to_token(i) for i in tokenizer_lib.encode(tokenizer, text)
+  ]
   assert pieces == best_neighbours(scores, text)
 
 
@@ -342,12 +348,18 @@ def test_no_text_makes_a_control_token():
   scores |= {'</': -1.0, 's>': -2.0, '</s>': 0.0, '<unk>': 0.0}
   kinds = [1] * 7 + [3, 2]
   metadata = pieces_metadata(scores, kinds)
-  found = tokenizer_lib.from_metadata(metadata)
-  pieces = [found.id_to_token(i) for i in tokenizer_lib.encode(found, '</s>')]
+  tokenizer = tokenizer_lib.from_metadata(metadata)
+  pieces = [
+    tokenizer.id_to_token(i) for i in tokenizer_lib.encode(tokenizer, '</s>')
+  ]
   assert pieces == ['▁', '</', 's>']
-  # Control: if the file calls it a piece it is made.
-  made = tokenizer_lib.from_metadata(pieces_metadata(scores, [1] * 8 + [2]))
-  pieces = [made.id_to_token(i) for i in tokenizer_lib.encode(made, '</s>')]
+  # Control: if the file calls it a piece it is merged.
+  tokenizer = tokenizer_lib.from_metadata(
+    pieces_metadata(scores, [1] * 8 + [2])
+  )
+  pieces = [
+    tokenizer.id_to_token(i) for i in tokenizer_lib.encode(tokenizer, '</s>')
+  ]
   assert pieces == ['▁', '</s>']
 
 
@@ -357,8 +369,8 @@ def test_no_text_makes_a_control_token():
 def test_unknown_characters_without_bytes(kind, changes):
   scores = {'<unk>': 0.0, '▁': -1.0, 'a': -2.0}
   metadata = pieces_metadata(scores, [kind, 1, 1], **changes)
-  found = tokenizer_lib.from_metadata(metadata)
-  assert tokenizer_lib.encode(found, 'aéé a') == [1, 2, 0, 1, 2]
+  tokenizer = tokenizer_lib.from_metadata(metadata)
+  assert tokenizer_lib.encode(tokenizer, 'aéé a') == [1, 2, 0, 1, 2]
 
 
 def test_merges_of_a_file_with_pieces_go_before_its_scores():

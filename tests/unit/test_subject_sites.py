@@ -29,9 +29,9 @@ splice_many = jax.jit(
 
 
 def all_sites(config):
-  found = [capture.Site(None, name) for name in sites.WHOLE]
-  found += [capture.Site(b, k) for b in range(3) for k in sites.KINDS]
-  return tuple(site for site in found if is_in(config, site))
+  known = [capture.Site(None, name) for name in sites.WHOLE]
+  known += [capture.Site(b, k) for b in range(3) for k in sites.KINDS]
+  return tuple(site for site in known if is_in(config, site))
 
 
 def is_in(config, site):
@@ -45,8 +45,8 @@ def is_in(config, site):
 @functools.cache
 def everything(family):
   config = CONFIGS[family]
-  found = capture_many(config, params_of(family), TOKENS, all_sites(config))
-  return {name: np.asarray(x) for name, x in found.items()}
+  captured = capture_many(config, params_of(family), TOKENS, all_sites(config))
+  return {name: np.asarray(x) for name, x in captured.items()}
 
 
 @pytest.mark.parametrize('family', CONFIGS)
@@ -80,7 +80,7 @@ def test_the_sites_fit_together(family):
 
 
 @pytest.mark.parametrize(
-  'wanted',
+  'names',
   [
     ('embed',),
     ('blocks.0.resid_pre',),
@@ -91,12 +91,12 @@ def test_the_sites_fit_together(family):
   ],
   ids=lambda x: ' '.join(x),
 )
-def test_several_in_one_pass_are_each_alone(wanted):
-  found = capture_many(GEMMA, params_of('gemma'), TOKENS, wanted)
-  assert set(found) == set(wanted)
-  for name in wanted:
+def test_several_in_one_pass_are_each_alone(names):
+  captured = capture_many(GEMMA, params_of('gemma'), TOKENS, names)
+  assert set(captured) == set(names)
+  for name in names:
     np.testing.assert_allclose(
-      found[name], everything('gemma')[name], rtol=1e-5, atol=1e-5
+      captured[name], everything('gemma')[name], rtol=1e-5, atol=1e-5
     )
 
 
@@ -110,26 +110,26 @@ def poisoned_from(block):
 
 
 def test_a_pass_ends_at_the_last_site():
-  for wanted, n_blocks in (
+  for names, n_blocks in (
     (('embed', 'blocks.0.resid_pre'), 0),
     (('blocks.1.resid_pre',), 1),
     (('blocks.1.attn_in', 'blocks.0.resid_post'), 2),
     (('blocks.2.resid_post', 'embed'), 3),
     (('final_norm',), 3),
   ):
-    named = [capture.parse_site(name) for name in wanted]
-    assert capture._blocks_to_run(LLAMA, named) == n_blocks
+    parsed = [capture.parse_site(name) for name in names]
+    assert capture._blocks_to_run(LLAMA, parsed) == n_blocks
   # A fence of poison that the pass must not reach, and one that it does.
-  wanted = ('blocks.1.resid_pre', 'blocks.0.mlp_out')
-  clean = capture_many(LLAMA, poisoned_from(1), TOKENS, wanted)
+  names = ('blocks.1.resid_pre', 'blocks.0.mlp_out')
+  clean = capture_many(LLAMA, poisoned_from(1), TOKENS, names)
   assert all(np.isfinite(x).all() for x in clean.values())
-  reached = capture_many(LLAMA, poisoned_from(0), TOKENS, wanted)
+  reached = capture_many(LLAMA, poisoned_from(0), TOKENS, names)
   assert not any(np.isfinite(x).all() for x in reached.values())
 
 
 def test_blocks_alike_are_one_loop():
-  def loops(*wanted):
-    traced = capture_many.trace(LLAMA, params_of('llama'), TOKENS, wanted)
+  def loops(*names):
+    traced = capture_many.trace(LLAMA, params_of('llama'), TOKENS, names)
     lowered = traced.lower(lowering_platforms=('tpu',))
     return lowered.as_text().count('stablehlo.while')
 

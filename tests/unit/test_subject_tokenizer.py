@@ -108,7 +108,7 @@ def piece_tokenizer():
   letters = ['<s>', '<unk>', *(f'<0x{i:02X}>' for i in range(256))]
   letters += ['▁', 'a', '▁a', 'b', '▁ab']
   merges = [('▁', 'a'), ('▁a', 'b')]
-  made = tokenizers.Tokenizer(
+  tokenizer = tokenizers.Tokenizer(
     tokenizers.models.BPE(
       {text: i for i, text in enumerate(letters)},
       merges,
@@ -116,26 +116,26 @@ def piece_tokenizer():
       byte_fallback=True,
     )
   )
-  made.normalizer = tokenizers.normalizers.Replace(' ', '▁')
-  made.decoder = tokenizers.decoders.Sequence(
+  tokenizer.normalizer = tokenizers.normalizers.Replace(' ', '▁')
+  tokenizer.decoder = tokenizers.decoders.Sequence(
     [
       tokenizers.decoders.Replace('▁', ' '),
       tokenizers.decoders.ByteFallback(),
       tokenizers.decoders.Fuse(),
     ]
   )
-  made.add_special_tokens(['<s>', '<unk>'])
-  return made
+  tokenizer.add_special_tokens(['<s>', '<unk>'])
+  return tokenizer
 
 
 def test_a_tokenizer_of_pieces_from_its_file(tmp_path):
   piece_tokenizer().save(str(tmp_path / 'tokenizer.json'))
-  found = tokenizer_lib.from_folder(tmp_path)
-  assert pieces(found, 'a ab é') == ['a', ' ab', ' ', '\\xc3', '\\xa9']
+  tokenizer = tokenizer_lib.from_folder(tmp_path)
+  assert pieces(tokenizer, 'a ab é') == ['a', ' ab', ' ', '\\xc3', '\\xa9']
   # Control tokens in a text are text here too, and bytes round trip.
-  tokens = tokenizer_lib.encode(found, 'é<s>')
+  tokens = tokenizer_lib.encode(tokenizer, 'é<s>')
   assert 0 not in tokens
-  assert tokenizer_lib.decode(found, tokens) == 'é<s>'
+  assert tokenizer_lib.decode(tokenizer, tokens) == 'é<s>'
   SMALL.save(str(tmp_path / 'tokenizer.json'))
   again = tokenizer_lib.from_folder(tmp_path)
   for text in ('a the 1212', 'é<|end|>'):

@@ -168,9 +168,9 @@ def test_an_untied_output_is_read(tmp_path):
   tokens = np.array([[0, 1, 5]])
   tied, untied = (
     gguf_lib.load_params(
-      gguf_lib.open_gguf(write_gguf(tmp_path / f'{len(some)}.gguf', some))
+      gguf_lib.open_gguf(write_gguf(tmp_path / f'{len(x)}.gguf', x))
     )
-    for some in (random_tensors(), tensors)
+    for x in (random_tensors(), tensors)
   )
   np.testing.assert_allclose(
     forward(*untied, tokens), forward(*tied, tokens)[..., ::-1], atol=1e-5

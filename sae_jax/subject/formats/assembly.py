@@ -22,33 +22,33 @@ def turned(tensor: np.ndarray) -> np.ndarray:
 
 
 def plus_one(tensor: np.ndarray) -> np.ndarray:
-  """One and what is added to it, in float32."""
+  """The tensor plus one, in float32."""
   return 1 + tensor.astype(np.float32)
 
 
-def third(part: int, turn: bool = False):
-  """A third of a tensor that holds queries, keys and values in a row.
+def third(index: int, turn: bool = False):
+  """Reads a third of a tensor: all queries, then all keys, then all values.
 
   Args:
-    part: 0 for queries, 1 for keys, 2 for values.
+    index: 0 for queries, 1 for keys, 2 for values.
     turn: whether the tensor is [outputs, inputs].
   """
 
   def read(tensor):
     tensor = tensor.T if turn else tensor
     width = tensor.shape[-1] // 3
-    return tensor[..., part * width : (part + 1) * width]
+    return tensor[..., index * width : (index + 1) * width]
 
   return read
 
 
-def head_third(part: int, n_heads: int, turn: bool = False):
-  """The same of a tensor that has them head by head (GPT-NeoX)."""
+def head_third(index: int, n_heads: int, turn: bool = False):
+  """The same, of a tensor that holds them head by head (GPT-NeoX)."""
 
   def read(tensor):
     tensor = tensor.T if turn else tensor
     heads = tensor.reshape(*tensor.shape[:-1], n_heads, 3, -1)
-    return heads[..., part, :].reshape(*tensor.shape[:-1], -1)
+    return heads[..., index, :].reshape(*tensor.shape[:-1], -1)
 
   return read
 
@@ -58,8 +58,8 @@ class Source:
   """Where a parameter is stored.
 
   Attributes:
-    tensor: the tensor's name; {} stands for the block.
-    read: the tensor -> the parameter, one block's.
+    tensor: the tensor's name; {} stands for the block's number.
+    read: the tensor -> the parameter, of one block.
   """
 
   tensor: str
@@ -78,12 +78,13 @@ def assemble(
 
   Args:
     config: the transformer's shape.
-    sources: parameter -> where it is; of a block's, after 'blocks.'.
-    read: tensor's name -> its values.
-    url: of the model, for errors.
-    dtype: of the parameters.
-    shardings: of the parameters, nested as they are; None for one device.
-      A parameter is whole in host memory, never on a device.
+    sources: parameter -> where it is stored; a block's parameter has the prefix
+      'blocks.'.
+    read: a tensor's name -> its values.
+    url: of the model, for messages.
+    dtype: type of the parameters.
+    shardings: of the parameters, nested as they are; None for one device. Only
+      in host memory is a parameter ever whole.
 
   Raises:
     UserError: if a tensor does not have the shape the config asks for.
@@ -114,7 +115,7 @@ def assemble(
       values[block] = load(sources[f'blocks.{name}'], block, shape[1:])
     return values
 
-  def place(values, sharding):
+  def put(values, sharding):
     if sharding is None:
       return jnp.array(values)
     return jax.make_array_from_callback(
@@ -123,13 +124,13 @@ def assemble(
 
   shardings = shardings or {}
   params = {
-    name: place(whole(name, shape), shardings.get(name))
+    name: put(whole(name, shape), shardings.get(name))
     for name, shape in shapes.items()
     if name != 'blocks'
   }
   in_blocks = shardings.get('blocks', {})
   params['blocks'] = {
-    name: place(stacked(name, shape), in_blocks.get(name))
+    name: put(stacked(name, shape), in_blocks.get(name))
     for name, shape in shapes['blocks'].items()
   }
   return jax.block_until_ready(params)

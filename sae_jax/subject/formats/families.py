@@ -1,8 +1,8 @@
-"""Families as transformers' config.json describes them.
+"""Model families as transformers' config.json describes them.
 
-Each maps the keys of the file to a `TransformerConfig` and names the tensors
-of its safetensors files. Where a file leaves a key out, transformers' default
-for the family holds (release 5.24).
+A family maps the keys of the file to a `TransformerConfig` and names the
+tensors of the safetensors files. If a file lacks a key, transformers' default
+for the family is used (release 5.24).
 """
 
 from collections.abc import Callable
@@ -31,10 +31,10 @@ class Family:
   """One `model_type`.
 
   Attributes:
-    config: a whole config.json -> the transformer's shape.
-    sources: the shape -> parameter -> where it is stored; of a block's
-      parameters after 'blocks.'.
-    defaults: keys that a file may leave out.
+    config: a config.json with defaults filled in -> the transformer's shape.
+    sources: the shape -> a dict of parameter -> where it is stored; a block's
+      parameter has the prefix 'blocks.'.
+    defaults: the defaults of keys that a file may lack.
   """
 
   config: Callable[[dict[str, Any]], transformer.TransformerConfig]
@@ -45,15 +45,17 @@ class Family:
 def transformer_config(
   settings: dict[str, Any],
 ) -> tuple[transformer.TransformerConfig, dict[str, Source]]:
-  """The transformer's shape and its tensors by a parsed config.json.
+  """The transformer's shape and the sources of its parameters.
+
+  Args:
+    settings: a parsed config.json.
 
   Raises:
-    UserError: if the model is of no family here, a value is missing, or asks
-      for what `transformer` lacks.
+    UserError: if the family or a value is not supported, or a value is missing.
   """
   kind = settings.get('model_type')
   if kind == 'gemma3':
-    # The language model of one that sees.
+    # Of a model with vision, the language model.
     text = settings.get('text_config', {})
     tied = settings.get('tie_word_embeddings', True)
     settings = {'tie_word_embeddings': tied} | text
@@ -70,7 +72,7 @@ def transformer_config(
 
 
 class _Settings(dict):
-  """Settings that name the key which is missing."""
+  """Settings; looking up a missing key is a UserError."""
 
   def __missing__(self, key):
     raise errors.UserError(
@@ -88,7 +90,7 @@ def _activation(name: str) -> str:
 
 
 def _scaling(rope: dict[str, Any]) -> transformer.RopeScaling | None:
-  """Stretching by `rope_parameters`, or by `rope_scaling` of older files."""
+  """The scaling in `rope_parameters`, or in `rope_scaling` of older files."""
   kind = rope.get('rope_type', rope.get('type', 'default'))
   if kind == 'default':
     return None
@@ -109,7 +111,7 @@ def _scaling(rope: dict[str, Any]) -> transformer.RopeScaling | None:
 
 
 def _rope(settings: _Settings, base: str = 'rope_theta') -> dict[str, Any]:
-  """Fields of rotary positions; `base` is the key of older files."""
+  """Config fields of rotary positions; `base` is the key in older files."""
   rope = settings.get('rope_parameters')
   if rope is None:
     rope = settings.get('rope_scaling') or {}
@@ -122,7 +124,7 @@ def _rope(settings: _Settings, base: str = 'rope_theta') -> dict[str, Any]:
 
 
 def _windows(settings: _Settings, n_layers: int, sliding) -> tuple[int, ...]:
-  """The window of each block; `sliding` says which have it by default."""
+  """Each block's window; `sliding(i)` is whether block i has one by default."""
   window = settings.get('sliding_window') or 0
   kinds = settings.get('layer_types') or [
     'sliding_attention' if sliding(i) else 'full_attention'
@@ -139,7 +141,7 @@ def _windows(settings: _Settings, n_layers: int, sliding) -> tuple[int, ...]:
 
 
 def _common(settings: _Settings) -> dict[str, Any]:
-  """Fields that all families but GPT-2 name alike."""
+  """Config fields whose keys are the same in all families but GPT-2."""
   n_heads = settings['num_attention_heads']
   d_model = settings['hidden_size']
   return {
@@ -180,7 +182,7 @@ def _qwen(settings: _Settings) -> transformer.TransformerConfig:
       settings, config.n_layers, lambda i: i >= settings['max_window_layers']
     )
   if settings['model_type'] == 'qwen2':
-    # Always so, and the file does not say.
+    # Qwen2 always has these biases; the file does not say so.
     return dataclasses.replace(config, qkv_bias=True, windows=windows)
   return dataclasses.replace(config, qk_norm=True, windows=windows)
 
@@ -221,7 +223,7 @@ def _gemma(settings: _Settings) -> transformer.TransformerConfig:
 
 
 def _gemma_3_rope(settings: _Settings) -> dict[str, Any]:
-  """Two sets of rotary positions, by the kind of attention."""
+  """Config fields of rotary positions, of full and of sliding attention."""
   ropes = settings.get('rope_parameters')
   if ropes is None:
     ropes = {

@@ -1,6 +1,6 @@
 """Names of the tensors in the safetensors files of each family.
 
-Without the prefix of the model's class, which `folder` takes off.
+The names lack the prefix of the model's class, which `folder` removes.
 """
 
 from sae_jax.subject import transformer
@@ -10,12 +10,13 @@ Source = assembly.Source
 
 
 def _modules(config, names, kinds) -> dict[str, Source]:
-  """Sources of the parameters by module: weight, and bias where there is one.
+  """Sources of the parameters that are weights and biases of modules.
 
   Args:
     config: the transformer's shape.
-    names: parameter, of a block after 'blocks.' -> module.
-    kinds: parameter -> how a weight is read; a matrix is turned by default.
+    names: parameter -> module; a block's parameter has the prefix 'blocks.'.
+    kinds: parameter -> how to read its weight, where not as usual: a matrix is
+      turned, and others are read as they are.
   """
   sources = {}
   shapes = transformer.param_shapes(config)
@@ -35,7 +36,7 @@ def _modules(config, names, kinds) -> dict[str, Source]:
 
 
 def llama(config: transformer.TransformerConfig) -> dict[str, Source]:
-  """Of Llama, Mistral and Qwen, and with other norms of Gemma 2 and 3."""
+  """Sources of Llama, Mistral and Qwen; with other norms of Gemma 2 and 3."""
   names = {
     'embed': 'embed_tokens',
     'final_norm': 'norm',
@@ -62,7 +63,7 @@ def llama(config: transformer.TransformerConfig) -> dict[str, Source]:
 
 
 def gemma(config: transformer.TransformerConfig) -> dict[str, Source]:
-  """Of Gemma, which stores what is added to one in its norms."""
+  """Sources of Gemma, whose norms are stored less one."""
   return {
     name: Source(source.tensor, assembly.plus_one)
     if name.endswith('norm')
@@ -72,7 +73,7 @@ def gemma(config: transformer.TransformerConfig) -> dict[str, Source]:
 
 
 def neox(config: transformer.TransformerConfig) -> dict[str, Source]:
-  """Of GPT-NeoX, with queries, keys and values head by head."""
+  """Sources of GPT-NeoX, whose queries, keys and values are head by head."""
   names = {
     'embed': 'embed_in',
     'final_norm': 'final_layer_norm',
@@ -85,19 +86,19 @@ def neox(config: transformer.TransformerConfig) -> dict[str, Source]:
   }
   sources = _modules(config, names, {})
   fused = 'layers.{}.attention.query_key_value'
-  for part, name in enumerate(('query', 'key', 'value')):
+  for index, name in enumerate(('query', 'key', 'value')):
     sources[f'blocks.{name}'] = Source(
-      f'{fused}.weight', assembly.head_third(part, config.n_heads, turn=True)
+      f'{fused}.weight', assembly.head_third(index, config.n_heads, turn=True)
     )
     if config.qkv_bias:
       sources[f'blocks.{name}_bias'] = Source(
-        f'{fused}.bias', assembly.head_third(part, config.n_heads)
+        f'{fused}.bias', assembly.head_third(index, config.n_heads)
       )
   return sources
 
 
 def gpt2(config: transformer.TransformerConfig) -> dict[str, Source]:
-  """Of GPT-2, with queries, keys and values in a row."""
+  """Sources of GPT-2, which has all queries, keys and values in one tensor."""
   names = {
     'embed': 'wte',
     'positions': 'wpe',
@@ -114,9 +115,9 @@ def gpt2(config: transformer.TransformerConfig) -> dict[str, Source]:
     f'blocks.{name}': assembly.as_is for name in ('attn_out', 'up', 'down')
   }
   sources = _modules(config, names, kinds)
-  for part, name in enumerate(('query', 'key', 'value')):
+  for index, name in enumerate(('query', 'key', 'value')):
     for parameter, tensor in ((name, 'weight'), (f'{name}_bias', 'bias')):
       sources[f'blocks.{parameter}'] = Source(
-        'h.{}.attn.c_attn.' + tensor, assembly.third(part)
+        'h.{}.attn.c_attn.' + tensor, assembly.third(index)
       )
   return sources

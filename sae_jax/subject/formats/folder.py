@@ -1,4 +1,4 @@
-"""Folders as transformers writes them: config.json, safetensors, tokenizer."""
+"""Models in transformers' folders: config.json, safetensors, tokenizer.json."""
 
 from collections.abc import Iterator
 import contextlib
@@ -23,7 +23,7 @@ from sae_jax.subject.formats import assembly, families
 _INDEX = 'model.safetensors.index.json'
 _SINGLE = 'model.safetensors'
 _PREFIX = re.compile(r'(?:(?:model|language_model|transformer|gpt_neox)\.)+')
-# Masks and tables that older releases stored, and eyes.
+# Masks and tables that older releases stored, and the vision parts of Gemma 3.
 _UNUSED = re.compile(
   r'.*\.(attn\.bias|(attn|attention)\.masked_bias|attention\.bias|inv_freq)'
   r'|(vision_tower|multi_modal_projector)\..*'
@@ -32,14 +32,14 @@ _UNUSED = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class SafetensorsFiles:
-  """Opened safetensors files of one model.
+  """The opened safetensors files of a model.
 
   Attributes:
     url: the folder.
-    tensors: name, without the prefix of the model's class -> its file and
-      its name there.
-    sha256: hex digest of the file, or of several: of the lines
-      '<digest>  <name>' in the order of the names, as sha256sum prints them.
+    tensors: name without the prefix of the model's class -> (file, name in the
+      file).
+    sha256: hex digest of the file. For several files it is the digest of the
+      lines '<digest>  <name>' in the order of the names, as sha256sum prints.
   """
 
   url: str
@@ -65,7 +65,7 @@ def read_settings(url: str) -> dict[str, Any]:
   """The parsed config.json of a folder.
 
   Raises:
-    UserError: if it is not there, or not JSON.
+    UserError: if it is missing, or not JSON.
   """
   path = epath.Path(url) / 'config.json'
   if not path.is_file():
@@ -83,32 +83,21 @@ def open_files(url: str) -> Iterator[SafetensorsFiles]:
   Remote files are copied to a temporary folder for as long as they are open.
 
   Raises:
-    UserError: if they are not there, or not whole.
+    UserError: if a file is missing or incomplete.
   """
-  folder = epath.Path(url)
   with contextlib.ExitStack() as stack:
-    local = None
+    copies = None
     if url_lib.is_remote(url):
-      local = stack.enter_context(tempfile.TemporaryDirectory())
+      copies = stack.enter_context(tempfile.TemporaryDirectory())
+    names = _filenames(url)
     tensors, digests = {}, []
-    for name in _filenames(url):
-      path = folder / name
-      if not path.is_file():
-        raise errors.UserError(
-          f'{url} has no {name}, which its index names: download it again'
-        )
-      if local is not None:
-        copied = os.path.join(local, name)
-        with path.open('rb') as source, open(copied, 'wb') as target:
-          shutil.copyfileobj(source, target, 1 << 24)
-      else:
-        copied = os.fspath(path)
-      file = stack.enter_context(_open(copied, f'{url}/{name}'))
-      with open(copied, 'rb') as data:
+    for name in names:
+      path = _local(url, name, copies)
+      file = stack.enter_context(_open(path, f'{url}/{name}'))
+      with open(path, 'rb') as data:
         digests.append(hashlib.file_digest(data, 'sha256').hexdigest())
       for stored in list(file.keys()):
         tensors[_PREFIX.sub('', stored, count=1)] = (file, stored)
-    names = _filenames(url)
     digest = digests[0]
     if len(digests) > 1:
       lines = ''.join(f'{d}  {n}\n' for d, n in zip(digests, names))
@@ -117,21 +106,36 @@ def open_files(url: str) -> Iterator[SafetensorsFiles]:
     yield SafetensorsFiles(url, tensors, digest)
 
 
+def _local(url: str, name: str, copies: str | None) -> str:
+  """The path of a file, copied to the folder `copies` if there is one."""
+  path = epath.Path(url) / name
+  if not path.is_file():
+    raise errors.UserError(
+      f'{url} has no {name}, which its index names: download it again'
+    )
+  if copies is None:
+    return os.fspath(path)
+  copy = os.path.join(copies, name)
+  with path.open('rb') as source, open(copy, 'wb') as target:
+    shutil.copyfileobj(source, target, 1 << 24)
+  return copy
+
+
 def _filenames(url: str) -> list[str]:
-  """The files that hold the weights: by the index, or the single one."""
+  """Names of the files with the weights: the index's, or the only one."""
   folder = epath.Path(url)
   index = folder / _INDEX
   if index.is_file():
     return sorted(set(config_lib.read_json(index)['weight_map'].values()))
   if (folder / _SINGLE).is_file():
     return [_SINGLE]
-  found = sorted(path.name for path in folder.glob('*.safetensors'))
-  if len(found) != 1:
+  names = sorted(path.name for path in folder.glob('*.safetensors'))
+  if len(names) != 1:
     raise errors.UserError(
-      f'{url} has {len(found)} .safetensors files and no {_INDEX}: download '
+      f'{url} has {len(names)} .safetensors files and no {_INDEX}: download '
       'the whole model'
     )
-  return found
+  return names
 
 
 def _open(local: str, url: str):
@@ -140,7 +144,7 @@ def _open(local: str, url: str):
   except (safetensors.SafetensorError, OSError) as error:
     raise errors.UserError(
       f'{url} is not a whole safetensors file ({os.path.getsize(local)} bytes, '
-      f'{" ".join(str(error).split())}): download it again'
+      f'{errors.reason(error)}): download it again'
     ) from error
 
 
@@ -151,15 +155,15 @@ def load_params(
 
   Args:
     url: the folder, local or in a bucket.
-    dtype: of the parameters.
+    dtype: type of the parameters.
     shardings: config -> shardings of the parameters; None for one device.
 
   Returns:
     The transformer's shape, its parameters and the digest of their files.
 
   Raises:
-    UserError: if a file or tensor is missing, misshapen or unknown to the
-      family, or the family is not supported.
+    UserError: if the family is not supported, or a file or tensor is missing,
+      misshapen or not used by the family.
   """
   config, sources = families.transformer_config(read_settings(url))
   with open_files(url) as files:

@@ -1,4 +1,4 @@
-"""GGUF files -> metadata and parameters."""
+"""Reading GGUF files: their metadata and parameters."""
 
 import dataclasses
 import hashlib
@@ -16,7 +16,7 @@ from sae_jax.storage import url as url_lib
 from sae_jax.subject import transformer
 from sae_jax.subject.formats import assembly, gguf_families
 
-# What Llama 3.1's stretching divides each rotary frequency by.
+# The tensor of divisors of rotary frequencies, by which Llama 3.1 stretches.
 _ROPE_FACTORS = 'rope_freqs.weight'
 
 
@@ -41,8 +41,8 @@ def open_gguf(url: str | os.PathLike[str]) -> GgufFile:
   """Opens a GGUF file (one in a bucket is copied first).
 
   Raises:
-    UserError: if the file is not there, or not a whole little-endian GGUF
-      file, or the URL is of no kind that is known.
+    UserError: if the file is missing, or not a whole little-endian GGUF file,
+      or the URL is of no known kind.
   """
   url = os.fspath(url)
   is_remote = url_lib.is_remote(url)
@@ -57,7 +57,7 @@ def open_gguf(url: str | os.PathLike[str]) -> GgufFile:
     local = os.path.join(folder, 'model.gguf')
     with path.open('rb') as source, open(local, 'wb') as target:
       shutil.copyfileobj(source, target, 1 << 24)
-    # The mapping outlives the name.
+    # The mapped file stays readable when its folder is deleted.
     return _open_local(local, url)
 
 
@@ -68,7 +68,7 @@ def _open_local(local: str, url: str) -> GgufFile:
   except (ArithmeticError, LookupError, TypeError, ValueError) as error:
     raise errors.UserError(
       f'{url} is not a whole GGUF file '
-      f'({os.path.getsize(local)} bytes, {_one_line(error)}): '
+      f'({os.path.getsize(local)} bytes, {errors.reason(error)}): '
       'download it again'
     ) from error
   if reader.byte_order != 'I':
@@ -81,10 +81,6 @@ def _open_local(local: str, url: str) -> GgufFile:
   return GgufFile(url, metadata, {x.name: x for x in reader.tensors}, sha256)
 
 
-def _one_line(error: Exception) -> str:
-  return ' '.join(str(error).split()) or type(error).__name__
-
-
 def load_params(
   file: GgufFile, dtype: str = 'float32', shardings=None
 ) -> tuple[transformer.TransformerConfig, transformer.Params]:
@@ -92,7 +88,7 @@ def load_params(
 
   Args:
     file: the opened file.
-    dtype: of the parameters.
+    dtype: type of the parameters.
     shardings: config -> shardings of the parameters; None for one device.
 
   Returns:
@@ -100,7 +96,7 @@ def load_params(
 
   Raises:
     UserError: if the architecture is not supported, or a tensor is missing,
-      misshapen, unknown to the family, or of a type that can't be dequantised.
+      misshapen, not used by the family, or of a type that can't be dequantised.
   """
   family = gguf_families.find(file.metadata)
   embed = _tensor(file, 'token_embd.weight')

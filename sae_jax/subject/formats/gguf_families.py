@@ -1,7 +1,7 @@
-"""How families name their hyper-parameters and tensors in GGUF files.
+"""Names of hyper-parameters and tensors of each family in GGUF files.
 
 Source: the GGUF specification, github.com/ggml-org/ggml/blob/master/docs,
-and what its converter writes.
+and the files that its converter writes.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from sae_jax.subject.formats import assembly
 
 Source = assembly.Source
 
-# Parameter -> tensor, of a block after 'blocks.' and 'blk.N.'.
+# Parameter -> tensor; those of a block begin with 'blocks.' and 'blk.N.'.
 _TENSORS = {
   'embed': 'token_embd',
   'positions': 'position_embd',
@@ -40,12 +40,12 @@ class Family:
   """One `general.architecture`.
 
   Attributes:
-    fields: fields of the transformer's shape that the file need not say.
+    fields: fields of the transformer's shape that files do not have.
     fused: whether queries, keys and values are one tensor.
-    window_period: with a window, every so many-th block has none; 0 for no
-      windows at all.
-    unscaled_blocks: number of blocks of the one model of the family whose
-      scores are scaled by d_model / n_heads and not by d_head (27B of Gemma).
+    window_period: all blocks but each window_period-th have a window; 0 if the
+      family has no windows.
+    unscaled_blocks: number of blocks of the family's 27B model, whose scores
+      are scaled by d_model / n_heads and not by d_head (Gemma 2 and 3).
   """
 
   fields: dict[str, Any]
@@ -64,10 +64,10 @@ class Family:
       tensor = f'{_TENSORS[base]}.{suffix}'
       matrix = len(shape) == 3
       read = assembly.turned if matrix else assembly.as_is
-      part = {'blocks.query': 0, 'blocks.key': 1, 'blocks.value': 2}.get(base)
-      if self.fused and part is not None:
+      index = {'blocks.query': 0, 'blocks.key': 1, 'blocks.value': 2}.get(base)
+      if self.fused and index is not None:
         tensor = f'blk.{{}}.attn_qkv.{suffix}'
-        read = assembly.third(part, turn=matrix)
+        read = assembly.third(index, turn=matrix)
       sources[name] = Source(tensor, read)
     return sources
 
@@ -76,7 +76,7 @@ _BIASES = {'attn_out_bias': True, 'qkv_bias': True, 'ffn_bias': True}
 _GEMMA = {'rope_pairs': 'half', 'activation': 'gelu_tanh'}
 
 FAMILIES = {
-  # The converter permutes q and k from the half pairs they trained with.
+  # Trained with half pairs; the converter permutes queries and keys.
   'llama': Family({'rope_pairs': 'interleaved'}),
   'gpt2': Family(
     {
@@ -138,11 +138,12 @@ def transformer_config(
   Args:
     metadata: key -> value of the file.
     vocab_size: rows of the embedding (not every file records it).
-    tied: whether the file has no unembedding of its own.
-    rope_factors: what the file divides rotary frequencies by, if it does.
+    tied: whether the embedding is also the unembedding.
+    rope_factors: the file's divisors of rotary frequencies; empty if it has
+      none.
 
   Raises:
-    UserError: if a value is missing or asks for what `transformer` lacks.
+    UserError: if a value is missing or not supported.
   """
   family = find(metadata)
   architecture = metadata['general.architecture']
@@ -173,7 +174,7 @@ def transformer_config(
     if n_layers == family.unscaled_blocks:
       fields['attn_scale'] = (d_model / n_heads) ** -0.5
   if architecture == 'gemma3':
-    # GGUF's default where the file is silent.
+    # GGUF's default if the file has no value.
     fields['local_rope_base'] = optional('rope.freq_base_swa', 10_000.0)
   period = family.window_period
   window = optional('attention.sliding_window', 0) if period else 0
@@ -189,7 +190,7 @@ def transformer_config(
     d_head=d_head,
     d_ff=value('feed_forward_length'),
     vocab_size=vocab_size,
-    # GGUF's default where the file is silent.
+    # GGUF's default if the file has no value.
     rope_base=optional('rope.freq_base', 10000.0),
     rotary_dim=0 if rotary == d_head else rotary,
     rope_scaling=_scaling(optional, rope_factors),

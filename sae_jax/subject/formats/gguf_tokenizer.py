@@ -1,7 +1,7 @@
-"""How GGUF files describe tokenizers.
+"""Tokenizers from the metadata of GGUF files.
 
 Source: the GGUF specification, github.com/ggml-org/ggml/blob/master/docs,
-what its converter writes, and the tokenizer.json of each family.
+the files that its converter writes, and the tokenizer.json of each family.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from sae_jax import errors
 
-# tokenizer.ggml.token_type; 5 is a token that is never used.
+# Values of tokenizer.ggml.token_type; 5 is an unused token.
 _NORMAL = 1
 _UNKNOWN = 2
 _CONTROL = 3
@@ -22,7 +22,7 @@ _BYTE = 6
 # SentencePiece's sign for a space.
 _SPACE = '▁'
 
-# Parts of patterns; of the alternatives the first that matches counts.
+# Alternatives of patterns; the first that matches is taken.
 _CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)"
 _WORD = r'[^\r\n\p{L}\p{N}]?\p{L}+'
 _DIGIT = r'\p{N}'
@@ -30,7 +30,7 @@ _UP_TO_3_DIGITS = r'\p{N}{1,3}'
 _SIGNS = r' ?[^\s\p{L}\p{N}]+[\r\n]*'
 _SIGNS_OR_PATH = r' ?[^\s\p{L}\p{N}]+[\r\n/]*'
 _BLANKS = r'\s*[\r\n]+|\s+(?!\S)|\s+'
-# A word ends before a capital.
+# Words that end before a capital.
 _UPPER = r'[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]'
 _LOWER = r'[\p{Ll}\p{Lm}\p{Lo}\p{M}]'
 _CASED_WORD = (
@@ -44,13 +44,13 @@ class _Splitter:
   """One `tokenizer.ggml.pre`: how text is cut before bytes are merged.
 
   Attributes:
-    pattern: alternatives of a regular expression; none for GPT-2's, which
-      `tokenizers` has built in.
-    digits_alone: whether each digit is cut off before that.
-    composed: whether the text is normalised to NFC. Only the family's
-      tokenizer.json says so, no GGUF file does.
-    whole_first: whether a cut that is a token stays whole, whatever the
-      merges say.
+    pattern: alternatives of a regular expression; empty for GPT-2's, which is
+      built into `tokenizers`.
+    digits_alone: whether each digit is cut off first.
+    composed: whether the text is normalised to NFC. GGUF files do not have
+      this; the family's tokenizer.json does.
+    whole_first: whether a piece that is a token stays whole, whatever the
+      merges are.
   """
 
   pattern: tuple[str, ...] = ()
@@ -62,8 +62,8 @@ class _Splitter:
 _SPLITTERS = {
   'gpt-2': _Splitter(),
   'smollm': _Splitter(digits_alone=True),
-  # Of GPT-NeoX. The converter knows tokenizers by what they make of one text,
-  # and this one was known as MPT's before OLMo's.
+  # Both are GPT-NeoX's: the converter recognises a tokenizer by how it cuts a
+  # text, and has called this one MPT's and then OLMo's.
   'olmo': _Splitter(composed=True),
   'mpt': _Splitter(composed=True),
   'llama-bpe': _Splitter(
@@ -72,7 +72,7 @@ _SPLITTERS = {
   'qwen2': _Splitter(
     (_CONTRACTION, _WORD, _DIGIT, _SIGNS, _BLANKS), composed=True
   ),
-  # Of Mistral's later models.
+  # Used by Mistral's later models.
   'tekken': _Splitter(
     (_CASED_WORD, _DIGIT, _SIGNS_OR_PATH, _BLANKS), whole_first=True
   ),
@@ -89,7 +89,7 @@ def build(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
 
   Raises:
     UserError: if it is neither byte-level BPE with a known pre-tokenizer nor
-      BPE of SentencePiece, or if a part of it is missing.
+      BPE of SentencePiece, or if metadata is missing.
   """
   model = metadata.get('tokenizer.ggml.model')
   splitter = metadata.get('tokenizer.ggml.pre')
@@ -105,7 +105,7 @@ def build(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
 
 
 def _byte_level(metadata, splitter) -> tokenizers.Tokenizer:
-  """Of GPT-2, GPT-NeoX, Llama 3 and Qwen."""
+  """Byte-level BPE, as of GPT-2, GPT-NeoX, Llama 3 and Qwen."""
   texts = _value(metadata, 'tokens')
   result = tokenizers.Tokenizer(
     models.BPE(
@@ -135,17 +135,17 @@ def _byte_level(metadata, splitter) -> tokenizers.Tokenizer:
 
 
 def _sentencepiece(metadata) -> tokenizers.Tokenizer:
-  """Of Llama 2, Mistral and Gemma."""
+  """BPE of SentencePiece, as of Llama 2, Mistral and Gemma."""
   kinds = _value(metadata, 'token_type')
   prefix = metadata.get('tokenizer.ggml.add_space_prefix', True)
-  # SentencePiece looks for users' tokens after spaces became '▁'. With a prefix
-  # `tokenizers` can't, as the token itself would get one: it looks before.
+  # SentencePiece looks for user-defined tokens after spaces became '▁'. With a
+  # space prefix `tokenizers` must look before that: it would prefix the token.
   spelled = (_SPACE, ' ') if prefix else (' ', _SPACE)
   texts = [
     text.replace(*spelled) if kind == _USER_DEFINED else text
     for text, kind in zip(_value(metadata, 'tokens'), kinds)
   ]
-  # The converter may call it a control token.
+  # The converter may have typed it as a control token.
   unknown = metadata.get('tokenizer.ggml.unknown_token_id')
   if unknown is None and _UNKNOWN in kinds:
     unknown = kinds.index(_UNKNOWN)
@@ -182,14 +182,13 @@ def _sentencepiece(metadata) -> tokenizers.Tokenizer:
 
 
 def _merges(texts, kinds, scores) -> list[tuple[str, str]]:
-  """All pairs of pieces that make a piece, the best piece's first.
+  """All pairs of pieces that merge into a piece, best piece first.
 
-  SentencePiece has no list of merges: it makes of any two neighbours the
-  piece with the best score, and the leftmost of equals. Runs of spaces have
-  equal scores in Llama 2, and grow from the left if longer left parts go
-  first.
+  SentencePiece has no list of merges: it merges the two neighbours whose piece
+  has the best score, the leftmost of equals. Runs of spaces have equal scores
+  in Llama 2; with longer left pieces first they grow from the left.
   """
-  # No other kind is made of pieces: a user's token is found before them.
+  # Other tokens are not merged: user-defined ones are matched first.
   score_of = {
     text: score
     for text, kind, score in zip(texts, kinds, scores)
@@ -206,13 +205,13 @@ def _merges(texts, kinds, scores) -> list[tuple[str, str]]:
       'the GGUF file gives every piece of its tokenizer the same score: '
       'convert the model again with its tokenizer.model'
     )
-  # Pairs that are alike stay in the vocabulary's order.
+  # A stable sort: equal pairs stay in the vocabulary's order.
   pairs.sort(key=lambda pair: pair[:2])
   return [pair[2:] for pair in pairs]
 
 
 def _add(result, texts, kinds, normalized) -> None:
-  """Tells a tokenizer which of its tokens are control and user's tokens."""
+  """Registers a tokenizer's control tokens and user-defined tokens."""
   for group in ((_UNKNOWN, _CONTROL), (_USER_DEFINED,)):
     special = _CONTROL in group
     add = result.add_special_tokens if special else result.add_tokens

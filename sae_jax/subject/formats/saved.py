@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 from etils import epath
 import jax
@@ -19,7 +20,7 @@ _PARAMS = 'params'
 
 
 def is_saved(url: str) -> bool:
-  """Whether a folder is one that `save` wrote."""
+  """Whether `save` wrote this folder."""
   return (epath.Path(url) / _RECORD).is_file()
 
 
@@ -35,13 +36,13 @@ def save(
   Args:
     url: the folder, local or in a bucket; there must be no subject in it.
     config: the transformer's shape.
-    params: its parameters, as they lie on their devices.
+    params: its parameters, on any devices.
     tokenizer: its tokenizer.
-    weights_sha256: digest of the files they were first read from, which the
-      copy keeps: the weights are the same.
+    weights_sha256: digest of the files that the parameters came from; the copy
+      keeps it, since the weights are the same.
 
   Raises:
-    UserError: if there is a subject already.
+    UserError: if the folder holds a subject already.
   """
   folder = epath.Path(url)
   if is_saved(url):
@@ -65,11 +66,11 @@ def save(
 def load(
   url: str, dtype: str = 'float32', shardings=None
 ) -> tuple[transformer.TransformerConfig, transformer.Params, str]:
-  """Reads a subject back; every process reads its own part.
+  """Reads a subject back; every process reads its own shards.
 
   Args:
     url: the folder.
-    dtype: of the parameters, in which they may have been saved or not.
+    dtype: type of the parameters; they may have been saved in another.
     shardings: config -> shardings of the parameters; None for one device.
 
   Returns:
@@ -81,37 +82,40 @@ def load(
   folder = epath.Path(url)
   record = config_lib.read_json(folder / _RECORD)
   try:
-    fields = dict(record['config'])
-    if fields['rope_scaling'] is not None:
-      scaling = dict(fields['rope_scaling'])
-      scaling['factors'] = tuple(scaling['factors'])
-      fields['rope_scaling'] = transformer.RopeScaling(**scaling)
-    fields['windows'] = tuple(fields['windows'])
-    config = transformer.TransformerConfig(**fields)
+    config = _config(dict(record['config']))
     digest = record['weights_sha256']
   except (KeyError, TypeError) as error:
     raise errors.UserError(
       f'{folder / _RECORD} is of another version ({error}): save the subject '
       'again'
     ) from error
+  shapes = transformer.param_shapes(config)
   if shardings is None:
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    places = jax.tree.map(
-      lambda shape: device,
-      transformer.param_shapes(config),
-      is_leaf=lambda x: isinstance(x, tuple),
+    param_shardings = jax.tree.map(
+      lambda shape: device, shapes, is_leaf=lambda x: isinstance(x, tuple)
     )
   else:
-    places = shardings(config)
+    param_shardings = shardings(config)
   target = jax.tree.map(
-    lambda shape, place: jax.ShapeDtypeStruct(
-      shape, jnp.dtype(dtype), sharding=place
+    lambda shape, sharding: jax.ShapeDtypeStruct(
+      shape, jnp.dtype(dtype), sharding=sharding
     ),
-    transformer.param_shapes(config),
-    places,
+    shapes,
+    param_shardings,
     is_leaf=lambda x: isinstance(x, tuple),
   )
   with orbax_lib.standard_checkpointer(url) as checkpointer:
     place = epath.Path(url_lib.absolute(url)) / _PARAMS
     params = checkpointer.restore(place, target)
   return config, params, digest
+
+
+def _config(fields: dict[str, Any]) -> transformer.TransformerConfig:
+  """The config from its fields as JSON has them."""
+  if fields['rope_scaling'] is not None:
+    scaling = dict(fields['rope_scaling'])
+    scaling['factors'] = tuple(scaling['factors'])
+    fields['rope_scaling'] = transformer.RopeScaling(**scaling)
+  fields['windows'] = tuple(fields['windows'])
+  return transformer.TransformerConfig(**fields)

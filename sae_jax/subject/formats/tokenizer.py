@@ -1,4 +1,4 @@
-"""Tokenizers from tokenizer.json or GGUF metadata, and single tokens' text."""
+"""Tokenizers from tokenizer.json or GGUF metadata, and the text of tokens."""
 
 from collections.abc import Callable, Sequence
 import json
@@ -17,15 +17,15 @@ from sae_jax.subject.formats import gguf_tokenizer
 def from_metadata(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
   """The tokenizer a GGUF file describes.
 
-  It reads text as text: '<|endoftext|>' in a document is not the control
-  token, but the characters. It adds no token of its own.
+  '<|endoftext|>' in a document is read as characters, not as the control token.
+  The tokenizer adds no token of its own.
 
   Args:
     metadata: key -> value of a GGUF file.
 
   Raises:
     UserError: if it is neither byte-level BPE with a known pre-tokenizer nor
-      BPE of SentencePiece, or if a part of it is missing.
+      BPE of SentencePiece, or if metadata is missing.
   """
   result = gguf_tokenizer.build(metadata)
   result.encode_special_tokens = True
@@ -35,11 +35,11 @@ def from_metadata(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
 def from_folder(url: str | os.PathLike[str]) -> tokenizers.Tokenizer:
   """The tokenizer in a folder's tokenizer.json.
 
-  As with `from_metadata` control tokens in a text are text. What the file's
-  own post-processor adds, as Llama's BOS, stays.
+  As with `from_metadata`, control tokens in a text are read as characters. The
+  file's own post-processor stays, and may add tokens such as Llama's BOS.
 
   Raises:
-    UserError: if there is no such file, or not a tokenizer.
+    UserError: if there is no such file, or it is not a tokenizer.
   """
   path = epath.Path(url) / 'tokenizer.json'
   if not path.is_file():
@@ -51,8 +51,7 @@ def from_folder(url: str | os.PathLike[str]) -> tokenizers.Tokenizer:
     result = tokenizers.Tokenizer.from_str(path.read_text())
   except Exception as error:  # The library raises no narrower class.
     raise errors.UserError(
-      f'{path} is not a tokenizer ({" ".join(str(error).split())}): download '
-      'it again'
+      f'{path} is not a tokenizer ({errors.reason(error)}): download it again'
     ) from error
   result.encode_special_tokens = True
   return result
@@ -64,11 +63,11 @@ def encode(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
 
 
 def decode(tokenizer: tokenizers.Tokenizer, tokens: Sequence[int]) -> str:
-  """The text of token ids, control tokens shown.
+  """The text of token ids, control tokens included.
 
-  It undoes `encode`, but for what the tokenizer takes for the same text:
-  GPT-NeoX's and Qwen's compose characters (NFC), and to SentencePiece '▁' is
-  a space.
+  It undoes `encode`, except for texts that the tokenizer does not tell apart:
+  GPT-NeoX's and Qwen's compose characters (NFC), and in SentencePiece '▁' is a
+  space.
   """
   return tokenizer.decode(list(tokens), skip_special_tokens=False)
 
@@ -76,13 +75,12 @@ def decode(tokenizer: tokenizers.Tokenizer, tokens: Sequence[int]) -> str:
 def token_strings(tokenizer: tokenizers.Tokenizer) -> list[str]:
   """Readable text of each token id on its own, in id order.
 
-  A token is a run of bytes and may hold a piece of a character: bytes that
-  are not whole UTF-8 are shown like '\\xe2'. An id that no token has is
-  shown as ''.
+  A token is a run of bytes and may be a piece of a character: bytes that are
+  not whole UTF-8 are shown like '\\xe2'. An id without a token is shown as ''.
   """
   byte_level = _is_byte_level(tokenizer)
   spell = _spell_bytes() if byte_level else _spell_pieces
-  # Added tokens are not spelled in bytes; those of Gemma have '▁' in them.
+  # Added tokens are not written in bytes; Gemma's contain '▁'.
   whole = tokenizer.get_added_tokens_decoder() if byte_level else {}
   strings = []
   for i in range(tokenizer.get_vocab_size()):
@@ -92,15 +90,15 @@ def token_strings(tokenizer: tokenizers.Tokenizer) -> list[str]:
 
 
 def _is_byte_level(tokenizer: tokenizers.Tokenizer) -> bool:
-  parts = json.loads(tokenizer.to_str())
+  fields = json.loads(tokenizer.to_str())
   return any(
-    'ByteLevel' in json.dumps(parts[name])
+    'ByteLevel' in json.dumps(fields[name])
     for name in ('decoder', 'pre_tokenizer')
   )
 
 
 def _spell_bytes() -> Callable[[str], str]:
-  """Of byte-level BPE (GPT-2, Llama 3, Qwen)."""
+  """Spells tokens of byte-level BPE (GPT-2, Llama 3, Qwen)."""
   to_byte = _byte_alphabet()
 
   def spell(text):
@@ -111,7 +109,7 @@ def _spell_bytes() -> Callable[[str], str]:
 
 
 def _spell_pieces(text: str) -> str:
-  """Of SentencePiece (Llama 2, Gemma): '▁' is a space, '<0xE2>' a byte."""
+  """Spells tokens of SentencePiece: '▁' is a space, '<0xE2>' a byte."""
   match = re.fullmatch('<0x([0-9A-F]{2})>', text)
   if match:
     return bytes.fromhex(match[1]).decode('utf-8', 'backslashreplace')
@@ -119,9 +117,9 @@ def _spell_pieces(text: str) -> str:
 
 
 def _byte_alphabet() -> dict[str, int]:
-  """Character -> byte of byte-level BPE.
+  """Character -> byte, in byte-level BPE.
 
-  Printable Latin-1 bytes stand for themselves, the others take the characters
+  Printable Latin-1 bytes stand for themselves; the others are the characters
   from 256 on, in order (GPT-2).
   """
   alphabet = set(pre_tokenizers.ByteLevel.alphabet())
