@@ -16,7 +16,7 @@ from sae_jax.text import contexts as contexts_lib
 class DeviceWindow:
   """Activations of some pools of contexts, [data, rows of a device, D].
 
-  The host sees the norms of the activations alone, which say what is kept.
+  The host reads only the norms of the activations, to choose the rows to keep.
   A row is named by its slot: its index in the array, over all devices.
 
   Attributes:

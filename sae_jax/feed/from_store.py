@@ -210,7 +210,7 @@ class StoreFeed:
     return lane, *self._lanes[lane].after(*epoch_and_number)
 
   def _start_reading(self, windows: list[tuple[int, int, int]]) -> None:
-    """Starts reading these windows unless they are there; drops all others."""
+    """Starts reading those not in memory, and drops all other windows."""
     for window in set(self._windows).difference(windows):
       data, _, reads = self._windows.pop(window)
       if not reads:

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -89,22 +90,7 @@ def assemble(
   Raises:
     UserError: if a tensor does not have the shape the config asks for.
   """
-  shapes = transformer.param_shapes(config)
-
-  def load(source, block, shape):
-    name = source.tensor.format(block)
-    tensor = read(name)
-    try:
-      values = source.read(tensor)
-      fits = values.shape == shape
-    except ValueError:
-      fits = False
-    if not fits:
-      raise errors.UserError(
-        f'tensor {name} of {url} has shape {tensor.shape}, which does not give '
-        f'the {shape} that the config asks for: convert the model again'
-      )
-    return values
+  load = functools.partial(_load, read, url)
 
   def whole(name, shape):
     return np.asarray(load(sources[name], '', shape), jnp.dtype(dtype))
@@ -115,25 +101,43 @@ def assemble(
       values[block] = load(sources[f'blocks.{name}'], block, shape[1:])
     return values
 
-  def put(values, sharding):
-    if sharding is None:
-      return jnp.array(values)
-    return jax.make_array_from_callback(
-      values.shape, sharding, lambda index: values[index]
-    )
-
-  shardings = shardings or {}
+  shapes, shardings = transformer.param_shapes(config), shardings or {}
   params = {
-    name: put(whole(name, shape), shardings.get(name))
+    name: _put(whole(name, shape), shardings.get(name))
     for name, shape in shapes.items()
     if name != 'blocks'
   }
   in_blocks = shardings.get('blocks', {})
   params['blocks'] = {
-    name: put(stacked(name, shape), in_blocks.get(name))
+    name: _put(stacked(name, shape), in_blocks.get(name))
     for name, shape in shapes['blocks'].items()
   }
   return jax.block_until_ready(params)
+
+
+def _load(read, url, source, block, shape) -> np.ndarray:
+  """A parameter of a block, or of none where block is ''."""
+  name = source.tensor.format(block)
+  tensor = read(name)
+  try:
+    values = source.read(tensor)
+    fits = values.shape == shape
+  except ValueError:
+    fits = False
+  if not fits:
+    raise errors.UserError(
+      f'tensor {name} of {url} has shape {tensor.shape}, which does not give '
+      f'the {shape} that the config asks for: convert the model again'
+    )
+  return values
+
+
+def _put(values, sharding) -> jax.Array:
+  if sharding is None:
+    return jnp.array(values)
+  return jax.make_array_from_callback(
+    values.shape, sharding, lambda index: values[index]
+  )
 
 
 def check_all_used(

@@ -55,7 +55,7 @@ def transformer_config(
   """
   kind = settings.get('model_type')
   if kind == 'gemma3':
-    # Of a model with vision, the language model.
+    # A model with vision: this is its language model.
     text = settings.get('text_config', {})
     tied = settings.get('tie_word_embeddings', True)
     settings = {'tie_word_embeddings': tied} | text

@@ -164,24 +164,6 @@ def transformer_config(
   n_heads = value('attention.head_count')
   d_head = optional('attention.key_length', d_model // n_heads)
   rotary = optional('rope.dimension_count', d_head)
-  fields = dict(family.fields)
-  if architecture == 'gpt2':
-    fields['n_positions'] = value('context_length')
-  if architecture == 'gptneox':
-    fields['parallel'] = bool(optional('use_parallel_residual', True))
-  if architecture.startswith('gemma'):
-    fields['embed_scale'] = d_model**0.5
-    if n_layers == family.unscaled_blocks:
-      fields['attn_scale'] = (d_model / n_heads) ** -0.5
-  if architecture == 'gemma3':
-    # GGUF's default if the file has no value.
-    fields['local_rope_base'] = optional('rope.freq_base_swa', 10_000.0)
-  period = family.window_period
-  window = optional('attention.sliding_window', 0) if period else 0
-  if window:
-    fields['windows'] = tuple(
-      window if (i + 1) % period else 0 for i in range(n_layers)
-    )
   return transformer.TransformerConfig(
     n_layers=n_layers,
     d_model=d_model,
@@ -202,8 +184,33 @@ def transformer_config(
     attn_softcap=optional('attn_logit_softcapping', 0.0),
     final_softcap=optional('final_logit_softcapping', 0.0),
     tied=tied,
-    **fields,
+    **family.fields,
+    **_family_fields(architecture, family, value, optional),
   )
+
+
+def _family_fields(architecture, family, value, optional) -> dict[str, Any]:
+  """Config fields that only some families read from the file."""
+  d_model, n_layers = value('embedding_length'), value('block_count')
+  fields = {}
+  if architecture == 'gpt2':
+    fields['n_positions'] = value('context_length')
+  if architecture == 'gptneox':
+    fields['parallel'] = bool(optional('use_parallel_residual', True))
+  if architecture.startswith('gemma'):
+    fields['embed_scale'] = d_model**0.5
+    if n_layers == family.unscaled_blocks:
+      fields['attn_scale'] = (d_model / value('attention.head_count')) ** -0.5
+  if architecture == 'gemma3':
+    # GGUF's default if the file has no value.
+    fields['local_rope_base'] = optional('rope.freq_base_swa', 10_000.0)
+  period = family.window_period
+  window = optional('attention.sliding_window', 0) if period else 0
+  if window:
+    fields['windows'] = tuple(
+      window if (i + 1) % period else 0 for i in range(n_layers)
+    )
+  return fields
 
 
 def _scaling(optional, factors) -> transformer.RopeScaling | None:
