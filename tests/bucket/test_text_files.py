@@ -7,7 +7,7 @@ from tests.support.gcs import fake_gcs, gcs_clients, gcs_faults
 
 
 def test_a_bucket_is_read_as_a_folder_is(tmp_path, monkeypatch):
-  one, _ = text_sources.write_folder(tmp_path / 'data')
+  lines, _ = text_sources.write_folder(tmp_path / 'data')
   faults = gcs_faults.Faults(0, 0.1)
   server = fake_gcs.FakeGcs(['bucket'], faults)
   for path in (tmp_path / 'data').rglob('*.*'):
@@ -20,9 +20,9 @@ def test_a_bucket_is_read_as_a_folder_is(tmp_path, monkeypatch):
     monkeypatch.setattr(
       fsspec, 'url_to_fs', lambda place: (files, files._strip_protocol(place))
     )
-    found = text_sources.texts(('gs://bucket/data',), seed=0)
-    few = text_sources.texts(('gs://bucket/data/*.jsonl',), seed=0)
+    texts = text_sources.texts(('gs://bucket/data',), seed=0)
+    of_glob = text_sources.texts(('gs://bucket/data/*.jsonl',), seed=0)
   undo()
   monkeypatch.undo()
-  assert found == text_sources.texts((str(tmp_path / 'data'),), seed=0)
-  assert sorted(few) == sorted(one)
+  assert texts == text_sources.texts((str(tmp_path / 'data'),), seed=0)
+  assert sorted(of_glob) == sorted(lines)

@@ -29,22 +29,22 @@ def test_a_mesh_changes_nothing(opened, data, latent):
 def test_a_run_is_stopped_and_goes_on_to_the_bit(opened, tmp_path, monkeypatch):
   subject = toy.subject()
   monkeypatch.setattr(subject_lib, 'load', lambda *args, **kwargs: subject)
-  made = planted.train_config(
+  config = planted.train_config(
     sae=autoencoder.SaeConfig(d_model=16, n_latents=64, k=4),
     stream=True, batch_size=32, eval_rows=24, mesh_data=4, mesh_latent=2,
   )  # fmt: skip
   whole, broken = str(tmp_path / 'whole'), str(tmp_path / 'broken')
-  train.train(made, opened.url, whole)
-  streams.break_off(17, made, broken, opened.url)
+  train.train(config, opened.url, whole)
+  streams.break_off(17, config, broken, opened.url)
   assert runs.saved_steps(broken) == [10]
-  train.train(made, opened.url, broken)
+  train.train(config, opened.url, broken)
   runs.assert_same_run(broken, whole)
   # It is no run on the store.
   stored = str(tmp_path / 'stored')
-  train.train(dataclasses.replace(made, stream=False), opened.url, stored)
+  train.train(dataclasses.replace(config, stream=False), opened.url, stored)
   assert runs.log(stored) != runs.log(whole)
   with pytest.raises(errors.UserError, match='stream: True -> False'):
-    train.train(dataclasses.replace(made, stream=False), opened.url, whole)
+    train.train(dataclasses.replace(config, stream=False), opened.url, whole)
 
 
 def test_what_cannot_be_streamed_is_refused(texts, tmp_path, opened):
@@ -69,17 +69,17 @@ def test_two_processes_stream_what_one_does(texts, tmp_path):
   folder = str(tmp_path / 'subject')
   subject_lib.save(toy.subject(), folder)
   url = str(tmp_path / 'store')
-  made = toy.config(texts, subject=folder, n_tokens=STORED, batch_contexts=8)
-  harvest.harvest(made, url)
+  config = toy.config(texts, subject=folder, n_tokens=STORED, batch_contexts=8)
+  harvest.harvest(config, url)
   flags = {
     'steps': 16, 'stream': True, 'eval_rows': 24, 'mesh_data': 4,
     'mesh_latent': 2, 'checkpoint_every': 8,
   }  # fmt: skip
-  two, one = str(tmp_path / 'two'), str(tmp_path / 'one')
+  two, alone = str(tmp_path / 'two'), str(tmp_path / 'alone')
   for process in runs.start_two(runs.command(url, two, **flags)):
     runs.ended(process)
-  runs.run(runs.command(url, one, **flags), devices=8)
-  got, want = runs.rows(two), runs.rows(one)
+  runs.run(runs.command(url, alone, **flags), devices=8)
+  got, want = runs.rows(two), runs.rows(alone)
   assert len(got) == len(want) > 12
   for a, b in zip(got, want):
     for name in b:

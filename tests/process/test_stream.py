@@ -14,10 +14,10 @@ def opened(texts, tmp_path):
 
 
 def test_processes_that_tokenize_change_nothing(opened):
-  made = mesh.make_mesh(1, 1, jax.devices()[:1])
+  device = mesh.make_mesh(1, 1, jax.devices()[:1])
   subject = toy.subject()
   with_two = from_text.TextFeed(
-    opened, 16, 3, 1, made, None, subject, workers=2
+    opened, 16, 3, 1, device, None, subject, workers=2
   )
   runs.assert_same_bits(
     streams.batches(with_two, 0, 20),

@@ -16,7 +16,12 @@ from sae_jax.text import contexts as contexts_lib
 from sae_jax.text import corpus
 from sae_jax.text import workers as workers_lib
 from tests.support import processes
-from tests.support.made_documents import BOS, byte_tokenizer, documents, same
+from tests.support.made_documents import (
+  assert_same,
+  BOS,
+  byte_tokenizer,
+  documents,
+)
 
 
 @pytest.mark.parametrize(('workers', 'pack'), [(1, True), (3, False)])
@@ -35,17 +40,17 @@ def test_any_number_of_processes_gives_the_same(workers, pack):
       workers=workers,
     )
 
-  same(run(workers), run(0))
+  assert_same(run(workers), run(0))
 
 
 def test_special_tokens_are_text_in_other_processes_too():
   texts = [corpus.Document('s', 0, 'a<s>b')]
-  for special_is_text, tokens in ((True, 5), (False, 3)):
-    made = byte_tokenizer()
-    made.encode_special_tokens = special_is_text
+  for special_is_text, n_tokens in ((True, 5), (False, 3)):
+    tokenizer = byte_tokenizer()
+    tokenizer.encode_special_tokens = special_is_text
     for workers in (0, 1):
-      ((_, found),) = workers_lib.tokenize(texts, made, workers)
-      assert len(found) == tokens
+      ((_, tokens),) = workers_lib.tokenize(texts, tokenizer, workers)
+      assert len(tokens) == n_tokens
 
 
 def counted(source, taken):
@@ -81,24 +86,24 @@ def failing(lengths):
 def test_what_came_before_an_error_is_given(workers):
   stream = workers_lib.tokenize(failing([9] * 100), byte_tokenizer(), workers)
   before = processes.children()
-  found = []
+  numbers = []
   with pytest.raises(errors.UserError, match='line 3 is wrong'):
     for document, _ in stream:
-      found.append(document.number)
-  assert found == list(range(100))
+      numbers.append(document.number)
+  assert numbers == list(range(100))
   assert processes.children() == before
 
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_a_text_that_is_none_is_named(workers):
   texts = [*documents([9] * 40), corpus.Document('odd', 40, 'a\ud83d')]
-  found = []
+  numbers = []
   with pytest.raises(
     errors.UserError, match=r'document 40, of odd, cannot be tokenized \('
   ):
     for document, _ in workers_lib.tokenize(texts, byte_tokenizer(), workers):
-      found.append(document.number)
-  assert found == list(range(40))
+      numbers.append(document.number)
+  assert numbers == list(range(40))
 
 
 def test_a_process_that_is_killed_is_one_line():

@@ -12,13 +12,13 @@ BOS = 300
 def byte_tokenizer():
   """A token a byte, and the special token <s>."""
   alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-  made = tokenizers.Tokenizer(
+  tokenizer = tokenizers.Tokenizer(
     models.BPE({letter: i for i, letter in enumerate(alphabet)}, [])
   )
-  made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-  made.add_special_tokens(['<s>'])
-  made.encode_special_tokens = True
-  return made
+  tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.add_special_tokens(['<s>'])
+  tokenizer.encode_special_tokens = True
+  return tokenizer
 
 
 def documents(lengths, seed=0):
@@ -31,12 +31,12 @@ def documents(lengths, seed=0):
 LENGTHS = [0, 5, 64, 3, 1, 200, 16, 17, 15, 0, 33, 2, 2, 2, 100]
 
 
-def same(found, wanted):
-  found, wanted = list(found), list(wanted)
-  assert len(found) == len(wanted)
-  for a, b in zip(found, wanted):
+def assert_same(got, want):
+  got, want = list(got), list(want)
+  assert len(got) == len(want)
+  for a, b in zip(got, want):
     assert a.tokens.dtype == a.documents.dtype == np.int32
     np.testing.assert_array_equal(a.tokens, b.tokens)
     np.testing.assert_array_equal(a.documents, b.documents)
     assert a.sources == b.sources
-    assert a.place == b.place
+    assert a.start == b.start

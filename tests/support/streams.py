@@ -16,16 +16,15 @@ STORED = 300
 
 
 def harvested(texts, url, **changes):
-  wanted = {'n_tokens': STORED, 'mask_norm_multiple': 2.0} | changes
-  made = toy.config(texts, **wanted)
-  harvest.harvest(made, str(url), toy.subject())
+  fields = {'n_tokens': STORED, 'mask_norm_multiple': 2.0} | changes
+  harvest.harvest(toy.config(texts, **fields), str(url), toy.subject())
   return store.open_store(str(url))
 
 
 def feed(opened, cursor=None, data=1, batch=16, chunks=1, seed=3, latent=1):
-  made = mesh.make_mesh(data, latent, jax.devices()[: data * latent])
+  devices = mesh.make_mesh(data, latent, jax.devices()[: data * latent])
   return from_text.TextFeed(
-    opened, batch, seed, chunks, made, cursor, toy.subject()
+    opened, batch, seed, chunks, devices, cursor, toy.subject()
   )
 
 
@@ -33,7 +32,7 @@ def batches(feed, start, stop):
   return [np.asarray(batch_BD) for batch_BD in feed.iterate(start, stop)]
 
 
-def break_off(step, made: TrainConfig, workdir, url):
+def break_off(step, config: TrainConfig, workdir, url):
   iterate = from_text.TextFeed.iterate
 
   def breaks_off(self, start, stop):
@@ -45,4 +44,4 @@ def break_off(step, made: TrainConfig, workdir, url):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(from_text.TextFeed, 'iterate', breaks_off)
     with pytest.raises(runs.Stop):
-      train.train(made, url, workdir)
+      train.train(config, url, workdir)

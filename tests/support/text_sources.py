@@ -34,11 +34,11 @@ def write_parquet(path, texts, column='text'):
 def write_folder(folder):
   (folder / 'deep').mkdir(parents=True)
   (folder / '.hidden').mkdir()
-  one, two = [[f'{name} {i}' for i in range(40)] for name in ('one', 'two')]
-  write_jsonl(folder / 'one.jsonl', one)
-  write_parquet(folder / 'deep' / 'two.parquet', two)
+  lines, rows = [[f'{name} {i}' for i in range(40)] for name in ('one', 'two')]
+  write_jsonl(folder / 'one.jsonl', lines)
+  write_parquet(folder / 'deep' / 'two.parquet', rows)
   (folder / 'deep' / 'three.txt.gz').write_bytes(gzip.compress(b'three'))
   write_jsonl(folder / '_marks.jsonl', ['never'])
   write_jsonl(folder / '.hidden' / 'x.jsonl', ['never'])
   (folder / 'notes.md').write_text('never')
-  return one, two
+  return lines, rows

@@ -101,10 +101,10 @@ def test_order_is_a_function_of_the_seed(probes, tmp_path):
 
 def test_order_does_not_depend_on_the_order_of_a_file(tmp_path):
   texts = [f'text {i}' for i in range(50)]
-  one = text_sources.write_jsonl(tmp_path / 'one.jsonl', texts)
-  two = text_sources.write_jsonl(tmp_path / 'two.jsonl', texts[::-1])
-  shuffled = text_sources.texts((one,), seed=0)
-  assert shuffled == text_sources.texts((two,), seed=0)
+  path = text_sources.write_jsonl(tmp_path / 'one.jsonl', texts)
+  backwards = text_sources.write_jsonl(tmp_path / 'two.jsonl', texts[::-1])
+  shuffled = text_sources.texts((path,), seed=0)
+  assert shuffled == text_sources.texts((backwards,), seed=0)
   assert shuffled not in (texts, texts[::-1])
 
 
@@ -291,8 +291,8 @@ def test_a_file_that_is_not_what_its_name_says(tmp_path, suffix):
 def test_half_a_surrogate_pair_is_dropped_and_nesting_refused(tmp_path):
   path = tmp_path / 'a.JSONL'
   path.write_text('{"text": "whole \\ud83d half"}\n')
-  (found,) = corpus.documents((str(path),), 0)
-  assert found.text == 'whole  half'
+  (document,) = corpus.documents((str(path),), 0)
+  assert document.text == 'whole  half'
   path.write_text('{"text":' + '[' * 200_000)
   with pytest.raises(errors.UserError, match='line 1 of'):
     list(corpus.documents((str(path),), 0))
@@ -306,13 +306,13 @@ def test_the_order_of_a_file_is_what_it_was(tmp_path):
   (tmp_path / 'b.txt.gz').write_bytes(
     gzip.compress(b''.join(b'line %d\r\n\r\n' % i for i in range(9000)))
   )
-  found = [
+  digests = [
     hashlib.sha256(
       '\0'.join(text_sources.texts((source,), seed=7)).encode()
     ).hexdigest()
     for source in (path, str(tmp_path / 'b.txt.gz'))
   ]
-  assert [digest[:16] for digest in found] == [
+  assert [digest[:16] for digest in digests] == [
     '257499e21ab0fe5e',
     '8d7c0b936dc3d856',
   ]

@@ -75,13 +75,13 @@ def test_bfloat16_is_widened(tmp_path):
     shard_rows=64,
     context_length=50,
   )
-  places = np.arange(200)
+  numbers = np.arange(200)
   writer_lib.write(
     str(tmp_path),
     plan,
     (
-      (some, some // 50, some % 50, some >= 0, {plan.sites[0]: rows_RD[some]})
-      for some in places.reshape(4, 50)
+      (rows, rows // 50, rows % 50, rows >= 0, {plan.sites[0]: rows_RD[rows]})
+      for rows in numbers.reshape(4, 50)
     ),
     holdout_rows=50,
   )
@@ -107,16 +107,16 @@ def test_batches_are_the_rows_of_the_order(url, rows_of, batch_size):
     )
 
 
-def test_a_batch_has_a_part_of_every_lane_in_its_place(url, rows_of):
+def test_each_lane_gives_the_same_positions_of_every_batch(url, rows_of):
   opened = store.open_store(url)
   order = from_store.train_order(opened, 1, 8, 4)
   batches = from_store.StoreFeed(opened, order, 40)
   for step in (0, 3, 50):
     rows = rows_of(batches.batch(step))
     np.testing.assert_array_equal(rows, order_lib.batch_rows(order, step, 40))
-    for number, part in enumerate(rows.reshape(4, 10)):
+    for number, lane_rows in enumerate(rows.reshape(4, 10)):
       want = order.lane(number).rows_at(step * 10, 10)
-      np.testing.assert_array_equal(part, want)
+      np.testing.assert_array_equal(lane_rows, want)
   with pytest.raises(errors.UserError, match=r'42 .* 4 lanes'):
     from_store.StoreFeed(opened, order, 42)
 
@@ -154,17 +154,17 @@ def test_a_process_reads_its_lanes_alone(
   order = from_store.train_order(opened, 1, 8, 4)
   sharding = _Sharding(*stretches)
   monkeypatch.setattr(from_store.mesh_lib, 'sharding', lambda *_: sharding)
-  some = from_store.StoreFeed(opened, order, 40, mesh=())
+  local = from_store.StoreFeed(opened, order, 40, mesh=())
   whole = from_store.StoreFeed(opened, order, 40)
   for step in range(40):
-    places = some.places
     np.testing.assert_array_equal(
-      rows_of(some.batch(step)), rows_of(whole.batch(step))[places]
+      rows_of(local.batch(step)), rows_of(whole.batch(step))[local.local_rows]
     )
-  wanted = {p for start, stop in stretches for p in range(start, stop)}
-  assert set(places) == wanted
-  # Chunks that were asked for, of so many lanes of the four.
-  share = some.bytes_read / whole.bytes_read
+  assert set(local.local_rows) == {
+    row for start, stop in stretches for row in range(start, stop)
+  }
+  # It read the chunks of these lanes of the four.
+  share = local.bytes_read / whole.bytes_read
   assert abs(share - lanes / 4) < 0.05
 
 
@@ -201,13 +201,13 @@ def test_two_windows_are_in_memory(url):
   opened = store.open_store(url)
   order = from_store.train_order(opened, seed=2, window_chunks=8)
   batches = from_store.StoreFeed(opened, order, 32)
-  held = []
+  in_memory = []
   for step in range(60):
     batches.batch(step)
-    held.append(sum(len(data) for data, *_ in batches._windows.values()))
+    in_memory.append(sum(len(data) for data, *_ in batches._windows.values()))
   # A batch may straddle two windows, and the next is read ahead.
-  assert max(held) <= 3 * 8 * 16
-  assert np.median(held) <= 2 * 8 * 16
+  assert max(in_memory) <= 3 * 8 * 16
+  assert np.median(in_memory) <= 2 * 8 * 16
 
 
 def _feed_threads():

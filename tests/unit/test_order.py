@@ -74,7 +74,7 @@ def _slow_chunks(order):
   )
 
 
-def _slow_epoch(order, epoch, some=None):
+def _slow_epoch(order, epoch, chunks=None):
   """The order of an epoch, or of some chunks, from its definition."""
 
   def hashed(kind, item):
@@ -88,8 +88,8 @@ def _slow_epoch(order, epoch, some=None):
       by_chunk.append(range(row, end))
       row = end
     row = stop
-  some = range(len(by_chunk)) if some is None else some
-  chunks = sorted(some, key=lambda chunk: hashed(1, chunk))
+  chunks = range(len(by_chunk)) if chunks is None else chunks
+  chunks = sorted(chunks, key=lambda chunk: hashed(1, chunk))
   rows, size = [], -(-order.window_chunks // order.lanes)
   for start in range(0, len(chunks), size):
     window = [

@@ -1,4 +1,4 @@
-"""Streams: the rows a longer store would have had, mixed, and resumable."""
+"""Batches from text: rows that a longer store would hold, mixed, resumable."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ import pytest
 
 from sae_jax import autoencoder, errors
 from sae_jax import subject as subject_lib
-from sae_jax.feed import from_text, order
+from sae_jax.feed import device_window, from_text, order
 from sae_jax.training import train
 from tests.support import planted, runs, streams, toy
 
@@ -49,8 +49,8 @@ def test_an_epoch_is_what_a_longer_store_has_after_the_store(
     streams.feed(opened, batch=2 * len(want_RD)), 0, 1
   )
 
-  def farthest(some_RD, from_RD, reduce=np.max):
-    return reduce([np.abs(row_D - from_RD).max(1).min() for row_D in some_RD])
+  def farthest(rows_RD, from_RD, reduce=np.max):
+    return reduce([np.abs(row_D - from_RD).max(1).min() for row_D in rows_RD])
 
   atol = 0.05 if opened.manifest.dtype == 'bfloat16' else 1e-5
   assert max(farthest(want_RD, got_RD), farthest(got_RD, want_RD)) < atol
@@ -64,12 +64,14 @@ def test_the_order_is_that_of_the_windows(texts, tmp_path, opened):
   feed = streams.feed(opened, batch=4)
   windows = list(_windows(feed, 2))
   got_RD = np.concatenate(streams.batches(feed, 0, sum(windows) // 4))
-  at = 0
+  first = 0
   for number, n_rows in enumerate(windows):
-    places = at + order.mixing(3, number, n_rows)
-    some = got_RD[at : at + n_rows]
-    np.testing.assert_allclose(some, want_RD[places][: len(some)], atol=1e-5)
-    at += n_rows
+    rows = first + order.mixing(3, number, n_rows)
+    window_RD = got_RD[first : first + n_rows]
+    np.testing.assert_allclose(
+      window_RD, want_RD[rows][: len(window_RD)], atol=1e-5
+    )
+    first += n_rows
 
 
 def _windows(feed, count):
@@ -114,13 +116,13 @@ def test_it_goes_on_from_a_cursor_to_the_bit(texts, tmp_path, batch, changes):
 def test_no_document_of_the_store_comes_and_the_text_begins_again(
   opened, monkeypatch
 ):
-  seen, whole = [], from_text._Window.append
+  seen, whole = [], device_window.DeviceWindow.append
 
   def append(self, pool):
     seen.extend(pool)
     whole(self, pool)
 
-  monkeypatch.setattr(from_text._Window, 'append', append)
+  monkeypatch.setattr(device_window.DeviceWindow, 'append', append)
   streams.batches(streams.feed(opened), 0, 400)
   documents = np.concatenate([context.documents for context in seen])
   last = opened.documents()[-1]
@@ -130,11 +132,11 @@ def test_no_document_of_the_store_comes_and_the_text_begins_again(
 
 
 def test_seeds_mix_otherwise(opened):
-  one, other = (
+  first, second = (
     np.concatenate(streams.batches(streams.feed(opened, seed=s), 0, 2))
     for s in (0, 1)
   )
-  assert np.mean(np.abs(one - other) > 1e-4) > 0.9
+  assert np.mean(np.abs(first - second) > 1e-4) > 0.9
 
 
 def test_a_sweep_goes_on_from_the_run_that_did_least(
@@ -142,7 +144,7 @@ def test_a_sweep_goes_on_from_the_run_that_did_least(
 ):
   subject = toy.subject()
   monkeypatch.setattr(subject_lib, 'load', lambda *args, **kwargs: subject)
-  made = planted.train_config(
+  config = planted.train_config(
     sae=autoencoder.SaeConfig(d_model=16, n_latents=64, k=4),
     stream=True, batch_size=32, eval_rows=24,
   )  # fmt: skip
@@ -150,7 +152,7 @@ def test_a_sweep_goes_on_from_the_run_that_did_least(
   both = {str(tmp_path / f'both{k}'): k for k in (2, 4)}
 
   def of(k):
-    return dataclasses.replace(made, sae=dataclasses.replace(made.sae, k=k))
+    return dataclasses.replace(config, sae=dataclasses.replace(config.sae, k=k))
 
   for workdir, k in alone.items():
     train.train(of(k), opened.url, workdir)
@@ -182,8 +184,8 @@ def test_a_text_that_changed_is_refused(texts, opened, change):
 def test_windows_have_the_rows_asked_for(opened):
   """Of contexts that are not full; pools of 32 contexts have 500 rows."""
   for chunks in (8, 32):
-    found = _windows(streams.feed(opened, chunks=chunks), 2)
-    assert all(chunks * 32 - 300 < rows < chunks * 32 + 600 for rows in found)
+    windows = _windows(streams.feed(opened, chunks=chunks), 2)
+    assert all(chunks * 32 - 300 < rows < chunks * 32 + 600 for rows in windows)
 
 
 def test_closing_does_not_wait_for_the_text_to_be_read(
@@ -192,8 +194,8 @@ def test_closing_does_not_wait_for_the_text_to_be_read(
   feed = streams.feed(opened)
   whole = from_text.source.documents
 
-  def slow(made):
-    for document in whole(made):
+  def slow(config):
+    for document in whole(config):
       time.sleep(0.2)
       yield document
 
@@ -208,17 +210,17 @@ def test_closing_does_not_wait_for_the_text_to_be_read(
     lambda *args: closed.append(args[-1]) or iterate(*args),
   )
   ended.start()
-  running = []
-  while not running:
+  threads = []
+  while not threads:
     time.sleep(0.01)
-    running = [
-      t for t in threading.enumerate() if t.name == 'stream' and t.is_alive()
+    threads = [
+      t for t in threading.enumerate() if t.name == 'text feed' and t.is_alive()
     ]
   closed[0].set()
   began = time.monotonic()
-  running[0].join(20)
+  threads[0].join(20)
   # Eighty documents would take sixteen seconds.
-  assert not running[0].is_alive() and time.monotonic() - began < 8
+  assert not threads[0].is_alive() and time.monotonic() - began < 8
 
 
 def test_a_mask_that_leaves_nothing_is_refused(opened):

@@ -27,8 +27,8 @@ def test_a_field_is_named_after_the_source(tmp_path):
   path = tmp_path / 'x.jsonl'
   path.write_text('{"body": "b", "text": "t"}\n')
   assert text_sources.texts((str(path),), seed=0) == ['t']
-  (found,) = corpus.documents((f'{path}#body',), seed=0)
-  assert (found.text, found.source) == ('b', f'{path}#body')
+  (document,) = corpus.documents((f'{path}#body',), seed=0)
+  assert (document.text, document.source) == ('b', f'{path}#body')
   table = text_sources.write_parquet(tmp_path / 'x.parquet', ['one'], 'body')
   assert text_sources.texts((f'{table}#body',), seed=0) == ['one']
   # A name that was a file's stays one.
@@ -39,32 +39,32 @@ def test_a_field_is_named_after_the_source(tmp_path):
 
 def test_a_folder_or_a_glob_is_all_its_files(tmp_path, monkeypatch):
   folder = tmp_path / 'data'
-  one, two = text_sources.write_folder(folder)
+  lines, rows = text_sources.write_folder(folder)
   texts = text_sources.texts((str(folder),), seed=0)
-  assert sorted(texts) == sorted([*one, *two, 'three'])
+  assert sorted(texts) == sorted([*lines, *rows, 'three'])
   assert texts != text_sources.texts((str(folder),), seed=1)
   # Where it lies, and how that is written, changes nothing.
   folder.rename(tmp_path / 'moved')
   monkeypatch.chdir(tmp_path)
   assert text_sources.texts(('moved/',), seed=0) == texts
   assert text_sources.texts(('moved/**',), seed=0) == texts
-  assert sorted(text_sources.texts(('moved/*.jsonl',), seed=0)) == sorted(one)
+  assert sorted(text_sources.texts(('moved/*.jsonl',), seed=0)) == sorted(lines)
   assert sorted(
     text_sources.texts(('moved/[d]*/*.parquet',), seed=0)
-  ) == sorted(two)
+  ) == sorted(rows)
 
 
 def test_a_url_is_read_as_a_path_is(tmp_path):
-  one, two = text_sources.write_folder(tmp_path / 'data')
+  lines, rows = text_sources.write_folder(tmp_path / 'data')
   memory = fsspec.filesystem('memory')
   memory.put(str(tmp_path / 'data'), '/corpus', recursive=True)
   here = text_sources.texts((str(tmp_path / 'data'),), seed=0)
   assert text_sources.texts(('memory://corpus',), seed=0) == here
   assert sorted(
     text_sources.texts(('memory://corpus/*.jsonl',), seed=0)
-  ) == sorted(one)
+  ) == sorted(lines)
   table = 'memory://corpus/deep/two.parquet'
-  assert sorted(text_sources.texts((table,), seed=0)) == sorted(two)
+  assert sorted(text_sources.texts((table,), seed=0)) == sorted(rows)
 
 
 @pytest.mark.parametrize(

@@ -8,35 +8,35 @@ import pytest
 from sae_jax import errors
 from sae_jax.text import contexts as contexts_lib
 from tests.support.made_documents import (
+  assert_same,
   BOS,
   byte_tokenizer,
   documents,
   LENGTHS,
-  same,
 )
 
 
-@pytest.mark.parametrize('most', [1, 3, 100])
-@pytest.mark.parametrize('least', [1, 4])
-def test_documents_are_cut_into_contexts(most, least):
-  wanted, number = [], 0
+@pytest.mark.parametrize('max_contexts', [1, 3, 100])
+@pytest.mark.parametrize('min_tokens', [1, 4])
+def test_documents_are_cut_into_contexts(max_contexts, min_tokens):
+  want, number = [], 0
   for document in documents(LENGTHS):
-    ids = byte_tokenizer().encode(document.text).ids[: 16 * most]
+    ids = byte_tokenizer().encode(document.text).ids[: 16 * max_contexts]
     pieces = [ids[i : i + 16] for i in range(0, len(ids), 16)]
-    pieces = [piece for piece in pieces if len(piece) >= least]
-    wanted += [(number, document.source, piece) for piece in pieces]
+    pieces = [piece for piece in pieces if len(piece) >= min_tokens]
+    want += [(number, document.source, piece) for piece in pieces]
     number += bool(pieces)
-  found = list(
+  got = list(
     contexts_lib.contexts(
       documents(LENGTHS),
       byte_tokenizer(),
       context_length=16,
-      max_contexts_per_document=most,
-      min_context_tokens=least,
+      max_contexts_per_document=max_contexts,
+      min_context_tokens=min_tokens,
     )
   )
-  assert len(found) == len(wanted) > 5
-  for context, (number, source, tokens) in zip(found, wanted):
+  assert len(got) == len(want) > 5
+  for context, (number, source, tokens) in zip(got, want):
     np.testing.assert_array_equal(context.tokens, tokens)
     assert set(context.documents.tolist()) == {number}
     assert context.sources == (source,)
@@ -45,36 +45,38 @@ def test_documents_are_cut_into_contexts(most, least):
 
 @pytest.mark.parametrize('bos', [None, BOS])
 def test_packed_contexts_are_the_documents_end_to_end(bos):
-  made = byte_tokenizer()
+  tokenizer = byte_tokenizer()
   texts = [d for d in documents(LENGTHS) if d.text]
   stream, numbers = [], []
   for number, document in enumerate(texts):
-    ids = [*([] if bos is None else [bos]), *made.encode(document.text).ids]
+    ids = tokenizer.encode(document.text).ids
+    if bos is not None:
+      ids = [bos, *ids]
     stream += ids
     numbers += [number] * len(ids)
-  found = list(
+  packed = list(
     contexts_lib.contexts(
-      documents(LENGTHS), made, context_length=16, pack=True, bos=bos
+      documents(LENGTHS), tokenizer, context_length=16, pack=True, bos=bos
     )
   )
-  assert [len(c.tokens) for c in found[:-1]] == [16] * (len(found) - 1)
-  assert np.concatenate([c.tokens for c in found]).tolist() == stream
-  assert np.concatenate([c.documents for c in found]).tolist() == numbers
-  assert max(len(c.sources) for c in found) > 3
-  for context in found:
+  assert [len(c.tokens) for c in packed[:-1]] == [16] * (len(packed) - 1)
+  assert np.concatenate([c.tokens for c in packed]).tolist() == stream
+  assert np.concatenate([c.documents for c in packed]).tolist() == numbers
+  assert max(len(c.sources) for c in packed) > 3
+  for context in packed:
     covered = []
-    for number, source, place in context.segments():
-      assert set(context.documents[place].tolist()) == {number}
+    for number, source, segment in context.segments():
+      assert set(context.documents[segment].tolist()) == {number}
       assert source == texts[number].source
-      covered += range(place.start, place.stop)
+      covered += range(segment.start, segment.stop)
     assert covered == context.positions.tolist()
   if bos is not None:
-    starts = [c.tokens[s] for c in found for *_, s in c.segments()]
-    assert sum(part[0] == BOS for part in starts) == len(texts)
+    segments = [c.tokens[s] for c in packed for *_, s in c.segments()]
+    assert sum(tokens[0] == BOS for tokens in segments) == len(texts)
 
 
 def test_packed_documents_are_cut_off_and_a_short_end_left_out():
-  found = list(
+  packed = list(
     contexts_lib.contexts(
       documents([100, 5, 100]),
       byte_tokenizer(),
@@ -84,7 +86,7 @@ def test_packed_documents_are_cut_off_and_a_short_end_left_out():
       pack=True,
     )
   )
-  numbers = np.concatenate([c.documents for c in found])
+  numbers = np.concatenate([c.documents for c in packed])
   # 32 + 5 + 32 tokens, of which the last 5 fill no context.
   assert [int((numbers == i).sum()) for i in range(3)] == [32, 5, 27]
   kept = contexts_lib.contexts(
@@ -100,7 +102,7 @@ def test_packed_documents_are_cut_off_and_a_short_end_left_out():
 
 @pytest.mark.parametrize('bos', [None, BOS])
 @pytest.mark.parametrize('pack', [False, True])
-def test_contexts_go_on_from_the_place_of_any(pack, bos):
+def test_contexts_go_on_from_the_start_of_any(pack, bos):
   seen = []
 
   def encode(text):
@@ -123,14 +125,14 @@ def test_contexts_go_on_from_the_place_of_any(pack, bos):
   assert len(whole) > 15
   for number, context in enumerate(whole):
     seen.clear()
-    same(contexts(start=context.place), whole[number:])
+    assert_same(contexts(start=context.start), whole[number:])
     # What is before is not tokenized.
     texts = [document.text for document in documents(LENGTHS)]
-    assert seen == texts[context.place.document :]
+    assert seen == texts[context.start.document :]
   # Control: an offset or a number that is another is seen.
-  wrong = whole[3].place._replace(offset=whole[3].place.offset + 1)
+  wrong = whole[3].start._replace(offset=whole[3].start.offset + 1)
   with pytest.raises(AssertionError):
-    same(contexts(start=wrong), whole[3:])
+    assert_same(contexts(start=wrong), whole[3:])
 
 
 def test_a_bos_is_before_a_document_that_is_cut():
@@ -163,9 +165,11 @@ def test_wrong_numbers(wrong, message):
 
 
 def test_the_text_of_a_tokenizer_is_a_tokenizer():
-  made = byte_tokenizer()
-  made.encode_special_tokens = False
-  same(
-    contexts_lib.contexts(documents(LENGTHS), made.to_str(), context_length=16),
-    contexts_lib.contexts(documents(LENGTHS), made, context_length=16),
+  tokenizer = byte_tokenizer()
+  tokenizer.encode_special_tokens = False
+  assert_same(
+    *(
+      contexts_lib.contexts(documents(LENGTHS), form, context_length=16)
+      for form in (tokenizer.to_str(), tokenizer)
+    )
   )
