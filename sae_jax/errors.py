@@ -1,8 +1,12 @@
-"""Errors that a user can mend, and what any error says in one line."""
+"""Errors that a user can mend, defects, and any error's message in one line."""
 
 
 class UserError(ValueError):
   """Input a user can mend; its message is one line: what, numbers, remedy."""
+
+
+class DefectError(ValueError):
+  """A defect of this program that one of its own checks has met; one line."""
 
 
 def reason(error: BaseException) -> str:

@@ -175,7 +175,11 @@ def run(main: Callable[[], Any], description: str) -> None:
       if flags.FLAGS.debug:
         raise
       _fail(f'{error}: check the path, free space and your access', _USER_ERROR)
-    except (FloatingPointError, jax.errors.JaxRuntimeError) as error:
+    except (
+      errors.DefectError,
+      FloatingPointError,
+      jax.errors.JaxRuntimeError,
+    ) as error:
       if flags.FLAGS.debug:
         raise
       _fail(f'{error} (--debug shows where)', 1)

@@ -1,8 +1,7 @@
 """What a run would need of TPUs that are not here, by compiling it for them.
 
-`program` reads what a compiled program says,
-`roofline` how long that takes at least, `planner`
-puts them together.
+`program` reads a compiled program, `roofline` bounds its time from below,
+`planner` puts the two together.
 """
 
 from sae_jax.plan.planner import plan

@@ -1,4 +1,4 @@
-"""Compiling the training step, and the HBM it takes."""
+"""Compiles the training step and reads how much HBM it takes."""
 
 import dataclasses
 import math
@@ -25,18 +25,19 @@ _OUT_OF_MEMORY = re.compile(
 
 @dataclasses.dataclass(frozen=True)
 class Footprint:
-  """Bytes of HBM of one device.
+  """Bytes of HBM that a step takes on one device.
 
   Attributes:
-    parameters: of the autoencoder.
-    moments: Adam's.
+    parameters: the autoencoder.
+    moments: Adam's first and second moments.
     average: the moving average of the parameters.
-    counters: what else the state holds.
+    counters: the rest of the training state.
     batch: the activations of a step.
-    temporaries: what the compiler needs beside; the most at a time. Where the
-      program does not fit, it holds all that the compiler said beside these.
-    program: its code.
-    padding: of arguments, and results that take no argument's place.
+    temporaries: the compiler's temporary arrays, at their peak. Where the
+      program does not fit, everything beyond the five above.
+    program: the program's code.
+    padding: padding of the arguments, and results that do not reuse the memory
+      of an argument.
   """
 
   parameters: int
@@ -50,12 +51,12 @@ class Footprint:
 
   @property
   def total(self) -> int:
-    """All of it."""
+    """The sum of all attributes."""
     return sum(dataclasses.asdict(self).values())
 
   @property
   def arguments(self) -> int:
-    """What is there before the step and after it."""
+    """State and batch, which are in memory before a step and after it."""
     return self.total - self.temporaries - self.program - self.padding
 
 
@@ -64,10 +65,11 @@ class Compiled:
   """A compiled training step.
 
   Attributes:
-    text: of the program, as the compiler left it, '' if it left none.
-    footprint: what it takes of a device's HBM.
+    text: the optimised program; '' if the compiler wrote none.
+    footprint: the HBM that it takes on a device.
     fits: whether the compiler found room for it.
-    implementation: of the sparse products, as it was asked for.
+    implementation: the requested one of the sparse products, None for the
+      one that training chooses.
   """
 
   text: str
@@ -77,33 +79,33 @@ class Compiled:
 
 
 def arguments(config: TrainConfig, mesh: Mesh) -> Footprint:
-  """What the state and the batch take of each device, without padding.
+  """Bytes of the state and the batch on each device, without padding.
 
   Args:
     config: the run.
-    mesh: of the devices.
+    mesh: the mesh of devices.
   """
   state = state_lib.abstract_state(config, mesh)
-  names = {
+  trees = {
     'parameters': state.sae,
     'moments': state.optimizer.adam,
     'average': state.optimizer.ema,
   }
-  found = {name: _bytes(tree) for name, tree in names.items()}
+  sizes = {name: _bytes(tree) for name, tree in trees.items()}
   raw_BD = jax.ShapeDtypeStruct(
     (config.batch_size, config.sae.d_model),
     jax.numpy.bfloat16,
     sharding=mesh_lib.sharding(mesh, 'BD'),
   )
   return Footprint(
-    **found,
-    counters=_bytes(state) - sum(found.values()),
+    **sizes,
+    counters=_bytes(state) - sum(sizes.values()),
     batch=_bytes(raw_BD),
   )
 
 
 def _bytes(tree: Any) -> int:
-  """Of one device's shards."""
+  """Bytes of the shards of all arrays that one device holds."""
   return sum(
     math.prod(a.sharding.shard_shape(a.shape)) * a.dtype.itemsize
     for a in jax.tree.leaves(tree)
@@ -117,54 +119,58 @@ def compile_step(
 
   Args:
     config: the run.
-    mesh: of the devices it is compiled for.
+    mesh: the devices it is compiled for.
     implementation: of the sparse products, see `ops.decode`.
 
   Returns:
-    The program's text and its memory, also where that is too much.
+    The program's text and its memory, even if it needs more HBM than there is.
 
   Raises:
-    JaxRuntimeError: if it can't be compiled for another reason.
+    JaxRuntimeError: if it can't be compiled for a reason other than memory.
   """
-  held = arguments(config, mesh)
+  state_and_batch = arguments(config, mesh)
   lowered = step.lowered(config, mesh, implementation)
   with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-    # A program for chips that are not here is stored, but can't be read back.
+    # A program for absent chips is cached, but can't be read back.
     warnings.filterwarnings('ignore', 'Error reading persistent compilation')
     try:
-      made = lowered.compile(compiler_options={'xla_dump_to': folder})
+      executable = lowered.compile(compiler_options={'xla_dump_to': folder})
     except jax.errors.JaxRuntimeError as error:
-      needed = _needed(str(error))
+      needed = _needed_bytes(str(error))
       if needed is None:
         raise
-      beside = max(0, needed - held.total)
-      too_large = dataclasses.replace(held, temporaries=beside)
+      too_large = dataclasses.replace(
+        state_and_batch, temporaries=max(0, needed - state_and_batch.total)
+      )
       return Compiled(_dumped(folder), too_large, False, implementation)
-    # as_text can't print programs of which a part runs on SparseCores.
-    text = _dumped(folder) or made.as_text()
-  found = made.memory_analysis()
-  padding = found.argument_size_in_bytes - held.total
-  padding += found.output_size_in_bytes - found.alias_size_in_bytes
+    # as_text can't print a program that runs in part on SparseCores.
+    text = _dumped(folder) or executable.as_text()
+  memory = executable.memory_analysis()
+  padding = memory.argument_size_in_bytes - state_and_batch.total
+  padding += memory.output_size_in_bytes - memory.alias_size_in_bytes
   whole = dataclasses.replace(
-    held,
-    temporaries=found.temp_size_in_bytes,
-    program=found.generated_code_size_in_bytes,
+    state_and_batch,
+    temporaries=memory.temp_size_in_bytes,
+    program=memory.generated_code_size_in_bytes,
     padding=padding,
   )
   return Compiled(text, whole, True, implementation)
 
 
-def _needed(message: str) -> int | None:
-  """Bytes that a program needs which the compiler has no room for."""
-  found = _OUT_OF_MEMORY.search(message)
-  if not found:
+def _needed_bytes(message: str) -> int | None:
+  """Bytes that a program needs, from the compiler's out-of-memory message.
+
+  None for any other message.
+  """
+  match = _OUT_OF_MEMORY.search(message)
+  if not match:
     return None
-  size, unit = found[1] or found[5], found[2] if found[1] else found[6]
+  size, unit = match[1] or match[5], match[2] if match[1] else match[6]
   return int(float(size) * _UNITS[unit])
 
 
 def _dumped(folder: str) -> str:
-  """The program that the compiler wrote into a folder."""
-  written = pathlib.Path(folder).glob('*after_optimizations.txt')
-  largest = max(written, key=lambda p: p.stat().st_size, default=None)
+  """The optimised program that the compiler wrote into a folder, or ''."""
+  dumps = pathlib.Path(folder).glob('*after_optimizations.txt')
+  largest = max(dumps, key=lambda p: p.stat().st_size, default=None)
   return largest.read_text() if largest else ''

@@ -1,4 +1,4 @@
-"""Splits of the devices over tokens and latents, and guesses about them."""
+"""The meshes that a run can have, and guesses about their memory and time."""
 
 import dataclasses
 import math
@@ -9,24 +9,22 @@ from jax.sharding import Mesh
 from sae_jax import errors
 from sae_jax import mesh as mesh_lib
 from sae_jax.ops import dispatch
+from sae_jax.ops.encode_topk.reference import BLOCK_BYTES
 from sae_jax.plan import footprint, roofline
 from sae_jax.plan.footprint import Footprint
 from sae_jax.tpu.chips import Slices
 from sae_jax.training.config import TrainConfig
 
-# Of pre-activations at a time, see `ops.encode_topk.reference`.
-_BLOCK_BYTES = 2**27
-
 
 @dataclasses.dataclass(frozen=True)
 class Guess:
-  """What arithmetic on a config says before anything is compiled.
+  """Memory and time of a mesh by arithmetic, before anything is compiled.
 
   Attributes:
     data: shards of the batch.
     latent: shards of the latents.
-    hbm_bytes: of a device.
-    step_s: sum of the largest terms of a step's roofline.
+    hbm_bytes: HBM that a device needs.
+    step_s: seconds of a step, the sum of the largest terms of its roofline.
   """
 
   data: int
@@ -36,7 +34,7 @@ class Guess:
 
 
 def make_mesh(slices: Slices, data: int, latent: int) -> Mesh:
-  """The mesh of a split, as training makes it.
+  """The mesh as training makes it.
 
   Args:
     slices: the chips.
@@ -44,7 +42,7 @@ def make_mesh(slices: Slices, data: int, latent: int) -> Mesh:
     latent: shards of the latents.
 
   Raises:
-    UserError: if the devices can't be split so; it names a split that can.
+    UserError: if the chips can't form this mesh; it names one that they can.
   """
   count = len(slices.devices)
   data = data or max(1, count // max(1, latent))
@@ -64,15 +62,15 @@ def make_mesh(slices: Slices, data: int, latent: int) -> Mesh:
 
 
 def _nearest(slices: Slices, latent: int) -> tuple[int, int]:
-  """The split whose number of latent shards is nearest, of those there are."""
+  """The possible mesh whose number of latent shards is nearest."""
   count = len(slices.devices)
   sizes = [n for n in range(1, count + 1) if count % n == 0]
   sizes.sort(key=lambda n: (abs(math.log(n / latent)), -n))
-  size = next(n for n in sizes if _can(slices, count // n, n))
+  size = next(n for n in sizes if _is_possible(slices, count // n, n))
   return count // size, size
 
 
-def _can(slices: Slices, data: int, latent: int) -> bool:
+def _is_possible(slices: Slices, data: int, latent: int) -> bool:
   try:
     mesh_lib.make_mesh(data, latent, slices.devices)
   except (NotImplementedError, errors.UserError):
@@ -81,7 +79,7 @@ def _can(slices: Slices, data: int, latent: int) -> bool:
 
 
 def check(config: TrainConfig, mesh: Mesh) -> None:
-  """Raises UserError where a config can't be split over a mesh evenly."""
+  """Raises UserError unless the mesh divides the batch and the latents."""
   data, latent = mesh.shape['data'], mesh.shape['latent']
   if config.sae.n_latents % latent:
     near = _multiple(config.sae.n_latents, latent)
@@ -89,9 +87,9 @@ def check(config: TrainConfig, mesh: Mesh) -> None:
       f'n_latents {config.sae.n_latents:,} can not be split evenly over '
       f'{latent} shards: use --n={near}'
     )
-  parts = data * config.micro_batches
-  if config.batch_size % parts:
-    near = _multiple(config.batch_size, parts)
+  pieces = data * config.micro_batches
+  if config.batch_size % pieces:
+    near = _multiple(config.batch_size, pieces)
     raise errors.UserError(
       f'batch_size {config.batch_size:,} can not be split evenly over {data} '
       f'shards and {config.micro_batches} micro-batches: use --batch={near}'
@@ -99,13 +97,13 @@ def check(config: TrainConfig, mesh: Mesh) -> None:
 
 
 def _multiple(value: int, of: int) -> int:
-  """The nearest multiple, the larger one of two; never 0."""
+  """The nearest multiple that is not 0; of two, the larger."""
   return max(of, (value + of // 2) // of * of)
 
 
-def candidates(config: TrainConfig, slices: Slices) -> list[tuple[int, int]]:
-  """The splits (data, latent) that the config and the devices allow."""
-  count, found = len(slices.devices), []
+def allowed(config: TrainConfig, slices: Slices) -> list[tuple[int, int]]:
+  """The meshes (data, latent) that both the config and the chips allow."""
+  count, shapes = len(slices.devices), []
   for latent in range(1, count + 1):
     data = count // latent
     if (
@@ -113,10 +111,10 @@ def candidates(config: TrainConfig, slices: Slices) -> list[tuple[int, int]]:
       and data % slices.count == 0
       and config.sae.n_latents % latent == 0
       and config.batch_size % (data * config.micro_batches) == 0
-      and _can(slices, data, latent)
+      and _is_possible(slices, data, latent)
     ):
-      found.append((data, latent))
-  return found
+      shapes.append((data, latent))
+  return shapes
 
 
 def guess(
@@ -125,16 +123,16 @@ def guess(
   mesh: Mesh,
   implementation: str | None = None,
 ) -> Guess:
-  """Memory and time of a split from the sizes of its largest arrays.
+  """Memory and time of a step from the sizes of its largest arrays.
 
-  It leaves out whatever the compiler adds, and is there to choose what is
-  compiled, not to be believed.
+  It leaves out everything that the compiler adds, so it only serves to choose
+  which meshes are compiled.
 
   Args:
     config: the run.
     slices: the chips.
-    mesh: of their devices.
-    implementation: of the sparse products.
+    mesh: the mesh of their devices.
+    implementation: of the sparse products, see `ops.decode`.
   """
   device = slices.device
   data, latent = mesh.shape['data'], mesh.shape['latent']
@@ -143,48 +141,48 @@ def guess(
   at_a_time = tokens // config.micro_batches
   with jax.set_mesh(mesh):
     name = dispatch.choose(config.sae.n_latents, k, implementation, d)
-  held = footprint.arguments(config, mesh)
-  # Dense codes, or pairs.
+  arguments = footprint.arguments(config, mesh)
+  # Dense codes, or pairs of value and latent.
   codes = at_a_time * (8 * latents if name == 'dense' else 32 * k)
-  more = lasting(held, data) + codes
+  hbm_bytes = arguments.total + lasting(arguments, data) + codes
   products = tokens * latents * d * 2 * (5 if name == 'dense' else 1)
   moved = (
     # Adam reads and writes parameters, moments and the average.
-    2 * (held.total - held.batch)
-    + held.parameters * config.micro_batches
+    2 * (arguments.total - arguments.batch)
+    + arguments.parameters * config.micro_batches
     # Each block of tokens reads the rounded encoder and writes its codes.
     + _blocks(tokens, latents, name) * latents * d * 2
     + tokens * latents * 4 * (8 if name == 'dense' else 2)
-    # Rows of pairs, for two sums and two scatters: kernels take those that a
-    # shard has won, the others all of its candidates.
+    # Decoder rows of the pairs, for two sums and two scatters. Kernels touch
+    # the rows of a shard's winners alone, other code those of all k latents
+    # that the shard offers.
     + tokens * k * d * 24 * {'dense': 0, 'pallas': 1 / latent}.get(name, 1)
   )
   seconds = max(products / device.flops, moved / device.hbm_bandwidth)
-  return Guess(
-    data, latent, held.total + more, seconds + _links(config, slices, mesh)
-  )
+  seconds += _link_seconds(config, slices, mesh)
+  return Guess(data, latent, hbm_bytes, seconds)
 
 
-def lasting(held: Footprint, data: int) -> float:
-  """Temporaries that do not depend on the tokens at a time, a guess.
+def lasting(arguments: Footprint, data: int) -> float:
+  """A guess of the bytes of temporaries that micro-batches do not shrink.
 
-  Gradients and rounded weights, which are summed over the data axis into
-  arrays of their own; inputs and errors of all tokens in float32.
+  These are gradients and rounded weights, which are summed over the data axis
+  into arrays of their own, and inputs and errors of all tokens in float32.
 
   Args:
-    held: the arguments.
+    arguments: state and batch of the run.
     data: shards of the batch.
   """
-  return held.parameters * (1.5 if data == 1 else 3) + 4 * held.batch
+  return arguments.parameters * (1.5 if data == 1 else 3) + 4 * arguments.batch
 
 
 def _blocks(tokens: int, latents: int, name: str) -> float:
-  """Blocks of tokens that the encoder works on, by the plain implementation."""
-  return 1 if name == 'pallas' else tokens * latents * 4 / _BLOCK_BYTES
+  """Blocks of tokens that the encoder works on, one after another."""
+  return 1 if name == 'pallas' else tokens * latents * 4 / BLOCK_BYTES
 
 
-def _links(config: TrainConfig, slices: Slices, mesh: Mesh) -> float:
-  """Seconds of gradients over data, codes and outputs over latents."""
+def _link_seconds(config: TrainConfig, slices: Slices, mesh: Mesh) -> float:
+  """Seconds for gradients over data, and for codes and outputs over latents."""
   data, latent = mesh.shape['data'], mesh.shape['latent']
   tokens, latents = config.batch_size // data, config.sae.n_latents // latent
   d, k = config.sae.d_model, config.sae.k

@@ -1,4 +1,4 @@
-"""What a training run would need of TPUs that are not here."""
+"""Plans a training run for TPUs that are not here."""
 
 from collections.abc import Callable
 import dataclasses
@@ -11,14 +11,15 @@ from sae_jax.plan import footprint, meshes, remedies, roofline
 from sae_jax.plan.footprint import Compiled
 from sae_jax.plan.program import costs as costs_lib
 from sae_jax.plan.program import parts, text
-from sae_jax.plan.program.costs import Costs
-from sae_jax.plan.record import Plan, Split
+from sae_jax.plan.program.costs import Buffer, Costs
+from sae_jax.plan.program.text import Module
+from sae_jax.plan.record import MeshChoice, Plan
 from sae_jax.tpu import chips as chips_lib
 from sae_jax.tpu.chips import Slices
 from sae_jax.training.config import TrainConfig
 
 DEAD = ('none', 'few', 'all')
-# Splits that are listed, compiled or not.
+# The most meshes that a plan lists.
 _LISTED = 12
 
 
@@ -40,20 +41,21 @@ def plan(
   Args:
     config: the run, with d_model set.
     topology: a slice such as 'v6e:16x16'.
-    num_slices: how many of them.
+    num_slices: number of such slices.
     mesh: shards of batch and latents, or 'auto' to look for the best.
     implementation: of the sparse products, see `ops.decode`.
-    dead: the dead latents that AuxK's work is taken for: 'none', 'few' (its
+    dead: the dead latents that AuxK is assumed to work on: 'none', 'few' (its
       smallest size) or 'all'.
-    compiles: programs that are compiled at most to rank splits, and again to
-      find out what would fit.
-    tokens: of the whole run, for hours and cost.
-    price_per_chip_hour: for the cost.
-    report: is told what is going on.
+    compiles: the most programs that are compiled to rank meshes, and again to
+      look for remedies.
+    tokens: tokens of the whole run, for hours and cost.
+    price_per_chip_hour: price of a chip for an hour, for the cost.
+    report: called with a line of text before and after each compilation.
 
   Raises:
-    UserError: if there is no such slice, or the config can't be split over
-      it; it names the nearest that can.
+    UserError: if there is no such slice, or no mesh divides the config evenly;
+      it names the nearest that does.
+    DefectError: if a part of the step is nowhere in the program.
   """
   if not config.sae.d_model:
     raise errors.UserError(
@@ -64,19 +66,14 @@ def plan(
       f'dead {dead!r} is not known: use one of {", ".join(DEAD)}'
     )
   slices = chips_lib.find(topology, num_slices)
-  if mesh == 'auto':
-    tries = _guesses(config, slices, implementation)
-  else:
-    made = meshes.make_mesh(slices, *mesh)
-    meshes.check(config, made)
-    tries = [meshes.guess(config, slices, made, implementation)]
-  done, refused = _compiled_splits(
-    config, slices, tries, implementation, dead, max(1, compiles), report
+  guesses = _guesses(config, slices, mesh, implementation)
+  ranked, refused = _compiled_plans(
+    config, slices, guesses, implementation, dead, max(1, compiles), report
   )
-  best = done[0]
-  found = ()
+  best = ranked[0]
+  changes = ()
   if not best.fits:
-    found = remedies.find(
+    changes = remedies.find(
       best.config,
       slices,
       best.footprint,
@@ -84,61 +81,69 @@ def plan(
       max(1, compiles - 1),
       report,
     )
-  ranked = [
-    Split(
-      one.config.mesh_data,
-      one.config.mesh_latent,
-      True,
-      one.fits,
-      one.footprint.total,
-      one.roofline.step_s,
-    )
-    for one in done
-  ]
-  seen = {(split.data, split.latent) for split in ranked}
-  ranked += [
-    Split(
-      guess.data,
-      guess.latent,
-      False,
-      guess.hbm_bytes <= slices.hbm_limit,
-      guess.hbm_bytes,
-      guess.step_s,
-      refused.get(guess, ''),
-    )
-    for guess in tries
-    if (guess.data, guess.latent) not in seen
-  ]
+  choices = _choices(ranked, guesses, refused, slices.hbm_limit)
   return dataclasses.replace(
     best,
-    splits=tuple(ranked[:_LISTED]),
-    remedies=found,
+    meshes=choices[:_LISTED],
+    remedies=changes,
     tokens=tokens,
     price_per_chip_hour=price_per_chip_hour,
   )
 
 
-def _compiled_splits(
-  config, slices, tries, implementation, dead, compiles, report
-) -> tuple[list[Plan], dict[meshes.Guess, str]]:
-  """The plans of the first splits that the step takes, the best first.
+def _guesses(config, slices, mesh, implementation) -> list[meshes.Guess]:
+  """Guesses about the given mesh, or about all, the most promising first."""
+  if mesh != 'auto':
+    given = meshes.make_mesh(slices, *mesh)
+    meshes.check(config, given)
+    return [meshes.guess(config, slices, given, implementation)]
+  shapes = meshes.allowed(config, slices)
+  if not shapes:
+    # Raises with the nearest sizes that the devices divide.
+    over_data = meshes.make_mesh(slices, len(slices.devices), 1)
+    meshes.check(config, over_data)
+    raise errors.UserError(
+      f'no mesh of {slices.name} divides batch_size {config.batch_size:,} and '
+      f'n_latents {config.sae.n_latents:,}: use multiples of '
+      f'{len(slices.devices)}'
+    )
+  guesses = [
+    meshes.guess(
+      config, slices, meshes.make_mesh(slices, *shape), implementation
+    )
+    for shape in shapes
+  ]
+  limit = slices.hbm_limit
+  return sorted(
+    guesses,
+    key=lambda g: (
+      (False, g.step_s) if g.hbm_bytes <= limit else (True, g.hbm_bytes)
+    ),
+  )
 
-  And why it does not take others.
+
+def _compiled_plans(
+  config, slices, guesses, implementation, dead, compiles, report
+) -> tuple[list[Plan], dict[meshes.Guess, str]]:
+  """Plans of the first meshes that the training step accepts, best first.
+
+  And the reason for each mesh that it refuses before it has accepted
+  `compiles` of them.
   """
-  done, refused = [], {}
-  for guess in tries:
-    if len(done) == compiles:
+  plans, refused = [], {}
+  for guess in guesses:
+    if len(plans) == compiles:
       break
     report(f'compiling mesh {guess.data}x{guess.latent} ...')
     try:
-      one = _compiled(config, slices, guess, implementation, dead)
+      compiled = _compiled_plan(config, slices, guess, implementation, dead)
     except errors.UserError as error:
       refused[guess] = str(error)
       report(f'refused: {error}')
       continue
-    report(f'compiled in {one.compile_s:.0f} s')
-    done.append(one)
-  if not done:
+    report(f'compiled in {compiled.compile_s:.0f} s')
+    plans.append(compiled)
+  if not plans:
     guess, reason = next(iter(refused.items()))
     config = dataclasses.replace(
       config, mesh_data=guess.data, mesh_latent=guess.latent
@@ -146,47 +151,48 @@ def _compiled_splits(
     flags = remedies.accepted(config, slices, implementation)
     also = f' ({flags} is accepted)' if flags else ''
     raise errors.UserError(f'mesh {guess.data}x{guess.latent}: {reason}{also}')
-  return sorted(done, key=_order), refused
+  return sorted(plans, key=_order), refused
 
 
-def _order(one: Plan) -> tuple[bool, float]:
-  """Those that fit first, by time; then those that lack least."""
-  if one.fits:
-    return False, one.roofline.step_s
-  return True, one.footprint.total
+def _order(plan: Plan) -> tuple[bool, float]:
+  """Plans that fit first, by time; then those that lack least."""
+  if plan.fits:
+    return False, plan.roofline.step_s
+  return True, plan.footprint.total
 
 
-def _guesses(
-  config: TrainConfig, slices: Slices, implementation: str | None
-) -> list[meshes.Guess]:
-  """All splits, the most promising first."""
-  allowed = meshes.candidates(config, slices)
-  if not allowed:
-    # Raises with the nearest sizes that can be split.
-    made = meshes.make_mesh(slices, len(slices.devices), 1)
-    meshes.check(config, made)
-    raise errors.UserError(
-      f'no split of {slices.name} divides batch_size {config.batch_size:,} and '
-      f'n_latents {config.sae.n_latents:,}: use multiples of '
-      f'{len(slices.devices)}'
+def _choices(ranked, guesses, refused, hbm_limit) -> tuple[MeshChoice, ...]:
+  """All meshes, the compiled ones first, each with its figures."""
+  compiled = [
+    MeshChoice(
+      plan.config.mesh_data,
+      plan.config.mesh_latent,
+      True,
+      plan.fits,
+      plan.footprint.total,
+      plan.roofline.step_s,
     )
-  found = [
-    meshes.guess(
-      config, slices, meshes.make_mesh(slices, *split), implementation
-    )
-    for split in allowed
+    for plan in ranked
   ]
-  limit = slices.hbm_limit
-  return sorted(
-    found,
-    key=lambda g: (
-      (False, g.step_s) if g.hbm_bytes <= limit else (True, g.hbm_bytes)
-    ),
-  )
+  shapes = {(choice.data, choice.latent) for choice in compiled}
+  guessed = [
+    MeshChoice(
+      guess.data,
+      guess.latent,
+      False,
+      guess.hbm_bytes <= hbm_limit,
+      guess.hbm_bytes,
+      guess.step_s,
+      refused.get(guess, ''),
+    )
+    for guess in guesses
+    if (guess.data, guess.latent) not in shapes
+  ]
+  return (*compiled, *guessed)
 
 
-def _compiled(config, slices, guess, implementation, dead) -> Plan:
-  """The plan of one split."""
+def _compiled_plan(config, slices, guess, implementation, dead) -> Plan:
+  """The plan of one mesh."""
   mesh = meshes.make_mesh(slices, guess.data, guess.latent)
   config = dataclasses.replace(
     config, mesh_data=guess.data, mesh_latent=guess.latent
@@ -204,18 +210,18 @@ def read(
   dead: str = 'few',
   compile_s: float = 0.0,
 ) -> Plan:
-  """The plan of a compiled step, without other splits or remedies.
+  """The plan of a compiled step, without other meshes or remedies.
 
   Args:
     config: the run, with its mesh.
     slices: the chips.
-    mesh: of their devices.
+    mesh: the mesh of their devices.
     compiled: the step.
-    dead: the dead latents that AuxK's work is taken for.
+    dead: the dead latents that AuxK is assumed to work on.
     compile_s: seconds that compiling took.
 
   Raises:
-    ValueError: if a part of the step is nowhere in the program.
+    DefectError: if a part of the step is nowhere in the program.
   """
   module = text.parse(compiled.text)
   parts.check(module, parts.expected(config, mesh, compiled.implementation))
@@ -227,27 +233,13 @@ def read(
     if by_dead:
       last = len(branches) - 1
       return {'none': 0, 'few': min(1, last), 'all': last}[dead]
-    # The bound must hold whichever is taken.
+    # The bound must hold whichever branch is taken.
     return min(range(len(branches)), key=lambda i: seconds(branches[i]))
 
   costs = costs_lib.costs(module, choose)
   at_a_time = config.batch_size // mesh.shape['data'] // config.micro_batches
   codes = at_a_time * config.sae.n_latents // mesh.shape['latent']
-  # Weights, rounded or transposed, may be as large as the codes of few tokens.
-  state = {
-    dims
-    for instruction in module.entry.parameters
-    for shape in instruction.shapes
-    for dims in (shape.dims, shape.dims[::-1])
-  }
-  # One of each kind: tiles and names do not matter here.
-  made = list(
-    {
-      (str(buffer.shape), buffer.part): buffer
-      for buffer in costs_lib.buffers(module, 1)
-      if buffer.opcode != 'parameter' and buffer.shape.dims not in state
-    }.values()
-  )
+  buffers = _step_buffers(module)
   choices = [b for b in costs.branches if b.by_dead]
   return Plan(
     config=config,
@@ -259,13 +251,34 @@ def read(
     dead=dead,
     auxk_s=tuple(map(seconds, choices[0].costs)) if choices else (),
     loops_s=tuple(map(seconds, costs.endless.values())),
-    largest=made[0] if made else None,
+    largest=buffers[0] if buffers else None,
     codes=codes,
-    dense=tuple(b for b in made if b.shape.size >= codes),
-    splits=(),
+    dense=tuple(b for b in buffers if b.shape.size >= codes),
+    meshes=(),
     remedies=(),
     tokens=0,
     price_per_chip_hour=0.0,
     text=compiled.text,
     compile_s=compile_s,
   )
+
+
+def _step_buffers(module: Module) -> list[Buffer]:
+  """The arrays that a step makes, largest first, one of each shape and part.
+
+  Arrays as large as those of the state are left out: weights that are rounded
+  or transposed may be as large as the codes of few tokens.
+  """
+  state = {
+    dims
+    for instruction in module.entry.parameters
+    for shape in instruction.shapes
+    for dims in (shape.dims, shape.dims[::-1])
+  }
+  # Shapes are compared as text, which leaves out their tiles.
+  unique = {
+    (str(buffer.shape), buffer.part): buffer
+    for buffer in costs_lib.buffers(module, 1)
+    if buffer.opcode != 'parameter' and buffer.shape.dims not in state
+  }
+  return list(unique.values())

@@ -1,4 +1,4 @@
-"""A plan: what was found of a run, as figures."""
+"""A plan: the figures of a run."""
 
 import dataclasses
 from typing import Any
@@ -19,17 +19,18 @@ NOTHING_MEASURED = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
-  """One way to split the devices.
+class MeshChoice:
+  """One mesh that was considered.
 
   Attributes:
     data: shards of the batch.
     latent: shards of the latents.
-    compiled: whether the rest is the compiler's, not a guess.
-    fits: whether it fits in HBM.
-    hbm_bytes: of a device.
-    step_s: the roofline of a step.
-    refused: why the training step does not take it, '' if it does.
+    compiled: whether the figures come from the compiled program; otherwise
+      they are guesses.
+    fits: whether the step fits in HBM.
+    hbm_bytes: HBM that a device needs.
+    step_s: seconds of a step by its roofline.
+    refused: why the training step does not accept this mesh; '' if it does.
   """
 
   data: int
@@ -43,28 +44,28 @@ class Split:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-  """What a run needs, by the compiler and by arithmetic; nothing is measured.
+  """Memory and time of a run, by compiler and arithmetic; nothing is measured.
 
   Attributes:
-    config: the run, with the mesh that was chosen.
+    config: the run, with the chosen mesh.
     slices: the chips.
     fits: whether the compiler found room for the step.
-    footprint: HBM of a device.
+    footprint: HBM that a device needs.
     roofline: the least time of a step.
-    costs: what the program does on a device.
-    dead: the share of dead latents that AuxK's work is taken for.
+    costs: the work of the program on a device.
+    dead: the dead latents that AuxK is assumed to work on: none, few or all.
     auxk_s: seconds of AuxK with none dead, few, ..., all.
-    loops_s: seconds of one run of each loop whose length depends on data,
-      which the bound leaves out.
-    largest: the largest array beside state and batch.
-    codes: values of the [tokens, latents] that a device works on at a time.
-    dense: arrays that are as large as that, or larger.
-    splits: all that were looked at, the best first.
-    remedies: what to change where it does not fit.
-    tokens: of the whole run; 0 where none were given.
+    loops_s: seconds of one run of each loop whose length depends on data; the
+      roofline leaves these loops out.
+    largest: the largest array other than state and batch.
+    codes: number of values, tokens x latents, that a device works on at a time.
+    dense: arrays with at least that many values.
+    meshes: all that were considered, the best first.
+    remedies: changes after which a run that does not fit would fit.
+    tokens: tokens of the whole run; 0 where none were given.
     price_per_chip_hour: 0 where none was given.
-    text: of the compiled program.
-    compile_s: what compiling took, of this machine's time.
+    text: the compiled program.
+    compile_s: seconds that compiling took on this machine.
   """
 
   config: TrainConfig
@@ -79,7 +80,7 @@ class Plan:
   largest: Buffer | None
   codes: int
   dense: tuple[Buffer, ...]
-  splits: tuple[Split, ...]
+  meshes: tuple[MeshChoice, ...]
   remedies: tuple[Remedy, ...]
   tokens: int
   price_per_chip_hour: float
@@ -88,28 +89,28 @@ class Plan:
 
   @property
   def tokens_per_s(self) -> float:
-    """At most, of the whole mesh."""
+    """The most tokens that the whole mesh can train on in a second."""
     return self.config.batch_size / self.roofline.step_s
 
   @property
   def hours(self) -> float:
-    """At least, for all tokens."""
+    """The fewest hours for all tokens."""
     return self.tokens / self.tokens_per_s / 3600
 
   @property
   def cost(self) -> float:
-    """At least, in the currency of the price."""
+    """The least cost of all tokens, in the currency of the price."""
     return self.hours * self.slices.chips * self.price_per_chip_hour
 
   @property
   def kernels(self) -> tuple[tuple[Kernel, float], ...]:
-    """Pallas kernels and their calls in a step."""
+    """Pallas kernels and how often a step calls each."""
     return tuple(self.costs.kernels.items())
 
   def to_dict(self) -> dict[str, Any]:
     """All figures, for JSON."""
     share = self.slices.devices_per_chip
-    held = dataclasses.asdict(self.footprint)
+    memory = dataclasses.asdict(self.footprint)
     return {
       'measured': False,
       'note': NOTHING_MEASURED,
@@ -117,7 +118,7 @@ class Plan:
       'hbm_per_chip_gib': share * self.footprint.total / GIB,
       'hbm_limit_per_chip_gib': share * self.slices.hbm_limit / GIB,
       'hbm_parts_per_chip_gib': {
-        name: share * size / GIB for name, size in held.items()
+        name: share * size / GIB for name, size in memory.items()
       },
       'roofline_step_s': self.roofline.step_s,
       'roofline_without_overlap_s': self.roofline.without_overlap_s,
@@ -131,7 +132,7 @@ class Plan:
         }
         for part in self.roofline.parts
       },
-      'exchanges': [dataclasses.asdict(one) for one in self.roofline.exchanges],
+      'exchanges': [dataclasses.asdict(e) for e in self.roofline.exchanges],
       'kernels': [
         {**dataclasses.asdict(kernel), 'calls': calls}
         for kernel, calls in self.kernels
@@ -139,7 +140,7 @@ class Plan:
       'flops_per_device': self.costs.total.flops,
       'hbm_bytes_per_device': self.costs.total.hbm_bytes,
       'link_bytes_per_device': sum(
-        one.link_bytes for one in self.roofline.exchanges
+        exchange.link_bytes for exchange in self.roofline.exchanges
       ),
       'dead_latents': self.dead,
       'auxk_s': list(self.auxk_s),
@@ -156,7 +157,8 @@ class Plan:
       'chips': self.slices.chips,
       'devices_per_chip': share,
       'mesh': [self.config.mesh_data, self.config.mesh_latent],
-      'splits': [dataclasses.asdict(split) for split in self.splits],
+      # Plans that are stored, as in experiments/plans, have this key.
+      'splits': [dataclasses.asdict(mesh) for mesh in self.meshes],
       'remedies': [dataclasses.asdict(remedy) for remedy in self.remedies],
       'chip': dataclasses.asdict(CHIPS[self.slices.chip]),
       'assumptions': list(roofline_lib.ASSUMPTIONS),

@@ -1,4 +1,4 @@
-"""What to change in a run that does not fit."""
+"""Changes after which a run that does not fit would fit."""
 
 from collections.abc import Callable, Iterator
 import dataclasses
@@ -12,7 +12,7 @@ from sae_jax.tpu.chips import Slices
 from sae_jax.training import step
 from sae_jax.training.config import TrainConfig
 
-# Fewer tokens than this at a time leave a matrix unit idle.
+# Micro-batches of fewer tokens leave a matrix unit idle.
 _LEAST_TOKENS = 256
 # A guess must leave this share of HBM free.
 _SPARE = 0.1
@@ -24,10 +24,10 @@ class Remedy:
   """A change after which the run fits.
 
   Attributes:
-    flags: of sae-plan, to be put in place of those that were given.
-    hbm_bytes: of a device.
-    compiled: whether the compiler says so, or arithmetic on what it said of
-      the run that does not fit.
+    flags: flags of sae-plan that replace the given ones.
+    hbm_bytes: HBM that a device then needs.
+    compiled: whether the changed run was compiled; otherwise its bytes are
+      scaled from those of the run that does not fit.
   """
 
   flags: str
@@ -43,65 +43,63 @@ def find(
   compiles: int,
   report: Callable[[str], None],
 ) -> tuple[Remedy, ...]:
-  """Changes that let a run fit, the nearest first.
+  """Changes that let a run fit, compiled ones first.
 
   Args:
     config: the run, with its mesh, which does not fit.
     slices: the chips.
-    needs: what it takes of a device.
-    implementation: of the sparse products.
-    compiles: how many of the changes are compiled, at most.
-    report: is told what is going on.
+    needs: the HBM that the run needs on a device.
+    implementation: of the sparse products, see `ops.decode`.
+    compiles: the most changes that are compiled.
+    report: called with a line of text before and after each compilation.
 
   Returns:
-    At most one change of each kind: fewer tokens at a time, another split, a
+    At most one change of each kind: fewer tokens at a time, another mesh, a
     larger slice, fewer latents.
   """
-  found, left = [], compiles
-  for tries in (
-    _parts(config, slices, needs),
-    _splits(config, slices, needs),
-    _larger(config, slices, needs),
-    _fewer(config, slices, needs),
+  remedies, left = [], compiles
+  for changes in (
+    _smaller_micro_batches(config, slices),
+    _more_shards(config, slices),
+    _larger_slices(config, slices, needs),
+    _fewer_latents(config, slices),
   ):
-    for flags, changed, other in tries:
-      expected = _expected(
-        config, slices, needs, changed, other, implementation
-      )
+    for flags, changed, other in changes:
+      expected = _expected_bytes(config, needs, changed, other, implementation)
       if expected > (1 - _SPARE) * other.hbm_limit:
         continue
       if left <= 0:
-        found.append(Remedy(flags, expected, False))
+        remedies.append(Remedy(flags, expected, False))
         break
       report(f'compiling with {flags} ...')
       mesh = meshes.make_mesh(other, changed.mesh_data, changed.mesh_latent)
       try:
-        made = footprint.compile_step(changed, mesh, implementation)
+        compiled = footprint.compile_step(changed, mesh, implementation)
       except errors.UserError as error:
         report(f'refused: {error}')
         continue
       left -= 1
-      if made.fits:
-        found.append(Remedy(flags, made.footprint.total, True))
+      if compiled.fits:
+        remedies.append(Remedy(flags, compiled.footprint.total, True))
         break
-  return tuple(sorted(found, key=lambda remedy: not remedy.compiled))
+  return tuple(sorted(remedies, key=lambda remedy: not remedy.compiled))
 
 
 def accepted(
   config: TrainConfig, slices: Slices, implementation: str | None
 ) -> str | None:
-  """The least change in the tokens at a time with which a step is accepted.
+  """Flags with the fewest micro-batches that the training step accepts.
 
   Args:
     config: the run, with its mesh, which the training step refuses.
     slices: the chips.
-    implementation: of the sparse products.
+    implementation: of the sparse products, see `ops.decode`.
 
   Returns:
-    Flags, or None where none of them helps.
+    The flags, or None where no number of micro-batches helps.
   """
   mesh = meshes.make_mesh(slices, config.mesh_data, config.mesh_latent)
-  for flags, changed, _ in _parts(config, slices, None):
+  for flags, changed, _ in _smaller_micro_batches(config, slices):
     try:
       step.lowered(changed, mesh, implementation)
     except errors.UserError:
@@ -110,36 +108,36 @@ def accepted(
   return None
 
 
+# Flags, the changed run and the chips it runs on.
 _Changes = Iterator[tuple[str, TrainConfig, Slices]]
 
 
-def _parts(config, slices, needs) -> _Changes:
+def _smaller_micro_batches(config, slices) -> _Changes:
   """Fewer tokens at a time."""
-  del needs
   tokens = config.batch_size // config.mesh_data
-  parts = 2 * config.micro_batches
-  while tokens % parts == 0 and tokens // parts >= _LEAST_TOKENS:
-    changed = dataclasses.replace(config, micro_batches=parts)
-    yield f'--micro_batches={parts}', changed, slices
-    parts *= 2
+  count = 2 * config.micro_batches
+  while tokens % count == 0 and tokens // count >= _LEAST_TOKENS:
+    changed = dataclasses.replace(config, micro_batches=count)
+    yield f'--micro_batches={count}', changed, slices
+    count *= 2
 
 
-def _splits(config, slices, needs) -> _Changes:
-  """More shards of the latents, and fewer tokens at a time with them."""
-  for data, latent in meshes.candidates(config, slices):
+def _more_shards(config, slices) -> _Changes:
+  """More shards of the latents; for each number, fewer tokens at a time too."""
+  for data, latent in meshes.allowed(config, slices):
     if latent <= config.mesh_latent:
       continue
     changed = dataclasses.replace(config, mesh_data=data, mesh_latent=latent)
     flag = f'--mesh={data}x{latent}'
     yield flag, changed, slices
-    for more, fewer, _ in _parts(changed, slices, needs):
+    for more, fewer, _ in _smaller_micro_batches(changed, slices):
       yield f'{flag} {more}', fewer, slices
 
 
-def _larger(config, slices, needs) -> _Changes:
+def _larger_slices(config, slices, needs) -> _Changes:
   """More chips in a slice."""
   chips = slices.chips // slices.count
-  least = max(chips + 1, _chips(config, slices, needs))
+  least = max(chips + 1, _least_chips(config, slices, needs))
   sizes = sorted({
     math.prod(shape)
     for shape in chips_lib.offered(slices.chip)
@@ -151,7 +149,7 @@ def _larger(config, slices, needs) -> _Changes:
       other = chips_lib.find(name, slices.count)
     except errors.UserError:
       continue
-    for data, latent in meshes.candidates(config, other):
+    for data, latent in meshes.allowed(config, other):
       if latent < config.mesh_latent:
         continue
       changed = dataclasses.replace(config, mesh_data=data, mesh_latent=latent)
@@ -159,16 +157,15 @@ def _larger(config, slices, needs) -> _Changes:
       yield flags, changed, other
 
 
-def _chips(config, slices, needs) -> int:
-  """Chips of a slice that the state alone needs."""
+def _least_chips(config, slices, needs) -> int:
+  """The fewest chips of a slice that the training state fits on."""
   state = needs.arguments - needs.batch + needs.parameters
   room = (1 - _SPARE) * slices.hbm_limit
   return math.ceil(state * config.mesh_latent / room / slices.devices_per_chip)
 
 
-def _fewer(config, slices, needs) -> _Changes:
-  """Fewer latents, a tenth at a time, in whole tiles of each shard."""
-  del needs
+def _fewer_latents(config, slices) -> _Changes:
+  """Fewer latents, each time by a tenth, in whole tiles of each shard."""
   least = config.sae.k * max(1, config.objective.multi_topk)
   unit = 128 * config.mesh_latent
   latents = config.sae.n_latents
@@ -180,29 +177,37 @@ def _fewer(config, slices, needs) -> _Changes:
     yield f'--n={latents}', dataclasses.replace(config, sae=sae), slices
 
 
-def _expected(config, slices, needs, changed, other, implementation) -> float:
-  """What a changed run takes, from what the compiler said of the run.
+def _expected_bytes(config, needs, changed, other, implementation) -> float:
+  """HBM of a changed run on a device, scaled from the compiled run's.
 
-  Of the temporaries some grow with the shard's parameters and its tokens, and
-  the others with the tokens at a time. It is not less than a guess that knows
-  nothing of the compiler.
+  The temporaries of `meshes.lasting` follow the shard's parameters and tokens;
+  all others are taken to be proportional to the tokens at a time. The result
+  is never below `meshes.guess`.
+
+  Args:
+    config: the run that was compiled.
+    needs: its HBM on a device.
+    changed: the run whose HBM is wanted.
+    other: the chips of the changed run.
+    implementation: of the sparse products.
   """
   mesh = meshes.make_mesh(other, changed.mesh_data, changed.mesh_latent)
-  held = footprint.arguments(changed, mesh)
-  others = needs.temporaries - meshes.lasting(needs, config.mesh_data)
-  others = max(0, others) * _tokens(changed) / _tokens(config)
+  arguments = footprint.arguments(changed, mesh)
+  passing = needs.temporaries - meshes.lasting(needs, config.mesh_data)
+  passing = max(0, passing) * _tokens_at_a_time(changed)
+  passing /= _tokens_at_a_time(config)
   # Codes that are dense shrink with the latents, too.
-  others *= min(1, changed.sae.n_latents / config.sae.n_latents)
+  passing *= min(1, changed.sae.n_latents / config.sae.n_latents)
   scaled = (
-    held.total
-    + meshes.lasting(held, changed.mesh_data)
-    + others
+    arguments.total
+    + meshes.lasting(arguments, changed.mesh_data)
+    + passing
     + needs.program
   )
   guess = meshes.guess(changed, other, mesh, implementation)
   return max(scaled, guess.hbm_bytes)
 
 
-def _tokens(config: TrainConfig) -> float:
-  """Tokens that a device works on at a time."""
+def _tokens_at_a_time(config: TrainConfig) -> float:
+  """Tokens of a micro-batch on one device."""
   return config.batch_size / config.mesh_data / config.micro_batches

@@ -1,4 +1,4 @@
-"""The least time that a program can take on chips with given peak rates."""
+"""The least time of a program on chips with given peak rates."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -31,14 +31,14 @@ ASSUMPTIONS = (
 
 @dataclasses.dataclass(frozen=True)
 class PartTime:
-  """Of one part of the method, on one device.
+  """Work and least time of one part of the method on one device.
 
   Attributes:
-    name: of the part.
-    flops: of products.
-    hbm_bytes: read and written.
-    compute_s: of the products at the peak rate.
-    memory_s: of the bytes at the peak bandwidth.
+    name: the part's name.
+    flops: operations of matrix products.
+    hbm_bytes: bytes read from HBM and written to it.
+    compute_s: seconds of the products at the peak rate.
+    memory_s: seconds of the bytes at the peak bandwidth.
   """
 
   name: str
@@ -49,22 +49,22 @@ class PartTime:
 
   @property
   def seconds(self) -> float:
-    """The longer of the two."""
+    """The longer of compute_s and memory_s."""
     return max(self.compute_s, self.memory_s)
 
 
 @dataclasses.dataclass(frozen=True)
 class ExchangeTime:
-  """Of one kind of exchange along one axis of the mesh, on one device.
+  """All exchanges of one kind along one axis of the mesh, on one device.
 
   Attributes:
-    kind: XLA's name of it.
-    axis: of the mesh: 'data', 'latent' or both.
+    kind: XLA's name of the exchange.
+    axis: axis of the mesh: 'data', 'latent' or both.
     over: 'ICI', or 'DCN' between slices.
-    count: per step.
-    put_in_bytes: what a device puts in.
-    link_bytes: what it sends.
-    seconds: at the peak bandwidth.
+    count: exchanges per step.
+    put_in_bytes: bytes that a device contributes.
+    link_bytes: bytes that a device sends over links.
+    seconds: seconds at the peak bandwidth.
   """
 
   kind: str
@@ -78,32 +78,32 @@ class ExchangeTime:
 
 @dataclasses.dataclass(frozen=True)
 class Roofline:
-  """The bound and what it is made of."""
+  """The least time of a step, and the parts and exchanges it consists of."""
 
   parts: tuple[PartTime, ...]
   exchanges: tuple[ExchangeTime, ...]
 
   @property
   def parts_s(self) -> float:
-    """All parts, one after another."""
+    """Seconds of all parts, one after another."""
     return sum(part.seconds for part in self.parts)
 
   @property
   def exchanges_s(self) -> float:
-    """All exchanges: those on links and those between slices at once."""
+    """Seconds of all exchanges; ICI and DCN work at the same time."""
     totals = {'ICI': 0.0, 'DCN': 0.0}
-    for one in self.exchanges:
-      totals[one.over] += one.seconds
+    for exchange_time in self.exchanges:
+      totals[exchange_time.over] += exchange_time.seconds
     return max(totals.values())
 
   @property
   def step_s(self) -> float:
-    """The bound, with everything overlapping."""
+    """The least seconds of a step, where parts and exchanges overlap wholly."""
     return max(self.parts_s, self.exchanges_s)
 
   @property
   def without_overlap_s(self) -> float:
-    """The same where no exchange overlaps with a part."""
+    """The least seconds where no exchange overlaps with a part."""
     return self.parts_s + self.exchanges_s
 
 
@@ -111,9 +111,9 @@ def roofline(costs: Costs, slices: Slices, mesh: Mesh) -> Roofline:
   """Bounds the time of a step from below.
 
   Args:
-    costs: what the program does on one device.
+    costs: the work of the program on one device.
     slices: the chips.
-    mesh: of their devices, which says what links an exchange can use.
+    mesh: of their devices; it decides which links an exchange can use.
   """
   device = slices.device
   parts = tuple(
@@ -127,8 +127,8 @@ def roofline(costs: Costs, slices: Slices, mesh: Mesh) -> Roofline:
     for name, work in costs.parts.items()
   )
   merged = {}
-  for one, (count, put_in) in costs.collectives.items():
-    key = (one.kind, one.group)
+  for collective, (count, put_in) in costs.collectives.items():
+    key = (collective.kind, collective.group)
     before = merged.get(key, (0.0, 0.0))
     merged[key] = (before[0] + count, before[1] + put_in)
   exchanges = [
@@ -169,16 +169,16 @@ def link_seconds(
   """The least time of an exchange between devices of one slice.
 
   Args:
-    kind: XLA's name of it.
-    put_in: bytes that each device puts in.
-    members: devices that it is between.
+    kind: XLA's name of the exchange.
+    put_in: bytes that each device contributes.
+    members: the devices that take part.
     slices: the chips.
   """
   device = slices.device
   # Chips of the group along each dimension of the torus.
   spans = [len(set(line)) for line in zip(*(d.coords for d in members))]
   spanned = sum(span > 1 for span in spans)
-  # Two devices of a chip use its links, too, as far as is published.
+  # Nothing is published of a faster path between the two devices of a chip.
   links = max(spanned, 1) / device.dimensions
   bandwidth = device.ici_bandwidth * links
   seconds = put_in * _rounds(kind, len(members)) / bandwidth
@@ -191,7 +191,7 @@ def link_seconds(
 
 
 def _rounds(kind: str, n: int) -> float:
-  """Bytes that a device sends, of each that it puts in."""
+  """Bytes that a device sends for each byte that it contributes."""
   return {
     'all-reduce': 2 * (n - 1) / n,
     'all-gather': n - 1,
@@ -209,12 +209,14 @@ def _axis(group: tuple[int, ...], mesh: Mesh) -> str:
   if not group:
     return '+'.join(name for name, size in mesh.shape.items() if size > 1)
   sizes = list(mesh.shape.values())
-  places = [[] for _ in sizes]
+  coordinates = [[] for _ in sizes]
   for index in group:
     for axis in reversed(range(len(sizes))):
-      index, place = divmod(index, sizes[axis])
-      places[axis].append(place)
+      index, coordinate = divmod(index, sizes[axis])
+      coordinates[axis].append(coordinate)
   names = [
-    name for name, line in zip(mesh.axis_names, places) if len(set(line)) > 1
+    name
+    for name, line in zip(mesh.axis_names, coordinates)
+    if len(set(line)) > 1
   ]
   return '+'.join(names)

@@ -17,19 +17,15 @@ _NAMES = {
   'padding': 'padding, results',
 }
 _BUFFERS = 4
-# Of the step's time; smaller parts are added up.
+# Parts below this share of the step are added up in one row.
 _SMALL = 0.002
 
 
 def lines(plan: Plan) -> Iterator[str]:
-  """The lines of a plan's text.
-
-  Args:
-    plan: of a run.
-  """
+  """The plan as lines of text for a person."""
   yield NOTHING_MEASURED
   yield ''
-  yield from _what(plan)
+  yield from _run(plan)
   yield ''
   yield from _verdict(plan)
   yield ''
@@ -46,16 +42,16 @@ def lines(plan: Plan) -> Iterator[str]:
     yield from _kernels(plan)
   yield ''
   yield from _buffers(plan)
-  if len(plan.splits) > 1:
+  if len(plan.meshes) > 1:
     yield ''
-    yield from _splits(plan)
+    yield from _meshes(plan)
   yield ''
   yield 'what this assumes'
   for text in (*roofline.ASSUMPTIONS, *_own_assumptions(plan)):
     yield from _wrapped(text)
 
 
-def _what(plan: Plan) -> Iterator[str]:
+def _run(plan: Plan) -> Iterator[str]:
   config, slices = plan.config, plan.slices
   several = f'{slices.count} slices of ' if slices.count > 1 else ''
   cores = f', {len(slices.devices)} devices' * (slices.devices_per_chip > 1)
@@ -107,9 +103,9 @@ def _memory(plan: Plan) -> Iterator[str]:
 
 
 def _times(plan: Plan) -> Iterator[str]:
-  found = plan.roofline
+  bound = plan.roofline
   rows, small = [], [0.0] * 5
-  for part in found.parts:
+  for part in bound.parts:
     figures = (
       part.seconds,
       part.compute_s,
@@ -117,7 +113,7 @@ def _times(plan: Plan) -> Iterator[str]:
       part.flops,
       part.hbm_bytes,
     )
-    if part.seconds < _SMALL * found.parts_s:
+    if part.seconds < _SMALL * bound.parts_s:
       small = [a + b for a, b in zip(small, figures)]
     else:
       rows.append(_part(part.name, *figures))
@@ -127,9 +123,9 @@ def _times(plan: Plan) -> Iterator[str]:
   rows.append(
     (
       'all',
-      _ms(found.parts_s),
-      _ms(sum(part.compute_s for part in found.parts)),
-      _ms(sum(part.memory_s for part in found.parts)),
+      _ms(bound.parts_s),
+      _ms(sum(part.compute_s for part in bound.parts)),
+      _ms(sum(part.memory_s for part in bound.parts)),
       f'{whole.flops / 1e12:,.3f}',
       f'{whole.hbm_bytes / GIB:,.3f}',
     )
@@ -155,14 +151,14 @@ def _part(name, seconds, compute, memory, flops, hbm) -> tuple[str, ...]:
 def _exchanges(plan: Plan) -> Iterator[str]:
   rows = [
     (
-      f'{one.kind} over {one.axis}' if one.axis else one.kind,
-      _ms(one.seconds),
-      one.over,
-      f'{one.count:,.0f}',
-      f'{one.put_in_bytes / 2**20:,.2f}',
-      f'{one.link_bytes / 2**20:,.2f}',
+      f'{e.kind} over {e.axis}' if e.axis else e.kind,
+      _ms(e.seconds),
+      e.over,
+      f'{e.count:,.0f}',
+      f'{e.put_in_bytes / 2**20:,.2f}',
+      f'{e.link_bytes / 2**20:,.2f}',
     )
-    for one in plan.roofline.exchanges
+    for e in plan.roofline.exchanges
   ]
   ends = ('all', _ms(plan.roofline.exchanges_s), '', '', '', '')
   yield from _aligned(
@@ -173,10 +169,10 @@ def _exchanges(plan: Plan) -> Iterator[str]:
 
 
 def _step(plan: Plan) -> Iterator[str]:
-  found = plan.roofline
+  bound = plan.roofline
   yield (
-    f'roofline of a step: {_ms(found.step_s)} ms if all exchanges are hidden, '
-    f'{_ms(found.without_overlap_s)} ms if none is'
+    f'roofline of a step: {_ms(bound.step_s)} ms if all exchanges are hidden, '
+    f'{_ms(bound.without_overlap_s)} ms if none is'
   )
   yield f'tokens/s: at most {plan.tokens_per_s:,.0f}'
   if plan.tokens:
@@ -226,23 +222,23 @@ def _buffer(buffer: Buffer) -> str:
   return f'{buffer.shape} ({size:.3f} GiB, {buffer.part})'
 
 
-def _splits(plan: Plan) -> Iterator[str]:
+def _meshes(plan: Plan) -> Iterator[str]:
   share = plan.slices.devices_per_chip
   yield from _aligned(
-    ('splits, data x latent', 'GiB', 'ms', '', ''),
+    ('meshes, data x latent', 'GiB', 'ms', '', ''),
     [
       (
-        f'{split.data}x{split.latent}',
-        f'{share * split.hbm_bytes / GIB:.2f}',
-        _ms(split.step_s),
-        'fits' if split.fits else 'does not fit',
+        f'{mesh.data}x{mesh.latent}',
+        f'{share * mesh.hbm_bytes / GIB:.2f}',
+        _ms(mesh.step_s),
+        'fits' if mesh.fits else 'does not fit',
         'the step refuses it'
-        if split.refused
+        if mesh.refused
         else 'compiled'
-        if split.compiled
+        if mesh.compiled
         else 'a guess, not compiled',
       )
-      for split in plan.splits
+      for mesh in plan.meshes
     ],
     '<>><<',
   )
@@ -279,7 +275,7 @@ def _ms(seconds: float) -> str:
 def _aligned(
   header: Sequence[str], rows: Sequence[Sequence[str]], sides: str
 ) -> Iterator[str]:
-  """Rows below a header, indented, each column to its side."""
+  """A header and indented rows; a side of '<' or '>' aligns each column."""
   indented = [(f'  {row[0]}', *row[1:]) for row in rows]
   widths = [max(map(len, column)) for column in zip(header, *indented)]
   for row in (header, *indented):
@@ -290,7 +286,7 @@ def _aligned(
 
 
 def _wrapped(text: str) -> Iterator[str]:
-  """A point of a list within 80 columns."""
+  """A point of a list, broken into lines of at most 80 columns."""
   line = '  -'
   for word in text.split():
     if len(line) + 1 + len(word) > 80:

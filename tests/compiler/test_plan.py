@@ -93,7 +93,7 @@ def test_the_room_in_hbm_is_what_the_compiler_says(chip):
   room = re.search(r'available HBM \(([\d.]+)G\)', str(error.value))
   assert slices.device.hbm_gib == pytest.approx(float(room[1]), abs=0.01)
   # The array and its sine, of all that the compiler counts.
-  assert footprint._needed(str(error.value)) == 2 * 2**37
+  assert footprint._needed_bytes(str(error.value)) == 2 * 2**37
 
 
 def test_times_are_those_of_the_slower_of_products_and_memory(v5e, line):
@@ -292,7 +292,7 @@ def test_fewer_tokens_at_a_time_are_proposed_where_they_help(v5e, line):
     ),
   ],
 )  # fmt: skip
-def test_uneven_splits_name_the_nearest_even_one(config, mesh, part):
+def test_uneven_meshes_name_the_nearest_even_sizes(config, mesh, part):
   with pytest.raises(errors.UserError, match=re.escape(part)):
     plan_lib.plan(config, 'v5e:2x2', mesh=mesh)
 
@@ -312,10 +312,10 @@ def test_a_mesh_that_does_not_lie_on_the_torus_names_one(monkeypatch):
   ):
     meshes.make_mesh(slices, 2, 8)
   config = train_config()
-  assert (2, 8) not in meshes.candidates(config, slices)
+  assert (2, 8) not in meshes.allowed(config, slices)
 
 
-def test_splits_are_ranked_and_compiled_ones_are_told_from_guesses(monkeypatch):
+def test_meshes_are_ranked_and_guesses_are_marked_as_such(monkeypatch):
   """Compiles nothing: the compiler's part is the other tests'."""
   slices = chips.find('v5e:2x2')
   seen = []
@@ -338,10 +338,10 @@ def test_splits_are_ranked_and_compiled_ones_are_told_from_guesses(monkeypatch):
 
   monkeypatch.setattr(footprint, 'compile_step', compile_step)
   found = plan_lib.plan(train_config(), slices.name, compiles=2)
-  assert len(seen) == 2 and len(found.splits) == 3
-  assert [split.compiled for split in found.splits] == [True, True, False]
+  assert len(seen) == 2 and len(found.meshes) == 3
+  assert [mesh.compiled for mesh in found.meshes] == [True, True, False]
   every = plan_lib.plan(train_config(), slices.name, compiles=9)
-  order = [(split.data, split.latent) for split in every.splits]
+  order = [(mesh.data, mesh.latent) for mesh in every.meshes]
   # The slow one comes second, the one that does not fit last.
   assert order == [(2, 2), (1, 4), (4, 1)]
   assert (every.config.mesh_data, every.config.mesh_latent) == (2, 2)

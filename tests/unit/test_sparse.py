@@ -171,7 +171,7 @@ def test_blocks_of_tokens_change_nothing(monkeypatch, batch):
     run = jax.value_and_grad(total, (0, 1, 2), has_aux=True)
     want = run(*args)
     # Five tokens fit, so that none of these batches is cut evenly.
-    monkeypatch.setattr(encode_reference, '_BLOCK_BYTES', 5 * 40 * 8)
+    monkeypatch.setattr(encode_reference, 'BLOCK_BYTES', 5 * 40 * 8)
     got = run(*args)
     np.testing.assert_array_equal(got[0][1][1], want[0][1][1])
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want)):

@@ -8,7 +8,7 @@ from sae_jax.ops.top_k import api as top_k_api
 
 # Pre-activations that exist at a time. On two x86 cores blocks of this size
 # cost nothing beside one product and spare the kernel mapping fresh pages.
-_BLOCK_BYTES = 2**27
+BLOCK_BYTES = 2**27
 
 
 def pre_activations(
@@ -35,7 +35,7 @@ def encode_topk(x_BD, w_enc_ND, b_lat_N, mask_N, k, dtype, kernels=False):
 
   batch, width = x_BD.shape
   token_bytes = w_enc_ND.shape[0] * x_BD.dtype.itemsize
-  blocks = -(-batch * token_bytes // _BLOCK_BYTES)
+  blocks = -(-batch * token_bytes // BLOCK_BYTES)
   if blocks <= 1:
     return block(x_BD)
   blocks = min(blocks, batch)

@@ -1,1 +1,1 @@
-"""What a compiled program says of its work and its memory."""
+"""Reads work and memory off the text of a compiled program."""

@@ -1,4 +1,4 @@
-"""What a compiled program does in one run: arithmetic, HBM, links, kernels."""
+"""The work of one run of a program: arithmetic, HBM, links, kernels."""
 
 from collections.abc import Callable, Iterator
 import dataclasses
@@ -12,7 +12,7 @@ from sae_jax.plan.program import flops as flops_lib
 from sae_jax.plan.program import parts as parts_lib
 from sae_jax.plan.program.text import Computation, Instruction, Module, Shape
 
-# They move nothing: names of values, and ends of what has been counted.
+# They move nothing: they name values, or end what is counted at its start.
 _FREE = frozenset(
   (
     'parameter',
@@ -33,18 +33,19 @@ _FREE_CALLS = frozenset(
   ('AllocateBuffer', 'ConcatBitcast', 'AssumeGatherIndicesInBound', 'Sharding')
 )
 _KERNEL = 'tpu_custom_call'
-# Steps from an instruction of the compiler's own to one of Python's.
+# The most steps from an instruction that the compiler added to one that comes
+# from Python.
 _DISTANCE = 6
 
 
 @dataclasses.dataclass
 class Work:
-  """What one part does.
+  """The work of one part of the method.
 
   Attributes:
-    flops: of matrix products and of what kernels declare.
-    mxu_flops: the same, times the passes of products of float32 factors.
-    hbm_bytes: read and written.
+    flops: operations of matrix products, and those that kernels declare.
+    mxu_flops: the same, with float32 products times the passes they take.
+    hbm_bytes: bytes read from HBM and written to it.
   """
 
   flops: float = 0
@@ -52,7 +53,7 @@ class Work:
   hbm_bytes: float = 0
 
   def add(self, other: 'Work', times: float = 1) -> None:
-    """Adds another's, so many times."""
+    """Adds other work `times` times."""
     for field in dataclasses.fields(self):
       value = getattr(other, field.name) * times
       setattr(self, field.name, getattr(self, field.name) + value)
@@ -60,14 +61,14 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Kernel:
-  """A Pallas kernel and what its source declares for one call.
+  """A Pallas kernel and the cost of one call.
 
   Attributes:
-    name: of the kernel.
-    part: of the method.
-    flops: declared; 0 where nothing is.
-    hbm_bytes: declared, else those of its operands and results.
-    declared: whether there is a cost_estimate.
+    name: the kernel's name.
+    part: the part of the method.
+    flops: operations by its cost_estimate; 0 without one.
+    hbm_bytes: bytes by its cost_estimate, else of operands and results.
+    declared: whether its source has a cost_estimate.
   """
 
   name: str
@@ -82,9 +83,9 @@ class Buffer:
   """An array that exists while the program runs.
 
   Attributes:
-    shape: of it.
-    opcode: what makes it.
-    part: of the method.
+    shape: the array's shape.
+    opcode: the operation that makes it.
+    part: the part of the method.
   """
 
   shape: Shape
@@ -94,13 +95,13 @@ class Buffer:
 
 @dataclasses.dataclass
 class Branches:
-  """A choice that the program makes when it runs.
+  """A choice between branches that the program makes when it runs.
 
   Attributes:
-    part: of the method.
-    by_dead: whether it is AuxK's, by the number of dead latents.
-    chosen: which branch is assumed.
-    costs: of one run of each branch.
+    part: the part of the method.
+    by_dead: whether it is AuxK's choice by the number of dead latents.
+    chosen: index of the branch that is assumed.
+    costs: costs of one run of each branch.
   """
 
   part: str
@@ -114,12 +115,12 @@ class Costs:
   """Totals of a computation.
 
   Attributes:
-    parts: by name.
-    collectives: how often, and bytes that each device puts in.
-    kernels: how often.
-    endless: one run of each loop whose length depends on data; they are not
-      counted, as a loop that repeats what failed mostly has nothing to do.
-    branches: choices.
+    parts: part of the method -> its work.
+    collectives: exchange -> [runs, bytes that each device contributes].
+    kernels: kernel -> calls.
+    endless: loop whose length depends on data -> one run of its body. The
+      totals leave these out: a loop that repeats failed tokens seldom runs.
+    branches: the choices between branches.
   """
 
   parts: dict[str, Work] = dataclasses.field(default_factory=dict)
@@ -131,7 +132,7 @@ class Costs:
   branches: list[Branches] = dataclasses.field(default_factory=list)
 
   def add(self, other: 'Costs', times: float = 1) -> None:
-    """Adds another's, so many times."""
+    """Adds other costs `times` times."""
     for name, work in other.parts.items():
       self.parts.setdefault(name, Work()).add(work, times)
     for key, counts in other.collectives.items():
@@ -143,7 +144,7 @@ class Costs:
 
   @property
   def total(self) -> Work:
-    """Of all parts."""
+    """The work of all parts together."""
     whole = Work()
     for work in self.parts.values():
       whole.add(work)
@@ -151,26 +152,30 @@ class Costs:
 
 
 def costs(module: Module, choose: Callable[[bool, list[Costs]], int]) -> Costs:
-  """What one run of a program does.
+  """The costs of one run of a program.
 
-  Bodies of loops count as often as they run. HBM traffic is that of every
-  instruction's operands and results that lie there: rows alone where rows
-  alone are read or written, and once even where it takes several passes.
+  The body of a loop counts as often as it runs. An instruction's HBM traffic
+  is its operands and results in HBM, each once even if it takes several
+  passes; where it reads or replaces single rows, only those rows count.
 
   Args:
     module: the program.
-    choose: the branch that is assumed, from whether it is AuxK's choice by
-      the number of dead latents, and what each branch does.
+    choose: returns the index of the branch to assume, given whether the choice
+      is AuxK's by the number of dead latents, and the costs of each branch.
   """
 
   @functools.cache
   def walk(name: str, caller: str) -> Costs:
-    computation, found = module.computations[name], Costs()
+    computation, total = module.computations[name], Costs()
     for instruction in computation.instructions.values():
       if not _free(instruction):
         part = _part(module, computation, instruction, caller)
-        found.add(_one(module, computation, instruction, part, walk, choose))
-    return found
+        total.add(
+          _instruction_costs(
+            module, computation, instruction, part, walk, choose
+          )
+        )
+    return total
 
   return walk(module.entry.name, parts_lib.REST)
 
@@ -179,61 +184,87 @@ def _free(instruction: Instruction) -> bool:
   return instruction.opcode in _FREE or instruction.opcode.endswith('-done')
 
 
-def _one(module, computation, instruction, part, walk, choose) -> Costs:
-  """Of one instruction, with what it calls."""
-  found, opcode = Costs(), instruction.opcode
+def _instruction_costs(
+  module, computation, instruction, part, walk, choose
+) -> Costs:
+  """The costs of one instruction and of the computations that it calls."""
+  opcode, calls = instruction.opcode, _calls(module, instruction)
   if opcode == 'while':
-    times = loops.trips(module, computation, instruction)
-    body = walk(instruction.called('body')[0], part)
-    if times is None:
-      found.endless[instruction.name] = body
-    else:
-      found.add(body, times)
-  elif opcode == 'conditional':
-    each = [
-      walk(name, part)
-      for name in instruction.called(
-        'branch_computations', 'false_computation', 'true_computation'
+    return _loop_costs(module, computation, instruction, part, walk)
+  if opcode == 'conditional':
+    return _branch_costs(instruction, part, walk, choose)
+  if calls:
+    total = Costs()
+    for name in calls:
+      total.add(walk(name, part))
+    return total
+  if opcode == 'custom-call':
+    return _custom_call_costs(module, computation, instruction, part)
+  return _operation_costs(module, computation, instruction, part)
+
+
+def _loop_costs(module, computation, instruction, part, walk) -> Costs:
+  times = loops.trips(module, computation, instruction)
+  body = walk(instruction.called('body')[0], part)
+  if times is None:
+    return Costs(endless={instruction.name: body})
+  total = Costs()
+  total.add(body, times)
+  return total
+
+
+def _branch_costs(instruction, part, walk, choose) -> Costs:
+  each = [
+    walk(name, part)
+    for name in instruction.called(
+      'branch_computations', 'false_computation', 'true_computation'
+    )
+  ]
+  by_dead = parts_lib.is_auxk_choice(instruction)
+  chosen = choose(by_dead, each)
+  total = Costs()
+  total.add(each[chosen])
+  total.branches.append(Branches(part, by_dead, chosen, each))
+  return total
+
+
+def _custom_call_costs(module, computation, instruction, part) -> Costs:
+  target = instruction.attribute('custom_call_target').strip('"')
+  if target in _FREE_CALLS:
+    return Costs()
+  if target == _KERNEL:
+    kernel = _kernel(computation, instruction, part)
+    work = Work(kernel.flops, kernel.flops, kernel.hbm_bytes)
+    return Costs(parts={part: work}, kernels={kernel: 1})
+  moved = traffic.moved(module, computation, instruction)
+  return Costs(parts={part: Work(hbm_bytes=moved)})
+
+
+def _operation_costs(module, computation, instruction, part) -> Costs:
+  """The costs of an instruction, or of a fusion, that calls nothing."""
+  work = Work(hbm_bytes=traffic.moved(module, computation, instruction))
+  total = Costs(parts={part: work})
+  for inner, operation in _with_fused(module, computation, instruction):
+    product = flops_lib.matmul(inner, operation)
+    work.flops += product
+    work.mxu_flops += product * flops_lib.passes(inner, operation)
+    collective = exchange.read(operation, part)
+    if collective:
+      counts = np.array([1, exchange.put_in(inner, operation)], float)
+      total.collectives[collective] = (
+        total.collectives.get(collective, 0) + counts
       )
-    ]
-    by_dead = parts_lib.is_auxk_choice(instruction)
-    chosen = choose(by_dead, each)
-    found.add(each[chosen])
-    found.branches.append(Branches(part, by_dead, chosen, each))
-  elif _calls(module, instruction):
-    for name in _calls(module, instruction):
-      found.add(walk(name, part))
-  elif opcode == 'custom-call':
-    target = instruction.attribute('custom_call_target').strip('"')
-    if target == _KERNEL:
-      kernel = _kernel(computation, instruction, part)
-      found.kernels[kernel] = 1
-      found.parts[part] = Work(kernel.flops, kernel.flops, kernel.hbm_bytes)
-    elif target not in _FREE_CALLS:
-      moved = traffic.moved(module, computation, instruction)
-      found.parts[part] = Work(hbm_bytes=moved)
-  else:
-    work = Work(hbm_bytes=traffic.moved(module, computation, instruction))
-    for inner, one in _with_fused(module, computation, instruction):
-      product = flops_lib.matmul(inner, one)
-      work.flops += product
-      work.mxu_flops += product * flops_lib.passes(inner, one)
-      between = exchange.read(one, part)
-      if between:
-        counts = np.array([1, exchange.put_in(inner, one)], float)
-        found.collectives[between] = found.collectives.get(between, 0) + counts
-    found.parts[part] = work
-  return found
+  return total
 
 
 def _calls(module: Module, instruction: Instruction) -> tuple[str, ...]:
-  """Computations that are run in an instruction's place, on its operands."""
+  """Computations that run in an instruction's place, on its operands."""
   if instruction.opcode == 'call':
     return instruction.called('to_apply')
   if instruction.opcode.endswith('-start'):
     return instruction.called('calls')
   if instruction.opcode == 'custom-call':
-    # Those of a sort or top-k compare two of the values.
+    # The computation that a sort or top-k calls compares two of the values.
     return tuple(
       name
       for name in instruction.called('called_computations')
@@ -246,59 +277,66 @@ def _calls(module: Module, instruction: Instruction) -> tuple[str, ...]:
 def _with_fused(
   module: Module, computation: Computation, instruction: Instruction
 ) -> Iterator[tuple[Computation, Instruction]]:
-  """An instruction, or those that it is a fusion of."""
+  """An instruction, or the instructions that a fusion consists of."""
   if instruction.opcode != 'fusion':
     yield computation, instruction
     return
   for name in instruction.called('calls'):
     inner = module.computations[name]
-    for one in inner.instructions.values():
-      yield from _with_fused(module, inner, one)
+    for fused in inner.instructions.values():
+      yield from _with_fused(module, inner, fused)
 
 
 def _part(module, computation, instruction, caller: str) -> str:
-  """The part of an instruction, else of what it is made for or from."""
+  """The part of an instruction, or of the nearest user or operand with one."""
   if caller == parts_lib.AUXK:
     return caller
 
-  def users(one):
-    return computation.users[one.name]
+  def users(member):
+    return computation.users[member.name]
 
-  def operands(one):
-    return map(computation.instructions.get, one.operands)
+  def operands(member):
+    return map(computation.instructions.get, member.operands)
+
+  def own(member):
+    fused = _with_fused(module, computation, member)
+    for operation in (member, *(operation for _, operation in fused)):
+      part = parts_lib.part(operation)
+      if part and operation.opcode != 'constant':
+        return part
+    return None
 
   for follow in (users, operands):
     front, seen = [instruction], set()
     for _ in range(_DISTANCE):
-      for one in front:
-        for _, made in ((None, one), *_with_fused(module, computation, one)):
-          found = parts_lib.part(made)
-          if found and made.opcode != 'constant':
-            return found
-      seen.update(one.name for one in front)
+      for member in front:
+        part = own(member)
+        if part:
+          return part
+      seen.update(member.name for member in front)
       front = [
-        other
-        for one in front
-        for other in follow(one)
-        if other is not None and other.name not in seen
+        neighbour
+        for member in front
+        for neighbour in follow(member)
+        if neighbour is not None and neighbour.name not in seen
       ]
   return caller
 
 
 def buffers(module: Module, at_least: int) -> list[Buffer]:
-  """The arrays of so many elements that exist while a program runs.
+  """The arrays of a size that exist while a program runs.
 
-  What exists inside of a fusion alone is in no memory. What the compiler
-  copies in pieces it sees as bytes, s8, which are no arrays of their own.
+  Arrays inside of a fusion are left out, as they are in no memory; and those of
+  type s8, which are how the compiler copies pieces of other arrays.
 
   Args:
     module: the program.
-    at_least: elements.
+    at_least: the fewest elements of an array.
 
   Returns:
     The results of its instructions, parameters included, largest first.
   """
-  found, seen, front = [], set(), [(module.entry.name, parts_lib.REST)]
+  arrays, seen, front = [], set(), [(module.entry.name, parts_lib.REST)]
   while front:
     name, caller = front.pop()
     if name in seen:
@@ -312,14 +350,14 @@ def buffers(module: Module, at_least: int) -> list[Buffer]:
       for shape in instruction.shapes:
         if shape.size >= at_least and shape.dtype != 's8':
           part = part or _part(module, computation, instruction, caller)
-          found.append(Buffer(shape, instruction.opcode, part))
+          arrays.append(Buffer(shape, instruction.opcode, part))
       for called in _run(module, instruction):
         front.append((called, part or caller))
-  return sorted(set(found), key=lambda b: -b.shape.size)
+  return sorted(set(arrays), key=lambda b: -b.shape.size)
 
 
 def _run(module: Module, instruction: Instruction) -> tuple[str, ...]:
-  """All computations whose instructions run one by one."""
+  """All computations that an instruction runs, those of fusions left out."""
   return _calls(module, instruction) + instruction.called(
     'body', 'branch_computations', 'true_computation', 'false_computation'
   )
@@ -333,9 +371,9 @@ def _kernel(computation, instruction, part) -> Kernel:
     shape.hbm_bytes
     for shape in (*computation.operand_shapes(instruction), *instruction.shapes)
   )
-  found = re.search(r'([\w.]+)\)*/pallas_call', instruction.attributes)
+  match = re.search(r'([\w.]+)\)*/pallas_call', instruction.attributes)
   return Kernel(
-    name=found[1] if found else instruction.name,
+    name=match[1] if match else instruction.name,
     part=part,
     flops=float(declared.get('flops', 0)),
     hbm_bytes=moved or touched,

@@ -26,10 +26,10 @@ class Collective:
   """A kind of exchange.
 
   Attributes:
-    kind: XLA's name of it; those between slices start with BETWEEN_SLICES.
-    group: devices that one such exchange is between, as indices in the order
-      of the mesh; () for all.
-    part: of the method.
+    kind: XLA's name, after BETWEEN_SLICES if it is between slices.
+    group: devices that take part in one exchange, as indices in the order of
+      the mesh; () for all.
+    part: the part of the method.
   """
 
   kind: str
@@ -38,32 +38,32 @@ class Collective:
 
 
 def read(instruction: Instruction, part: str) -> Collective | None:
-  """The exchange that an instruction is, None for others.
+  """The exchange that an instruction performs; None if it performs none.
 
   Args:
-    instruction: any.
-    part: of the method that it belongs to.
+    instruction: any instruction.
+    part: the part of the method that it belongs to.
   """
   kind = instruction.opcode.removesuffix('-start')
   if kind == 'send':
     # The runtime's transfer from chip to host, and to the other slices.
-    found = re.search(
+    match = re.search(
       r'_xla_megascale_transfer_type="(\w+)"', instruction.attributes
     )
-    name = found[1].lower().replace('_', '-') if found else 'send'
+    name = match[1].lower().replace('_', '-') if match else 'send'
     return Collective(BETWEEN_SLICES + name, (), part)
   if kind not in _KINDS:
     return None
   if kind == 'collective-permute':
     pairs = instruction.attribute('source_target_pairs')
-    found = re.search(r'\{(\d+,\d+)\}', pairs)
-    return Collective(kind, _numbers(found[1]) if found else (), part)
+    match = re.search(r'\{(\d+,\d+)\}', pairs)
+    return Collective(kind, _numbers(match[1]) if match else (), part)
   group = _group(instruction.attribute('replica_groups'))
   return Collective(kind, group, part)
 
 
 def put_in(computation: Computation, instruction: Instruction) -> int:
-  """Bytes that each device puts into an exchange."""
+  """Bytes that each device contributes to an exchange."""
   taken = computation.operand_shapes(instruction)
   if instruction.opcode == 'send':
     # Its other operand is a token.
@@ -76,7 +76,7 @@ def _numbers(text: str) -> tuple[int, ...]:
 
 
 def _group(text: str) -> tuple[int, ...]:
-  """The first of the groups, in any of the ways they are written."""
+  """The devices of the first group, from any of XLA's three notations."""
   listed = re.match(r'\{\{([\d,]+)\}', text)
   if listed:
     return _numbers(listed[1])

@@ -1,4 +1,4 @@
-"""Arithmetic of single instructions of a compiled program."""
+"""Multiplications and additions of single instructions of a program."""
 
 import math
 import re
@@ -37,8 +37,8 @@ def passes(computation: Computation, instruction: Instruction) -> int:
   factors = computation.operand_shapes(instruction)
   wide = any(shape.dtype == 'f32' for shape in factors)
   precision = instruction.attribute('operand_precision')
-  found = [_PASSES.get(p, 1) for p in re.findall(r'\w+', precision)]
-  return max(found, default=1) if wide else 1
+  counts = [_PASSES.get(p, 1) for p in re.findall(r'\w+', precision)]
+  return max(counts, default=1) if wide else 1
 
 
 def _numbers(text: str) -> list[int]:
@@ -46,7 +46,7 @@ def _numbers(text: str) -> list[int]:
 
 
 def _convolution(instruction: Instruction, left: Shape, right: Shape) -> int:
-  """2 x outputs of each feature x inputs that each of them is a sum of."""
+  """2 x outputs of each feature x inputs that each output sums."""
   labels = re.match(
     r'(\w+)_(\w+)->(\w+)', instruction.attribute('dim_labels')
   ).groups()
@@ -59,21 +59,21 @@ def _convolution(instruction: Instruction, left: Shape, right: Shape) -> int:
   )
   spatial = sorted(name for name in sizes[2] if name.isdigit())
   outputs = sizes[2]['b'] * sizes[2]['f'] * sizes[1]['i']
-  for place, name in enumerate(spatial):
+  for dim, name in enumerate(spatial):
     outputs *= _positions(
-      sizes[0][name], sizes[1][name], sizes[2][name], window, place
+      sizes[0][name], sizes[1][name], sizes[2][name], window, dim
     )
   groups = _numbers(instruction.attribute('batch_group_count')) or [1]
   return 2 * outputs // groups[0]
 
 
 def _positions(
-  inputs: int, kernel: int, outputs: int, window: dict[str, str], place: int
+  inputs: int, kernel: int, outputs: int, window: dict[str, str], dim: int
 ) -> int:
-  """Pairs of output and kernel positions that meet an input, not padding."""
+  """Pairs of output and kernel position that meet an input, not padding."""
 
   def field(name, default):
-    return window[name].split('x')[place] if name in window else default
+    return window[name].split('x')[dim] if name in window else default
 
   stride, lhs_dilate, rhs_dilate = (
     int(field(name, 1)) for name in ('stride', 'lhs_dilate', 'rhs_dilate')

@@ -16,11 +16,11 @@ def trips(
 
   Args:
     module: the program.
-    computation: that holds the loop.
+    computation: the one that holds the loop.
     loop: the instruction.
 
   Returns:
-    How many, or None where that depends on data.
+    The number of runs, or None where it depends on data.
   """
   known = re.search(r'known_trip_count.{1,12}?n\W+(\d+)', loop.attributes)
   if known:
@@ -39,13 +39,13 @@ def trips(
     return _constant(_origin(computation, start.operands[index]))
 
   values = [_constant(side) for side in sides]
-  places = [_element(side) for side in sides]
+  elements = [_element(side) for side in sides]
   for side in (0, 1):
-    counter, limit = places[side], values[1 - side]
+    counter, limit = elements[side], values[1 - side]
     if counter is None:
       continue
-    if limit is None and places[1 - side] is not None:
-      limit = first(places[1 - side])
+    if limit is None and elements[1 - side] is not None:
+      limit = first(elements[1 - side])
     step, begin = _step(module, body, counter), first(counter)
     if None not in (limit, begin, step) and step:
       direction = test.attribute('direction')
@@ -57,60 +57,61 @@ def trips(
 
 
 def _origin(computation: Computation, name: str) -> Instruction | None:
-  """The instruction that a value is made by, past copies of it."""
-  found = computation.instructions.get(name)
-  while found is not None and found.opcode in _SAME_VALUE:
-    found = computation.operand(found, 0)
-  return found
+  """The instruction that makes a value; copies of it are skipped."""
+  origin = computation.instructions.get(name)
+  while origin is not None and origin.opcode in _SAME_VALUE:
+    origin = computation.operand(origin, 0)
+  return origin
 
 
 def _inside(module: Module, computation: Computation, root: Instruction):
-  """A root, or that of the fusion it is, and what finds its operands."""
+  """The instruction that computes a root, and a function that finds operands.
+
+  Where the root is a fusion, that is the root inside of the fusion. The
+  function takes an operand's name and returns the instruction that makes it.
+  """
   root = _origin(computation, root.name)
   if root.opcode != 'fusion':
     return root, lambda name: _origin(computation, name)
   fused = module.computations[root.called('calls')[0]]
 
   def find(name):
-    found = _origin(fused, name)
-    if found is not None and found.opcode == 'parameter':
-      return _origin(computation, root.operands[int(found.operand_text)])
-    return found
+    origin = _origin(fused, name)
+    if origin is not None and origin.opcode == 'parameter':
+      return _origin(computation, root.operands[int(origin.operand_text)])
+    return origin
 
   return _origin(fused, fused.root.name), find
 
 
-def _constant(found: Instruction | None) -> int | None:
-  if found is None or found.opcode != 'constant':
+def _constant(value: Instruction | None) -> int | None:
+  if value is None or value.opcode != 'constant':
     return None
-  return int(found.operand_text) if _whole(found.operand_text) else None
+  text = value.operand_text
+  return int(text) if re.fullmatch(r'-?\d+', text) else None
 
 
-def _whole(text: str) -> bool:
-  return bool(re.fullmatch(r'-?\d+', text))
-
-
-def _element(found: Instruction | None) -> int | None:
-  """Which element of the loop's tuple a value is."""
-  if found is None or found.opcode != 'get-tuple-element':
+def _element(value: Instruction | None) -> int | None:
+  """The index of the loop's tuple that a value is taken from, or None."""
+  if value is None or value.opcode != 'get-tuple-element':
     return None
-  return int(found.attribute('index'))
+  return int(value.attribute('index'))
 
 
 def _step(module: Module, body: Computation, element: int) -> int | None:
-  """What each run adds to an element of the loop's tuple."""
+  """The constant that each run adds to an element of the loop's tuple."""
   if body.root.opcode != 'tuple':
     return None
   new = _origin(body, body.root.operands[element])
   if new is None:
     return None
-  made, find = _inside(module, body, new)
-  if made is None or made.opcode not in ('add', 'subtract'):
+  update, find = _inside(module, body, new)
+  if update is None or update.opcode not in ('add', 'subtract'):
     return None
-  sides = [find(name) for name in made.operands]
+  sides = [find(name) for name in update.operands]
   if element not in map(_element, sides):
     return None
-  found = [v for v in map(_constant, sides) if v is not None]
-  if len(found) != 1:
+  constants = [v for v in map(_constant, sides) if v is not None]
+  if len(constants) != 1:
     return None
-  return found[0] if made.opcode == 'add' else -found[0]
+  return constants[0] if update.opcode == 'add' else -constants[0]

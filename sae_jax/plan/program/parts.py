@@ -1,11 +1,11 @@
-"""Which part of the method an instruction of the training step belongs to."""
+"""The part of the method that an instruction of the training step is of."""
 
 import re
 
 import jax
 from jax.sharding import Mesh
 
-from sae_jax import ops
+from sae_jax import errors, ops
 from sae_jax.ops import scopes
 from sae_jax.plan.program.text import Instruction, Module
 from sae_jax.training.config import TrainConfig
@@ -14,9 +14,9 @@ AUXK = scopes.AUXK
 OPTIMIZER = 'Adam, projection, moving average'
 REST = 'rest of the step'
 
-# Whatever they call is of these.
+# Everything inside of these scopes belongs to the part.
 _WHOLE = {scopes.AUXK: AUXK, scopes.OPTIMIZER: OPTIMIZER}
-# Else the innermost scope decides: forwards, and in the backward pass.
+# Elsewhere the innermost scope decides: its part forwards, and backwards.
 _ENCODER = ('encoder and top-k', 'encoder gradients')
 _DECODER = (scopes.DECODER, 'decoder gradients')
 _BOTH = (scopes.ENCODER_AND_DECODER, 'gradients')
@@ -28,7 +28,7 @@ _PARTS = {
   scopes.WEIGHT_GRADIENTS: (scopes.WEIGHT_GRADIENTS,) * 2,
   scopes.EXCHANGE: (scopes.EXCHANGE,) * 2,
 }
-# What a step with TopK has, by the implementation of its products. The kernels
+# Parts of a step with TopK, by the implementation of its products. The kernels
 # share a backward pass; dense products share the decoder's too.
 _OF_TOPK = {
   'gather': {*_ENCODER, *_DECODER, *_BOTH[:1], scopes.WEIGHT_GRADIENTS},
@@ -40,27 +40,27 @@ _OF_TOPK = {
 def _path(instruction: Instruction) -> list[str]:
   """The scopes of an instruction and its operation, the outermost first.
 
-  Empty where it is none of Python's: names that the compiler or a parameter
-  gives do not start with a jitted function.
+  Empty for an instruction that comes from no line of Python: the names of the
+  compiler and of parameters do not start with a jitted function.
   """
-  found = re.search(r'op_name="([^";]*)', instruction.attribute('metadata'))
-  if not found or not found[1].startswith('jit('):
+  match = re.search(r'op_name="([^";]*)', instruction.attribute('metadata'))
+  if not match or not match[1].startswith('jit('):
     return []
-  # jax writes a transformation around the next scope inside of it.
+  # jax writes a transformation around the name of the next scope inside it.
   return [
     re.sub(r'^(?:(?:jvp|transpose|vmap)\()+([^()]*)\)+$', r'\1', name)
-    for name in found[1].split('/')
+    for name in match[1].split('/')
   ]
 
 
 def part(instruction: Instruction) -> str | None:
-  """The part of an instruction, None where nothing says where it is from.
+  """The part of an instruction, or None where its name has no scopes.
 
-  It is that of the innermost `jax.named_scope` with a name of `scopes`, which
-  XLA keeps in the instruction's op_name.
+  It is the part of the innermost `jax.named_scope` with a name of `scopes`,
+  which XLA keeps in the instruction's op_name.
 
   Args:
-    instruction: of the compiled step.
+    instruction: an instruction of the compiled step.
   """
   path = _path(instruction)
   if not path:
@@ -76,7 +76,7 @@ def part(instruction: Instruction) -> str | None:
 
 
 def is_auxk_choice(instruction: Instruction) -> bool:
-  """Whether a conditional is that of AuxK, by the number of dead latents."""
+  """Whether a conditional is AuxK's choice by the number of dead latents."""
   return _path(instruction)[-2:-1] == [scopes.AUXK]
 
 
@@ -87,17 +87,17 @@ def expected(
 
   Args:
     config: the run, with d_model set.
-    mesh: that the step is compiled for.
+    mesh: the mesh that the step is compiled for.
     implementation: of the sparse products, see `ops.decode`.
   """
   names = {OPTIMIZER}
   if config.sae.preprocessing != 'none':
     names.add(scopes.PREPROCESSING)
   if config.sae.activation == 'topk':
-    most = config.sae.k * max(1, config.objective.multi_topk)
+    widest_k = config.sae.k * max(1, config.objective.multi_topk)
     with jax.set_mesh(mesh):
       name = ops.choose(
-        config.sae.n_latents, most, implementation, config.sae.d_model
+        config.sae.n_latents, widest_k, implementation, config.sae.d_model
       )
     names |= _OF_TOPK[name]
     if mesh.shape['latent'] > 1:
@@ -108,11 +108,11 @@ def expected(
 
 
 def check(module: Module, names: frozenset[str]) -> None:
-  """Raises ValueError where a part of the step is nowhere in its program.
+  """Raises DefectError unless each part of the step is in its program.
 
   Args:
     module: the program.
-    names: of the parts, as `expected` gives them.
+    names: names of the parts, from `expected`.
   """
   present = {
     part(instruction)
@@ -121,7 +121,7 @@ def check(module: Module, names: frozenset[str]) -> None:
   }
   missing = sorted(names - present)
   if missing:
-    raise ValueError(
+    raise errors.DefectError(
       f'the compiled step has no instruction of: {", ".join(missing)}. Each '
       'part runs under a jax.named_scope of sae_jax/ops/scopes.py: one of them '
       'is missing in the code of the step'

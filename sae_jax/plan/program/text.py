@@ -12,14 +12,14 @@ _BITS = {'pred': 8, 'token': 0, 'opaque': 0}
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-  """An array of a program, and where it lies.
+  """The shape of an array of a program, and its memory layout.
 
   Attributes:
     dtype: XLA's name of the type.
-    dims: its extents.
+    dims: extents.
     order: dimensions from the fastest one to the slowest.
     tile: extents that the fastest dimensions are padded to, slowest first.
-    space: memory space: 0 is HBM, 1 VMEM, others are on the chip too.
+    space: memory space: 0 is HBM, 1 VMEM; all others are on the chip too.
   """
 
   dtype: str
@@ -30,12 +30,12 @@ class Shape:
 
   @property
   def size(self) -> int:
-    """Elements."""
+    """Number of elements."""
     return math.prod(self.dims)
 
   @property
   def nbytes(self) -> int:
-    """Bytes in memory, with the padding of its tiles."""
+    """Bytes in memory, including the padding of tiles."""
     dims = list(self.dims)
     for dim, tile in zip(self.order, reversed(self.tile)):
       dims[dim] = -(-dims[dim] // tile) * tile
@@ -53,17 +53,17 @@ class Shape:
 def _bits(dtype: str) -> int:
   if dtype in _BITS:
     return _BITS[dtype]
-  found = re.search(r'\d+', dtype)
-  # A complex number has its two parts in its name.
-  return int(found[0]) if found else 0
+  # The number in a complex type's name counts both of its floats.
+  match = re.search(r'\d+', dtype)
+  return int(match[0]) if match else 0
 
 
 _SHAPE = re.compile(r'([a-z]\w*)\[([\d,<= ]*)\](?:\{([^{}]*)\})?')
 
 
 def shapes(text: str) -> tuple[Shape, ...]:
-  """The arrays of a shape's text, those of tuples in order."""
-  return tuple(_shape(*found) for found in _SHAPE.findall(text))
+  """The array shapes in a text, those of a tuple in order."""
+  return tuple(_shape(*groups) for groups in _SHAPE.findall(text))
 
 
 def _shape(dtype: str, dims: str, layout: str) -> Shape:
@@ -85,11 +85,11 @@ class Instruction:
 
   Attributes:
     name: unique in its computation.
-    opcode: XLA's.
-    shape_text: of its result.
-    operand_text: what stands between its parentheses.
-    attributes: what stands after them.
-    root: whether it is the computation's result.
+    opcode: XLA's name of the operation.
+    shape_text: the shape of its result.
+    operand_text: the text between its parentheses.
+    attributes: the text after its parentheses.
+    root: whether its result is the computation's result.
   """
 
   name: str
@@ -101,7 +101,7 @@ class Instruction:
 
   @functools.cached_property
   def shapes(self) -> tuple[Shape, ...]:
-    """Its result's arrays."""
+    """The shapes of the arrays in its result."""
     return shapes(self.shape_text)
 
   @functools.cached_property
@@ -112,11 +112,11 @@ class Instruction:
     return tuple(re.findall(r'%([\w.\-]+)', self.operand_text))
 
   def attribute(self, name: str) -> str:
-    """An attribute's text up to its end, '' where there is none."""
-    found = re.search(rf'(?:^|[ ,]){name}=', self.attributes)
-    if not found:
+    """The text of an attribute's value; '' if it has no such attribute."""
+    match = re.search(rf'(?:^|[ ,]){name}=', self.attributes)
+    if not match:
       return ''
-    return _balanced(self.attributes, found.end(), ',')
+    return _balanced(self.attributes, match.end(), ',')
 
   def called(self, *names: str) -> tuple[str, ...]:
     """Computations that the attributes of these names call."""
@@ -128,12 +128,12 @@ class Instruction:
 
   @functools.cached_property
   def backend_config(self) -> dict[str, Any]:
-    """What the backend wrote beside it."""
+    """The backend's JSON object beside the instruction, {} without one."""
     try:
-      found = json.loads(self.attribute('backend_config') or '{}')
+      config = json.loads(self.attribute('backend_config') or '{}')
     except json.JSONDecodeError:
       return {}
-    return found if isinstance(found, dict) else {}
+    return config if isinstance(config, dict) else {}
 
 
 def _balanced(text: str, start: int, stop: str) -> str:
@@ -160,13 +160,13 @@ def _balanced(text: str, start: int, stop: str) -> str:
 
 
 def _or_end(text: str, letter: str, start: int) -> int:
-  found = text.find(letter, start)
-  return len(text) if found < 0 else found
+  place = text.find(letter, start)
+  return len(text) if place < 0 else place
 
 
 @dataclasses.dataclass(eq=False)
 class Computation:
-  """Instructions in their order, which is that of their execution."""
+  """Named instructions, in the order of their execution."""
 
   name: str
   instructions: dict[str, Instruction] = dataclasses.field(default_factory=dict)
@@ -174,37 +174,37 @@ class Computation:
   @functools.cached_property
   def root(self) -> Instruction:
     """The instruction whose result is the computation's."""
-    found = [i for i in self.instructions.values() if i.root]
-    return found[0] if found else list(self.instructions.values())[-1]
+    roots = [i for i in self.instructions.values() if i.root]
+    return roots[0] if roots else list(self.instructions.values())[-1]
 
   @functools.cached_property
   def parameters(self) -> tuple[Instruction, ...]:
-    """Its parameters in the order they are passed in."""
-    found = [i for i in self.instructions.values() if i.opcode == 'parameter']
-    return tuple(sorted(found, key=lambda i: int(i.operand_text)))
+    """Its parameters, in the order of the arguments."""
+    own = [i for i in self.instructions.values() if i.opcode == 'parameter']
+    return tuple(sorted(own, key=lambda i: int(i.operand_text)))
 
   @functools.cached_property
   def users(self) -> dict[str, list[Instruction]]:
-    """The instructions that take each one, by name."""
-    found = {name: [] for name in self.instructions}
+    """Name of an instruction -> the instructions that it is an operand of."""
+    users = {name: [] for name in self.instructions}
     for instruction in self.instructions.values():
       for name in set(instruction.operands):
-        found.setdefault(name, []).append(instruction)
-    return found
+        users.setdefault(name, []).append(instruction)
+    return users
 
   def operand(self, instruction: Instruction, index: int) -> Instruction | None:
-    """The instruction that is another's operand."""
+    """An instruction's operand by index; None if it has none there."""
     if index >= len(instruction.operands):
       return None
     return self.instructions.get(instruction.operands[index])
 
   def operand_shapes(self, instruction: Instruction) -> list[Shape]:
-    """The arrays that an instruction takes."""
-    found = []
+    """The shapes of the arrays that an instruction takes."""
+    operands = []
     for name in instruction.operands:
       if name in self.instructions:
-        found += self.instructions[name].shapes
-    return found
+        operands += self.instructions[name].shapes
+    return operands
 
 
 @dataclasses.dataclass(eq=False)
@@ -212,8 +212,8 @@ class Module:
   """A compiled program.
 
   Attributes:
-    computations: by name.
-    entry: the one that is the program.
+    computations: name -> computation.
+    entry: the computation that a run of the program starts.
   """
 
   computations: dict[str, Computation]
@@ -225,7 +225,7 @@ _LINE = re.compile(r'\s+(ROOT )?%?([\w.\-]+) = ')
 
 
 def parse(text: str) -> Module:
-  """Reads a module as XLA prints it.
+  """Reads a module from the text that XLA prints.
 
   Args:
     text: from `jax.stages.Compiled.as_text` or a dump of the compiler.

@@ -11,12 +11,13 @@ def moved(
 ) -> int:
   """Bytes that an instruction reads from HBM and writes to it.
 
-  Rows alone where rows alone are read, or written in place.
+  Where an instruction reads or replaces single rows of an array, only those
+  rows count.
 
   Args:
     module: the program.
-    computation: that holds the instruction.
-    instruction: any that calls nothing but a fusion.
+    computation: the one that holds the instruction.
+    instruction: any instruction that calls at most a fusion.
   """
   operands = [
     computation.operand(instruction, i)
@@ -31,10 +32,10 @@ def moved(
     )
     return read + _written(module, fused, fused.root, results)
   if opcode == 'copy-start':
-    # To, from, and what is waited on.
+    # Target, source, and a token to wait on.
     return results[0].hbm_bytes + results[1].hbm_bytes
   if opcode.endswith('-start'):
-    # Operands, result, and what is waited on.
+    # Operands, result, and a token to wait on.
     opcode = opcode.removesuffix('-start')
     results = results[len(operands) : len(operands) + 1] or results
   if opcode == 'send':
@@ -56,7 +57,7 @@ def _taken(opcode, index, operand, results) -> int:
 
 
 def _read(module, fused, parameter, operand) -> int:
-  """Bytes of a fusion's operand that it reads from HBM."""
+  """Bytes that a fusion reads of one of its operands from HBM."""
   if operand is None:
     return 0
   whole = sum(shape.hbm_bytes for shape in operand.shapes)
@@ -84,26 +85,26 @@ def _used(module, fused, value, whole) -> int:
   return total
 
 
-def _written(module, computation, made, results: list[Shape]) -> int:
-  """Bytes that a result writes to HBM: rows alone if it is made in place."""
+def _written(module, computation, source, results: list[Shape]) -> int:
+  """Bytes of a result that are written to HBM: its rows if made in place."""
   if not any(shape.hbm_bytes for shape in results):
     return 0
-  if made.opcode == 'bitcast' and len(results) == 1:
-    source = computation.operand(made, 0)
-    if source is not None and source.opcode != 'parameter':
-      return _written(module, computation, source, results)
-  if made.opcode == 'fusion':
-    inner = module.computations[made.called('calls')[0]]
+  if source.opcode == 'bitcast' and len(results) == 1:
+    operand = computation.operand(source, 0)
+    if operand is not None and operand.opcode != 'parameter':
+      return _written(module, computation, operand, results)
+  if source.opcode == 'fusion':
+    inner = module.computations[source.called('calls')[0]]
     return _written(module, inner, inner.root, results)
-  if made.opcode == 'tuple' and len(results) == len(made.operands):
+  if source.opcode == 'tuple' and len(results) == len(source.operands):
     return sum(
-      _written(module, computation, computation.operand(made, i), [shape])
+      _written(module, computation, computation.operand(source, i), [shape])
       for i, shape in enumerate(results)
     )
-  if made.opcode == 'dynamic-update-slice':
-    return computation.operand(made, 1).shapes[0].nbytes
-  if made.opcode == 'scatter':
-    # Rows that are added to are read as well.
-    updates = computation.operand(made, len(made.operands) - 1)
+  if source.opcode == 'dynamic-update-slice':
+    return computation.operand(source, 1).shapes[0].nbytes
+  if source.opcode == 'scatter':
+    # The rows that a scatter adds to are read as well.
+    updates = computation.operand(source, len(source.operands) - 1)
     return 2 * updates.shapes[0].nbytes
   return sum(shape.hbm_bytes for shape in results)
