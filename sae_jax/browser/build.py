@@ -1,4 +1,4 @@
-"""From probing's results to a page: the whole of the last stage."""
+"""The last stage: builds the page from the results of probing."""
 
 import dataclasses
 
@@ -18,18 +18,18 @@ def vocabulary(subject: str) -> list[str]:
 
 
 def browse(config: index.BrowseConfig, probe_url: str, out_url: str) -> str:
-  """Builds the feature page, unless it is there from the same results.
+  """Builds the feature page, or reuses one built from the same results.
 
   Args:
-    config: how the page is built.
+    config: options of the page.
     probe_url: the workdir of sae-probe, local path or URL.
-    out_url: where the page goes.
+    out_url: the folder that the page is written to.
 
   Returns:
     The URL of index.html.
 
   Raises:
-    UserError: if the results are not there or not finished.
+    UserError: if the results are absent or unfinished.
   """
   report_path = epath.Path(probe_url) / 'report.json'
   if not report_path.exists():
@@ -39,7 +39,7 @@ def browse(config: index.BrowseConfig, probe_url: str, out_url: str) -> str:
     )
   report = config_lib.read_json(report_path)
   report['browse_config'] = config_lib.through_json(dataclasses.asdict(config))
-  # A page of another version is not this one.
+  # A page of another version is built again.
   report['page'] = index.page_digest()
   meta_path = epath.Path(out_url) / 'data' / 'meta.json'
   if (

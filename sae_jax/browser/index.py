@@ -1,14 +1,14 @@
 """The feature index: probing's arrays as small files that a page fetches.
 
-A built folder needs no server beyond one that hands out files:
+Any server of static files can serve a built folder:
 
   index.html *.js style.css    the page, copied from `page/`
   data/meta.json               numbers of the whole; written last, so a folder
                                without it is not finished
-  data/columns.json            a list per column, one entry per latent: all
-                               that sorting, filtering and searching need
+  data/columns.json            a list per column, one entry per latent, for
+                               sorting, filtering and searching
   data/previews.json           a few tokens of each latent's best example
-  data/vocabulary.json         token id -> text; all else stores token ids
+  data/vocabulary.json         token id -> text; other files hold ids alone
   data/features/00000.json     a shard of `features_per_shard` latents
 
 Numbers that are not finite become null; absent examples, votes and
@@ -29,7 +29,7 @@ import numpy as np
 from sae_jax import config as config_lib
 from sae_jax import errors, progress
 from sae_jax.features import table
-from sae_jax.features.table import MOMENTS, SHAPES
+from sae_jax.features.table import ARRAYS, MOMENTS
 from sae_jax.storage import files
 
 FORMAT_VERSION = 1
@@ -46,24 +46,27 @@ class BrowseConfig(config_lib.Config):
   )
   features_per_shard: int = config_lib.option(
     64,
-    'latents per data file: one view fetches one file',
+    'latents in a data file; the view of a latent fetches one file',
     least=1,
     most=100_000,
   )
   activation_digits: int = config_lib.option(
     4,
-    'significant digits kept of the activations in examples',
+    'significant digits of the activations in examples',
     least=1,
     most=100_000,
   )
   label_tokens: int = config_lib.option(
     5,
-    'top tokens and top votes of a latent that the list and search know',
+    'top tokens and top votes of each latent in the list and the search',
     least=1,
     most=100_000,
   )
   preview_tokens: int = config_lib.option(
-    12, 'tokens of the best example that the list shows', least=1, most=100_000
+    12,
+    "tokens of each latent's best example in the list",
+    least=1,
+    most=100_000,
   )
 
 
@@ -77,26 +80,35 @@ def build_index(
   """Writes the feature page and its data.
 
   Args:
-    features: the arrays of `features.npz`, or its path or URL.
+    features: the feature table (`features.table`), or its path or URL.
     report: the metrics of the autoencoder, as in `report.json`.
     vocabulary: the readable text of each token id.
     out_url: folder to write, or its URL; an older index in it is replaced.
-    config: how to build; the defaults if None.
+    config: options of the page; the defaults if None.
 
   Returns:
     The URL of index.html.
 
   Raises:
-    UserError: if arrays are absent, disagree in shape or name tokens that the
+    UserError: if arrays are absent, disagree in shape or hold tokens that the
       vocabulary lacks, or an option is out of range.
   """
   config = config or BrowseConfig()
   if not isinstance(features, dict):
-    features = table.read_features(features)
-  table.check_features(features, len(vocabulary))
+    features = table.read(features)
+  table.check(features, len(vocabulary))
   report = _plain(report, 'report')
-
   out = epath.Path(out_url)
+  _write_page(out)
+  build = _write_data(features, vocabulary, config, out / 'data')
+  # Last, as it makes the folder a finished one.
+  meta = _meta(features, report, len(vocabulary), config, build)
+  _write(out / 'data' / 'meta.json', meta)
+  return str(out / 'index.html')
+
+
+def _write_page(out: epath.Path) -> None:
+  """Writes the page's own files, without the data of an older index."""
   data = out / 'data'
   (data / 'meta.json').unlink(missing_ok=True)
   (data / 'features').mkdir(parents=True, exist_ok=True)
@@ -106,39 +118,44 @@ def build_index(
     if source.is_file():
       files.write_text(out / source.name, source.read_text())
 
+
+def _write_data(features, vocabulary, config, data: epath.Path) -> str:
+  """Writes all data but meta.json; returns a name of the content."""
   identity = hashlib.sha256()
-  parts = {
+  lists = {
     'vocabulary': vocabulary,
     'columns': _columns(features, config),
     'previews': _previews(features, config),
   }
-  for name, values in parts.items():
+  for name, values in lists.items():
     identity.update(_write(data / f'{name}.json', values))
   for digest in _write_shards(features, config, data / 'features'):
     identity.update(digest)
+  return identity.hexdigest()[:16]
 
+
+def _meta(features, report, vocabulary_size, config, build) -> dict[str, Any]:
+  """The numbers of the whole index."""
   alive = features['count'] > 0
   in_use = np.flatnonzero(features['hist_counts'].sum(axis=0))
-  meta = {
+  return {
     'format_version': FORMAT_VERSION,
     'title': config.title,
-    'build': identity.hexdigest()[:16],
+    'build': build,
     'n_features': len(alive),
     'n_alive': int(alive.sum()),
     'features_per_shard': config.features_per_shard,
-    'vocabulary_size': len(vocabulary),
+    'vocabulary_size': vocabulary_size,
     'hist_edges': _exact(features['hist_edges']),
     'hist_bins_in_use': (
       [int(in_use[0]), int(in_use[-1]) + 1] if in_use.size else [0, 0]
     ),
     'report': report,
   }
-  _write(data / 'meta.json', meta)
-  return str(out / 'index.html')
 
 
 def page_digest() -> str:
-  """A hex digest of the page's own files, which says what version it is."""
+  """A hex digest of the page's own files: their version."""
   digest = hashlib.sha256()
   for source in sorted(_PAGE.iterdir()):
     if source.is_file():
@@ -160,7 +177,7 @@ def is_whole(out_url: epath.PathLike) -> bool:
 
 
 def _columns(features, config):
-  """What list and search need: a list per column, one entry per latent."""
+  """The columns of list and search: name -> one entry per latent."""
   limit = config.label_tokens
   peaks_NM = _at_peak(features['top_tokens'], features['top_peak'])
   top = [
@@ -177,7 +194,7 @@ def _columns(features, config):
 
 
 def _previews(features, config):
-  """Tokens around the best example's peak, activations in % of the peak."""
+  """Tokens around the best example's peak; activations in % of the peak's."""
   width = config.preview_tokens
   tokens, percents = [], []
   for tokens_W, acts_W, peak in zip(
@@ -219,25 +236,32 @@ def _write_shards(features, config, folder):
 
 def _feature(features, row, digits):
   """One latent's entry in a shard."""
-  one = {name: features[name][row] for name in SHAPES if name != 'hist_edges'}
-  near = one['neighbour_ids'] >= 0
+  latent = {
+    name: features[name][row]
+    for name, declared in ARRAYS.items()
+    if declared.axes[0] == 'N'
+  }
+  near = latent['neighbour_ids'] >= 0
   return {
-    'latent': int(one['latent_ids']),
-    'histogram': one['hist_counts'].tolist(),
-    **{kind: _examples(one, kind, digits) for kind in ('top', 'random')},
-    **{f'votes_{way}': _votes(one, way) for way in ('up', 'down')},
+    'latent': int(latent['latent_ids']),
+    'histogram': latent['hist_counts'].tolist(),
+    **{kind: _examples(latent, kind, digits) for kind in ('top', 'random')},
+    **{f'votes_{way}': _votes(latent, way) for way in ('up', 'down')},
     'neighbours': {
-      'latents': one['neighbour_ids'][near].tolist(),
-      'cosines': _exact(one['neighbour_cosines'][near]),
+      'latents': latent['neighbour_ids'][near].tolist(),
+      'cosines': _exact(latent['neighbour_cosines'][near]),
     },
   }
 
 
-def _examples(one, kind, digits):
+def _examples(latent, kind, digits):
   """Examples of one latent; `fired` are the places with an activation."""
   examples = []
   for tokens_W, acts_W, peak, document in zip(
-    *(one[f'{kind}_{name}'] for name in ('tokens', 'acts', 'peak', 'document'))
+    *(
+      latent[f'{kind}_{name}']
+      for name in ('tokens', 'acts', 'peak', 'document')
+    )
   ):
     if peak < 0:
       continue
@@ -256,11 +280,11 @@ def _examples(one, kind, digits):
   return examples
 
 
-def _votes(one, way):
-  ids = one[f'vote_{way}_ids']
+def _votes(latent, way):
+  ids = latent[f'vote_{way}_ids']
   return {
     'tokens': ids[ids >= 0].tolist(),
-    'logits': _exact(one[f'vote_{way}_logits'][ids >= 0]),
+    'logits': _exact(latent[f'vote_{way}_logits'][ids >= 0]),
   }
 
 
@@ -273,7 +297,7 @@ def _at_peak(tokens_NMW, peak_NM):
 
 
 def _present(ids_NM):
-  """Rows as lists without their -1."""
+  """Rows as lists, their -1 left out."""
   return [[i for i in row if i >= 0] for row in ids_NM.tolist()]
 
 
@@ -284,7 +308,7 @@ def _exact(values):
 
 
 def _rounded(values, digits):
-  """Values with that many significant digits, null where not finite."""
+  """Values with `digits` significant digits, null where not finite."""
   return [
     float(f'{v:.{digits}g}') if math.isfinite(v) else None
     for v in values.tolist()
@@ -292,7 +316,7 @@ def _rounded(values, digits):
 
 
 def _plain(value, name):
-  """Nested values as JSON knows them; UserError where it has no such kind."""
+  """Nested values as JSON types; UserError for a type that JSON lacks."""
   if isinstance(value, dict):
     return {str(k): _plain(v, f'{name}.{k}') for k, v in value.items()}
   if isinstance(value, list | tuple):

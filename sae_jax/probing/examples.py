@@ -1,4 +1,4 @@
-"""Examples and statistics of every latent, for the feature table."""
+"""Builds the feature table: examples and statistics of every latent."""
 
 import dataclasses
 
@@ -7,6 +7,7 @@ import numpy as np
 from sae_jax import config as config_lib
 from sae_jax import store as store_lib
 from sae_jax.checkpoint import Trained
+from sae_jax.features import table as table_lib
 from sae_jax.probing import codes as codes_lib
 from sae_jax.probing import lens, reducers
 from sae_jax.subject import Subject
@@ -14,11 +15,11 @@ from sae_jax.subject import Subject
 
 @dataclasses.dataclass(frozen=True)
 class FeatureConfig(config_lib.Config):
-  """How much is kept of every latent."""
+  """The size of the feature table."""
 
   feature_rows: int = config_lib.option(
     1_000_000,
-    'rows of the store that examples and statistics come from',
+    'rows of the store that examples and statistics are taken from',
     least=1,
   )
   top_examples: int = config_lib.option(
@@ -28,14 +29,16 @@ class FeatureConfig(config_lib.Config):
     8, 'random positive activations kept of each latent', least=1
   )
   window_before: int = config_lib.option(
-    24, "tokens before an example's peak", least=0
+    24, 'tokens shown before the token of an example', least=0
   )
   window_after: int = config_lib.option(
-    8, "tokens after an example's peak", least=0
+    8, 'tokens shown after the token of an example', least=0
   )
-  votes: int = config_lib.option(10, 'tokens voted up and down', least=1)
+  votes: int = config_lib.option(
+    10, 'tokens that each latent pushes up most, and down most', least=1
+  )
   neighbours: int = config_lib.option(
-    5, 'nearest latents by decoder cosine', least=1
+    5, 'latents kept as nearest to each latent by decoder cosine', least=1
   )
 
 
@@ -49,25 +52,19 @@ def build(
 ) -> dict[str, np.ndarray]:
   """Gathers all latents' statistics, examples, votes and neighbours.
 
-  The store is encoded once; examples and their shading come from those codes.
+  The store is encoded once; examples and their activations come from these
+  codes.
 
   Args:
-    config: how much is kept.
+    config: sizes of the table.
     trained: the autoencoder.
     subject: the model, for the votes.
     store: activations and their text.
-    batch_rows: rows at a time.
-    seed: of the random examples.
+    batch_rows: rows that are encoded at a time.
+    seed: seed of the random examples.
 
   Returns:
-    Arrays by name, with N latents, M examples of W tokens, H bins:
-      latent_ids [N] int32, count [N] int64 (tokens it fired on), density [N]
-      (their share), max, mean, std, skew [N] float32 (of positive values);
-      hist_edges [H + 1] float32, hist_counts [N, H] int64;
-      top_tokens [N, M, W] int32 (-1: none), top_acts [N, M, W] float32,
-      top_peak [N, M] int32 (place in W, -1: no example), top_document [N, M]
-      int32, and the same with random_; vote_up_ids, vote_up_logits,
-      vote_down_ids, vote_down_logits; neighbour_ids, neighbour_cosines.
+    The arrays that `features.table.ARRAYS` declares.
   """
   n_latents = trained.config.n_latents
   stop = min(store.manifest.n_rows, config.feature_rows)
@@ -76,7 +73,7 @@ def build(
 
   stats = reducers.LatentStats(n_latents)
   top = reducers.TopExamples(n_latents, config.top_examples)
-  some = reducers.TopExamples(n_latents, config.random_examples)
+  random = reducers.TopExamples(n_latents, config.random_examples)
   for start in range(0, stop, batch_rows):
     take = slice(start, min(stop, start + batch_rows))
     vals_BK, idx_BK = codes.vals_RK[take], codes.idx_RK[take]
@@ -85,41 +82,54 @@ def build(
     rows, latents = start + token, idx_BK[place]
     top.update(latents, vals_BK[place], rows, document_R[rows])
     chance = reducers.random_scores(rows, latents, seed)
-    some.update(latents, chance, rows, rows)
+    random.update(latents, chance, rows, rows)
 
+  arrays = _statistics(stats) | _directions(config, trained, subject)
+  for kind, rows_NM in (('top', top.row_NM), ('random', random.row_NM)):
+    examples = windows(
+      codes, store, rows_NM, config.window_before, config.window_after
+    )
+    arrays |= {f'{kind}_{name}': array for name, array in examples.items()}
+  return table_lib.make(arrays)
+
+
+def _statistics(stats: reducers.LatentStats) -> dict[str, np.ndarray]:
+  """Counts, moments and the histogram over the bins that are in use."""
   mean_N, std_N, skew_N = stats.moments()
   used = np.flatnonzero(stats.hist_NH.sum(0))
   low, high = (used[0], used[-1] + 1) if len(used) else (0, 1)
+  return {
+    'latent_ids': np.arange(len(stats.count_N)),
+    'count': stats.count_N,
+    'density': stats.count_N / stats.tokens,
+    'max': stats.max_N,
+    'mean': mean_N,
+    'std': std_N,
+    'skew': skew_N,
+    'hist_edges': reducers.HISTOGRAM_EDGES[low : high + 1],
+    'hist_counts': stats.hist_NH[:, low:high],
+  }
+
+
+def _directions(
+  config: FeatureConfig, trained: Trained, subject: Subject
+) -> dict[str, np.ndarray]:
+  """Votes and neighbours, which follow from the decoder alone."""
   w_dec_ND = np.asarray(trained.sae.w_dec_ND)
   up_ids, up, down_ids, down = lens.votes(
     subject, w_dec_ND, min(config.votes, subject.config.vocab_size)
   )
-  near_ids, near = lens.neighbours(
-    w_dec_ND, min(config.neighbours, n_latents - 1)
+  near_ids, cosines = lens.neighbours(
+    w_dec_ND, min(config.neighbours, len(w_dec_ND) - 1)
   )
-  table = {
-    'latent_ids': np.arange(n_latents, dtype=np.int32),
-    'count': stats.count_N,
-    'density': (stats.count_N / stats.tokens).astype(np.float32),
-    'max': stats.max_N.astype(np.float32),
-    'mean': mean_N.astype(np.float32),
-    'std': std_N.astype(np.float32),
-    'skew': skew_N.astype(np.float32),
-    'hist_edges': reducers.HISTOGRAM_EDGES[low : high + 1].astype(np.float32),
-    'hist_counts': stats.hist_NH[:, low:high],
+  return {
     'vote_up_ids': up_ids,
     'vote_up_logits': up,
     'vote_down_ids': down_ids,
     'vote_down_logits': down,
     'neighbour_ids': near_ids,
-    'neighbour_cosines': near,
+    'neighbour_cosines': cosines,
   }
-  for name, rows_NM in (('top', top.row_NM), ('random', some.row_NM)):
-    found = windows(
-      codes, store, rows_NM, config.window_before, config.window_after
-    )
-    table |= {f'{name}_{part}': array for part, array in found.items()}
-  return table
 
 
 def windows(
@@ -132,16 +142,16 @@ def windows(
   """The text around each latent's examples, with its activation per token.
 
   Args:
-    codes: of rows that have the examples among them.
+    codes: codes of consecutive rows, which include all examples.
     store: the text.
     rows_NM: row of each latent's examples, -1 for none.
-    before: tokens shown before the example's.
+    before: tokens shown before the token of the example.
     after: tokens shown after it. A window ends where its context does, and
       before the first row that is not encoded.
 
   Returns:
-    tokens and acts [N, M, W], peak and document [N, M], as in `build`; a
-    token outside of the window is -1, a masked one has activation 0.
+    tokens and acts [N, M, W], peak and document [N, M], as
+    `features.table.ARRAYS` declares them.
   """
   stream = store.stream_index()
   position, document = store.positions(), store.documents()

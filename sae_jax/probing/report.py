@@ -78,7 +78,7 @@ def probe(
   """Evaluates an autoencoder and writes what it found.
 
   The workdir gets report.json (last, so that it is there when all is),
-  features.npz (see `examples.build`) and plots/. Where they are there already
+  features.npz (see `features.table`) and plots/. Where they are there already
   for the same checkpoint, store and config they are reused.
 
   Args:

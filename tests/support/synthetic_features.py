@@ -1,4 +1,4 @@
-"""Features as probing hands them over, made from English-like text.
+"""A feature table as probing makes it, from English-like text.
 
 A latent fires on a handful of trigger tokens, weakly on what follows them;
 every array is then computed from those activations, so they agree with each
@@ -8,6 +8,8 @@ other as real ones do.
 import re
 
 import numpy as np
+
+from sae_jax.features import table
 
 SENTENCES = r"""
 The Prime Minister told Parliament on Tuesday that the budget would be late.
@@ -76,7 +78,7 @@ def make(
   n_tokens: int = 24_000,
   seed: int = 0,
 ) -> tuple[dict[str, np.ndarray], dict, list[str]]:
-  """Returns features, report and vocabulary; some latents never fire.
+  """Returns table, report and vocabulary; some latents never fire.
 
   Latent `N_HOSTILE_LATENT` fires on hostile tokens and votes for them.
   """
@@ -85,16 +87,12 @@ def make(
   acts_NR, dead_N = _activations(rng, n_latents, stream, len(vocabulary))
   positive = [row[row > 0].astype(np.float64) for row in acts_NR]
   edges = np.geomspace(1e-2, 1e2, 41).astype(np.float32)
-  moments = np.array([_moments(row) for row in positive], np.float32)
-  count = np.array([len(row) for row in positive], np.int64)
-  features = {
-    'latent_ids': np.arange(n_latents, dtype=np.int32),
+  count = np.array([len(row) for row in positive])
+  moments = np.array([_moments(row) for row in positive])
+  arrays = {
+    'latent_ids': np.arange(n_latents),
     'count': count,
-    'density': (count / len(stream)).astype(np.float32),
-    **{
-      name: moments[:, i]
-      for i, name in enumerate(('max', 'mean', 'std', 'skew'))
-    },
+    **dict(zip(table.MOMENTS, (count / len(stream), *moments.T))),
     'hist_edges': edges,
     'hist_counts': np.stack([np.histogram(p, edges)[0] for p in positive]),
   }
@@ -102,16 +100,16 @@ def make(
   for row in acts_NR:
     fired = np.flatnonzero(row)
     best = fired[np.argsort(-row[fired], kind='stable')][:n_examples]
-    some = rng.permutation(fired)[:n_examples]
-    for kind, chosen in (('top', best), ('random', some)):
+    random = rng.permutation(fired)[:n_examples]
+    for kind, chosen in (('top', best), ('random', random)):
       missing = n_examples - len(chosen)
       places[kind].append(np.pad(chosen, (0, missing), constant_values=-1))
   for kind, rows in places.items():
     at = np.stack(rows)
-    features |= _windows(kind, at, acts_NR, stream, documents, window)
+    arrays |= _windows(kind, at, acts_NR, stream, documents, window)
   for way, sign in (('up', 1), ('down', -1)):
     ids = rng.permuted(
-      np.tile(np.arange(len(vocabulary), dtype=np.int32), (n_latents, 1)),
+      np.tile(np.arange(len(vocabulary)), (n_latents, 1)),
       axis=1,
     )[:, :10]
     logits = -np.sort(-rng.gamma(2, 0.4, ids.shape), axis=1)
@@ -119,17 +117,16 @@ def make(
     ids[N_HOSTILE_LATENT] = np.arange(10)
     if way == 'down':
       ids[N_HOSTILE_LATENT] += len(HOSTILE) - 10
-    features[f'vote_{way}_ids'] = ids
-    features[f'vote_{way}_logits'] = (sign * logits).astype(np.float32)
+    arrays[f'vote_{way}_ids'] = ids
+    arrays[f'vote_{way}_logits'] = sign * logits
   decoder = rng.standard_normal((n_latents, 32))
   decoder /= np.linalg.norm(decoder, axis=1, keepdims=True)
   cosines = decoder @ decoder.T - 2 * np.eye(n_latents)
   near = np.argsort(-cosines, axis=1)[:, :5]
-  features['neighbour_ids'] = near.astype(np.int32)
-  features['neighbour_cosines'] = np.take_along_axis(
-    cosines, near, axis=1
-  ).astype(np.float32)
-  return features, _report(n_latents, n_tokens, dead_N), vocabulary
+  arrays['neighbour_ids'] = near
+  arrays['neighbour_cosines'] = np.take_along_axis(cosines, near, axis=1)
+  report = _report(n_latents, n_tokens, dead_N)
+  return table.make(arrays), report, vocabulary
 
 
 def _text(rng, n_tokens):

@@ -243,13 +243,13 @@ def test_a_window_ends_where_the_encoded_rows_do(trained, data):
 
 
 def test_the_page_takes_the_table_and_its_file(table, tmp_path):
-  table_lib.check_features(table, probed.VOCABULARY)
+  table_lib.check(table, probed.VOCABULARY)
   table_lib.save(tmp_path / 'deep' / 'features.npz', table)
-  read = table_lib.read_features(tmp_path / 'deep' / 'features.npz')
+  read = table_lib.read(tmp_path / 'deep' / 'features.npz')
   assert read.keys() == table.keys()
   for name, array in table.items():
     np.testing.assert_array_equal(read[name], array)
-    assert read[name].dtype == array.dtype
+    assert read[name].dtype == table_lib.ARRAYS[name].dtype
   kinds = {name: array.dtype.kind for name, array in table.items()}
   assert kinds['count'] == 'i' and table['count'].dtype == np.int64
   assert all(array.dtype.itemsize <= 4 for n, array in table.items()
@@ -272,7 +272,7 @@ def test_an_autoencoder_that_never_fires_has_a_table(trained, data):
     trained, sae=trained.sae.replace(b_lat_N=jnp.full(N, -1e3))
   )
   found = build(silent, data)
-  table_lib.check_features(found, probed.VOCABULARY)
+  table_lib.check(found, probed.VOCABULARY)
   for name in ('count', 'density', 'max', 'mean', 'std', 'skew', 'hist_counts'):
     assert not found[name].any()
   assert (found['top_peak'] == -1).all() and (found['random_peak'] == -1).all()

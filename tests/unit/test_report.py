@@ -166,7 +166,7 @@ def test_the_workdir_holds_it_all(finished, parts):
   table = examples.build(
     CONFIG.features, trained, probed.make_subject(), data, 16, 0
   )
-  read = table_lib.read_features(workdir / 'features.npz')
+  read = table_lib.read(workdir / 'features.npz')
   assert read.keys() == table.keys()
   for name, array in table.items():
     np.testing.assert_array_equal(read[name], array)
