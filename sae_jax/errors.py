@@ -10,6 +10,6 @@ class DefectError(ValueError):
 
 
 def reason(error: BaseException) -> str:
-  """What an error says, without the dump that TensorStore puts after it."""
+  """The first line of an error, without the dump that TensorStore appends."""
   said = str(error).partition('\n')[0].partition(' [')[0]
   return said or type(error).__name__

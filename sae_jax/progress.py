@@ -11,12 +11,12 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 class _Lines(tqdm.tqdm):
-  """A tqdm that is shown as a log line every few seconds and when done."""
+  """A tqdm that logs a line every few seconds and at the end."""
 
   def __init__(self, *args, **kwargs):
     self._next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
     self._last_shown = None
-    # What tqdm itself writes, line ends, goes nowhere.
+    # tqdm itself writes line ends, which are dropped.
     super().__init__(
       *args,
       file=io.StringIO(),
@@ -45,11 +45,10 @@ def bar(iterable=None, *, total=None, unit='it', desc=None, initial=0):
   """A progress bar with rate and ETA.
 
   Args:
-    iterable: what to iterate over, or None to call `update(n)` by hand.
-    total: how many units there are; taken from the iterable where it has a
-      length.
+    iterable: the things to iterate over, or None to call `update(n)` by hand.
+    total: number of units; the length of the iterable if it has one.
     unit: the unit's name, shown in the rate.
-    desc: what is being done.
+    desc: label of the bar.
     initial: units done before this stage started; the rate leaves them out.
 
   Returns:

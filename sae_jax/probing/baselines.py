@@ -1,19 +1,14 @@
-"""What features that learnt nothing achieve: the marks to beat.
-
-Principal components for reconstruction, and controls for the probes.
-"""
+"""Baselines: principal components for reconstruction, controls for probes."""
 
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sae_jax import errors
 from sae_jax.probing import probes
 
-# What each of `controls` is, for whoever reads the report.
+# The meaning of each of `controls`, for readers of the report.
 CONTROL_DEFINITIONS = {
   'permuted': 'The best latent after the labels were shuffled: what chance '
   'gives.',
@@ -27,7 +22,7 @@ class PcaState(NamedTuple):
   """Rows seen so far: their number, mean and scatter about that mean.
 
   All float64 on the host: over millions of rows a float32 scatter loses the
-  small eigenvalues, which are what a high-rank reconstruction is about.
+  small eigenvalues, on which a reconstruction of high rank depends.
   """
 
   count: int
@@ -60,7 +55,7 @@ def accumulate(state: PcaState, x_BD) -> PcaState:
   """The state with the rows of one batch added.
 
   Each batch is centred on its own mean before its squares are summed (Chan,
-  Golub and LeVeque 1983), so a mean far larger than the spread costs nothing.
+  Golub and LeVeque 1983), so that a large mean costs no precision.
 
   Raises:
     UserError: if the batch has another width or a value is not finite.
@@ -95,7 +90,8 @@ def fit_pca(batches: Iterable, n_components: int | None = None) -> Pca:
 
   Args:
     batches: arrays [B, D] of any float type, B may vary.
-    n_components: how many to keep; None keeps all that the rows span.
+    n_components: number of components to keep; None for all that the rows
+      span.
 
   Raises:
     UserError: if there are fewer than two rows, or `n_components` is more
@@ -109,11 +105,11 @@ def fit_pca(batches: Iterable, n_components: int | None = None) -> Pca:
   count = state.count if state else 0
   if count < 2:
     raise errors.UserError(f'PCA of {count} rows: give at least 2')
-  most = min(count - 1, len(state.mean_D))
-  n_components = most if n_components is None else n_components
-  if not 0 < n_components <= most:
+  rank = min(count - 1, len(state.mean_D))
+  n_components = rank if n_components is None else n_components
+  if not 0 < n_components <= rank:
     raise errors.UserError(
-      f'n_components {n_components} must be from 1 to {most} for {count} rows '
+      f'n_components {n_components} must be from 1 to {rank} for {count} rows '
       f'of width {len(state.mean_D)}'
     )
   variance_D, vectors_DD = np.linalg.eigh(state.scatter_DD / count)
@@ -127,33 +123,12 @@ def fit_pca(batches: Iterable, n_components: int | None = None) -> Pca:
   )
 
 
-@jax.jit
-def pca_reconstruct(mean_D, components_KD, x_BD) -> jax.Array:
-  """Projects rows on the span of some components: float32 [B, D].
-
-  Args:
-    mean_D: as in `Pca`.
-    components_KD: the components to keep, `pca.components_KD[:k]`.
-    x_BD: rows.
-  """
-  mean_D, components_KD, x_BD = (
-    jnp.asarray(a, jnp.float32) for a in (mean_D, components_KD, x_BD)
-  )
-  # A TPU multiplies float32 in bfloat16 by default: FVU would show it.
-  code_BK = jnp.matmul(
-    x_BD - mean_D, components_KD.T, precision=jax.lax.Precision.HIGHEST
-  )
-  return mean_D + jnp.matmul(
-    code_BK, components_KD, precision=jax.lax.Precision.HIGHEST
-  )
-
-
 def pca_fvu(pca: Pca, batches: Iterable) -> np.ndarray:
-  """Fraction of variance unexplained on some rows, for every number kept.
+  """Fraction of variance unexplained, for each number of components kept.
 
   FVU is the squared error over these rows' own variance: 1 for always
-  predicting their mean. On rows the components were not fitted on, the entry
-  for 0 components is a little over 1 because the fitted mean is not theirs.
+  predicting their mean. On rows that are not those of the fit, the entry for 0
+  components is a little over 1, as the fitted mean is not theirs.
 
   Args:
     pca: from `fit_pca`.
@@ -173,8 +148,8 @@ def pca_fvu(pca: Pca, batches: Iterable) -> np.ndarray:
     raise errors.UserError(
       f'FVU of {seen.count} rows without variance: give at least 2 that differ'
     )
-  # Squared distances from the fitted mean, along each component and in all,
-  # follow from the scatter, so the rows need not be kept.
+  # The scatter gives squared distances from the fitted mean, along each
+  # component and in all, so that the rows need not be kept.
   shift_D = seen.mean_D - pca.mean_D
   along_K = np.einsum(
     'kd,kd->k', pca.components_KD @ seen.scatter_DD, pca.components_KD
@@ -195,7 +170,7 @@ def controls(
   n_resamples: int = 1000,
   seed: int = 0,
 ) -> dict[str, probes.TaskScore]:
-  """Scores a task by `probes.score_task` on features that learnt nothing.
+  """Scores a task by `probes.score_task` on features that are not learnt.
 
   A probe is blind to a feature's scale and offset, so a random direction
   stands for a random latent's pre-activation, whatever its norm and bias.

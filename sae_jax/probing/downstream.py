@@ -1,14 +1,13 @@
-"""What the subject loses when it reads reconstructions."""
+"""The loss of the subject when it reads reconstructions."""
 
 import dataclasses
 import functools
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sae_jax import autoencoder, errors, progress
+from sae_jax import autoencoder, progress
 from sae_jax import store as store_lib
 from sae_jax.checkpoint import Trained
 from sae_jax.subject import capture, splice, Subject
@@ -32,9 +31,9 @@ class Downstream:
     kl: mean KL(original || spliced) of the next-token distributions.
     ce_recovered: 1 - delta_ce / (ce_zero - ce).
     ce_recovered_mean: the same against ce_mean.
-    predictions: how many next tokens were scored.
-    contexts: in how many contexts.
-    documents: of how many documents.
+    predictions: number of next tokens that were scored.
+    contexts: number of contexts they are in.
+    documents: number of documents the contexts are of.
   """
 
   ce: float
@@ -52,66 +51,11 @@ class Downstream:
   documents: int
 
 
-class Contexts(NamedTuple):
-  """Some contexts, C of them.
-
-  Attributes:
-    tokens_CT: int32, padded on the right with 0.
-    length_C: tokens of each.
-    kept_CT: where the store holds the token's activation (it was not masked).
-    document_C: the document each is of.
-  """
-
-  tokens_CT: np.ndarray
-  length_C: np.ndarray
-  kept_CT: np.ndarray
-  document_C: np.ndarray
-
-
-def heldout_contexts(store: store_lib.Store, n_tokens: int) -> Contexts:
-  """Whole held-out contexts from a store's token stream.
-
-  A context of a single token is left out: there is nothing to predict.
-
-  Args:
-    store: the activations.
-    n_tokens: contexts are taken, in the stream's order, until they hold this
-      many tokens or there are no more.
-
-  Raises:
-    UserError: if there is no such context.
-  """
-  stream = store.stream_index()
-  positions = store.positions()
-  first = stream[store.n_train]
-  first -= positions[first]
-  starts = first + np.flatnonzero(positions[first:] == 0)
-  ends = np.append(starts[1:], len(positions))
-  long = ends - starts > 1
-  starts, ends = starts[long], ends[long]
-  if not len(starts):
-    raise errors.UserError(
-      'the held-out text has no context of two or more tokens: harvest with a '
-      'min_context_tokens of 2 or more'
-    )
-  enough = np.searchsorted(np.cumsum(ends - starts), n_tokens) + 1
-  starts, ends = starts[:enough], ends[:enough]
-  kept = np.zeros(len(positions), bool)
-  kept[stream] = True
-  width = store.manifest.context_length
-  shape = (len(starts), width)
-  tokens_CT, kept_CT = np.zeros(shape, np.int32), np.zeros(shape, bool)
-  for row, (start, end) in enumerate(zip(starts, ends)):
-    tokens_CT[row, : end - start] = store.tokens()[start:end]
-    kept_CT[row, : end - start] = kept[start:end]
-  return Contexts(tokens_CT, ends - starts, kept_CT, store.documents()[starts])
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _losses(
   subject_config, site, sae_config, params, sae, mean_D, tokens_BT, kept_BT
 ):
-  """Cross-entropies [variant, B, T-1] and KL [B, T-1] of a few contexts."""
+  """Cross-entropies [variant, B, T-1] and KL [B, T-1] of a batch."""
   resid_BTD = capture.capture(subject_config, params, tokens_BT, site)
   flat_BD = resid_BTD.reshape(-1, resid_BTD.shape[-1])
   spliced_BTD = autoencoder.reconstruct(sae_config, sae, flat_BD).reshape(
@@ -154,21 +98,23 @@ def measure(
   Args:
     trained: the autoencoder.
     subject: the model that the store was harvested from.
-    store: tells the held-out text and the masked tokens.
-    n_tokens: how much text, at least, while there is so much.
+    store: gives the held-out text and the masked tokens.
+    n_tokens: the fewest tokens of text, or all that are held out if fewer.
     mean_D: the mean raw activation, for mean-ablation.
     batch_contexts: contexts in one forward pass.
-    seed: of the bootstrap.
+    seed: seed of the bootstrap.
   """
   site = capture.parse_site(store.site)
-  tokens_CT, length_C, kept_CT, document_C = heldout_contexts(store, n_tokens)
+  tokens_CT, length_C, kept_CT, document_C = store_lib.heldout_contexts(
+    store, n_tokens
+  )
   sums, counts = [], []
   with progress.bar(
     total=int(length_C.sum()), unit='tok', desc='splice'
   ) as bar:
     for start in range(0, len(tokens_CT), batch_contexts):
       take = slice(start, start + batch_contexts)
-      # One compiled shape: a last short batch is filled up with empty rows.
+      # A short last batch is filled up, so that one program serves all.
       short = batch_contexts - len(tokens_CT[take])
       fill = ((0, short), (0, 0))
       length_B = np.pad(length_C[take], (0, short))
@@ -196,7 +142,7 @@ def measure(
 def _interval(
   change_C: np.ndarray, count_C: np.ndarray, document_C: np.ndarray, seed: int
 ) -> tuple[float, float]:
-  """Of the mean change per prediction; whole documents are resampled."""
+  """95 % interval of the mean change per prediction, over documents."""
   documents, member_C = np.unique(document_C, return_inverse=True)
   if len(documents) < 2:
     return np.nan, np.nan
@@ -218,7 +164,7 @@ def _recovered(delta: float, ablated_delta: float) -> float:
 def _summary(
   sums_XC: np.ndarray, count_C: np.ndarray, document_C: np.ndarray, seed: int
 ) -> Downstream:
-  """From each context's sums of (original, spliced, zero, mean, KL)."""
+  """The result, from each context's sums of the four losses and of the KL."""
   predictions = int(count_C.sum())
   ce, spliced, zero, mean, kl = (sums_XC.sum(1) / predictions).tolist()
   low, high = _interval(sums_XC[1] - sums_XC[0], count_C, document_C, seed)

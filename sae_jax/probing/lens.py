@@ -1,4 +1,4 @@
-"""What decoder directions say: votes for tokens, and nearest neighbours."""
+"""Decoder directions: the tokens they vote for, and nearest neighbours."""
 
 import functools
 
@@ -36,7 +36,7 @@ def votes(
   Args:
     subject: the model.
     w_dec_ND: decoder rows.
-    n_votes: tokens on each side.
+    n_votes: tokens up, and as many down.
     chunk: rows at a time, which bounds the memory at chunk x V.
 
   Returns:
@@ -48,13 +48,13 @@ def votes(
     for name in ('embed', 'unembed', 'final_norm')
     if name in subject.params
   }
-  parts = []
+  chunks = []
   for start in range(0, len(w_dec_ND), chunk):
     rows = np.asarray(w_dec_ND[start : start + chunk])
     fill = ((0, chunk - len(rows)), (0, 0))
-    found = _votes(head, np.pad(rows, fill), n_votes)
-    parts.append([np.asarray(a)[: len(rows)] for a in found])
-  up_ids, up, down_ids, down = (np.concatenate(p) for p in zip(*parts))
+    strongest = _votes(head, np.pad(rows, fill), n_votes)
+    chunks.append([np.asarray(a)[: len(rows)] for a in strongest])
+  up_ids, up, down_ids, down = (np.concatenate(a) for a in zip(*chunks))
   return up_ids, up, down_ids, down
 
 
@@ -82,9 +82,9 @@ def neighbours(
   """
   norm_N1 = np.linalg.norm(w_dec_ND, axis=1, keepdims=True)
   unit_ND = jnp.asarray(w_dec_ND / np.where(norm_N1 > 0, norm_N1, 1))
-  parts = []
+  chunks = []
   for start in range(0, len(unit_ND), chunk):
-    found = _nearest(unit_ND, unit_ND[start : start + chunk], start, count)
-    parts.append([np.asarray(a) for a in found])
-  ids, cosines = (np.concatenate(p) for p in zip(*parts))
+    nearest = _nearest(unit_ND, unit_ND[start : start + chunk], start, count)
+    chunks.append([np.asarray(a) for a in nearest])
+  ids, cosines = (np.concatenate(a) for a in zip(*chunks))
   return ids, cosines

@@ -93,9 +93,9 @@ def save(
   """Writes density.png, reconstruction.png and probes.png.
 
   Args:
-    folder: where to.
+    folder: the folder to write to.
     report: from `report.probe`.
-    table: from `examples.build`; gives the density.
+    table: the feature table, for the density.
   """
   folder = epath.Path(folder)
   _write(folder / 'density.png', density(table['density']))

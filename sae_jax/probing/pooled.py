@@ -54,13 +54,13 @@ def pooled_inputs(
   the pre-activations.
 
   Args:
-    trained: gives the preprocessing.
+    trained: the autoencoder, whose preprocessing is applied.
     subject: the model that reads the prompts.
-    site_name: where it is read.
+    site_name: the site of the subject.
     prompts: P texts.
-    max_tokens: longer prompts lose their end.
+    max_tokens: longer prompts are cut to this many tokens.
     pooling: 'mean' over positions from 1 on, or 'last'.
-    desc: what the progress bar says.
+    desc: label of the progress bar.
 
   Returns:
     x_PD float32.
@@ -71,7 +71,7 @@ def pooled_inputs(
     for prompt in prompts
   ]
   out_PD = np.zeros((len(ids), subject.config.d_model), np.float32)
-  # Neighbours in length share a batch, so that little of it is padding.
+  # Prompts of like length share a batch, so that little of it is padding.
   order = np.argsort([len(i) for i in ids], kind='stable')
   with progress.bar(total=len(ids), unit='prompt', desc=desc) as bar:
     for start in range(0, len(order), _BATCH):

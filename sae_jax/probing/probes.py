@@ -71,8 +71,8 @@ def fit_probes(
 ) -> Probes:
   """Fits a probe to every column by damped Newton-Raphson.
 
-  The loss has no penalty: where the maximum-likelihood fit is finite this is
-  it. Where a column separates the classes the fit stops at a large finite
+  The loss has no penalty, so this is the maximum-likelihood fit where that is
+  finite. Where a column separates the classes the fit stops at a large finite
   weight. A column that is constant, or has any value that is not finite, gets
   weight 0 and the constant prediction.
 
@@ -90,24 +90,24 @@ def fit_probes(
   """
   labels_P = _checked_labels(feature_PN, labels_P)
   y_P = jnp.asarray(labels_P, jnp.float32)
-  parts = [[np.zeros(0, np.float32)] * 3]
+  chunks = [[np.zeros(0, np.float32)] * 3]
   n_bad = 0
   for x_PS in _chunks(feature_PN, chunk_elements):
     n_bad += np.count_nonzero(~np.isfinite(x_PS).all(0))
-    parts.append([np.asarray(a) for a in _fit_chunk(x_PS, y_P)])
+    chunks.append([np.asarray(a) for a in _fit_chunk(x_PS, y_P)])
   if n_bad:
     logging.warning(
       '%d of %d features hold values that are not finite and got no probe',
       n_bad,
       np.shape(feature_PN)[1],
     )
-  return Probes(*(np.concatenate(column) for column in zip(*parts)))
+  return Probes(*(np.concatenate(arrays) for arrays in zip(*chunks)))
 
 
 def probe_loss(
   probes: Probes, feature_PN, labels_P, chunk_elements: int = _CHUNK_ELEMENTS
 ) -> np.ndarray:
-  """Mean cross-entropy of each probe on some prompts.
+  """Mean cross-entropy of each probe on given prompts.
 
   Args:
     probes: from `fit_probes`.
@@ -121,13 +121,13 @@ def probe_loss(
   """
   labels_P = _checked_labels(feature_PN, labels_P, both=False)
   y_P = jnp.asarray(labels_P, jnp.float32)
-  parts, start = [np.zeros(0, np.float32)], 0
+  losses, start = [np.zeros(0, np.float32)], 0
   for x_PS in _chunks(feature_PN, chunk_elements):
-    part = slice(start, start + x_PS.shape[1])
-    start = part.stop
-    weight_S, bias_S = probes.weight_N[part], probes.bias_N[part]
-    parts.append(np.asarray(_loss_chunk(weight_S, bias_S, x_PS, y_P)))
-  return np.concatenate(parts)
+    columns = slice(start, start + x_PS.shape[1])
+    start = columns.stop
+    weight_S, bias_S = probes.weight_N[columns], probes.bias_N[columns]
+    losses.append(np.asarray(_loss_chunk(weight_S, bias_S, x_PS, y_P)))
+  return np.concatenate(losses)
 
 
 def auc(
@@ -153,7 +153,7 @@ def auc(
   n_ones = int(labels_P.sum())
   n_zeros = len(labels_P) - n_ones
   place_P1 = np.arange(len(labels_P))[:, None]
-  parts = [np.zeros(0)]
+  aucs = [np.zeros(0)]
   for x_PS in _chunks(feature_PN, chunk_elements, np.float64):
     order_PS = np.argsort(x_PS, 0)
     sorted_PS = np.take_along_axis(x_PS, order_PS, 0)
@@ -168,8 +168,8 @@ def auc(
     rank_PS = (first_PS + last_PS) / 2 + 1
     sum_S = np.where(labels_P[order_PS], rank_PS, 0).sum(0)
     auc_S = (sum_S - n_ones * (n_ones + 1) / 2) / (n_ones * n_zeros)
-    parts.append(np.where(np.isnan(x_PS).any(0), np.nan, auc_S))
-  return np.concatenate(parts)
+    aucs.append(np.where(np.isnan(x_PS).any(0), np.nan, auc_S))
+  return np.concatenate(aucs)
 
 
 def bootstrap_auc(
@@ -187,9 +187,9 @@ def bootstrap_auc(
   Args:
     score_P: one score for each prompt.
     labels_P: 0 or 1, both present.
-    n_resamples: how many resamples.
+    n_resamples: number of resamples.
     confidence: probability covered, 0.95 for the 2.5th to 97.5th percentile.
-    seed: decides the resamples.
+    seed: seed of the resamples.
 
   Returns:
     The interval's lower and upper end.
@@ -223,7 +223,7 @@ def score_task(
     test_feature_PN: the same latents on other prompts.
     test_labels_P: 0 or 1, both present.
     n_resamples: bootstrap resamples for the AUC's interval.
-    seed: decides the resamples.
+    seed: seed of the resamples.
 
   Raises:
     UserError: if shapes do not match or a class is missing.
@@ -275,7 +275,7 @@ def _checked_labels(feature_PN, labels_P, both: bool = True) -> np.ndarray:
 
 
 def _chunks(feature_PN, chunk_elements: int, dtype=np.float32):
-  """Slices of columns, as host arrays."""
+  """Blocks of columns, as host arrays."""
   n_prompts, n_latents = np.shape(feature_PN)
   width = max(1, chunk_elements // max(1, n_prompts))
   for start in range(0, n_latents, width):
@@ -357,7 +357,7 @@ def _fit_one(x_P, y_P):
   _, weight, bias, _, _, _ = jax.lax.while_loop(unfinished, improve, start)
   weight = jnp.where(is_usable, weight / scale, 0.0)
   bias = bias - weight * shift
-  # What is handed back is scored, as rounded on the way to these units.
+  # The loss is that of the returned weights, which the change of units rounds.
   logit_P = jnp.where(is_usable, weight * x_P, 0.0) + bias
   return weight, bias, _cross_entropy(logit_P, y_P).mean()
 
@@ -374,7 +374,7 @@ def _standardise(x_P):
   mean = unit_P.mean()
   mean += (unit_P - mean).mean()
   reach = jnp.abs(unit_P - mean).max()
-  # Spread that rounding alone explains, or too small to divide by, is none.
+  # A spread of rounding errors, or too small to divide by, counts as none.
   eps = jnp.finfo(jnp.float32).eps
   is_usable = is_finite & (reach > 8 * eps) & (reach * largest > 1e-30)
   reach = jnp.where(is_usable, reach, 1.0)

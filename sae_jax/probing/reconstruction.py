@@ -1,4 +1,4 @@
-"""How well held-out activations are reconstructed, and by what else."""
+"""Reconstruction of held-out activations, by the autoencoder and controls."""
 
 from collections.abc import Iterator
 import functools
@@ -13,7 +13,7 @@ from sae_jax.autoencoder import metrics
 from sae_jax.checkpoint import Trained
 from sae_jax.probing import baselines
 
-# Far more than the directions: beyond, components no longer move.
+# Far more rows than directions: with more, components no longer change.
 _PCA_ROWS = 1_000_000
 
 
@@ -46,12 +46,12 @@ def measure(
   """Metrics of an autoencoder on rows of a store.
 
   Args:
-    trained: the autoencoder with its config and NMSE's constant.
+    trained: the autoencoder, with its config and the constant of NMSE.
     store: the activations.
     start: first row.
     stop: one past the last row.
     batch_rows: rows at a time.
-    desc: what the progress bar says.
+    desc: label of the progress bar.
   """
   total = None
   with progress.bar(total=stop - start, unit='tok', desc=desc) as bar:
@@ -70,7 +70,7 @@ def untrained(
   Args:
     config: the trained one's config.
     sample_BD: raw training activations.
-    seed: of its weights.
+    seed: seed of its weights.
   """
 
   @jax.jit
@@ -90,13 +90,13 @@ def pca_fvu(
   n_components: int,
   batch_rows: int,
 ) -> float:
-  """FVU of the best linear code with as many numbers per token.
+  """FVU of the best linear code with n_components numbers per token.
 
   Principal components are fitted on the first million training rows and
   applied to the given ones, after the autoencoder's own preprocessing.
 
   Args:
-    trained: gives the preprocessing.
+    trained: the autoencoder, whose preprocessing is applied.
     store: the activations.
     start: first row that is scored.
     stop: one past the last.

@@ -4,7 +4,8 @@ import numpy as np
 
 from sae_jax.feed import splitmix64
 
-# Twenty bins per decade of activation; values beyond count in the end bins.
+# Twenty bins per decade of activation; the first and the last bin also hold
+# the values beyond them.
 HISTOGRAM_EDGES = np.logspace(-5, 3, 161)
 
 
@@ -33,7 +34,7 @@ class LatentStats:
       )
     place = np.searchsorted(HISTOGRAM_EDGES, values, side='right') - 1
     place = np.clip(place, 0, bins - 1)
-    # Not a bincount: that would make a whole table for every batch.
+    # bincount would make an array of all latents and bins for every batch.
     np.add.at(
       self.hist_NH.reshape(-1), latents.astype(np.int64) * bins + place, 1
     )
@@ -43,8 +44,8 @@ class LatentStats:
 
     All are over the tokens on which the latent fired (population moments); 0
     for a latent that never did. Where all values agree the deviation is 0, and
-    where they spread by less than 1e-4 of their mean the skewness is: the sums
-    in float64 cannot tell more.
+    where they spread by less than 1e-4 of their mean the skewness is 0: sums in
+    float64 give no more digits.
     """
     count_N = np.maximum(self.count_N, 1)
     mean_N, square_N, cube_N = self._power_XN / count_N
@@ -84,21 +85,22 @@ class TopExamples:
       latents: latent of each offer, a flat array, as are the others.
       scores: the higher the better; ties go to the lower row.
       rows: row of the store.
-      groups: of equal groups (documents, say) a latent keeps the best only.
+      groups: group of each offer (a document, say); a latent keeps the best
+        offer of each group.
     """
     if not self.score_NM.shape[1]:
       return
-    # What cannot displace a latent's worst example need not be sorted, nor
-    # what latents hold that are offered nothing better.
+    # Only offers that can displace a latent's worst example are sorted, with
+    # the examples of those latents alone.
     hopeful = scores >= self.score_NM[:, -1][latents]
     touched = np.unique(latents[hopeful])
-    held = self.row_NM[touched] >= 0
+    present = self.row_NM[touched] >= 0
 
-    def join(offers, held_NM):
-      return np.concatenate([offers[hopeful], held_NM[touched][held]])
+    def join(offers, kept_NM):
+      return np.concatenate([offers[hopeful], kept_NM[touched][present]])
 
     latents = np.concatenate(
-      [latents[hopeful], np.repeat(touched, held.sum(1))]
+      [latents[hopeful], np.repeat(touched, present.sum(1))]
     )
     scores = join(scores, self.score_NM)
     rows = join(rows, self.row_NM)
@@ -125,8 +127,8 @@ def random_scores(
 ) -> np.ndarray:
   """A pseudo-random score in [0, 1) for each pair of row and latent.
 
-  Highest scores of a stream are a uniform sample of it, whatever its order
-  and batching. The hash is SplitMix64's finaliser.
+  The pairs with the highest scores are a uniform sample of all pairs, in any
+  order and batching. The hash is SplitMix64's finaliser.
   """
   x = rows.astype(np.uint64) * splitmix64.GAMMA
   x ^= latents.astype(np.uint64) * np.uint64(0xD1B54A32D192ED03)

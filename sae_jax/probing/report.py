@@ -31,41 +31,45 @@ from sae_jax.store import layout
 
 @dataclasses.dataclass(frozen=True)
 class ProbeConfig(config_lib.Config):
-  """What is evaluated."""
+  """Options of the evaluation of a checkpoint."""
 
   features: FeatureConfig = dataclasses.field(default_factory=FeatureConfig)
   subject: str = config_lib.option(
-    '', "the subject model; empty for the store's own"
+    '', 'the subject model; empty for the one that the store names'
   )
   average: bool = config_lib.option(
-    True, 'evaluate the moving average of the weights, not the last ones'
+    True, 'evaluate the moving average of the weights, not the last weights'
   )
   eval_rows: int = config_lib.option(
-    1_000_000, 'held-out rows for NMSE, FVU, L0 and density, at most', least=1
+    1_000_000, 'most held-out rows for NMSE, FVU, L0 and density', least=1
   )
-  batch_rows: int = config_lib.option(4096, 'rows at a time', least=1)
+  batch_rows: int = config_lib.option(
+    4096, 'rows of activations that are evaluated at a time', least=1
+  )
   downstream_tokens: int = config_lib.option(
-    4096, 'held-out tokens that reconstructions are spliced into', least=1
+    4096, 'held-out tokens on which delta CE and KL are measured', least=1
   )
   task_names: tuple[str, ...] = config_lib.option(
     (), 'probe tasks by name; empty for the first n_tasks'
   )
   n_tasks: int = config_lib.option(
-    4, 'probe tasks; 0 for all that are sound', least=0
+    4, 'number of probe tasks; 0 for all without a known flaw', least=0
   )
   task_prompts: int = config_lib.option(
-    200, 'prompts of each task, even', least=4
+    200, 'prompts of each probe task, an even number', least=4
   )
   task_chars: int = config_lib.option(
-    100, 'the longest prompt, in characters', least=1
+    100, 'most characters of a prompt of a probe task', least=1
   )
   task_tokens: int = config_lib.option(
-    64, 'tokens read of a prompt, at most', least=1
+    64, 'most tokens that are read of a prompt', least=1
   )
   pooling: str = config_lib.option(
-    'mean', "over a prompt's tokens", pooled.POOLING
+    'mean', "how a prompt's tokens become one vector", pooled.POOLING
   )
-  seed: int = config_lib.option(0, 'of splits, controls and intervals', least=0)
+  seed: int = config_lib.option(
+    0, 'seed of train/test splits, controls, examples and intervals', least=0
+  )
 
 
 def probe(
@@ -75,17 +79,17 @@ def probe(
   workdir: str,
   subject: subject_lib.Subject | None = None,
 ) -> dict[str, Any]:
-  """Evaluates an autoencoder and writes what it found.
+  """Evaluates an autoencoder and writes a report, a feature table and plots.
 
-  The workdir gets report.json (last, so that it is there when all is),
-  features.npz (see `features.table`) and plots/. Where they are there already
-  for the same checkpoint, store and config they are reused.
+  The workdir gets features.npz (see `features.table`), plots/ and, last,
+  report.json. A finished workdir of the same checkpoint, store and config is
+  reused.
 
   Args:
-    config: what is evaluated.
+    config: options of the evaluation.
     checkpoint: the workdir of a training run, local path or URL.
-    store_url: the activations; the held-out split is what is scored.
-    workdir: where the results go.
+    store_url: the store of activations, whose held-out rows are scored.
+    workdir: the folder that the results are written to.
     subject: the subject model, if it is loaded already.
 
   Returns:
@@ -107,14 +111,12 @@ def probe(
     'store': store.manifest.identity,
     'probe_config': dataclasses.asdict(config),
   }
-  path = epath.Path(workdir) / 'report.json'
   # Through JSON, which turns tuples into lists.
   made_from = config_lib.through_json(made_from)
-  if path.exists() and (epath.Path(workdir) / 'features.npz').exists():
-    report = config_lib.read_json(path)
-    if report.get('made_from') == made_from:
-      logging.info('%s is finished: reused', workdir)
-      return report
+  finished = _finished(workdir, made_from)
+  if finished is not None:
+    logging.info('%s is finished: reused', workdir)
+    return finished
   if subject is None:
     subject = subject_lib.load(config.subject or store.manifest.subject)
     check_subject(subject, store)
@@ -139,18 +141,35 @@ def probe(
       'made_from': made_from,
     }
   )
+  _write(workdir, report, table)
+  return report
+
+
+def _finished(workdir: str, made_from: dict[str, Any]) -> dict[str, Any] | None:
+  """The report of a finished workdir, or None if it is of other inputs."""
+  path = epath.Path(workdir) / 'report.json'
+  if not (path.exists() and (epath.Path(workdir) / 'features.npz').exists()):
+    return None
+  report = config_lib.read_json(path)
+  return report if report.get('made_from') == made_from else None
+
+
+def _write(
+  workdir: str, report: dict[str, Any], table: dict[str, np.ndarray]
+) -> None:
+  """Writes the results, the report last: it makes the workdir finished."""
+  path = epath.Path(workdir) / 'report.json'
   # An older report must not vouch for the files that now change.
   path.unlink(missing_ok=True)
   table_lib.save(epath.Path(workdir) / 'features.npz', table)
   plots.save(epath.Path(workdir) / 'plots', report, table)
   files.write_text(path, config_lib.to_json(report))
-  return report
 
 
 def _open(url: str, trained_on: dict[str, Any]) -> store_lib.Store:
   """The store, at the site and version that the autoencoder was trained on.
 
-  Or as much of that as there is: `check` says what does not fit.
+  Where the store lacks that site or version, at another: `check` raises then.
   """
   manifest = layout.read_manifest(url)
   if manifest is None:
@@ -211,12 +230,12 @@ def scores(
   store: store_lib.Store,
 ) -> dict[str, Any]:
   """All scores of an autoencoder with their controls, as JSON-able values."""
-  # First, as it is what a missing package or an unknown task stops.
+  # First, so that a missing package or an unknown task fails at once.
   task_scores = probe_tasks(config, trained, subject, store.site)
   start = store.n_train
   stop = min(store.manifest.n_rows, start + config.eval_rows)
   rows = (start, stop, config.batch_rows)
-  found = reconstruction.measure(trained, store, *rows, 'held-out')
+  quality = reconstruction.measure(trained, store, *rows, 'held-out')
   sample_rows = trained.about['train_config']['sample_rows']
   sample_BD = store.read_rows(0, min(store.n_train, sample_rows))
   fresh = reconstruction.untrained(trained.config, sample_BD, config.seed + 1)
@@ -232,11 +251,11 @@ def scores(
     seed=config.seed,
   )
   return {
-    **found.scalars(),
+    **quality.scalars(),
     'fvu_pca': fvu_pca,
     'fvu_untrained': control.fvu,
     **dataclasses.asdict(losses),
-    'density': metrics.density_record(found.density_N),
+    'density': metrics.density_record(quality.density_N),
     'probes': task_scores,
   }
 
@@ -253,50 +272,55 @@ def probe_tasks(
     task -> score of the latent chosen on the training prompts (`latent`) and
     of each control, as `probes.TaskScore` fields.
   """
-  chosen = tasks.load_tasks(
+  loaded = tasks.load_tasks(
     config.task_names or None,
     config.n_tasks,
     config.task_prompts,
     config.task_chars,
     config.seed,
   )
-  out = {}
-  for task in chosen:
-    x_PD = pooled.pooled_inputs(
-      trained,
-      subject,
-      site,
-      list(task.prompts),
-      config.task_tokens,
-      config.pooling,
-      task.name,
-    )
-    pre_PN = pooled.pre_activations(trained, x_PD)
-    train, test = tasks.split(task, config.seed)
-    labels = np.asarray(task.labels_P)
-    score = probes.score_task(
-      pre_PN[train], labels[train], pre_PN[test], labels[test], seed=config.seed
-    )
-    controls = baselines.controls(
-      pre_PN[train],
-      x_PD[train],
-      labels[train],
-      pre_PN[test],
-      x_PD[test],
-      labels[test],
-      seed=config.seed,
-    )
-    out[task.name] = {
-      'classes': list(task.classes),
-      'prompts': len(labels),
-      'latent': score._asdict(),
-      'controls': {name: s._asdict() for name, s in controls.items()},
-    }
-  return out
+  return {
+    task.name: _probe_task(config, trained, subject, site, task)
+    for task in loaded
+  }
+
+
+def _probe_task(config, trained, subject, site, task) -> dict[str, Any]:
+  """Scores of the best latent and of the controls on one task."""
+  x_PD = pooled.pooled_inputs(
+    trained,
+    subject,
+    site,
+    list(task.prompts),
+    config.task_tokens,
+    config.pooling,
+    task.name,
+  )
+  pre_PN = pooled.pre_activations(trained, x_PD)
+  train, test = tasks.split(task, config.seed)
+  labels = np.asarray(task.labels_P)
+  score = probes.score_task(
+    pre_PN[train], labels[train], pre_PN[test], labels[test], seed=config.seed
+  )
+  controls = baselines.controls(
+    pre_PN[train],
+    x_PD[train],
+    labels[train],
+    pre_PN[test],
+    x_PD[test],
+    labels[test],
+    seed=config.seed,
+  )
+  return {
+    'classes': list(task.classes),
+    'prompts': len(labels),
+    'latent': score._asdict(),
+    'controls': {name: s._asdict() for name, s in controls.items()},
+  }
 
 
 def lines(report: dict[str, Any]) -> list[str]:
-  """The report in a few lines for a person."""
+  """A summary of the report in a few lines of text."""
   out = [
     'NMSE {nmse:.4f}  FVU {fvu:.4f}  (PCA with {k} components {fvu_pca:.4f}, '
     'untrained {fvu_untrained:.4f})',
@@ -306,14 +330,13 @@ def lines(report: dict[str, Any]) -> list[str]:
     'KL {kl:.4f}',
   ]
   out = [line.format(**report) for line in out]
-  for task, found in report['probes'].items():
-    score = found['latent']
-    control = found['controls']
+  for task, scores in report['probes'].items():
+    score, controls = scores['latent'], scores['controls']
     out.append(
       f'{task}: AUC {score["test_auc"]:.3f} '
       f'[{score["test_auc_low"]:.3f}, {score["test_auc_high"]:.3f}] '
       f'by latent {score["best_latent"]}  ('
-      + ', '.join(f'{n} {c["test_auc"]:.3f}' for n, c in control.items())
+      + ', '.join(f'{n} {c["test_auc"]:.3f}' for n, c in controls.items())
       + ')'
     )
   return out

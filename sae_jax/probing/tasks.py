@@ -23,8 +23,8 @@ from sae_jax.storage import packages
 from sae_jax.text.flaws import FLAWED_TASKS
 
 # A person's sex from the name, the verdict of a review, a place's country, a
-# headline's topic: short texts whose last token alone does not tell, few with
-# wording in common, hardly any of a single token.
+# headline's topic. In these short texts the last token alone does not decide
+# the label; few share their wording, and hardly any has a single token.
 DEMO_TASKS = (
   '5_hist_fig_ismale',
   '113_movie_sent',
@@ -39,13 +39,13 @@ _LENGTH_BANDS = 16
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-  """A binary task: unique prompts, as many of the one class as of the other.
+  """A binary task: unique prompts, equally many of both classes.
 
   Attributes:
     name: the file's name in the package, without its ending.
     prompts: P texts without white space at either end.
     labels_P: int32, 0 or 1.
-    classes: what the file calls label 0 and label 1, in sorted order.
+    classes: the file's names of label 0 and label 1, in sorted order.
   """
 
   name: str
@@ -72,10 +72,10 @@ def load_tasks(
     names: tasks to load, flawed ones too; None takes `DEMO_TASKS` first, then
       in the package's order the others that have no flaw, skipping those that
       are not binary or too small.
-    n_tasks: how many to take when `names` is None; 0 takes all there are.
+    n_tasks: number of tasks to take when `names` is None; 0 takes all.
     n_prompts: prompts of each task, even.
     max_chars: the longest prompt, in characters.
-    seed: decides which prompts are drawn.
+    seed: seed of the choice of prompts.
 
   Raises:
     UserError: if the package is missing, a name is unknown or not a binary
@@ -118,7 +118,7 @@ def split(
 
   Args:
     task: the task.
-    seed: decides which prompts are held out.
+    seed: seed of the choice of held-out prompts.
     test_fraction: share of each class that is held out, in (0, 1).
 
   Returns:

@@ -23,7 +23,7 @@ one is an error. `writer` makes stores.
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorstore as ts
@@ -300,3 +300,56 @@ def _unsealed(url: str) -> Manifest | None:
     if number == i
   ]
   return manifest_lib.make(plan, shards, version=0) if shards else None
+
+
+class Contexts(NamedTuple):
+  """Whole contexts of a store's token stream, C of them.
+
+  Attributes:
+    tokens_CT: int32, padded on the right with 0.
+    length_C: number of tokens of each context.
+    kept_CT: whether the store holds the token's activation (it is not masked).
+    document_C: the document that each context is of.
+  """
+
+  tokens_CT: np.ndarray
+  length_C: np.ndarray
+  kept_CT: np.ndarray
+  document_C: np.ndarray
+
+
+def heldout_contexts(store: Store, n_tokens: int) -> Contexts:
+  """Whole held-out contexts, in the order of the token stream.
+
+  A context of a single token is left out: there is nothing to predict.
+
+  Args:
+    store: the activations.
+    n_tokens: contexts are added until they hold this many tokens or no more
+      are left.
+
+  Raises:
+    UserError: if there is no such context.
+  """
+  row_place, positions = store.stream_index(), store.positions()
+  first = row_place[store.n_train]
+  first -= positions[first]
+  starts = first + np.flatnonzero(positions[first:] == 0)
+  ends = np.append(starts[1:], len(positions))
+  long = ends - starts > 1
+  starts, ends = starts[long], ends[long]
+  if not len(starts):
+    raise errors.UserError(
+      'the held-out text has no context of two or more tokens: harvest with a '
+      'min_context_tokens of 2 or more'
+    )
+  enough = np.searchsorted(np.cumsum(ends - starts), n_tokens) + 1
+  starts, ends = starts[:enough], ends[:enough]
+  kept = np.zeros(len(positions), bool)
+  kept[row_place] = True
+  shape = (len(starts), store.manifest.context_length)
+  tokens_CT, kept_CT = np.zeros(shape, np.int32), np.zeros(shape, bool)
+  for row, (start, end) in enumerate(zip(starts, ends)):
+    tokens_CT[row, : end - start] = store.tokens()[start:end]
+    kept_CT[row, : end - start] = kept[start:end]
+  return Contexts(tokens_CT, ends - starts, kept_CT, store.documents()[starts])

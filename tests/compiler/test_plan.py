@@ -74,10 +74,10 @@ def test_slices_that_are_not_name_one_that_is(topology, part):
 def test_every_small_slice_that_is_named_can_be_compiled_for():
   for chip in chips.CHIPS:
     for shape in chips.offered(chip)[:4]:
-      found = chips.find(chips.name(chip, shape))
+      slices = chips.find(chips.name(chip, shape))
       per_chip = 2 if chip == 'tpu7x' else 1
-      assert found.devices_per_chip == per_chip
-      assert len(found.devices) == per_chip * math.prod(shape)
+      assert slices.devices_per_chip == per_chip
+      assert len(slices.devices) == per_chip * math.prod(shape)
 
 
 @pytest.mark.parametrize('chip', chips.CHIPS)
@@ -106,12 +106,12 @@ def test_times_are_those_of_the_slower_of_products_and_memory(v5e, line):
   costs.collectives[exchange.Collective('all-reduce', (), 'a')] = np.array(
     [3, 200e9]
   )
-  found = roofline.roofline(costs, v5e, line)
-  seconds = {part.name: part.seconds for part in found.parts}
+  bound = roofline.roofline(costs, v5e, line)
+  seconds = {part.name: part.seconds for part in bound.parts}
   assert seconds == {'a': 1, 'b': 2}
-  assert found.exchanges_s == pytest.approx(2 * 3 / 4)
-  assert found.step_s == 3
-  assert found.without_overlap_s == pytest.approx(3 + 1.5)
+  assert bound.exchanges_s == pytest.approx(2 * 3 / 4)
+  assert bound.step_s == 3
+  assert bound.without_overlap_s == pytest.approx(3 + 1.5)
 
 
 @pytest.mark.parametrize(
@@ -142,18 +142,18 @@ def test_devices_share_their_chip():
 
 
 def test_memory_has_its_parts(planned):
-  held = planned.footprint
+  memory = planned.footprint
   weights = 2 * S * D * 4 + S * 4 + D * 4
   # The mean and scale of the data are not trained.
-  assert held.parameters == weights + D * 4 + 4
-  assert held.moments == 2 * weights + 4
-  assert held.average == weights + 4
-  assert held.counters == S * 4 + 3 * 4
-  assert held.batch == B * D * 2
-  assert held.temporaries > 0 and held.program > 0
+  assert memory.parameters == weights + D * 4 + 4
+  assert memory.moments == 2 * weights + 4
+  assert memory.average == weights + 4
+  assert memory.counters == S * 4 + 3 * 4
+  assert memory.batch == B * D * 2
+  assert memory.temporaries > 0 and memory.program > 0
   # The compiler's arguments are these, but for tiles of small ones.
-  assert 0 <= held.padding < 0.02 * held.arguments
-  assert planned.fits and held.total < planned.slices.hbm_limit
+  assert 0 <= memory.padding < 0.02 * memory.arguments
+  assert planned.fits and memory.total < planned.slices.hbm_limit
 
 
 def test_products_of_the_step_are_all_counted(planned):
@@ -209,18 +209,18 @@ def test_blocks_of_tokens_leave_no_dense_buffer(line, v5e):
 
 def test_figures_are_for_json_and_for_reading(planned):
   whole = dataclasses.replace(planned, tokens=10**12, price_per_chip_hour=2.0)
-  found = json.loads(json.dumps(whole.to_dict()))
-  assert found['measured'] is False and found['fits'] is True
-  per_chip = sum(found['hbm_parts_per_chip_gib'].values())
-  assert found['hbm_per_chip_gib'] == pytest.approx(per_chip)
-  parts_s = sum(p['seconds'] for p in found['roofline_parts'].values())
-  links_s = sum(one['seconds'] for one in found['exchanges'])
-  assert found['roofline_step_s'] == pytest.approx(max(parts_s, links_s))
-  rate = B / found['roofline_step_s']
-  assert found['tokens_per_s_at_most'] == pytest.approx(rate)
-  assert found['hours_at_least'] == pytest.approx(10**12 / rate / 3600)
-  assert found['cost_at_least'] == pytest.approx(
-    found['hours_at_least'] * 4 * 2.0
+  figures = json.loads(json.dumps(whole.to_dict()))
+  assert figures['measured'] is False and figures['fits'] is True
+  per_chip = sum(figures['hbm_parts_per_chip_gib'].values())
+  assert figures['hbm_per_chip_gib'] == pytest.approx(per_chip)
+  parts_s = sum(p['seconds'] for p in figures['roofline_parts'].values())
+  links_s = sum(exchange['seconds'] for exchange in figures['exchanges'])
+  assert figures['roofline_step_s'] == pytest.approx(max(parts_s, links_s))
+  rate = B / figures['roofline_step_s']
+  assert figures['tokens_per_s_at_most'] == pytest.approx(rate)
+  assert figures['hours_at_least'] == pytest.approx(10**12 / rate / 3600)
+  assert figures['cost_at_least'] == pytest.approx(
+    figures['hours_at_least'] * 4 * 2.0
   )
   text = list(table.lines(whole))
   assert text[0].startswith('nothing here was measured')
@@ -235,20 +235,20 @@ def test_what_does_not_fit_says_what_does():
     sae=SaeConfig(d_model=512, n_latents=2**20, k=8),
     objective=ObjectiveConfig(k_aux=0),
   )
-  found = plan_lib.plan(big, 'v5e:1x1', compiles=1, report=lines.append)
-  assert not found.fits and found.roofline.step_s > 0
-  needs, room = found.footprint.total, found.slices.hbm_limit
+  plan = plan_lib.plan(big, 'v5e:1x1', compiles=1, report=lines.append)
+  assert not plan.fits and plan.roofline.step_s > 0
+  needs, room = plan.footprint.total, plan.slices.hbm_limit
   # Parameters, moments, average and gradients are 20 GiB.
   assert room < 16 * 2**30 and needs > 20 * 2**30
-  text = '\n'.join(table.lines(found))
+  text = '\n'.join(table.lines(plan))
   assert f'{(needs - room) / 2**30:.2f} GiB too much' in text
-  first = found.remedies[0]
+  first = plan.remedies[0]
   assert first.compiled and first.flags.startswith('--topology=v5e:2x2 --mesh')
   assert first.hbm_bytes < room and first.flags in text
-  others = [remedy for remedy in found.remedies if not remedy.compiled]
+  others = [remedy for remedy in plan.remedies if not remedy.compiled]
   assert others and 'by arithmetic, not compiled' in text
   # Fewer tokens at a time would not do: there are few of them.
-  assert not any('micro' in remedy.flags for remedy in found.remedies)
+  assert not any('micro' in remedy.flags for remedy in plan.remedies)
 
 
 def test_fewer_tokens_at_a_time_are_proposed_where_they_help(v5e, line):
@@ -258,12 +258,12 @@ def test_fewer_tokens_at_a_time_are_proposed_where_they_help(v5e, line):
     mesh_data=1,
     mesh_latent=4,
   )
-  held = footprint.arguments(config, line)
-  needs = dataclasses.replace(held, temporaries=20 * 2**30)
-  found = remedies.find(config, v5e, needs, None, 0, print)
-  assert found[0].flags == '--micro_batches=2' and not found[0].compiled
+  arguments = footprint.arguments(config, line)
+  needs = dataclasses.replace(arguments, temporaries=20 * 2**30)
+  proposed = remedies.find(config, v5e, needs, None, 0, print)
+  assert proposed[0].flags == '--micro_batches=2' and not proposed[0].compiled
   # Of tokens alone, so that half of them takes half of it.
-  assert 9 * 2**30 < found[0].hbm_bytes < 13 * 2**30
+  assert 9 * 2**30 < proposed[0].hbm_bytes < 13 * 2**30
 
 
 @pytest.mark.parametrize(
@@ -333,13 +333,13 @@ def test_meshes_are_ranked_and_guesses_are_marked_as_such(monkeypatch):
       text += f'metadata={{op_name="jit(step)/{scope}/neg"}}\n'
     slow = 'f32[2048,1024]{1,0}' * (config.mesh_latent == 4) or 'f32[8]{0}'
     text += f'  ROOT %c = {slow} copy(%p)\n}}\n'
-    held = footprint.arguments(config, mesh)
-    return footprint.Compiled(text, held, fits=config.mesh_latent > 1)
+    state = footprint.arguments(config, mesh)
+    return footprint.Compiled(text, state, fits=config.mesh_latent > 1)
 
   monkeypatch.setattr(footprint, 'compile_step', compile_step)
-  found = plan_lib.plan(train_config(), slices.name, compiles=2)
-  assert len(seen) == 2 and len(found.meshes) == 3
-  assert [mesh.compiled for mesh in found.meshes] == [True, True, False]
+  plan = plan_lib.plan(train_config(), slices.name, compiles=2)
+  assert len(seen) == 2 and len(plan.meshes) == 3
+  assert [mesh.compiled for mesh in plan.meshes] == [True, True, False]
   every = plan_lib.plan(train_config(), slices.name, compiles=9)
   order = [(mesh.data, mesh.latent) for mesh in every.meshes]
   # The slow one comes second, the one that does not fit last.
@@ -382,9 +382,9 @@ def test_the_binary_prints_a_table_and_writes_json_and_hlo(tmp_path):
   )  # fmt: skip
   assert done.returncode == 0, done.stderr
   assert done.stdout.startswith('nothing here was measured')
-  found = json.loads(out.read_text())
-  assert {'fits', 'hbm_per_chip_gib', 'roofline_step_s'} <= set(found)
-  assert found['config']['sae']['n_latents'] == 2048
+  figures = json.loads(out.read_text())
+  assert {'fits', 'hbm_per_chip_gib', 'roofline_step_s'} <= set(figures)
+  assert figures['config']['sae']['n_latents'] == 2048
   assert text_lib.parse(text.read_text()).entry.instructions
   wrong = run('--topology=v6e:3x3', '--d=256')
   assert wrong.returncode == 2 and wrong.stdout == ''
@@ -393,12 +393,12 @@ def test_the_binary_prints_a_table_and_writes_json_and_hlo(tmp_path):
 
 def test_a_large_batch_is_cut_for_auxk_whoever_chose_the_kernels():
   # Its 33 million candidates are too many for one kernel.
-  made = train_config(
+  config = train_config(
     sae=SaeConfig(d_model=128, n_latents=2**20, k=256),
     objective=ObjectiveConfig(k_aux=256),
     batch_size=131_072,
   )
   mesh = aot.mesh('v6e:4x4', 1, 16)
   for implementation in (None, 'pallas'):
-    lowered = step.lowered(made, mesh, implementation)
+    lowered = step.lowered(config, mesh, implementation)
     assert 'segment_sums' in lowered.as_text()

@@ -57,9 +57,9 @@ SQUARE = ((256, 256), BF16)
   ],
 )  # fmt: skip
 def test_bodies_of_loops_count_as_often_as_they_run(line, loop, runs):
-  found = costs_of(line, loop, SQUARE, SQUARE)
-  assert found.total.flops == runs * 2 * 256**3
-  assert not found.endless
+  work = costs_of(line, loop, SQUARE, SQUARE)
+  assert work.total.flops == runs * 2 * 256**3
+  assert not work.endless
 
 
 def test_control_the_compilers_own_count_takes_a_loop_for_one_run(line):
@@ -78,10 +78,10 @@ def test_a_scan_reads_a_row_at_a_time(line):
     return jax.lax.scan(lambda x, w: (step(x, w), None), x, w)[0]
 
   module = module_of(line, scan, SQUARE, ((1000, 256, 256), BF16))
-  found = costs.costs(module, lambda *_: 0).total
-  assert found.flops == 1000 * 2 * 256**3
+  work = costs.costs(module, lambda *_: 0).total
+  assert work.flops == 1000 * 2 * 256**3
   # The weights once, 131 MB: what a step takes may stay in VMEM.
-  assert 1 <= found.hbm_bytes / (1000 * 2 * 256**2) < 1.1
+  assert 1 <= work.hbm_bytes / (1000 * 2 * 256**2) < 1.1
   # Control: the whole stack at every step, as operands' sizes alone say.
   whole = sum(
     shape.hbm_bytes
@@ -90,16 +90,16 @@ def test_a_scan_reads_a_row_at_a_time(line):
     if instruction.opcode == 'fusion'
     for shape in computation.operand_shapes(instruction)
   )
-  assert whole * 1000 > 100 * found.hbm_bytes
+  assert whole * 1000 > 100 * work.hbm_bytes
 
 
 def test_a_loop_of_unknown_length_is_left_out_and_told(line):
   def f(x, w, n):
     return step(jax.lax.fori_loop(0, n, lambda i, x: step(x, w), x), w)
 
-  found = costs_of(line, f, SQUARE, SQUARE, ((), I32))
-  assert found.total.flops == 2 * 256**3
-  (left_out,) = found.endless.values()
+  work = costs_of(line, f, SQUARE, SQUARE, ((), I32))
+  assert work.total.flops == 2 * 256**3
+  (left_out,) = work.endless.values()
   assert left_out.total.flops == 2 * 256**3
 
 
@@ -110,9 +110,9 @@ def test_the_branch_that_is_chosen_counts(line):
     )
 
   for branch, products in ((0, 0), (1, 1), (2, 3)):
-    found = costs_of(line, f, SQUARE, ((), I32), branch=branch)
-    assert found.total.flops == products * 2 * 256**3
-    (choice,) = found.branches
+    work = costs_of(line, f, SQUARE, ((), I32), branch=branch)
+    assert work.total.flops == products * 2 * 256**3
+    (choice,) = work.branches
     each = [one.total.flops / (2 * 256**3) for one in choice.costs]
     assert each == [0, 1, 3] and choice.chosen == branch
 
@@ -162,9 +162,9 @@ def test_exchanges_are_found_with_their_bytes_and_groups(topology):
   shards = jax.shard_map(
     f, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
   )
-  found = costs_of(mesh, shards, ((n * 2048, 1024), F32, spec))
+  work = costs_of(mesh, shards, ((n * 2048, 1024), F32, spec))
   size = 2048 * 1024 * 4
-  counts = {one.kind: tuple(v) for one, v in found.collectives.items()}
+  counts = {one.kind: tuple(v) for one, v in work.collectives.items()}
   assert counts == {
     'all-reduce': (1, size),
     'all-gather': (1, size),
@@ -172,7 +172,7 @@ def test_exchanges_are_found_with_their_bytes_and_groups(topology):
     'all-to-all': (1, size),
     'collective-permute': (1, size),
   }
-  times = roofline.roofline(found, slices, mesh).exchanges
+  times = roofline.roofline(work, slices, mesh).exchanges
   sent = {one.kind: one.link_bytes / size for one in times}
   assert sent == {
     'all-reduce': 2 * (n - 1) / n,
@@ -196,11 +196,11 @@ def test_exchanges_in_a_loop_and_along_one_axis(v5e):
   shards = jax.shard_map(
     f, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
   )
-  found = costs_of(mesh, shards, ((1024, 512), F32, spec))
-  ((one, (count, size)),) = found.collectives.items()
+  work = costs_of(mesh, shards, ((1024, 512), F32, spec))
+  ((one, (count, size)),) = work.collectives.items()
   assert one.kind == 'all-reduce' and one.group == (0, 2)
   assert (count, size) == (6, 6 * 512 * 256 * 4)
-  (time,) = roofline.roofline(found, v5e, mesh).exchanges
+  (time,) = roofline.roofline(work, v5e, mesh).exchanges
   assert time.axis == 'data' and time.over == 'ICI'
 
 
@@ -214,8 +214,8 @@ def test_exchanges_between_slices_go_over_the_network():
     in_specs=spec,
     out_specs=P('latent'),
   )
-  found = costs_of(mesh, shards, ((8 * 2048, 512), F32, spec))
-  times = roofline.roofline(found, slices, mesh).exchanges
+  work = costs_of(mesh, shards, ((8 * 2048, 512), F32, spec))
+  times = roofline.roofline(work, slices, mesh).exchanges
   over = {one.over: one for one in times}
   size = 2048 * 512 * 4
   # Two chips of a slice share the sum, half of it each goes to the other.
@@ -244,8 +244,8 @@ def test_kernels_count_by_what_they_declare():
   declared = pl.CostEstimate(flops=12345, transcendentals=0, bytes_accessed=678)
   for cost in (declared, None):
     x = ((1024, 1024), F32)
-    found = costs_of(mesh, kernel_call(cost), x)
-    ((kernel, calls),) = found.kernels.items()
+    work = costs_of(mesh, kernel_call(cost), x)
+    ((kernel, calls),) = work.kernels.items()
     assert kernel.name == 'twice' and calls == 1
     if cost:
       assert (kernel.flops, kernel.hbm_bytes) == (12345, 678)

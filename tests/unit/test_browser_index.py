@@ -115,7 +115,7 @@ def test_activations_keep_the_digits_asked_for(made, tmp_path):
 def test_top_tokens_are_those_at_the_peaks_most_frequent_first(made, folder):
   features, _, _ = made
   columns = read(folder, 'columns.json')
-  for row, found in enumerate(columns['top']):
+  for row, top in enumerate(columns['top']):
     peaks = [
       int(tokens[peak])
       for tokens, peak in zip(
@@ -124,8 +124,8 @@ def test_top_tokens_are_those_at_the_peaks_most_frequent_first(made, folder):
       if peak >= 0
     ]
     times = collections.Counter(peaks)
-    assert sorted(found) == sorted(times)
-    assert [times[t] for t in found] == sorted(times.values(), reverse=True)
+    assert sorted(top) == sorted(times)
+    assert [times[t] for t in top] == sorted(times.values(), reverse=True)
     assert columns['votes'][row] == features['vote_up_ids'][row, :5].tolist()
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sae_jax import autoencoder, errors
+from sae_jax import store as store_lib
 from sae_jax.probing import downstream
 from sae_jax.subject import splice
 from tests.support import probed
@@ -57,21 +58,24 @@ def slow_contexts(data, n_tokens):
 
 @pytest.mark.parametrize('n_tokens', [1, 12, 13, 30, 10_000])
 def test_contexts_are_the_held_out_ones(data, n_tokens):
-  found = downstream.heldout_contexts(data, n_tokens)
+  contexts = store_lib.heldout_contexts(data, n_tokens)
   want = slow_contexts(data, n_tokens)
-  assert len(found.tokens_CT) == len(want)
+  assert len(contexts.tokens_CT) == len(want)
   for row, (tokens, kept, document) in enumerate(want):
-    assert found.length_C[row] == len(tokens)
-    assert found.document_C[row] == document
-    for got_CT, values in ((found.tokens_CT, tokens), (found.kept_CT, kept)):
+    assert contexts.length_C[row] == len(tokens)
+    assert contexts.document_C[row] == document
+    for got_CT, values in (
+      (contexts.tokens_CT, tokens),
+      (contexts.kept_CT, kept),
+    ):
       assert got_CT[row, : len(tokens)].tolist() == values
       assert not got_CT[row, len(tokens) :].any()
-  assert len(want) < 9 or {2, 3, 10, 12} <= set(found.length_C.tolist())
+  assert len(want) < 9 or {2, 3, 10, 12} <= set(contexts.length_C.tolist())
 
 
 def test_no_context_is_of_a_training_document(data):
   trained_on = data.documents()[data.stream_index()[: data.n_train]]
-  contexts = downstream.heldout_contexts(data, 10_000)
+  contexts = store_lib.heldout_contexts(data, 10_000)
   assert not set(contexts.document_C) & set(trained_on.tolist())
   # The case that matters: the first held-out row is not its context's first.
   first = data.stream_index()[data.n_train]
@@ -86,7 +90,7 @@ def test_a_split_of_single_tokens_is_refused(tmp_path):
   with pytest.raises(
     errors.UserError, match='no context of two or more tokens'
   ):
-    downstream.heldout_contexts(data, 100)
+    store_lib.heldout_contexts(data, 100)
 
 
 def log_probs(logits_TV):
@@ -146,34 +150,34 @@ def measure(trained, data, n_tokens, **kwargs):
 
 def test_measure_equals_full_forwards(data, trained, slow):
   (sums_XC, count_C), contexts, _ = slow
-  found = measure(trained, data, 60)
+  losses = measure(trained, data, 60)
   names = ('ce', 'ce_spliced', 'ce_zero', 'ce_mean', 'kl')
   ce, spliced, zero, mean, kl = sums_XC.sum(1) / count_C.sum()
   for name, value in zip(names, (ce, spliced, zero, mean, kl)):
-    np.testing.assert_allclose(getattr(found, name), value, rtol=2e-5)
-  np.testing.assert_allclose(found.delta_ce, spliced - ce, rtol=1e-4)
+    np.testing.assert_allclose(getattr(losses, name), value, rtol=2e-5)
+  np.testing.assert_allclose(losses.delta_ce, spliced - ce, rtol=1e-4)
   np.testing.assert_allclose(
-    found.ce_recovered, 1 - (spliced - ce) / (zero - ce), rtol=1e-3
+    losses.ce_recovered, 1 - (spliced - ce) / (zero - ce), rtol=1e-3
   )
   np.testing.assert_allclose(
-    found.ce_recovered_mean, 1 - (spliced - ce) / (mean - ce), rtol=1e-3
+    losses.ce_recovered_mean, 1 - (spliced - ce) / (mean - ce), rtol=1e-3
   )
-  assert found.predictions == count_C.sum()
-  assert found.contexts == len(contexts) and len(contexts) % 4
-  assert found.documents == len({document for *_, document in contexts})
-  assert found.kl > 0.01
+  assert losses.predictions == count_C.sum()
+  assert losses.contexts == len(contexts) and len(contexts) % 4
+  assert losses.documents == len({document for *_, document in contexts})
+  assert losses.kl > 0.01
 
 
 def test_control_masked_tokens_and_lost_contexts_would_show(
   data, trained, slow
 ):
   (sums_XC, count_C), contexts, mean_D = slow
-  found = measure(trained, data, 60)
+  losses = measure(trained, data, 60)
   everywhere_XC, _ = slow_losses(trained, contexts, mean_D, use_mask=False)
   for sums in (everywhere_XC, sums_XC[:, :-1]):
     count = count_C[: sums.shape[1]].sum()
     for place, name in enumerate(('ce_spliced', 'ce_zero'), 1):
-      assert abs(getattr(found, name) * count / sums[place].sum() - 1) > 1e-3
+      assert abs(getattr(losses, name) * count / sums[place].sum() - 1) > 1e-3
 
 
 def test_the_batch_does_not_matter(data, trained):
@@ -199,32 +203,32 @@ def test_controls_identity_zero_and_mean(data, trained):
   both_ND = np.concatenate([np.eye(probed.D_MODEL), -np.eye(probed.D_MODEL)])
   none_D = np.zeros(probed.D_MODEL)
   exact = by_hand(trained, probed.D_MODEL, both_ND, both_ND, none_D)
-  found = measure(exact, data, 60)
-  assert abs(found.delta_ce) < 1e-5 and abs(found.kl) < 1e-5
-  assert abs(found.ce_recovered - 1) < 1e-5
-  assert found.delta_ce_low <= found.delta_ce_high < 1e-5
+  losses = measure(exact, data, 60)
+  assert abs(losses.delta_ce) < 1e-5 and abs(losses.kl) < 1e-5
+  assert abs(losses.ce_recovered - 1) < 1e-5
+  assert losses.delta_ce_low <= losses.delta_ce_high < 1e-5
 
   silent = by_hand(trained, 3, both_ND, 0 * both_ND, none_D)
-  found = measure(silent, data, 60)
-  assert found.ce_spliced == found.ce_zero
-  assert found.ce_recovered == 0 and found.kl > 0.05
+  losses = measure(silent, data, 60)
+  assert losses.ce_spliced == losses.ce_zero
+  assert losses.ce_recovered == 0 and losses.kl > 0.05
 
   mean_D = data.read_rows(0, data.n_train).mean(0)
   constant = by_hand(trained, 3, both_ND, 0 * both_ND, mean_D)
-  found = measure(constant, data, 60)
-  np.testing.assert_allclose(found.ce_spliced, found.ce_mean, rtol=1e-6)
-  assert abs(found.ce_recovered_mean) < 1e-4
-  assert abs(found.ce_recovered) > 0.01
+  losses = measure(constant, data, 60)
+  np.testing.assert_allclose(losses.ce_spliced, losses.ce_mean, rtol=1e-6)
+  assert abs(losses.ce_recovered_mean) < 1e-4
+  assert abs(losses.ce_recovered) > 0.01
 
 
 def test_an_ablation_that_costs_nothing_is_no_scale():
   sums_XC = np.array([[2.0, 3.0], [2.5, 3.0], [2.0, 3.0], [4.0, 4.0], [1, 1]])
-  found = downstream._summary(sums_XC, np.array([2, 3]), np.array([8, 8]), 0)
-  assert np.isnan(found.ce_recovered)
-  np.testing.assert_allclose(found.ce_recovered_mean, 1 - 0.5 / 3)
-  np.testing.assert_allclose(found.delta_ce, 0.1)
+  losses = downstream._summary(sums_XC, np.array([2, 3]), np.array([8, 8]), 0)
+  assert np.isnan(losses.ce_recovered)
+  np.testing.assert_allclose(losses.ce_recovered_mean, 1 - 0.5 / 3)
+  np.testing.assert_allclose(losses.delta_ce, 0.1)
   # Nor do two contexts of one document tell how documents differ.
-  assert np.isnan([found.delta_ce_low, found.delta_ce_high]).all()
+  assert np.isnan([losses.delta_ce_low, losses.delta_ce_high]).all()
 
 
 def test_the_interval_covers_the_truth_where_contexts_are_alike():

@@ -106,8 +106,8 @@ def test_top_examples_are_each_documents_best(table, data, dense_RN):
   for latent in range(N):
     best = {}
     for row in np.flatnonzero(dense_RN[:, latent]):
-      held = best.get(documents[row])
-      if held is None or dense_RN[row, latent] > dense_RN[held, latent]:
+      best_row = best.get(documents[row])
+      if best_row is None or dense_RN[row, latent] > dense_RN[best_row, latent]:
         best[documents[row]] = row
     rows = sorted(best.values(), key=lambda r: -dense_RN[r, latent])[:5]
     peaks = table['top_peak'][latent]
@@ -166,18 +166,20 @@ def test_votes_and_neighbours_are_the_decoders(table, trained):
 
 
 def encoded(trained, data, start, stop):
-  found = codes.encode_rows(trained, data, start, stop, 64)
+  encoded_rows = codes.encode_rows(trained, data, start, stop, 64)
   dense_RN = np.zeros((data.manifest.n_rows, N))
-  for row, (vals, idx) in enumerate(zip(found.vals_RK, found.idx_RK), start):
+  for row, (vals, idx) in enumerate(
+    zip(encoded_rows.vals_RK, encoded_rows.idx_RK), start
+  ):
     dense_RN[row, idx] = vals
-  return found, dense_RN
+  return encoded_rows, dense_RN
 
 
 @pytest.mark.parametrize('span', [(0, None), (0, 61), (29, 74)])
 @pytest.mark.parametrize('before,after', [(0, 0), (4, 2), (20, 15)])
 def test_windows_equal_a_slow_loop(trained, data, span, before, after):
   start, stop = span[0], span[1] or data.manifest.n_rows
-  found, acts_RN = encoded(trained, data, start, stop)
+  encoded_rows, acts_RN = encoded(trained, data, start, stop)
   # Every row once, whether the latent fires there or not, and some gaps.
   rows_NM = np.full((N, 8), -1)
   rows_NM.flat[: stop - start] = np.arange(start, stop)
@@ -186,7 +188,7 @@ def test_windows_equal_a_slow_loop(trained, data, span, before, after):
   assert (rows_NM == -1).any() and (
     np.bincount(rows_NM[rows_NM >= 0]) < 2
   ).all()
-  window = examples.windows(found, data, rows_NM, before, after)
+  window = examples.windows(encoded_rows, data, rows_NM, before, after)
   for latent, example in np.ndindex(rows_NM.shape):
     row = rows_NM[latent, example]
     got = {name: array[latent, example] for name, array in window.items()}
@@ -206,13 +208,13 @@ def test_windows_equal_a_slow_loop(trained, data, span, before, after):
 def test_control_contexts_end_inside_documents(trained, data, monkeypatch):
   """Windows cut at documents would not equal the slow loop's."""
   rows_NM = np.arange(24 * 5).reshape(N, 5)
-  found, _ = encoded(trained, data, 0, data.manifest.n_rows)
-  right = examples.windows(found, data, rows_NM, 4, 2)['tokens']
+  encoded_rows, _ = encoded(trained, data, 0, data.manifest.n_rows)
+  right = examples.windows(encoded_rows, data, rows_NM, 4, 2)['tokens']
   starts = np.searchsorted(data.documents(), data.documents())
   monkeypatch.setattr(
     data, 'positions', lambda: np.arange(len(starts)) - starts
   )
-  wrong = examples.windows(found, data, rows_NM, 4, 2)['tokens']
+  wrong = examples.windows(encoded_rows, data, rows_NM, 4, 2)['tokens']
   assert ((right == -1) & (wrong >= 0)).sum() > 20
   assert not ((right >= 0) & (wrong == -1)).any()
 
@@ -258,21 +260,21 @@ def test_the_page_takes_the_table_and_its_file(table, tmp_path):
 
 def test_fewer_rows_are_read_on_request(trained, data, dense_RN):
   config = dataclasses.replace(CONFIG, feature_rows=61, votes=1000)
-  found = build(trained, data, config)
-  np.testing.assert_array_equal(found['count'], (dense_RN[:61] > 0).sum(0))
+  table = build(trained, data, config)
+  np.testing.assert_array_equal(table['count'], (dense_RN[:61] > 0).sum(0))
   np.testing.assert_allclose(
-    found['density'], (dense_RN[:61] > 0).mean(0), rtol=1e-6
+    table['density'], (dense_RN[:61] > 0).mean(0), rtol=1e-6
   )
   # There are no more votes than tokens.
-  assert found['vote_up_ids'].shape == (N, probed.VOCABULARY)
+  assert table['vote_up_ids'].shape == (N, probed.VOCABULARY)
 
 
 def test_an_autoencoder_that_never_fires_has_a_table(trained, data):
   silent = dataclasses.replace(
     trained, sae=trained.sae.replace(b_lat_N=jnp.full(N, -1e3))
   )
-  found = build(silent, data)
-  table_lib.check(found, probed.VOCABULARY)
+  table = build(silent, data)
+  table_lib.check(table, probed.VOCABULARY)
   for name in ('count', 'density', 'max', 'mean', 'std', 'skew', 'hist_counts'):
-    assert not found[name].any()
-  assert (found['top_peak'] == -1).all() and (found['random_peak'] == -1).all()
+    assert not table[name].any()
+  assert (table['top_peak'] == -1).all() and (table['random_peak'] == -1).all()

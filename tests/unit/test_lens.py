@@ -37,8 +37,8 @@ def all_votes(subject, w_ND, norm=True):
 @pytest.mark.parametrize('n_votes', [4, probed.VOCABULARY])
 def test_votes_equal_a_full_sort(untied, n_votes):
   subject = make_subject(untied)
-  found = lens.votes(subject, ROWS, n_votes, chunk=8)
-  up_ids, up, down_ids, down = found
+  strongest = lens.votes(subject, ROWS, n_votes, chunk=8)
+  up_ids, up, down_ids, down = strongest
   logits_NV = all_votes(subject, ROWS)
   order_NV = np.argsort(-logits_NV, axis=1, kind='stable')
   for ids, values, want_ids in (

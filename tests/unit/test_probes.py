@@ -41,14 +41,14 @@ def _bfgs(x_P, y_P):
     gradient = np.array([np.mean(error_P * z_P), np.mean(error_P)])
     return _cross_entropy(*theta, z_P, y_P), gradient
 
-  found = scipy.optimize.minimize(
+  fitted = scipy.optimize.minimize(
     loss_and_gradient,
     np.zeros(2),
     jac=True,
     method='BFGS',
     options={'gtol': 1e-10},
   )
-  weight, bias = found.x
+  weight, bias = fitted.x
   return weight / std, bias - weight * mean / std
 
 
@@ -82,27 +82,27 @@ def test_fit_matches_scipy(share):
   rng = np.random.default_rng(0)
   y_P = (rng.random(400) < share).astype(int)
   x_PN = _features(rng, y_P)
-  found = probes.fit_probes(x_PN, y_P)
+  fitted = probes.fit_probes(x_PN, y_P)
   for n in range(x_PN.shape[1]):
     weight, bias = _bfgs(x_PN[:, n], y_P)
     np.testing.assert_allclose(
-      np.float64(found.weight_N[n]) * x_PN[:, n] + found.bias_N[n],
+      np.float64(fitted.weight_N[n]) * x_PN[:, n] + fitted.bias_N[n],
       weight * x_PN[:, n] + bias,
       rtol=1e-4,
       atol=1e-4,
       err_msg=f'column {n}',
     )
     best = _cross_entropy(weight, bias, x_PN[:, n], y_P)
-    assert abs(found.train_ce_N[n] - best) < 1e-6
+    assert abs(fitted.train_ce_N[n] - best) < 1e-6
 
 
 def test_the_gradient_vanishes_at_the_fit():
   rng = np.random.default_rng(1)
   y_P = rng.integers(0, 2, 400)
   x_PN = _features(rng, y_P)
-  found = probes.fit_probes(x_PN, y_P)
+  fitted = probes.fit_probes(x_PN, y_P)
   for n in range(x_PN.shape[1]):
-    at = found.weight_N[n], found.bias_N[n]
+    at = fitted.weight_N[n], fitted.bias_N[n]
     # The last column's intercept is near 600: its own rounding shows.
     bound = 5e-8 + np.spacing(np.abs(at[1])) / 4
     assert np.abs(_gradient(*at, x_PN[:, n], y_P)).max() < bound
@@ -118,12 +118,12 @@ def test_a_separating_feature_gets_a_finite_fit():
   # Wholly separated; separated but for ties; one prompt fires, for one class.
   single = np.where(np.arange(60) == 1, 5.0, 0.0)
   x_PN = np.column_stack([gap, -1e6 * gap, np.sign(gap), single])
-  found = probes.fit_probes(x_PN, y_P)
-  assert np.isfinite(np.concatenate(found)).all()
-  assert (found.train_ce_N[:3] < 1e-4).all()
-  assert found.weight_N[0] > 0 > found.weight_N[1]
+  fitted = probes.fit_probes(x_PN, y_P)
+  assert np.isfinite(np.concatenate(fitted)).all()
+  assert (fitted.train_ce_N[:3] < 1e-4).all()
+  assert fitted.weight_N[0] > 0 > fitted.weight_N[1]
   # The other 59 prompts are alike: 29 ones, 30 zeros.
-  assert abs(found.train_ce_N[3] - 59 / 60 * _entropy(29 / 59)) < 1e-4
+  assert abs(fitted.train_ce_N[3] - 59 / 60 * _entropy(29 / 59)) < 1e-4
 
   # Newton without safeguards ends in nan here, though it works elsewhere.
   assert not np.isfinite(_plain_newton(np.sign(gap), y_P)).all()
@@ -156,14 +156,14 @@ def test_an_outlying_value_does_not_stall_the_fit():
   x_PN[[0, 59]] = x_PN.min(0)
   x_PN[[1, 58]] = x_PN.max(0)
   x_PN = x_PN.astype(np.float32)
-  found = probes.fit_probes(x_PN, y_P)
+  fitted = probes.fit_probes(x_PN, y_P)
   best_N = [_cross_entropy(*_bfgs(x_P, y_P), x_P, y_P) for x_P in x_PN.T]
-  np.testing.assert_allclose(found.train_ce_N, best_N, atol=1e-6)
+  np.testing.assert_allclose(fitted.train_ce_N, best_N, atol=1e-6)
   x_P = np.exp(3 * rng.standard_normal(60)) * np.where(y_P, 1e-3, 1.0)
   x_P[58], x_P[59] = 1e4, x_P.min()
   best = _cross_entropy(*_bfgs(x_P, y_P), x_P, y_P)
-  found = probes.fit_probes(x_P[:, None], y_P)
-  assert abs(found.train_ce_N[0] - best) < 1e-6
+  fitted = probes.fit_probes(x_P[:, None], y_P)
+  assert abs(fitted.train_ce_N[0] - best) < 1e-6
   # A floor on the Hessian's entry, not on the curvature, does stall here.
   assert _fit_with_floored_entry(x_P, y_P) > best + 0.1
 
@@ -175,22 +175,22 @@ def test_a_column_without_information_predicts_the_prevalence(value):
   if not np.isfinite(value):
     x_PN[1:] = np.arange(49)[:, None]
   x_PN[:, 1] = np.random.default_rng(3).standard_normal(50) + y_P
-  found = probes.fit_probes(x_PN, y_P)
-  assert found.weight_N[0] == found.weight_N[2] == 0
-  np.testing.assert_allclose(found.bias_N[0], math.log(15 / 35), rtol=1e-6)
-  np.testing.assert_allclose(found.train_ce_N[0], _entropy(0.3), rtol=1e-6)
+  fitted = probes.fit_probes(x_PN, y_P)
+  assert fitted.weight_N[0] == fitted.weight_N[2] == 0
+  np.testing.assert_allclose(fitted.bias_N[0], math.log(15 / 35), rtol=1e-6)
+  np.testing.assert_allclose(fitted.train_ce_N[0], _entropy(0.3), rtol=1e-6)
   # Its neighbour in the same vmap is fitted as if it were alone.
   alone = probes.fit_probes(x_PN[:, 1:2], y_P)
-  np.testing.assert_allclose(found.weight_N[1], alone.weight_N[0], rtol=1e-5)
+  np.testing.assert_allclose(fitted.weight_N[1], alone.weight_N[0], rtol=1e-5)
 
 
 @pytest.mark.parametrize('scale', [1e-38, 1e-30, 1e30, 3e38])
 def test_extreme_scales_stay_finite(scale):
   y_P = np.arange(40) % 2
   x_P = (np.random.default_rng(4).random(40) + y_P) * scale / 2
-  found = probes.fit_probes(x_P[:, None].astype(np.float32), y_P)
-  assert np.isfinite(np.concatenate(found)).all()
-  assert found.train_ce_N[0] < _entropy(0.5) + 1e-6
+  fitted = probes.fit_probes(x_P[:, None].astype(np.float32), y_P)
+  assert np.isfinite(np.concatenate(fitted)).all()
+  assert fitted.train_ce_N[0] < _entropy(0.5) + 1e-6
 
 
 def test_flipped_labels_flip_the_probe():
@@ -224,23 +224,23 @@ def test_loss_is_the_training_loss_on_the_training_prompts():
   rng = np.random.default_rng(7)
   y_P = rng.integers(0, 2, 300)
   x_PN = _features(rng, y_P)
-  found = probes.fit_probes(x_PN, y_P)
-  loss_N = probes.probe_loss(found, x_PN, y_P)
-  np.testing.assert_allclose(loss_N, found.train_ce_N, atol=1e-6)
+  fitted = probes.fit_probes(x_PN, y_P)
+  loss_N = probes.probe_loss(fitted, x_PN, y_P)
+  np.testing.assert_allclose(loss_N, fitted.train_ce_N, atol=1e-6)
   other_PN = np.roll(x_PN, 1, 0)
   expected = [
     _cross_entropy(np.float64(w), np.float64(b), x_P, y_P)
-    for w, b, x_P in zip(found.weight_N, found.bias_N, other_PN.T)
+    for w, b, x_P in zip(fitted.weight_N, fitted.bias_N, other_PN.T)
   ]
   np.testing.assert_allclose(
-    probes.probe_loss(found, other_PN, y_P), expected, rtol=1e-5
+    probes.probe_loss(fitted, other_PN, y_P), expected, rtol=1e-5
   )
 
 
 def test_a_value_that_is_not_finite_shows_in_the_loss():
-  found = probes.Probes(*np.float32([[1, 0], [0, 0], [0, 0]]))
+  fitted = probes.Probes(*np.float32([[1, 0], [0, 0], [0, 0]]))
   x_PN = np.array([[np.nan, np.nan], [0.0, 0.0]])
-  loss_N = probes.probe_loss(found, x_PN, [1, 0])
+  loss_N = probes.probe_loss(fitted, x_PN, [1, 0])
   assert np.isnan(loss_N[0])
   np.testing.assert_allclose(loss_N[1], math.log(2), rtol=1e-6)
 
@@ -286,12 +286,12 @@ def test_the_planted_latent_is_found_whatever_its_sign():
     score.test_auc, _count_pairs(-x_PN[300:, 17], y_P[300:]), rtol=1e-12
   )
   assert score.test_auc_low < score.test_auc < score.test_auc_high
-  found = probes.fit_probes(x_PN[:300, 17:18], y_P[:300])
+  fitted = probes.fit_probes(x_PN[:300, 17:18], y_P[:300])
   expected = _cross_entropy(
-    found.weight_N[0], found.bias_N[0], x_PN[300:, 17], y_P[300:]
+    fitted.weight_N[0], fitted.bias_N[0], x_PN[300:, 17], y_P[300:]
   )
   np.testing.assert_allclose(score.test_ce, expected, rtol=1e-5)
-  assert abs(score.train_ce - found.train_ce_N[0]) < 1e-6
+  assert abs(score.train_ce - fitted.train_ce_N[0]) < 1e-6
   np.testing.assert_allclose(score.prevalence_ce, math.log(2))
 
 
@@ -315,10 +315,10 @@ def test_choosing_on_the_held_out_prompts_would_flatter():
     x_PN = np.random.default_rng(seed).standard_normal((120, 400))
     halves = x_PN[:60], y_P[:60], x_PN[60:], y_P[60:]
     score = probes.score_task(*halves, n_resamples=10)
-    found = probes.fit_probes(*halves[:2])
+    fitted = probes.fit_probes(*halves[:2])
     honest.append(score.test_ce)
     train.append(score.train_ce)
-    flattered.append(probes.probe_loss(found, *halves[2:]).min())
+    flattered.append(probes.probe_loss(fitted, *halves[2:]).min())
   assert np.mean(honest) > math.log(2)
   assert np.mean(flattered) < math.log(2) - 0.02
   assert np.mean(train) < math.log(2) - 0.05

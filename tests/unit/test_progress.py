@@ -11,18 +11,18 @@ from sae_jax import progress
 
 @pytest.fixture
 def lines(monkeypatch):
-  found = []
+  messages = []
 
   class Catch(python_logging.Handler):
     def emit(self, record):
-      found.append(record.getMessage())
+      messages.append(record.getMessage())
 
   handler = Catch()
   logger = logging.get_absl_logger()
   logger.addHandler(handler)
   before = logging.get_verbosity()
   logging.set_verbosity(logging.INFO)
-  yield found
+  yield messages
   logging.set_verbosity(before)
   logger.removeHandler(handler)
 

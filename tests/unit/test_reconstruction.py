@@ -40,12 +40,14 @@ def expected(trained, raw_BD):
 def test_measure_equals_the_definitions(data, trained, batch_rows):
   start, stop = data.n_train, data.manifest.n_rows
   assert (stop - start) % 7
-  found = reconstruction.measure(trained, data, start, stop, batch_rows, 'test')
+  quality = reconstruction.measure(
+    trained, data, start, stop, batch_rows, 'test'
+  )
   want, density_N = expected(trained, data.read_rows(start, stop))
-  assert found.scalars().keys() == want.keys()
+  assert quality.scalars().keys() == want.keys()
   for name, value in want.items():
-    np.testing.assert_allclose(getattr(found, name), value, rtol=2e-5)
-  np.testing.assert_allclose(found.density_N, density_N)
+    np.testing.assert_allclose(getattr(quality, name), value, rtol=2e-5)
+  np.testing.assert_allclose(quality.density_N, density_N)
   assert 2 / 24 <= want['dead_fraction'] < 0.5 and 1 < want['l0'] < 4
 
 
@@ -58,9 +60,9 @@ def test_control_a_lost_batch_would_show(data, trained, monkeypatch):
     'batches',
     lambda *args: (b for b in whole(*args) if len(b) == args[-1]),
   )
-  found = reconstruction.measure(trained, data, start, stop, 7, 'test')
-  assert found.tokens != want['tokens']
-  assert abs(found.fvu / want['fvu'] - 1) > 1e-3
+  quality = reconstruction.measure(trained, data, start, stop, 7, 'test')
+  assert quality.tokens != want['tokens']
+  assert abs(quality.fvu / want['fvu'] - 1) > 1e-3
 
 
 def test_untrained_is_the_start_of_a_run(data):

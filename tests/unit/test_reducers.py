@@ -154,10 +154,10 @@ def test_control_order_of_arrival_is_no_order():
   latents, scores, rows, groups = make_offers()
   by_arrival = slow_best(latents, scores, np.arange(900), groups, 7)
   rows_of = [[int(rows[i]) for _, i in best] for best in by_arrival]
-  found = [
+  by_row = [
     [r for _, r in best] for best in examples(offered(make_offers(), 7, ()))
   ]
-  assert rows_of != found
+  assert rows_of != by_row
 
 
 def test_a_better_token_of_a_group_replaces_the_held_one():

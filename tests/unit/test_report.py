@@ -97,21 +97,21 @@ def parts(run, store_url):
 
 def test_reconstruction_scores_are_the_functions_own(finished, parts):
   trained, data = parts
-  found = finished[1]
+  figures = finished[1]
   span = (data.n_train, data.n_train + 40, 16)
   measured = reconstruction.measure(trained, data, *span, 'test')
   for name, value in measured.scalars().items():
-    assert found[name] == value
+    assert figures[name] == value
   # Not the number of predictions that were spliced.
-  assert found['tokens'] == 40 != found['predictions']
-  assert found['fvu_pca'] == reconstruction.pca_fvu(
+  assert figures['tokens'] == 40 != figures['predictions']
+  assert figures['fvu_pca'] == reconstruction.pca_fvu(
     trained, data, *span[:2], 4, 16
   )
   fresh = reconstruction.untrained(trained.config, data.read_rows(0, 60), 1)
   control = reconstruction.measure(fresh, data, *span, 'test')
-  assert found['fvu_untrained'] == control.fvu
-  assert found['density']['silent'] == (measured.density_N == 0).sum()
-  assert sum(found['density']['latents']) + found['density']['silent'] == 24
+  assert figures['fvu_untrained'] == control.fvu
+  assert figures['density']['silent'] == (measured.density_N == 0).sum()
+  assert sum(figures['density']['latents']) + figures['density']['silent'] == 24
 
 
 def test_downstream_scores_are_the_functions_own(finished, parts):
@@ -147,22 +147,22 @@ def test_probes_are_the_functions_own(finished, parts):
   ]
   (pre, _, labels), (test_pre, _, test_labels) = sides
   want = probes.score_task(pre, labels, test_pre, test_labels)
-  found = finished[1]['probes']
-  assert list(found) == ['1_which', '2_again']
-  assert found['2_again']['latent'] == want._asdict()
-  assert found['2_again']['classes'] == ['one', 'two']
-  assert found['2_again']['prompts'] == 24
+  figures = finished[1]['probes']
+  assert list(figures) == ['1_which', '2_again']
+  assert figures['2_again']['latent'] == want._asdict()
+  assert figures['2_again']['classes'] == ['one', 'two']
+  assert figures['2_again']['prompts'] == 24
   controls = baselines.controls(*sides[0], *sides[1])
   assert list(finished[1]['control_definitions']) == list(controls)
-  assert found['2_again']['controls'] == {
+  assert figures['2_again']['controls'] == {
     name: score._asdict() for name, score in controls.items()
   }
 
 
 def test_the_workdir_holds_it_all(finished, parts):
   trained, data = parts
-  workdir, found = finished
-  assert json.loads((workdir / 'report.json').read_text()) == found
+  workdir, figures = finished
+  assert json.loads((workdir / 'report.json').read_text()) == figures
   table = examples.build(
     CONFIG.features, trained, probed.make_subject(), data, 16, 0
   )
@@ -172,22 +172,22 @@ def test_the_workdir_holds_it_all(finished, parts):
     np.testing.assert_array_equal(read[name], array)
   for name in ('density', 'reconstruction', 'probes'):
     assert (workdir / 'plots' / f'{name}.png').stat().st_size > 1000
-  assert found['subject'] == 'made' and found['site'] == str(probed.SITE)
-  assert (found['n_latents'], found['k'], found['d_model']) == (24, 4, 16)
-  assert found['n_tokens'] == data.manifest.n_rows
-  assert found['made_from']['step'] == 20
+  assert figures['subject'] == 'made' and figures['site'] == str(probed.SITE)
+  assert (figures['n_latents'], figures['k'], figures['d_model']) == (24, 4, 16)
+  assert figures['n_tokens'] == data.manifest.n_rows
+  assert figures['made_from']['step'] == 20
 
 
 def test_the_page_is_built_from_the_workdir(finished, tmp_path):
-  workdir, found = finished
+  workdir, figures = finished
   index.build_index(
     workdir / 'features.npz',
-    found,
+    figures,
     [f'w{i}' for i in range(probed.VOCABULARY)],
     tmp_path / 'page',
   )
   meta = json.loads((tmp_path / 'page' / 'data' / 'meta.json').read_text())
-  assert meta['report']['nmse'] == found['nmse']
+  assert meta['report']['nmse'] == figures['nmse']
   assert meta['n_features'] == 24
 
 
@@ -201,9 +201,9 @@ def test_finished_work_is_reused_and_other_work_is_not(
     raise Called
 
   monkeypatch.setattr(report, 'scores', scores)
-  workdir, found = finished
+  workdir, figures = finished
   before = (workdir / 'features.npz').stat().st_mtime_ns
-  assert probe(run, store_url, workdir) == found
+  assert probe(run, store_url, workdir) == figures
   assert (workdir / 'features.npz').stat().st_mtime_ns == before
   # Control: anything else is made anew.
   for change in ({'seed': 1}, {'average': False}, {'pooling': 'last'}):
@@ -219,9 +219,9 @@ def test_no_report_vouches_for_files_of_another_config(
   finished, run, store_url, tmp_path, monkeypatch
 ):
   """Stopped while it overwrites an older probing, it leaves no report."""
-  workdir, found = finished
+  workdir, figures = finished
   (tmp_path / 'report.json').write_text((workdir / 'report.json').read_text())
-  assert probe(run, store_url, tmp_path) == found
+  assert probe(run, store_url, tmp_path) == figures
 
   def stops(*args):
     raise KeyboardInterrupt
@@ -314,16 +314,16 @@ def test_options_out_of_range_are_refused():
 
 
 def test_lines_say_the_numbers(finished):
-  found = finished[1]
-  text = report.lines(found)
+  figures = finished[1]
+  text = report.lines(figures)
   assert len(text) == 5
   for name in ('nmse', 'fvu', 'fvu_pca', 'fvu_untrained'):
-    assert f'{found[name]:.4f}' in text[0]
-  assert f'L0 {found["l0"]:.2f}' in text[1]
-  assert f'{100 * found["dead_fraction"]:.2f}%' in text[1]
+    assert f'{figures[name]:.4f}' in text[0]
+  assert f'L0 {figures["l0"]:.2f}' in text[1]
+  assert f'{100 * figures["dead_fraction"]:.2f}%' in text[1]
   for name in ('delta_ce', 'delta_ce_low', 'delta_ce_high', 'ce', 'kl'):
-    assert f'{found[name]:.4f}' in text[2]
-  for line, (name, scored) in zip(text[3:], found['probes'].items()):
+    assert f'{figures[name]:.4f}' in text[2]
+  for line, (name, scored) in zip(text[3:], figures['probes'].items()):
     assert line.startswith(f'{name}: AUC {scored["latent"]["test_auc"]:.3f}')
     assert f'by latent {scored["latent"]["best_latent"]} ' in line
     for control, score in scored['controls'].items():

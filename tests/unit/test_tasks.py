@@ -150,8 +150,8 @@ def test_all_takes_the_sound_binary_tasks_in_order(folder):
     _write(folder, name, _plain_rows(40))
   _write(folder, '3_three', _plain_rows(60, classes='abc'))
   _write(folder, '4_small', _plain_rows(10))
-  found = tasks.load_tasks(n_tasks=0, n_prompts=40)
-  assert [t.name for t in found] == [demo, '9_nine', '10_ten']
+  loaded = tasks.load_tasks(n_tasks=0, n_prompts=40)
+  assert [t.name for t in loaded] == [demo, '9_nine', '10_ten']
   assert [t.name for t in tasks.load_tasks(None, 2, 40)] == [demo, '9_nine']
   assert tasks.load_tasks([flawed], n_prompts=40)[0].name == flawed
   with pytest.raises(errors.UserError, match='only 3 of 4 probe tasks have 40'):
@@ -216,9 +216,9 @@ def test_a_package_without_its_data_counts_as_missing(folder):
 
 @_needs_package
 def test_the_demo_tasks_of_the_package():
-  found = tasks.load_tasks()
-  assert tuple(t.name for t in found) == tasks.DEMO_TASKS
-  for task in found:
+  loaded = tasks.load_tasks()
+  assert tuple(t.name for t in loaded) == tasks.DEMO_TASKS
+  for task in loaded:
     assert len(set(task.prompts)) == len(task.prompts) == 400
     assert task.labels_P.sum() == 200
     assert abs(_length_auc(task.prompts, task.labels_P) - 0.5) < 0.03
