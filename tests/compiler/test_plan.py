@@ -315,20 +315,22 @@ def test_a_mesh_that_does_not_lie_on_the_torus_names_one(monkeypatch):
   assert (2, 8) not in meshes.allowed(config, slices)
 
 
-def test_meshes_are_ranked_and_guesses_are_marked_as_such(monkeypatch):
-  """Compiles nothing: the compiler's part is the other tests'."""
-  slices = chips.find('v5e:2x2')
-  seen = []
-  step_scopes = (
-    *('preprocessing', 'jvp(encoder)', 'transpose(jvp(encoder))', 'AuxK'),
-    *('jvp(encoder and decoder)', 'transpose(jvp(encoder and decoder))'),
-    *('top-k over shards', 'optimizer'),
-  )
+STEP_SCOPES = (
+  *('preprocessing', 'jvp(encoder)', 'transpose(jvp(encoder))', 'AuxK'),
+  *('jvp(encoder and decoder)', 'transpose(jvp(encoder and decoder))'),
+  *('top-k over shards', 'optimizer'),
+)
+
+
+@pytest.fixture
+def compiled_meshes(monkeypatch):
+  """The meshes that are compiled for, by a stand-in for the compiler."""
+  meshes_seen = []
 
   def compile_step(config, mesh, implementation):
-    seen.append((config.mesh_data, config.mesh_latent))
+    meshes_seen.append((config.mesh_data, config.mesh_latent))
     text = 'ENTRY %m (p: f32[8]) -> f32[8] {\n  %p = f32[8]{0} parameter(0)\n'
-    for i, scope in enumerate(step_scopes):
+    for i, scope in enumerate(STEP_SCOPES):
       text += f'  %n.{i} = f32[8]{{0}} negate(%p), '
       text += f'metadata={{op_name="jit(step)/{scope}/neg"}}\n'
     slow = 'f32[2048,1024]{1,0}' * (config.mesh_latent == 4) or 'f32[8]{0}'
@@ -337,14 +339,30 @@ def test_meshes_are_ranked_and_guesses_are_marked_as_such(monkeypatch):
     return footprint.Compiled(text, state, fits=config.mesh_latent > 1)
 
   monkeypatch.setattr(footprint, 'compile_step', compile_step)
-  plan = plan_lib.plan(train_config(), slices.name, compiles=2)
-  assert len(seen) == 2 and len(plan.meshes) == 3
+  return meshes_seen
+
+
+def test_meshes_are_ranked_and_guesses_are_marked_as_such(compiled_meshes):
+  plan = plan_lib.plan(train_config(), 'v5e:2x2', compiles=2)
+  assert len(compiled_meshes) == 2 and len(plan.meshes) == 3
   assert [mesh.compiled for mesh in plan.meshes] == [True, True, False]
-  every = plan_lib.plan(train_config(), slices.name, compiles=9)
+  every = plan_lib.plan(train_config(), 'v5e:2x2', compiles=9)
   order = [(mesh.data, mesh.latent) for mesh in every.meshes]
   # The slow one comes second, the one that does not fit last.
   assert order == [(2, 2), (1, 4), (4, 1)]
   assert (every.config.mesh_data, every.config.mesh_latent) == (2, 2)
+
+
+def test_a_part_that_is_missing_is_no_refused_mesh(
+  compiled_meshes, monkeypatch
+):
+  without_auxk = tuple(scope for scope in STEP_SCOPES if scope != 'AuxK')
+  monkeypatch.setattr(sys.modules[__name__], 'STEP_SCOPES', without_auxk)
+  lines = []
+  with pytest.raises(errors.DefectError, match='no instruction of: AuxK'):
+    plan_lib.plan(train_config(), 'v5e:2x2', report=lines.append)
+  assert len(compiled_meshes) == 1
+  assert not any('refused' in line for line in lines)
 
 
 def test_a_step_that_refuses_a_config_says_what_it_takes(monkeypatch):

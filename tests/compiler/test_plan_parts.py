@@ -76,8 +76,8 @@ def test_what_a_step_must_have_is_known(
   v5e, config, mesh, implementation, names
 ):
   mesh = meshes.make_mesh(v5e, *mesh)
-  found = parts.expected(config, mesh, implementation)
-  assert found == {parts.OPTIMIZER, *names.split(', ')}
+  present = parts.expected(config, mesh, implementation)
+  assert present == {parts.OPTIMIZER, *names.split(', ')}
 
 
 @pytest.mark.parametrize(
@@ -92,8 +92,8 @@ def test_what_a_step_must_have_is_known(
 )
 def test_every_step_has_what_it_must(v5e, config, mesh, implementation):
   mesh = meshes.make_mesh(v5e, *mesh)
-  found = footprint.compile_step(config, mesh, implementation)
-  work = planner.read(config, v5e, mesh, found).costs.parts
+  compiled = footprint.compile_step(config, mesh, implementation)
+  work = planner.read(config, v5e, mesh, compiled).costs.parts
   assert work[parts.OPTIMIZER].hbm_bytes > 0
 
 
@@ -146,8 +146,8 @@ def test_code_that_moves_keeps_its_part_and_without_its_scope_has_none(
     exec(compile(source, 'elsewhere.py', 'exec'), vars(preprocessing), code)
     monkeypatch.setattr(autoencoder, 'preprocess', code['preprocess'])
     step._program.cache_clear()
-    found = footprint.compile_step(config, mesh)
-    return planner.read(config, slices, mesh, found).costs.parts
+    compiled = footprint.compile_step(config, mesh)
+    return planner.read(config, slices, mesh, compiled).costs.parts
 
   source = inspect.getsource(autoencoder.preprocess)
   there = planner.read(

@@ -1,9 +1,11 @@
 """What flags take, in process; `test_cli` runs the binaries."""
 
+import sys
+
 from absl import flags as absl_flags
 import pytest
 
-from sae_jax import config
+from sae_jax import config, errors
 from sae_jax.browser.index import BrowseConfig
 from sae_jax.cli import flags
 from sae_jax.harvesting.config import HarvestConfig
@@ -137,3 +139,38 @@ def test_help_lists_no_flag_of_a_library():
   assert '--many: of it' in listed
   assert '--verbosity' in absl_flags.FLAGS.get_help()
   assert '--verbosity' not in listed
+
+
+@pytest.mark.parametrize(
+  ('error', 'code'),
+  [
+    (errors.UserError('d is 0: use 8'), 2),
+    (errors.DefectError('the step has no AuxK'), 1),
+    (FloatingPointError('nan'), 1),
+  ],
+)
+def test_an_error_is_one_line_and_an_exit_code(
+  monkeypatch, capsys, error, code
+):
+  with pytest.raises(SystemExit) as stop:
+    run_failing(monkeypatch, error)
+  assert stop.value.code == code
+  (line,) = capsys.readouterr().err.strip().splitlines()
+  assert line.startswith(f'error: {error}')
+
+
+def test_control_other_errors_keep_their_traceback(monkeypatch):
+  with pytest.raises(ValueError, match='unforeseen'):
+    run_failing(monkeypatch, ValueError('unforeseen'))
+
+
+def run_failing(monkeypatch, error):
+  """Runs a binary without flags, whose work raises an error."""
+
+  def work():
+    raise error
+
+  monkeypatch.setattr(sys, 'argv', ['binary'])
+  monkeypatch.setattr(flags.huge_pages, 'use_huge_pages', lambda: None)
+  with binaries.defined(lambda: None):
+    flags.run(work, '')

@@ -58,8 +58,8 @@ def test_the_innermost_scope_names_the_part(op_name, part):
   ],
 )
 def test_auxks_choice_is_the_one_right_in_its_scope(op_name, whether):
-  one = instruction(op_name, 'conditional')
-  assert parts.is_auxk_choice(one) is whether
+  conditional = instruction(op_name, 'conditional')
+  assert parts.is_auxk_choice(conditional) is whether
 
 
 def test_names_are_all_of_parts_and_fit_a_path():

@@ -7,9 +7,7 @@ import pytest
 
 from sae_jax import errors
 from sae_jax.features import table
-from tests import synthetic_features
-
-pytestmark = pytest.mark.fast
+from tests.support import synthetic_features
 
 
 @pytest.fixture(scope='module')
