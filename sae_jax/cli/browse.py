@@ -8,7 +8,7 @@ def define() -> None:
   """Defines this binary's flags."""
   flags.define(index.BrowseConfig)
   flags.define_url('probe', 'the workdir of sae-probe')
-  flags.define_url('workdir', 'where the page goes')
+  flags.define_url('workdir', 'the folder that the page is written to')
 
 
 def work() -> None:

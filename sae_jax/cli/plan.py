@@ -1,4 +1,4 @@
-"""sae-plan: what a run would need of TPUs that are not here; measures none."""
+"""sae-plan: memory and time of a run on TPUs that are not here."""
 
 import sys
 
@@ -23,36 +23,40 @@ def define() -> None:
   flags.define(TrainConfig)
   for short, name in _SHORT.items():
     absl_flags.DEFINE_alias(short, name)
-  absl_flags.DEFINE_string('topology', '', 'a slice, such as v6e:16x16')
-  flags.define_integer('num_slices', 1, 'slices of that topology')
+  absl_flags.DEFINE_string(
+    'topology', '', 'the TPU slice to plan for, such as v6e:16x16'
+  )
+  flags.define_integer('num_slices', 1, 'number of slices of the topology')
   absl_flags.DEFINE_string(
     'mesh',
     '',
-    'shards of batch and latents, such as 4x64, or auto for the best split; '
+    'shards of batch and latents, such as 4x64, or auto for the best mesh; '
     'by default mesh_data and mesh_latent where they are given, else auto',
   )
   absl_flags.DEFINE_enum(
     'implementation',
     None,
     dispatch.IMPLEMENTATIONS,
-    'of the sparse products; by default as in training',
+    'implementation of the sparse products; by default that of training',
   )
   absl_flags.DEFINE_enum(
-    'dead', 'few', DEAD, "the dead latents that AuxK's work is taken for"
+    'dead', 'few', DEAD, 'the dead latents that AuxK is assumed to work on'
   )
   flags.define_integer(
     'compiles',
     2,
-    'splits that are compiled, at most, the most promising first; and changes '
-    'that are, where a run does not fit',
+    'the most meshes that are compiled, the most promising first; and, where '
+    'the run does not fit, about as many changes to it',
   )
-  flags.define_integer('tokens', 0, 'of the whole run, for its hours')
+  flags.define_integer(
+    'tokens', 0, 'tokens of the whole run, for its hours and cost'
+  )
   absl_flags.DEFINE_float(
-    'price_per_chip_hour', 0.0, 'for the cost of all tokens'
+    'price_per_chip_hour', 0.0, 'price of a chip for an hour, for the cost'
   )
-  absl_flags.DEFINE_string('json', '', 'where all figures go as JSON')
+  absl_flags.DEFINE_string('json', '', 'file for all figures as JSON')
   absl_flags.DEFINE_string(
-    'emit_hlo', '', "where the compiled program's text goes"
+    'emit_hlo', '', 'file for the text of the compiled program'
   )
 
 
@@ -89,7 +93,7 @@ def work() -> None:
   values = absl_flags.FLAGS
   if not values.topology:
     raise errors.UserError('topology is not given: write --topology=v6e:16x16')
-  found = plan_lib.plan(
+  plan = plan_lib.plan(
     flags.read(TrainConfig),
     values.topology,
     values.num_slices,
@@ -101,12 +105,12 @@ def work() -> None:
     price_per_chip_hour=values.price_per_chip_hour,
     report=lambda line: print(line, file=sys.stderr, flush=True),
   )
-  for line in table.lines(found):
+  for line in table.lines(plan):
     print(line)
   if values.json:
-    _write(values.json, config_lib.to_json(found.to_dict()))
+    _write(values.json, config_lib.to_json(plan.to_dict()))
   if values.emit_hlo:
-    _write(values.emit_hlo, found.text)
+    _write(values.emit_hlo, plan.text)
 
 
 def main() -> None:

@@ -9,18 +9,18 @@ def define() -> None:
   flags.define(report.ProbeConfig)
   flags.define_url('checkpoint', 'the workdir of sae-train')
   flags.define_url('store', 'the store of activations it was trained on')
-  flags.define_url('workdir', 'where the results go')
+  flags.define_url('workdir', 'the folder that the results are written to')
 
 
 def work() -> None:
   """Evaluates as the flags say."""
-  found = report.probe(
+  figures = report.probe(
     flags.read(report.ProbeConfig),
     flags.url('checkpoint'),
     flags.url('store'),
     flags.url('workdir'),
   )
-  for line in report.lines(found):
+  for line in report.lines(figures):
     print(line)
 
 

@@ -153,18 +153,18 @@ def windows(
     tokens and acts [N, M, W], peak and document [N, M], as
     `features.table.ARRAYS` declares them.
   """
-  stream = store.stream_index()
+  place_R = store.stream_index()
   position, document = store.positions(), store.documents()
   start, stop = codes.start, codes.start + len(codes.vals_RK)
   code_of = np.full(len(position), -1, np.int64)
-  code_of[stream[start:stop]] = np.arange(stop - start)
+  code_of[place_R[start:stop]] = np.arange(stop - start)
 
   present_NM = rows_NM >= 0
-  centre_NM = stream[np.maximum(rows_NM, 0)]
+  centre_NM = place_R[np.maximum(rows_NM, 0)]
   place_NMW = centre_NM[:, :, None] + np.arange(-before, after + 1)
   # Tokens of rows that were not encoded would look silent.
-  begin = stream[start - 1] + 1 if start else 0
-  end = stream[stop] if stop < len(stream) else len(position)
+  begin = place_R[start - 1] + 1 if start else 0
+  end = place_R[stop] if stop < len(place_R) else len(position)
   inside = (place_NMW >= begin) & (place_NMW < end)
   place_NMW = np.clip(place_NMW, 0, len(position) - 1)
   context_start = np.arange(len(position)) - position

@@ -169,7 +169,8 @@ def _write(
 def _open(url: str, trained_on: dict[str, Any]) -> store_lib.Store:
   """The store, at the site and version that the autoencoder was trained on.
 
-  Where the store lacks that site or version, at another: `check` raises then.
+  Where the store lacks them, at its first site and last version: `check` then
+  raises for the site, and warns of the version.
   """
   manifest = layout.read_manifest(url)
   if manifest is None:

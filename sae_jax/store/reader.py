@@ -331,8 +331,8 @@ def heldout_contexts(store: Store, n_tokens: int) -> Contexts:
   Raises:
     UserError: if there is no such context.
   """
-  row_place, positions = store.stream_index(), store.positions()
-  first = row_place[store.n_train]
+  place_R, positions = store.stream_index(), store.positions()
+  first = place_R[store.n_train]
   first -= positions[first]
   starts = first + np.flatnonzero(positions[first:] == 0)
   ends = np.append(starts[1:], len(positions))
@@ -346,7 +346,7 @@ def heldout_contexts(store: Store, n_tokens: int) -> Contexts:
   enough = np.searchsorted(np.cumsum(ends - starts), n_tokens) + 1
   starts, ends = starts[:enough], ends[:enough]
   kept = np.zeros(len(positions), bool)
-  kept[row_place] = True
+  kept[place_R] = True
   shape = (len(starts), store.manifest.context_length)
   tokens_CT, kept_CT = np.zeros(shape, np.int32), np.zeros(shape, bool)
   for row, (start, end) in enumerate(zip(starts, ends)):
