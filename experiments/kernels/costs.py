@@ -8,18 +8,16 @@ from collections.abc import Callable, Iterator
 import dataclasses
 
 from experiments.kernels.estimate import Found, Job, job
+from sae_jax.ops.chip import LANES
 from sae_jax.ops.encode_topk import exact
 from sae_jax.ops.shapes import Shape
 from sae_jax.tpu.chips import CHIPS
 
-# GHz. Those of v5e and v5p follow from their peak rates; tpu7x's is assumed.
-CLOCKS = {'v4': 1.05, 'v5e': 1.5, 'v5p': 1.75, 'v6e': 1.75, 'tpu7x': 2.2}
 # XLA's own programs are estimated at so many tokens, and scaled.
 _TOKENS = 512
 _MATMUL_TOKENS = 2048
 # XLA's sort is estimated up to so many pairs; a larger one is left out.
 _MOST_SORTED = 2**18
-_LANES = 128
 # With more latents a pass for tokens that failed has no estimate; it is scaled.
 _AGAIN_LATENTS = 2**17
 
@@ -45,7 +43,7 @@ class Cost:
     if self.cycles is None:
       return None
     moved = self.hbm_bytes / CHIPS[chip].hbm_bandwidth
-    return max(self.cycles / (1e9 * CLOCKS[chip]), moved)
+    return max(self.cycles / (1e9 * CHIPS[chip].clock_ghz), moved)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +127,7 @@ def _encode(chip, shape):
     """Of tokens that are done again: without an estimate, their product."""
     if results[again].error:
       product = 2 * exact.REDO_TOKENS * n * d / CHIPS[chip].flops
-      return product * 1e9 * CLOCKS[chip]
+      return product * 1e9 * CHIPS[chip].clock_ghz
     return results[again].of() * max(1, n / _AGAIN_LATENTS)
 
   def cycles(results):
@@ -138,7 +136,7 @@ def _encode(chip, shape):
     body *= sizes['bodies'] / sizes['bodies_of_block']
     fold = _more(results, one, two, 'select')
     select = results[one].of('select') + (sizes['select_units'] - 1) * fold
-    each = -(-n // sizes['rows']) * body + select * sizes['tokens'] / _LANES
+    each = -(-n // sizes['rows']) * body + select * sizes['tokens'] / LANES
     each *= -(-b // (sizes['tokens'] * sizes['cores']))
     return each + sizes['passes'] * pass_cycles(results)
 

@@ -24,11 +24,12 @@ import sys
 import tempfile
 import time
 
+from sae_jax.tpu.chips import CHIPS
+
 _PROFILE = '--xla_jf_dump_static_llo_profile_to'
 # With all of VMEM a kernel's own, XLA leaves arguments in HBM. It would move
 # small ones to VMEM, and the estimate knows no copy from there to SMEM.
 _IN_HBM = '--xla_tpu_scoped_vmem_limit_kib'
-_VMEM_MIB = {'v4': 16, 'v5e': 128, 'v5p': 64, 'v6e': 128, 'tpu7x': 64}
 _TIMEOUT_S = 1200
 # What libtpu says where it aborts, most telling first.
 _REASONS = (
@@ -43,7 +44,7 @@ class Job:
   """A program to compile.
 
   Attributes:
-    chip: one of `aot.CHIPS`.
+    chip: one of `chips.CHIPS`.
     program: a function of `probes`, or of `xla` if it begins so.
     arguments: of that function, by name.
     estimated: whether cycles are asked for; else the program is compiled as
@@ -107,7 +108,7 @@ def _in_process(one: Job) -> tuple[Found, float]:
   began = time.monotonic()
   found = _compiled(one)
   if found.error and one.estimated:
-    again = _compiled(one, f'{_IN_HBM}={_VMEM_MIB[one.chip] * 1024}')
+    again = _compiled(one, f'{_IN_HBM}={CHIPS[one.chip].vmem_mib * 1024}')
     found = found if again.error else again
   return found, time.monotonic() - began
 

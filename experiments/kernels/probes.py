@@ -23,6 +23,7 @@ import numpy as np
 from experiments.kernels.xla import ADAM, Probe
 from sae_jax.ops import chip, pairs, row_copies, sorting_network
 from sae_jax.ops.adam_rows import kernel as adam_kernel
+from sae_jax.ops.chip import LANES, SUBLANES
 from sae_jax.ops.decode import kernel as decode_kernel
 from sae_jax.ops.decode import tiles as decode_tiles
 from sae_jax.ops.encode_topk import exact as encode_exact
@@ -33,8 +34,6 @@ from sae_jax.ops.weight_grad import kernel as grad_kernel
 from sae_jax.ops.weight_grad import tiles as grad_tiles
 
 _F32, _BF16, _I32 = jnp.float32, jnp.bfloat16, jnp.int32
-# A sublane of candidates.
-_SUBLANES, _LANES = 8, 128
 
 
 def encode_bodies(batch: int, d: int, n: int, k: int, blocks: int) -> Probe:
@@ -54,7 +53,7 @@ def encode_bodies(batch: int, d: int, n: int, k: int, blocks: int) -> Probe:
   again += encode_tiles.grouped_share(n, k, tiles.group)
   return Probe(
     functools.partial(
-      encode_kernel.encode_topk, k=_SUBLANES, tiles=part, dtype=_BF16
+      encode_kernel.encode_topk, k=SUBLANES, tiles=part, dtype=_BF16
     ),
     [(shapes[0], _BF16), (shapes[1], _BF16), (shapes[2], _F32)],
     {
@@ -67,14 +66,14 @@ def encode_bodies(batch: int, d: int, n: int, k: int, blocks: int) -> Probe:
       'kept': tiles.kept,
       'group': tiles.group,
       'passes': math.ceil(again * batch / encode_exact.REDO_TOKENS),
-      'select_units': -(-tiles.kept * tiles.bins // _SUBLANES // unit),
+      'select_units': -(-tiles.kept * tiles.bins // SUBLANES // unit),
       'select_unit': unit,
     },
   )
 
 
 def _steps_unit(tiles):
-  return pl.next_power_of_2(tiles.kept * tiles.bins // _SUBLANES)
+  return pl.next_power_of_2(tiles.kept * tiles.bins // SUBLANES)
 
 
 def encode_whole(batch: int, d: int, n: int, k: int, kernel: int) -> Probe:
@@ -101,8 +100,8 @@ def encode_again(d: int, n: int, k: int) -> Probe:
 
 def select_units(k: int, unit: int, units: int) -> Probe:
   """The last selection of 128 tokens, from lists of so many units."""
-  candidates = unit * units * _SUBLANES
-  steps = _SUBLANES * sorting_network.scratch_steps(candidates, k)
+  candidates = unit * units * SUBLANES
+  steps = SUBLANES * sorting_network.scratch_steps(candidates, k)
 
   def body(vals_ref, idx_ref, out_vals, out_idx, vals_scratch, idx_scratch):
     vals_scratch[:candidates] = vals_ref[...]
@@ -115,15 +114,15 @@ def select_units(k: int, unit: int, units: int) -> Probe:
     return pl.pallas_call(
       body,
       out_shape=[
-        jax.ShapeDtypeStruct((k, _LANES), kind) for kind in (_F32, _I32)
+        jax.ShapeDtypeStruct((k, LANES), kind) for kind in (_F32, _I32)
       ],
       scratch_shapes=[
-        pltpu.VMEM((steps, _LANES), kind) for kind in (_F32, _I32)
+        pltpu.VMEM((steps, LANES), kind) for kind in (_F32, _I32)
       ],
       name='select',
     )(vals, idx)
 
-  shape = candidates, _LANES
+  shape = candidates, LANES
   return Probe(function, [(shape, _F32), (shape, _I32)], {})
 
 
@@ -381,7 +380,7 @@ def nested(outer: int, inner: int) -> Probe:
 
     jax.lax.fori_loop(0, outer, again, 0)
 
-  shape = (_SUBLANES, _LANES)
+  shape = (SUBLANES, LANES)
   return Probe(
     lambda x: pl.pallas_call(
       body, out_shape=jax.ShapeDtypeStruct(shape, _F32), name='nested'

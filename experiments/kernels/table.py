@@ -27,7 +27,7 @@ from sae_jax.ops.shapes import Shape, SHAPES
 from sae_jax.plan import footprint, planner
 from sae_jax.plan.program import parts as parts_lib
 from sae_jax.tpu import aot
-from sae_jax.tpu import chips as chips_lib
+from sae_jax.tpu import slices as slices_lib
 from sae_jax.tpu.chips import CHIPS
 from sae_jax.training.config import TrainConfig
 from sae_jax.training.objective import ObjectiveConfig
@@ -88,7 +88,7 @@ def _step(chip, shape, rows, results) -> dict:
   sort = costs.sort_job(chip, shape)
   found = results.get(sort)
   if found and not found.error:
-    parts['sort'] = found.of() / (1e9 * costs.CLOCKS[chip])
+    parts['sort'] = found.of() / (1e9 * CHIPS[chip].clock_ghz)
   return {
     'chip': chip,
     'shape': shape.name,
@@ -132,7 +132,7 @@ def dense_seconds(chip: str, shape: Shape) -> float:
   )
   mesh = aot.one_chip(chip)
   compiled = footprint.compile_step(config, mesh, 'dense')
-  slices = chips_lib.find(aot.CHIPS[chip], 1)
+  slices = slices_lib.find(CHIPS[chip].topology, 1)
   parts = planner.read(config, slices, mesh, compiled, 'none').roofline.parts
   return sum(part.seconds for part in parts if part.name != parts_lib.OPTIMIZER)
 
@@ -185,7 +185,7 @@ def measure(chips, shapes, workers: int, report=None) -> dict:
   """The whole table.
 
   Args:
-    chips: of `aot.CHIPS`.
+    chips: of `tpu.chips`.
     shapes: of `ops.shapes`.
     workers: compilers at a time.
     report: see `compiler_estimate.run`.
@@ -214,7 +214,7 @@ def measure(chips, shapes, workers: int, report=None) -> dict:
     'versions': {
       name: metadata.version(name) for name in ('jax', 'jaxlib', 'libtpu')
     },
-    'clocks_ghz': {chip: costs.CLOCKS[chip] for chip in chips},
+    'clocks_ghz': {chip: CHIPS[chip].clock_ghz for chip in chips},
     'shapes': [dataclasses.asdict(shape) for shape in shapes],
     'kernels': table,
     'steps': steps,
@@ -282,7 +282,7 @@ def main(argv: list[str]) -> None:
   """Entry point."""
   del argv
   values = flags.FLAGS
-  chips = list(aot.CHIPS) if values.chip == ['all'] else values.chip
+  chips = list(CHIPS) if values.chip == ['all'] else values.chip
   named = values.shape
   shapes = [s for s in SHAPES if named == ['all'] or s.name in named]
 

@@ -3,20 +3,34 @@
 from jax.experimental.pallas import tpu as pltpu
 
 from sae_jax.tpu import target
+from sae_jax.tpu.chips import CHIPS
 
-# The least of any chip (v4), for interpreted kernels.
-_LEAST_VMEM = 2**24
+# A vector register holds 32-bit values in so many sublanes of so many lanes.
+SUBLANES = 8
+LANES = 128
 # Scalars that are there for all of a kernel's run; SMEM has 1 MiB.
 SMEM_BYTES = 2**19
+# No chip has less VMEM: what fits it fits everywhere.
+_LEAST = 'v4'
 
 
-def vmem_bytes() -> int:
-  """VMEM of the chip that is compiled for."""
-  if target.platform() != 'tpu':
-    return _LEAST_VMEM
+def interpret() -> bool:
+  """Whether kernels must be interpreted: nothing else than a TPU runs them."""
+  return target.platform() != 'tpu'
+
+
+def vmem_bytes(interpreted_as: str = _LEAST) -> int:
+  """VMEM of a TensorCore of the chip that is compiled for.
+
+  Args:
+    interpreted_as: the chip that interpreted kernels are laid out for, a key of
+      `tpu.chips.CHIPS`.
+  """
+  if interpret():
+    return CHIPS[interpreted_as].vmem_bytes
   return pltpu.get_tpu_info().vmem_capacity_bytes
 
 
 def cores() -> int:
   """TensorCores that one kernel runs on: 2 on v4 and v5p."""
-  return pltpu.get_tpu_info().num_cores if target.platform() == 'tpu' else 1
+  return 1 if interpret() else pltpu.get_tpu_info().num_cores

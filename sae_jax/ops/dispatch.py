@@ -1,6 +1,8 @@
 """Which implementation of a sparse operation a device and a shape get."""
 
 from sae_jax import errors
+from sae_jax.ops import chip
+from sae_jax.ops.chip import LANES
 from sae_jax.tpu import target
 
 IMPLEMENTATIONS = ('gather', 'dense', 'pallas')
@@ -14,7 +16,6 @@ IMPLEMENTATIONS = ('gather', 'dense', 'pallas')
 #   v5e, 438 on v5p, 515 on v6e (experiments/kernels/table.py). To select
 #   the top k of dense codes is not in it. No time was measured.
 _GATHER_FROM_RATIO = {'cpu': 32, 'tpu': 450}
-_LANES = 128
 
 
 def choose(
@@ -35,16 +36,16 @@ def choose(
     ratio = _GATHER_FROM_RATIO.get(target.platform(), 450)
     if n_latents < ratio * k:
       return 'dense'
-    kernels = target.platform() == 'tpu' and not width % _LANES
+    kernels = not chip.interpret() and not width % LANES
     return 'pallas' if kernels else 'gather'
   if implementation not in IMPLEMENTATIONS:
     raise errors.UserError(
       f'implementation {implementation!r} is not known: '
       f'use one of {", ".join(IMPLEMENTATIONS)}'
     )
-  if implementation == 'pallas' and width % _LANES:
+  if implementation == 'pallas' and width % LANES:
     raise errors.UserError(
-      f'implementation pallas takes a d_model that is a multiple of {_LANES}, '
+      f'implementation pallas takes a d_model that is a multiple of {LANES}, '
       f"not {width}: use None or 'gather'"
     )
   return implementation

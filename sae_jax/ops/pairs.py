@@ -10,9 +10,10 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from sae_jax.ops.chip import LANES
+
 # Pairs that are sorted and summed at a time: their list of chunks is in SMEM.
 _MOST_PAIRS = 2**22
-_LANES = 128
 
 
 @flax.struct.dataclass
@@ -69,7 +70,7 @@ def slots(tokens: int, k: int, active: float) -> int:
       since not every shard of the latents is as busy.
   """
   expected = tokens * k * active
-  return min(tokens * k, max(1, math.ceil(2 * expected / _LANES)) * _LANES)
+  return min(tokens * k, max(1, math.ceil(2 * expected / LANES)) * LANES)
 
 
 def parts(batch: int, k: int) -> int:

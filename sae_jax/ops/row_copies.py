@@ -18,6 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
+from sae_jax.ops.chip import SUBLANES
+
 # Rows of a part: what is issued in one run, waited for with one semaphore and
 # reduced by one product. 128 fill the MXU's contracting side (half of v6e's);
 # 256 gained nothing in the compiler's estimate.
@@ -25,7 +27,6 @@ PART = 128
 # Rows issued at once where a part is not full. What a run copies beyond the
 # last real row is row 0.
 _GROUP = 16
-_SUBLANES = 8
 
 
 class Buffer(NamedTuple):
@@ -61,7 +62,7 @@ def scratch(n_rows: int, tables: Sequence[jax.Array]) -> list:
   """Shapes of the scratch memory for two buffers of `n_rows`, for `pair`."""
   parts = n_rows // PART
   rows = [
-    pltpu.VMEM((parts, PART // _SUBLANES, _SUBLANES, t.shape[1]), t.dtype)
+    pltpu.VMEM((parts, PART // SUBLANES, SUBLANES, t.shape[1]), t.dtype)
     for t in tables
   ]
   return [*rows, *rows, pltpu.SemaphoreType.DMA((2, parts))]
@@ -181,7 +182,7 @@ def _masked(rows_RW, n_real):
 def _slice(rows, part, group):
   if group is None:
     return rows.at[part]
-  tiles = _GROUP // _SUBLANES
+  tiles = _GROUP // SUBLANES
   return rows.at[part, pl.ds(group * tiles, tiles)]
 
 
@@ -198,7 +199,7 @@ def _start(tables, rows_11R, buffer, unroll, part, group=None, n_real=None):
     for table, place in zip(tables, into):
       pltpu.make_async_copy(
         table.at[pl.ds(row, 1)],
-        place.at[r // _SUBLANES, pl.ds(r % _SUBLANES, 1)],
+        place.at[r // SUBLANES, pl.ds(r % SUBLANES, 1)],
         buffer.arrived.at[part],
       ).start()
 

@@ -14,10 +14,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
+from sae_jax.ops.chip import LANES, SUBLANES
 from sae_jax.tpu import target
 
-_SUBLANES = 8
-_LANES = 128
 # Steps that are sorted without leaving registers: 16 values and 16 indices
 # are half of the register file. Interpreted, long runs are slow to compile.
 _RUN = {'tpu': 16}
@@ -84,13 +83,13 @@ class _Steps:
 
   def __init__(self, vals_ref, idx_ref, lane):
     self._refs = vals_ref, idx_ref
-    self.lanes = pl.ds(pl.multiple_of(lane * _LANES, _LANES), _LANES)
+    self.lanes = pl.ds(pl.multiple_of(lane * LANES, LANES), LANES)
 
   def _at(self, step):
-    start = step * _SUBLANES
+    start = step * SUBLANES
     if not isinstance(step, int):
-      start = pl.multiple_of(start, _SUBLANES)
-    return pl.ds(start, _SUBLANES), self.lanes
+      start = pl.multiple_of(start, SUBLANES)
+    return pl.ds(start, SUBLANES), self.lanes
 
   def get(self, step) -> _Pair:
     return tuple(ref[self._at(step)] for ref in self._refs)
@@ -211,7 +210,7 @@ def scratch_steps(candidates: int, k: int) -> int:
     k: how many are taken.
   """
   limit = pl.next_power_of_2(k)
-  steps = candidates // _SUBLANES
+  steps = candidates // SUBLANES
   # Whole sorted lists: of the final length, or one that holds them all.
   unit = min(limit, pl.next_power_of_2(steps))
   return max(-(-steps // unit) * unit, limit)
@@ -230,13 +229,13 @@ def top_k(vals_ref, idx_ref, candidates: int, k: int, out_vals, out_idx):
     out_idx: of the same shape.
   """
   limit = pl.next_power_of_2(k)
-  steps_count = candidates // _SUBLANES
+  steps_count = candidates // SUBLANES
   unit = min(limit, pl.next_power_of_2(steps_count))
   count = -(-steps_count // unit) * unit
 
   def lane(i, carry):
     steps = _Steps(vals_ref, idx_ref, i)
-    shape = (_SUBLANES, _LANES)
+    shape = (SUBLANES, LANES)
     whole = jnp.issubdtype(vals_ref.dtype, jnp.integer)
     lowest = jnp.iinfo(vals_ref.dtype).min if whole else -jnp.inf
     nothing = (
@@ -266,13 +265,13 @@ def top_k(vals_ref, idx_ref, candidates: int, k: int, out_vals, out_idx):
         out[pl.ds(row, count), steps.lanes] = first
 
     def eight(i, carry):
-      write(pl.multiple_of(i * _SUBLANES, _SUBLANES), _SUBLANES)
+      write(pl.multiple_of(i * SUBLANES, SUBLANES), SUBLANES)
       return carry
 
-    if k >= _SUBLANES:
-      lax.fori_loop(0, k // _SUBLANES, eight, 0)
-    if k % _SUBLANES:
-      write(k // _SUBLANES * _SUBLANES, k % _SUBLANES)
+    if k >= SUBLANES:
+      lax.fori_loop(0, k // SUBLANES, eight, 0)
+    if k % SUBLANES:
+      write(k // SUBLANES * SUBLANES, k % SUBLANES)
     return carry
 
-  lax.fori_loop(0, out_vals.shape[1] // _LANES, lane, 0)
+  lax.fori_loop(0, out_vals.shape[1] // LANES, lane, 0)

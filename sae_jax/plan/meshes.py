@@ -12,7 +12,7 @@ from sae_jax.ops import dispatch
 from sae_jax.ops.encode_topk.reference import BLOCK_BYTES
 from sae_jax.plan import footprint, roofline
 from sae_jax.plan.footprint import Footprint
-from sae_jax.tpu.chips import Slices
+from sae_jax.tpu.slices import Slices
 from sae_jax.training.config import TrainConfig
 
 

@@ -14,8 +14,8 @@ from sae_jax.plan.program import parts, text
 from sae_jax.plan.program.costs import Buffer, Costs
 from sae_jax.plan.program.text import Module
 from sae_jax.plan.record import MeshChoice, Plan
-from sae_jax.tpu import chips as chips_lib
-from sae_jax.tpu.chips import Slices
+from sae_jax.tpu import slices as slices_lib
+from sae_jax.tpu.slices import Slices
 from sae_jax.training.config import TrainConfig
 
 DEAD = ('none', 'few', 'all')
@@ -65,7 +65,7 @@ def plan(
     raise errors.UserError(
       f'dead {dead!r} is not known: use one of {", ".join(DEAD)}'
     )
-  slices = chips_lib.find(topology, num_slices)
+  slices = slices_lib.find(topology, num_slices)
   guesses = _guesses(config, slices, mesh, implementation)
   ranked, refused = _compiled_plans(
     config, slices, guesses, implementation, dead, max(1, compiles), report

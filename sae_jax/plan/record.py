@@ -8,13 +8,24 @@ from sae_jax.plan.footprint import Footprint
 from sae_jax.plan.program.costs import Buffer, Costs, Kernel
 from sae_jax.plan.remedies import Remedy
 from sae_jax.plan.roofline import Roofline
-from sae_jax.tpu.chips import CHIPS, Slices
+from sae_jax.tpu.chips import CHIPS
+from sae_jax.tpu.slices import Slices
 from sae_jax.training.config import TrainConfig
 
 GIB = 2**30
 NOTHING_MEASURED = (
   'nothing here was measured: the compiler says what fits, arithmetic on its '
   'program bounds the times'
+)
+# Of a chip: what times and memory are reckoned with.
+_FIGURES = (
+  'flops',
+  'hbm_gib',
+  'hbm_bandwidth',
+  'ici_bandwidth',
+  'dcn_bandwidth',
+  'dimensions',
+  'most_chips',
 )
 
 
@@ -109,7 +120,7 @@ class Plan:
 
   def to_dict(self) -> dict[str, Any]:
     """All figures, for JSON."""
-    share = self.slices.devices_per_chip
+    share, chip = self.slices.devices_per_chip, CHIPS[self.slices.chip]
     memory = dataclasses.asdict(self.footprint)
     return {
       'measured': False,
@@ -160,7 +171,7 @@ class Plan:
       # Plans that are stored, as in experiments/plans, have this key.
       'splits': [dataclasses.asdict(mesh) for mesh in self.meshes],
       'remedies': [dataclasses.asdict(remedy) for remedy in self.remedies],
-      'chip': dataclasses.asdict(CHIPS[self.slices.chip]),
+      'chip': {name: getattr(chip, name) for name in _FIGURES},
       'assumptions': list(roofline_lib.ASSUMPTIONS),
       'compile_s_on_this_machine': self.compile_s,
       'config': dataclasses.asdict(self.config),

@@ -7,8 +7,8 @@ import math
 from sae_jax import errors
 from sae_jax.plan import footprint, meshes
 from sae_jax.plan.footprint import Footprint
-from sae_jax.tpu import chips as chips_lib
-from sae_jax.tpu.chips import Slices
+from sae_jax.tpu import slices as slices_lib
+from sae_jax.tpu.slices import Slices
 from sae_jax.training import step
 from sae_jax.training.config import TrainConfig
 
@@ -140,13 +140,13 @@ def _larger_slices(config, slices, needs) -> _Changes:
   least = max(chips + 1, _least_chips(config, slices, needs))
   sizes = sorted({
     math.prod(shape)
-    for shape in chips_lib.offered(slices.chip)
+    for shape in slices_lib.offered(slices.chip)
     if math.prod(shape) >= least
   })  # fmt: skip
   for size in sizes[:_LARGER_SLICES]:
-    name = chips_lib.name(slices.chip, chips_lib.nearest(slices.chip, size))
+    name = slices_lib.name(slices.chip, slices_lib.nearest(slices.chip, size))
     try:
-      other = chips_lib.find(name, slices.count)
+      other = slices_lib.find(name, slices.count)
     except errors.UserError:
       continue
     for data, latent in meshes.allowed(config, other):

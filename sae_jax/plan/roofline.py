@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 
 from sae_jax.plan.program import exchange
 from sae_jax.plan.program.costs import Costs
-from sae_jax.tpu.chips import Slices
+from sae_jax.tpu.slices import Slices
 
 ASSUMPTIONS = (
   'every matrix product runs at the peak rate of bfloat16 (float32 factors at '

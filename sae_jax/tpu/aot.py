@@ -13,17 +13,8 @@ from jax.sharding import Mesh
 
 from sae_jax import errors
 from sae_jax import mesh as mesh_lib
+from sae_jax.tpu.chips import CHIPS
 
-# A small topology of each chip, for one-chip programs.
-CHIPS = {
-  'v4': 'v4:2x2x1',
-  'v5e': 'v5e:2x2',
-  'v5p': 'v5p:2x2x1',
-  'v6e': 'v6e:2x2',
-  'tpu7x': 'tpu7x:2x2x1',
-}
-# The two cores of a v4 chip work as one device, as those of v5p do.
-_SETTINGS = {'v4': {'chip_config_name': 'megacore'}}
 _ENVIRONMENT = {
   # Without it a second process dies on libtpu's lock file.
   'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
@@ -54,14 +45,16 @@ def devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
       f'topology {topology!r} is not known: write it as v5p:4x4x4 or v6e:16x16'
     )
   chip, shape = topology.split(':')
-  more = dict(_SETTINGS.get(chip, {}))
+  settings = {}
+  if chip in CHIPS and CHIPS[chip].megacore:
+    settings['chip_config_name'] = 'megacore'
   if num_slices > 1:
-    more['num_slices'] = num_slices
+    settings['num_slices'] = num_slices
   if set(shape.split('x')) == {'1'}:
-    more['chips_per_host_bounds'] = (1, 1, 1)
+    settings['chips_per_host_bounds'] = (1, 1, 1)
   try:
-    found = topologies.get_topology_desc(
-      platform='tpu', topology_name=topology, **more
+    description = topologies.get_topology_desc(
+      platform='tpu', topology_name=topology, **settings
     )
   except Exception as error:
     reason = ' '.join(str(error).split())
@@ -72,7 +65,7 @@ def devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
     raise errors.UserError(
       f'the TPU compiler refuses topology {topology!r}: {reason}'
     ) from error
-  return list(found.devices)
+  return list(description.devices)
 
 
 def mesh(
@@ -83,5 +76,5 @@ def mesh(
 
 
 def one_chip(chip: str) -> Mesh:
-  """A mesh of one device of a chip in `CHIPS`."""
-  return mesh_lib.make_mesh(1, 1, devices(CHIPS[chip])[:1])
+  """A mesh of one device of a chip in `chips.CHIPS`."""
+  return mesh_lib.make_mesh(1, 1, devices(CHIPS[chip].topology)[:1])

@@ -1,21 +1,12 @@
-"""TPU chips and slices: published figures, and which slices there are.
+"""The one table of what is known of each TPU chip.
 
 Figures are per chip, from the page of each version under
-https://docs.cloud.google.com/tpu/docs (system architecture), as of 2026. Peak
-rates bound a time from below; nothing reaches them.
+https://docs.cloud.google.com/tpu/docs (system architecture), as of 2026, but
+for those that say otherwise. Peak rates bound a time from below; nothing
+reaches them.
 """
 
-from collections.abc import Sequence
 import dataclasses
-import difflib
-import functools
-import math
-import re
-
-import jax
-
-from sae_jax import errors
-from sae_jax.tpu import aot
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +24,12 @@ class Chip:
     dcn_bandwidth: bytes a second of a chip's share in its host's network.
     dimensions: of the torus that the links make.
     most_chips: of a slice.
+    vmem_mib: MiB of VMEM of each TensorCore, as Pallas knows it.
+    clock_ghz: of the TensorCores. Those of v5e and v5p follow from their peak
+      rates; tpu7x's is assumed.
+    topology: a small slice, to compile one-chip programs for.
+    megacore: whether libtpu must be told that the two cores of a chip work as
+      one device. Those of v5p do by themselves.
   """
 
   flops: float
@@ -42,168 +39,82 @@ class Chip:
   dcn_bandwidth: float
   dimensions: int
   most_chips: int
+  vmem_mib: int
+  clock_ghz: float
+  topology: str
+  megacore: bool = False
+
+  @property
+  def vmem_bytes(self) -> int:
+    """VMEM of each TensorCore."""
+    return self.vmem_mib * 2**20
 
 
 _GBIT = 1e9 / 8
 CHIPS = {
-  # Its page has no figure for links or hosts: ICI is its all-reduce bandwidth
-  # per pod over 4,096 chips, the network that of v5p.
-  'v4': Chip(275e12, 30.75, 1228e9, 268e9, 50 * _GBIT, 3, 4096),
-  # The network is its pod's 6.4 Tbit/s over 256 chips.
-  'v5e': Chip(197e12, 15.75, 819e9, 200e9, 25 * _GBIT, 2, 256),
-  'v5p': Chip(459e12, 95.73, 2765e9, 600e9, 50 * _GBIT, 3, 6144),
-  'v6e': Chip(918e12, 31.24, 1640e9, 400e9, 100 * _GBIT, 2, 256),
-  # A chip is two devices, of half of everything each.
-  'tpu7x': Chip(2307e12, 189.48, 7380e9, 600e9, 100 * _GBIT, 3, 9216),
+  'v4': Chip(
+    flops=275e12,
+    hbm_gib=30.75,
+    hbm_bandwidth=1228e9,
+    # Its page has no figure for links or hosts: this is its all-reduce
+    # bandwidth per pod over 4,096 chips, and the network that of v5p.
+    ici_bandwidth=268e9,
+    dcn_bandwidth=50 * _GBIT,
+    dimensions=3,
+    most_chips=4096,
+    vmem_mib=16,
+    clock_ghz=1.05,
+    topology='v4:2x2x1',
+    megacore=True,
+  ),
+  'v5e': Chip(
+    flops=197e12,
+    hbm_gib=15.75,
+    hbm_bandwidth=819e9,
+    ici_bandwidth=200e9,
+    # Its pod's 6.4 Tbit/s over 256 chips.
+    dcn_bandwidth=25 * _GBIT,
+    dimensions=2,
+    most_chips=256,
+    vmem_mib=128,
+    clock_ghz=1.5,
+    topology='v5e:2x2',
+  ),
+  'v5p': Chip(
+    flops=459e12,
+    hbm_gib=95.73,
+    hbm_bandwidth=2765e9,
+    ici_bandwidth=600e9,
+    dcn_bandwidth=50 * _GBIT,
+    dimensions=3,
+    most_chips=6144,
+    vmem_mib=64,
+    clock_ghz=1.75,
+    topology='v5p:2x2x1',
+  ),
+  'v6e': Chip(
+    flops=918e12,
+    hbm_gib=31.24,
+    hbm_bandwidth=1640e9,
+    ici_bandwidth=400e9,
+    dcn_bandwidth=100 * _GBIT,
+    dimensions=2,
+    most_chips=256,
+    vmem_mib=128,
+    clock_ghz=1.75,
+    topology='v6e:2x2',
+  ),
+  # A chip is two devices, of half of everything each but VMEM and clock.
+  'tpu7x': Chip(
+    flops=2307e12,
+    hbm_gib=189.48,
+    hbm_bandwidth=7380e9,
+    ici_bandwidth=600e9,
+    dcn_bandwidth=100 * _GBIT,
+    dimensions=3,
+    most_chips=9216,
+    vmem_mib=64,
+    clock_ghz=2.2,
+    topology='tpu7x:2x2x1',
+  ),
 }
-_FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
-_PARTS_OF_A_CUBE = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
-
-
-@dataclasses.dataclass(frozen=True)
-class Slices:
-  """Devices to plan for: one or more slices of one shape.
-
-  Attributes:
-    chip: the version, a key of `CHIPS`.
-    shape: chips of a slice along each dimension of its torus.
-    count: how many slices.
-    devices: as JAX sees them, for compilation alone.
-  """
-
-  chip: str
-  shape: tuple[int, ...]
-  count: int
-  devices: tuple[jax.Device, ...]
-
-  @property
-  def name(self) -> str:
-    """As written: 'v6e:16x16'."""
-    return name(self.chip, self.shape)
-
-  @property
-  def chips(self) -> int:
-    """Chips of all slices."""
-    return self.count * math.prod(self.shape)
-
-  @property
-  def devices_per_chip(self) -> int:
-    """JAX devices of a chip: two on tpu7x, one elsewhere."""
-    return len(self.devices) // self.chips
-
-  @property
-  def device(self) -> Chip:
-    """The chip's figures, of one of its devices."""
-    chip, share = CHIPS[self.chip], self.devices_per_chip
-    rates = ('flops', 'hbm_gib', 'hbm_bandwidth', 'ici_bandwidth')
-    return dataclasses.replace(
-      chip,
-      **{key: getattr(chip, key) / share for key in (*rates, 'dcn_bandwidth')},
-    )
-
-  @property
-  def hbm_limit(self) -> float:
-    """Bytes of HBM of a device that a program can use."""
-    return self.device.hbm_gib * 2**30
-
-
-def name(chip: str, shape: Sequence[int]) -> str:
-  """A slice's name, 'v6e:16x16'."""
-  return f'{chip}:{"x".join(map(str, shape))}'
-
-
-@functools.cache
-def offered(chip: str) -> tuple[tuple[int, ...], ...]:
-  """The shapes of slices of a chip, by number of chips, the most compact first.
-
-  2-D ones are those of the page; 3-D ones are parts of a cube of 4x4x4 chips,
-  or made of whole cubes.
-  """
-  if CHIPS[chip].dimensions == 2:
-    return _FLAT
-  most = CHIPS[chip].most_chips // 64
-  cubes = [
-    (4 * a, 4 * b, 4 * c)
-    for a in range(1, most + 1)
-    for b in range(a, most // a + 1)
-    for c in range(b, most // (a * b) + 1)
-  ]
-  return tuple(
-    sorted((*_PARTS_OF_A_CUBE, *cubes), key=lambda s: (math.prod(s), max(s)))
-  )
-
-
-def nearest(chip: str, chips: float) -> tuple[int, ...]:
-  """The smallest slice with so many chips, or the largest there is."""
-  largest = math.prod(offered(chip)[-1])
-  wanted = min(chips, largest)
-  return next(s for s in offered(chip) if math.prod(s) >= wanted)
-
-
-def find(topology: str, num_slices: int = 1) -> Slices:
-  """The slices of a name such as 'v6e:16x16'.
-
-  Args:
-    topology: chip and shape of a slice.
-    num_slices: how many of them.
-
-  Raises:
-    UserError: if there is no such slice; it names one that there is.
-  """
-  if num_slices < 1:
-    raise errors.UserError(f'num_slices {num_slices} must be 1 or more: use 1')
-  chip, _, dims = topology.partition(':')
-  if chip not in CHIPS:
-    near = difflib.get_close_matches(chip, CHIPS, 1, 0)[0]
-    raise errors.UserError(
-      f'topology {topology!r}: chip {chip!r} is not known, there are '
-      f'{", ".join(CHIPS)}: use {name(near, _closest(near, _numbers(dims)))}'
-    )
-  shape = _numbers(dims)
-  if CHIPS[chip].dimensions == 3 and len(shape) == 2:
-    shape = (*shape, 1)
-  known = {tuple(sorted(s)) for s in offered(chip)}
-  if not re.fullmatch(r'\d+(x\d+)*', dims) or tuple(sorted(shape)) not in known:
-    raise errors.UserError(
-      f'topology {topology!r}: there is no such slice of {chip}: use '
-      f'{name(chip, _closest(chip, shape))}{_several(chip, shape)}'
-    )
-  return Slices(chip, shape, num_slices, _devices(chip, shape, num_slices))
-
-
-def _numbers(dims: str) -> tuple[int, ...]:
-  return tuple(map(int, re.findall(r'\d+', dims)))
-
-
-def _closest(chip: str, shape: Sequence[int]) -> tuple[int, ...]:
-  """The slice of at least as many chips whose sides differ least."""
-  chips = math.prod(shape)
-  size = math.prod(nearest(chip, chips))
-  wanted = sorted(shape)
-
-  def differs(other):
-    return sum(abs(a - b) for a, b in zip(sorted(other), wanted))
-
-  same = [s for s in offered(chip) if math.prod(s) == size]
-  return min(same, key=differs)
-
-
-def _several(chip: str, shape: Sequence[int]) -> str:
-  """What to add where one slice is not enough."""
-  most = CHIPS[chip].most_chips
-  count = -(-math.prod(shape) // most)
-  return f' --num_slices={count}' if count > 1 else ''
-
-
-def _devices(
-  chip: str, shape: Sequence[int], num_slices: int
-) -> tuple[jax.Device, ...]:
-  try:
-    found = aot.devices(name(chip, shape), num_slices)
-  except errors.UserError as error:
-    if 'pip install' in str(error):
-      raise
-    raise errors.UserError(
-      f'{error}: use {name(chip, nearest(chip, math.prod(shape) + 1))}'
-    ) from error
-  return tuple(found)

@@ -3,13 +3,13 @@
 import pytest
 
 from sae_jax.plan import meshes
-from sae_jax.tpu import chips
+from sae_jax.tpu import slices as slices_lib
 
 
 @pytest.fixture(scope='module')
 def v5e():
   """Four chips to compile for."""
-  return chips.find('v5e:2x2')
+  return slices_lib.find('v5e:2x2')
 
 
 @pytest.fixture(scope='module')

@@ -9,6 +9,7 @@ from sae_jax import mesh as mesh_lib
 from sae_jax.autoencoder import SaeConfig
 from sae_jax.ops.adam_rows import api, kernel
 from sae_jax.tpu import aot
+from sae_jax.tpu.chips import CHIPS
 from sae_jax.training import optimizer
 from sae_jax.training import state as state_lib
 from sae_jax.training.config import TrainConfig
@@ -56,7 +57,7 @@ def step_of(implementation):
   return do
 
 
-@pytest.mark.parametrize('chip', aot.CHIPS)
+@pytest.mark.parametrize('chip', CHIPS)
 def test_every_chip_compiles_one_pass_in_place(chip):
   mesh = aot.one_chip(chip)
   for n, width in NAMED:

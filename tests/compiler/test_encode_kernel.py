@@ -15,6 +15,7 @@ from sae_jax.ops import dispatch, shapes, sorting_network
 from sae_jax.ops.encode_topk import exact, kernel
 from sae_jax.ops.encode_topk import tiles as tiles_lib
 from sae_jax.tpu import aot
+from sae_jax.tpu.chips import CHIPS
 from tests.support.encode_runs import GROUPED, run, TILES
 from tests.support.top_k_checks import stable_top_k
 
@@ -134,7 +135,7 @@ def test_an_approximate_top_k_has_the_recall_it_promises():
 NAMED = {shape.name: shape for shape in shapes.SHAPES}
 
 
-@pytest.mark.parametrize('chip', aot.CHIPS)
+@pytest.mark.parametrize('chip', CHIPS)
 @pytest.mark.parametrize('name', ['128k', 'wide', '16m shard'])
 def test_it_compiles_for_every_chip(chip, name):
   shape = NAMED[name]

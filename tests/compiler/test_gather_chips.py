@@ -15,11 +15,12 @@ from sae_jax.ops.decode import tiles as decode_tiles
 from sae_jax.ops.weight_grad import kernel as grad_kernel
 from sae_jax.ops.weight_grad import tiles as grad_tiles
 from sae_jax.tpu import aot
+from sae_jax.tpu.chips import CHIPS
 
 BF16 = jnp.bfloat16
 
 
-@pytest.fixture(scope='module', params=aot.CHIPS)
+@pytest.fixture(scope='module', params=CHIPS)
 def chip(request):
   return aot.one_chip(request.param)
 

@@ -22,7 +22,9 @@ from sae_jax.plan import footprint, meshes, planner, remedies, roofline, table
 from sae_jax.plan.program import costs as costs_lib
 from sae_jax.plan.program import exchange, parts
 from sae_jax.plan.program import text as text_lib
-from sae_jax.tpu import aot, chips
+from sae_jax.tpu import aot
+from sae_jax.tpu import slices as slices_lib
+from sae_jax.tpu.chips import CHIPS
 from sae_jax.training import step
 from sae_jax.training.config import TrainConfig
 from sae_jax.training.objective import ObjectiveConfig
@@ -68,21 +70,21 @@ def planned(v5e, line, compiled):
 )
 def test_slices_that_are_not_name_one_that_is(topology, part):
   with pytest.raises(errors.UserError, match=re.escape(part)):
-    chips.find(topology)
+    slices_lib.find(topology)
 
 
 def test_every_small_slice_that_is_named_can_be_compiled_for():
-  for chip in chips.CHIPS:
-    for shape in chips.offered(chip)[:4]:
-      slices = chips.find(chips.name(chip, shape))
+  for chip in CHIPS:
+    for shape in slices_lib.offered(chip)[:4]:
+      slices = slices_lib.find(slices_lib.name(chip, shape))
       per_chip = 2 if chip == 'tpu7x' else 1
       assert slices.devices_per_chip == per_chip
       assert len(slices.devices) == per_chip * math.prod(shape)
 
 
-@pytest.mark.parametrize('chip', chips.CHIPS)
+@pytest.mark.parametrize('chip', CHIPS)
 def test_the_room_in_hbm_is_what_the_compiler_says(chip):
-  slices = chips.find(chips.name(chip, chips.offered(chip)[1]))
+  slices = slices_lib.find(slices_lib.name(chip, slices_lib.offered(chip)[1]))
   mesh = meshes.make_mesh(slices, 0, 1)
   x = jax.ShapeDtypeStruct(
     (len(slices.devices), 2**18, 2**18), BF16,
@@ -129,15 +131,15 @@ def test_times_are_those_of_the_slower_of_products_and_memory(v5e, line):
   ],
 )
 def test_exchanges_take_the_links_that_they_span(kind, data, latent, want):
-  slices = chips.find('v6e:16x16')
+  slices = slices_lib.find('v6e:16x16')
   mesh = meshes.make_mesh(slices, data, latent)
   seconds = roofline.link_seconds(kind, 1.0, mesh.devices[0], slices)
   assert seconds == pytest.approx(want)
 
 
 def test_devices_share_their_chip():
-  slices = chips.find('tpu7x:2x2x1')
-  assert slices.device.flops == chips.CHIPS['tpu7x'].flops / 2
+  slices = slices_lib.find('tpu7x:2x2x1')
+  assert slices.device.flops == CHIPS['tpu7x'].flops / 2
   assert slices.hbm_limit == pytest.approx(94.74 * 2**30)
 
 
@@ -298,7 +300,7 @@ def test_uneven_meshes_name_the_nearest_even_sizes(config, mesh, part):
 
 
 def test_a_mesh_that_does_not_lie_on_the_torus_names_one(monkeypatch):
-  slices = chips.find('v6e:4x4')
+  slices = slices_lib.find('v6e:4x4')
   real = meshes.mesh_lib.make_mesh
 
   def refuses(data, latent, devices):

@@ -11,7 +11,7 @@ from sae_jax.autoencoder import preprocessing, SaeConfig
 from sae_jax.ops import scopes
 from sae_jax.plan import footprint, meshes, planner
 from sae_jax.plan.program import parts
-from sae_jax.tpu import chips
+from sae_jax.tpu import slices as slices_lib
 from sae_jax.training import step
 from sae_jax.training.config import TrainConfig
 from sae_jax.training.objective import ObjectiveConfig
@@ -28,7 +28,7 @@ def train_config(objective=None, **kwargs):
 
 @pytest.fixture(scope='module')
 def one_chip():
-  slices = chips.find('v5e:1x1')
+  slices = slices_lib.find('v5e:1x1')
   return slices, meshes.make_mesh(slices, 1, 1)
 
 

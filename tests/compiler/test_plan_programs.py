@@ -9,7 +9,7 @@ import pytest
 
 from sae_jax.plan import meshes, roofline
 from sae_jax.plan.program import costs
-from sae_jax.tpu import chips
+from sae_jax.tpu import slices as slices_lib
 from tests.support.programs import costs_of, module_of, product
 
 BF16, F32, I32 = jnp.bfloat16, jnp.float32, jnp.int32
@@ -145,7 +145,7 @@ def test_rows_alone_are_read_and_written(line):
 
 @pytest.mark.parametrize('topology', ['v5e:2x2', 'tpu7x:2x2x1'])
 def test_exchanges_are_found_with_their_bytes_and_groups(topology):
-  slices = chips.find(topology)
+  slices = slices_lib.find(topology)
   n = len(slices.devices)
   mesh = meshes.make_mesh(slices, 1, n)
 
@@ -205,7 +205,7 @@ def test_exchanges_in_a_loop_and_along_one_axis(v5e):
 
 
 def test_exchanges_between_slices_go_over_the_network():
-  slices = chips.find('v6e:2x2', 2)
+  slices = slices_lib.find('v6e:2x2', 2)
   mesh = meshes.make_mesh(slices, 4, 2)
   spec = P(('data', 'latent'))
   shards = jax.shard_map(
@@ -239,7 +239,7 @@ def kernel_call(cost):
 
 
 def test_kernels_count_by_what_they_declare():
-  slices = chips.find('v6e:1x1')
+  slices = slices_lib.find('v6e:1x1')
   mesh = meshes.make_mesh(slices, 1, 1)
   declared = pl.CostEstimate(flops=12345, transcendentals=0, bytes_accessed=678)
   for cost in (declared, None):

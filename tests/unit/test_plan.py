@@ -2,7 +2,7 @@
 
 import pytest
 
-from sae_jax.tpu import chips
+from sae_jax.tpu import slices as slices_lib
 
 
 @pytest.mark.parametrize(
@@ -16,4 +16,4 @@ from sae_jax.tpu import chips
   ],
 )
 def test_the_nearest_slice_is_compact(chip, wanted, shape):
-  assert chips.nearest(chip, wanted) == shape
+  assert slices_lib.nearest(chip, wanted) == shape

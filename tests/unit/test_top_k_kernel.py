@@ -13,6 +13,7 @@ import pytest
 
 from sae_jax.ops.top_k import api, kernel
 from sae_jax.tpu import aot
+from sae_jax.tpu.chips import CHIPS
 from tests.support.top_k_checks import stable_top_k
 
 RNG = np.random.default_rng(0)
@@ -89,7 +90,7 @@ def test_no_memory_is_raced_for_or_read_unwritten():
 
 # What a batch that is done again, and the winners of many shards, are ranked
 # by. The last is wide enough for buckets first.
-@pytest.mark.parametrize('chip', aot.CHIPS)
+@pytest.mark.parametrize('chip', CHIPS)
 @pytest.mark.parametrize(
   'batch, n, k', [(64, 4096, 32), (512, 4096, 256), (64, 131_072, 64)]
 )

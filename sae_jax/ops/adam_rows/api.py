@@ -9,9 +9,9 @@ import optax
 
 from sae_jax import errors
 from sae_jax import mesh as mesh_lib
-from sae_jax.ops import dispatch
+from sae_jax.ops import chip, dispatch
 from sae_jax.ops.adam_rows import kernel, reference
-from sae_jax.tpu import target
+from sae_jax.ops.chip import LANES
 
 
 def fused(implementation: str | None) -> bool:
@@ -105,7 +105,7 @@ def adam_rows(
   run = functools.partial(
     kernel.adam_rows,
     guarded=only_if is not None,
-    interpret=target.platform() != 'tpu',
+    interpret=chip.interpret(),
     **config,
   )
   scalars = jnp.stack([jnp.asarray(s).astype(jnp.float32) for s in scalars])
@@ -136,7 +136,7 @@ def squared_norm(
   if not fused(implementation):
     return reference.squared_norm(p_ND, g_ND)
   _check(p_ND, g_ND)
-  interpret = target.platform() != 'tpu'
+  interpret = chip.interpret()
 
   def run(p_ND, g_ND):
     return (kernel.squared_norm(p_ND, g_ND, interpret=interpret),)
@@ -181,8 +181,8 @@ def _check(*matrices):
   # XLA stores other widths with the rows along lanes and would copy all five
   # matrices into the kernel's layout and back.
   width = matrices[0].shape[1]
-  if width % 128:
+  if width % LANES:
     raise errors.UserError(
-      f'the fused optimiser needs a d_model that is a multiple of 128, not '
-      f"{width}: use implementation 'gather'"
+      f'the fused optimiser needs a d_model that is a multiple of {LANES}, '
+      f"not {width}: use implementation 'gather'"
     )

@@ -10,10 +10,11 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from sae_jax.ops.adam_rows import tiles
+from sae_jax.ops.chip import LANES, SUBLANES
 
 # Read and written by a step: p, mu, nu, ema; read only: g.
 _IN, _OUT = 5, 4
-_TILE = (8, 128)
+_TILE = (SUBLANES, LANES)
 
 
 def adam_rows(

@@ -2,9 +2,8 @@
 
 import dataclasses
 
-from jax.experimental.pallas import tpu as pltpu
-
-from sae_jax.tpu import target
+from sae_jax.ops import chip
+from sae_jax.ops.chip import LANES, SUBLANES
 
 # What a group holds of one matrix. A group's two sums over a row follow each
 # other, and only other rows of the group can fill the wait: the compiler's
@@ -13,7 +12,6 @@ from sae_jax.tpu import target
 # needs 18. Larger ones take longer to compile.
 _GROUP_ELEMENTS = 65_536
 _MOST_GROUP = 256
-_SUBLANES = 8
 # VMEM for the blocks of all matrices, two of each since the next is fetched
 # meanwhile. Blocks of 64, 128, 256 and 512 rows at D 768 are 23, 19, 16 and 15
 # cycles a row on v5e by the same estimate (HBM 51), 15, 14, 12 and 12 on v6e
@@ -22,8 +20,6 @@ _SUBLANES = 8
 _MOST_BLOCKS_BYTES = 2**24
 _VMEM_SHARE = 0.5
 _SPILLED_BYTES = 2**21
-# The least of any chip (v4), for interpreted kernels.
-_LEAST_VMEM = 2**24
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,16 +45,13 @@ def choose(n: int, width: int, matrices: int) -> Tile:
     width: float32 numbers in a row.
     matrices: how many are read or written.
   """
-  vmem = _LEAST_VMEM
-  if target.platform() == 'tpu':
-    vmem = pltpu.get_tpu_info().vmem_capacity_bytes
-  lanes = -(-width // 128) * 128
-  rows = -(-n // _SUBLANES) * _SUBLANES
-  group = _SUBLANES
+  lanes = -(-width // LANES) * LANES
+  rows = -(-n // SUBLANES) * SUBLANES
+  group = SUBLANES
   while 2 * group <= min(rows, _MOST_GROUP, _GROUP_ELEMENTS // lanes):
     group *= 2
   row_bytes = 2 * matrices * lanes * 4
-  blocks_bytes = min(_VMEM_SHARE * vmem, _MOST_BLOCKS_BYTES)
+  blocks_bytes = min(_VMEM_SHARE * chip.vmem_bytes(), _MOST_BLOCKS_BYTES)
   groups = max(1, int(blocks_bytes / row_bytes / group))
   block = group * min(groups, -(-rows // group))
   return Tile(block, group, block * row_bytes + _SPILLED_BYTES)

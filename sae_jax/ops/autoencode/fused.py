@@ -6,14 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sae_jax.ops import pairs, scopes, varying
+from sae_jax.ops import chip, pairs, scopes, varying
 from sae_jax.ops.decode import blocks as blocks_lib
 from sae_jax.ops.decode import tiles as decode_tiles
 from sae_jax.ops.dense import matmul
 from sae_jax.ops.encode_topk import exact
 from sae_jax.ops.top_k import api as top_k_api
 from sae_jax.ops.weight_grad import kernel as weight_grad_kernel
-from sae_jax.tpu import target
 
 
 def autoencode(
@@ -193,7 +192,7 @@ def _weight_grads(
       count=count,
       expected=expected,
       dtype=dtype,
-      interpret=target.platform() != 'tpu',
+      interpret=chip.interpret(),
     )
     (dec_ND, enc_ND), (used_N, bias_N) = sums(
       (decs[-1], enc_P), (gs[-1], centred_BD)

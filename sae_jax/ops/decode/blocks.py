@@ -3,9 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from sae_jax.ops import pairs
+from sae_jax.ops import chip, pairs
 from sae_jax.ops.decode import kernel, tiles
-from sae_jax.tpu import target
 
 
 def sums(
@@ -26,7 +25,7 @@ def sums(
     block_tokens=blocks.tokens,
     dtype=dtype,
     expected=expected,
-    interpret=target.platform() != 'tpu',
+    interpret=chip.interpret(),
   )
   return total[:batch]
 
@@ -48,7 +47,7 @@ def products(
     block_tokens=blocks.tokens,
     dtype=dtype,
     expected=expected,
-    interpret=target.platform() != 'tpu',
+    interpret=chip.interpret(),
   )
 
 

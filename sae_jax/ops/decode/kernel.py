@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from sae_jax import errors
 from sae_jax.ops import row_copies, varying
+from sae_jax.ops.chip import LANES, SUBLANES
 from sae_jax.ops.decode import tiles
 
 
@@ -131,15 +132,15 @@ def _check(w_ND, block_tokens):
   d_model = w_ND.shape[1]
   if w_ND.dtype != jnp.float32:
     raise errors.UserError(f'rows of {w_ND.dtype} are not copied: use float32')
-  if d_model % 128:
+  if d_model % LANES:
     raise errors.UserError(
-      f'd_model {d_model} must be a multiple of 128 for this kernel: '
-      f'use {-(-d_model // 128) * 128}'
+      f'd_model {d_model} must be a multiple of {LANES} for this kernel: '
+      f'use {-(-d_model // LANES) * LANES}'
     )
-  if block_tokens % 8:
+  if block_tokens % SUBLANES:
     raise errors.UserError(
-      f'block_tokens {block_tokens} must be a multiple of 8: '
-      f'use {-(-block_tokens // 8) * 8}'
+      f'block_tokens {block_tokens} must be a multiple of {SUBLANES}: '
+      f'use {-(-block_tokens // SUBLANES) * SUBLANES}'
     )
 
 

@@ -3,10 +3,9 @@
 import jax
 import jax.numpy as jnp
 
-from sae_jax.ops import varying
+from sae_jax.ops import chip, varying
 from sae_jax.ops.encode_topk import kernel, reference
 from sae_jax.ops.encode_topk import tiles as tiles_lib
-from sae_jax.tpu import target
 
 # Tokens that are done again at a time, for each of which the pre-activations
 # exist, and the most bytes of these. A pass reads the encoder, so that few
@@ -61,7 +60,7 @@ def encode_topk(
     k,
     tiles=tiles,
     dtype=dtype,
-    interpret=target.platform() != 'tpu',
+    interpret=chip.interpret(),
   )
   # No comparison holds for a NaN, so the kernel never sees one.
   weights_ok = jnp.isfinite(w_enc_ND).all() & ~jnp.isnan(bias_N).any()

@@ -25,10 +25,8 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from sae_jax.ops import row_copies, sorting_network, varying
+from sae_jax.ops.chip import LANES, SUBLANES
 from sae_jax.ops.encode_topk.tiles import Tiles
-
-_SUBLANES = 8
-_LANES = 128
 
 
 # In the loops that are unrolled `lax` is used, of which the many operations are
@@ -102,13 +100,13 @@ def _kernel(
       precision=precision,
     )
     # The bias is a row in memory, where a column would be padded 128 times.
-    row = jnp.broadcast_to(bias_ref[0, :, at], (_LANES, tiles.rows))
-    return pre + jnp.tile(row.T, (1, tiles.lanes // _LANES))
+    row = jnp.broadcast_to(bias_ref[0, :, at], (LANES, tiles.rows))
+    return pre + jnp.tile(row.T, (1, tiles.lanes // LANES))
 
   def update(at, lanes, values, first, most):
     """Eight bins take in their latents of one product."""
     levels = [
-      pl.ds(level * tiles.bins + at, _SUBLANES) for level in range(tiles.kept)
+      pl.ds(level * tiles.bins + at, SUBLANES) for level in range(tiles.kept)
     ]
     bins = [
       (bins_ref[lanes, level], where_ref[lanes, level]) for level in levels
@@ -133,10 +131,10 @@ def _kernel(
     for product_of_body in range(tiles.unrolled):
       part = i // pieces * tiles.unrolled + product_of_body
       pre = product(part, lanes)
-      for eight in range(0, own_bins, _SUBLANES):
-        at = pl.multiple_of(part * own_bins + eight, _SUBLANES)
+      for eight in range(0, own_bins, SUBLANES):
+        at = pl.multiple_of(part * own_bins + eight, SUBLANES)
         values = [
-          lax.slice_in_dim(pre, row, row + _SUBLANES)
+          lax.slice_in_dim(pre, row, row + SUBLANES)
           for row in range(eight, tiles.rows, own_bins)
         ]
         most = update(at, lanes, values, start + part * tiles.rows, most)
@@ -150,13 +148,13 @@ def _kernel(
   def _():
     def piece(p, carry):
       def number(group, carry):
-        at = pl.ds(pl.multiple_of(group * _SUBLANES, _SUBLANES), _SUBLANES)
-        place = lax.broadcasted_iota(jnp.int32, (_SUBLANES, tiles.lanes), 0)
-        own = (group * _SUBLANES + place) % own_bins
+        at = pl.ds(pl.multiple_of(group * SUBLANES, SUBLANES), SUBLANES)
+        place = lax.broadcasted_iota(jnp.int32, (SUBLANES, tiles.lanes), 0)
+        own = (group * SUBLANES + place) % own_bins
         where_ref[p, at, :] = where_ref[p, at, :] + own
         return carry
 
-      lax.fori_loop(0, candidates // _SUBLANES, number, 0)
+      lax.fori_loop(0, candidates // SUBLANES, number, 0)
       lanes = pl.ds(pl.multiple_of(p * tiles.lanes, tiles.lanes), tiles.lanes)
       dropped_ref[:, lanes] = most_ref[p].max(0, keepdims=True)
       outs = (r.at[:, lanes] for r in (vals_ref, idx_ref))
@@ -221,7 +219,7 @@ def encode_topk(
   )
   steps = sorting_network.scratch_steps(tiles.kept * tiles.bins, k)
   pieces = tiles.tokens // tiles.lanes
-  scratch = (pieces, steps * _SUBLANES, tiles.lanes)
+  scratch = (pieces, steps * SUBLANES, tiles.lanes)
 
   shapes = ((k, jnp.float32), (k, jnp.int32), (1, jnp.float32))
   vals, idx, dropped = pl.pallas_call(
@@ -252,7 +250,7 @@ def encode_topk(
     scratch_shapes=[
       pltpu.VMEM(scratch, jnp.float32),
       pltpu.VMEM(scratch, jnp.int32),
-      pltpu.VMEM((pieces, _SUBLANES, tiles.lanes), jnp.float32),
+      pltpu.VMEM((pieces, SUBLANES, tiles.lanes), jnp.float32),
     ],
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'arbitrary'),

@@ -5,12 +5,11 @@ import itertools
 import math
 
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from sae_jax import errors
-from sae_jax.ops import sorting_network
-from sae_jax.tpu import target
+from sae_jax.ops import chip, sorting_network
+from sae_jax.ops.chip import LANES, SUBLANES
 
 # Share of tokens that fail the kernel's test, if the winners lie in random
 # bins. A token that fails streams the whole encoder once more, so it should
@@ -28,14 +27,14 @@ _GROUPS = (4, 2, 1)
 # 152 with 512 tokens, 222 with 128; 154 with 12 in a row. What a product leaves
 # in registers must not be much more than fits, and a basic block takes 560
 # cycles to get going. Groups of four: 134, none: 190.
-_ROWS = _LANES = 256
+_ROWS = _MOST_LANES = 256
 _PRODUCTS = 24
-_BODY = _PRODUCTS * _ROWS * _LANES * 768
+_BODY = _PRODUCTS * _ROWS * _MOST_LANES * 768
 _TOKENS = (1024, 512, 256, 128)
 # Deeper blocks load and store bins less often.
 _DEPTHS = (8, 4, 2, 1)
 # What an interpreted kernel is laid out for. Lanes set its unit on a TPU.
-_TEST_VMEM = 2**26
+_TEST_CHIP = 'v5p'
 _TEST_UNIT = 16
 _TEST_ROWS = 64
 
@@ -75,7 +74,7 @@ class Tiles:
     steps = sorting_network.scratch_steps(self.kept * self.bins, k)
     scratch = 4 * self.tokens * (2 * 8 * steps + 8)
     # What does not fit registers.
-    product = 2 * 4 * self.rows * (self.lanes + 128)
+    product = 2 * 4 * self.rows * (self.lanes + LANES)
     return int(1.1 * (streams + results + scratch + product)) + 2**21
 
 
@@ -151,16 +150,16 @@ def choose(
     UserError: if not even the smallest blocks fit.
   """
   factor = jnp.float32 if dtype is None else dtype
-  on_tpu = target.platform() == 'tpu'
-  vmem = pltpu.get_tpu_info().vmem_capacity_bytes if on_tpu else _TEST_VMEM
-  unit = 128 if on_tpu else _TEST_UNIT
+  on_tpu = not chip.interpret()
+  vmem = chip.vmem_bytes(interpreted_as=_TEST_CHIP)
+  unit = LANES if on_tpu else _TEST_UNIT
   kept, bins = _bins(n_latents, k, unit, recall)
   group = _group(n_latents, k) if recall == 1 else 1
-  most = max(128, pl.cdiv(batch, 128) * 128)
+  most = max(LANES, pl.cdiv(batch, LANES) * LANES)
   while bins * kept >= k:
     for tokens, depth in itertools.product(_TOKENS, _DEPTHS):
       rows = _rows(bins, depth, unit, _ROWS if on_tpu else _TEST_ROWS)
-      lanes = min(tokens, _LANES)
+      lanes = min(tokens, _MOST_LANES)
       tiles = Tiles(
         tokens=tokens,
         bins=bins,
@@ -240,7 +239,7 @@ def _rows(bins: int, depth: int, unit: int, most: int) -> int:
   """Latents of one product: `most` at most, or the fewest there can be."""
   fits = [
     own * depth
-    for own in range(bins, 0, -8)
+    for own in range(bins, 0, -SUBLANES)
     if not bins % own and not own * depth % unit
   ]
   return next((rows for rows in fits if rows <= most), fits[-1])

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from sae_jax import errors
-from sae_jax.ops import scopes, varying
+from sae_jax.ops import chip, scopes, varying
 from sae_jax.ops.top_k import kernel, reference
 from sae_jax.tpu import target
 
@@ -48,7 +48,7 @@ def top_k(
     # What is in the chosen buckets may be wide again.
     search = functools.partial(top_k, kernels=kernels)
     return reference.bucketed_top_k(x_BN, k, _BUCKETS, search)
-  if kernels and target.platform() == 'tpu':
+  if kernels and not chip.interpret():
     return kernel.top_k(x_BN, k)
   return reference.sorted_top_k(x_BN, k)
 

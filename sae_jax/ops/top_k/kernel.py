@@ -14,9 +14,8 @@ from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 
 from sae_jax.ops import sorting_network, varying
+from sae_jax.ops.chip import LANES, SUBLANES
 
-_SUBLANES = 8
-_LANES = 128
 # Candidates of a step: with their indices and double buffers 8 MiB of VMEM.
 _BLOCK = 4096
 _INT_BITS = 0x7FFFFFFF
@@ -39,7 +38,7 @@ def _kernel(keys_ref, best_ref, place_ref, vals_ref, idx_ref, *, k: int):
   size = keys_ref.shape[0]
   held = best_ref.shape[0]
   vals_ref[:size] = keys_ref[...]
-  place = lax.broadcasted_iota(jnp.int32, (size, _LANES), 0)
+  place = lax.broadcasted_iota(jnp.int32, (size, LANES), 0)
   idx_ref[:size] = place + block * size
 
   @pl.when(block == 0)
@@ -70,21 +69,21 @@ def top_k(
     int32.
   """
   batch, n = x_BN.shape
-  block = min(block, -(-n // _SUBLANES) * _SUBLANES)
-  held = -(-k // _SUBLANES) * _SUBLANES
+  block = min(block, -(-n // SUBLANES) * SUBLANES)
+  held = -(-k // SUBLANES) * SUBLANES
   keys_NB = jnp.pad(
     _keys(x_BN).T,
-    ((0, -n % block), (0, -batch % _LANES)),
+    ((0, -n % block), (0, -batch % LANES)),
     constant_values=jnp.iinfo(jnp.int32).min,
   )
   padded_n, padded = keys_NB.shape
-  scratch = (_SUBLANES * sorting_network.scratch_steps(block + held, k), _LANES)
+  scratch = (SUBLANES * sorting_network.scratch_steps(block + held, k), LANES)
   keys, idx = pl.pallas_call(
     functools.partial(_kernel, k=k),
     out_shape=[varying.shape((held, padded), jnp.int32, x_BN)] * 2,
-    grid=(padded // _LANES, padded_n // block),
-    in_specs=[pl.BlockSpec((block, _LANES), lambda i, j: (j, i))],
-    out_specs=[pl.BlockSpec((held, _LANES), lambda i, j: (0, i))] * 2,
+    grid=(padded // LANES, padded_n // block),
+    in_specs=[pl.BlockSpec((block, LANES), lambda i, j: (j, i))],
+    out_specs=[pl.BlockSpec((held, LANES), lambda i, j: (0, i))] * 2,
     scratch_shapes=[pltpu.VMEM(scratch, jnp.int32)] * 2,
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'arbitrary')

@@ -3,9 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from sae_jax.ops import dispatch, pairs, scopes
+from sae_jax.ops import chip, dispatch, pairs, scopes
 from sae_jax.ops.weight_grad import kernel, reference
-from sae_jax.tpu import target
 
 
 @jax.named_scope(scopes.WEIGHT_GRADIENTS)
@@ -59,6 +58,6 @@ def _by_kernel(vals_BK, idx_BK, g_BD, n_latents, dtype):
     n_latents,
     count,
     dtype=dtype,
-    interpret=target.platform() != 'tpu',
+    interpret=chip.interpret(),
   )
   return grad_ND

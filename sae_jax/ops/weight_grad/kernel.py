@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from sae_jax import errors
 from sae_jax.ops import row_copies, varying
+from sae_jax.ops.chip import LANES
 from sae_jax.ops.row_copies import multiply
 from sae_jax.ops.weight_grad import tiles
 
@@ -107,10 +108,10 @@ def _check(weights, tables):
       'use one or two of each'
     )
   d_model = tables[0].shape[1]
-  if d_model % 128:
+  if d_model % LANES:
     raise errors.UserError(
-      f'd_model {d_model} must be a multiple of 128 for this kernel: '
-      f'use {pl.cdiv(d_model, 128) * 128}'
+      f'd_model {d_model} must be a multiple of {LANES} for this kernel: '
+      f'use {pl.cdiv(d_model, LANES) * LANES}'
     )
 
 
