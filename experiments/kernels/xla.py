@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from sae_jax.ops import adam
 from sae_jax.ops.adam_rows import reference as adam_reference
 
 _F32, _BF16, _I32 = jnp.float32, jnp.bfloat16, jnp.int32
@@ -86,8 +87,9 @@ def xla_adam_rows(d: int, n: int) -> Probe:
   """The optimiser's pass by XLA."""
 
   def function(*matrices):
+    corrections = adam.corrections(jnp.int32(3), ADAM['b1'], ADAM['b2'])
     return adam_reference.adam_rows(
-      *matrices, 1e-4, jnp.int32(3), 1.0, None, **ADAM
+      *matrices, 1e-4, corrections, 1.0, None, **ADAM
     )
 
   return Probe(function, [((n, d), _F32)] * 5, {})

@@ -5,7 +5,7 @@ from jax.experimental.pallas import tpu as pltpu
 from sae_jax.tpu import target
 from sae_jax.tpu.chips import CHIPS
 
-# A vector register holds 32-bit values in so many sublanes of so many lanes.
+# A vector register is SUBLANES x LANES values of 32 bits.
 SUBLANES = 8
 LANES = 128
 # Scalars that are there for all of a kernel's run; SMEM has 1 MiB.

@@ -12,13 +12,15 @@ import optax
 
 from sae_jax import autoencoder, errors
 from sae_jax import config as config_lib
-from sae_jax.ops import rows, scopes
-from sae_jax.ops.adam_rows import api as adam_rows_api
+from sae_jax.ops import adam, scopes
+from sae_jax.ops.adam_rows import api as adam_rows
 
 # 2e-4 at 2^14 latents, and proportional to 1 / sqrt(n) elsewhere.
 _ANCHOR_RATE = 2e-4
 _ANCHOR_LATENTS = 2**14
 DECAYS = ('linear', 'cosine')
+# What has unit rows: its step is an operation of its own, `ops.adam_rows`.
+_DECODER = 'w_dec_ND'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,21 +115,12 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   return optax.join_schedules(pieces, borders)
 
 
-def _adam(config: OptimizerConfig) -> optax.GradientTransformation:
-  return optax.scale_by_adam(
-    b1=config.adam_b1, b2=config.adam_b2, eps=config.adam_eps
-  )
-
-
-def _ema(config: OptimizerConfig) -> optax.GradientTransformation:
-  return optax.ema(config.ema_decay, debias=True)
-
-
 def init(config: OptimizerConfig, sae: autoencoder.Sae) -> OptimizerState:
   """Zero moments and a zero average."""
   params = autoencoder.trained(sae)
   return OptimizerState(
-    adam=_adam(config).init(params), ema=_ema(config).init(params)
+    adam=optax.scale_by_adam().init(params),
+    ema=optax.ema(config.ema_decay).init(params),
   )
 
 
@@ -153,8 +146,8 @@ def update(
     rate: this step's learning rate.
     only_if: a bool; unless it is true and the norm finite, parameters and state
       come back as they are. None takes the step whatever the numbers.
-    implementation: 'pallas' for one pass over the decoder, see
-      `ops.adam_rows.api`; another, or None, for plain JAX.
+    implementation: of the decoder's step, see `ops.adam_rows.api`: 'pallas'
+      for one pass over it; another, or None, for plain JAX.
     mesh: that the latents are sharded over, None for one device; 'pallas' alone
       asks.
 
@@ -162,111 +155,60 @@ def update(
     The new parameters, decoder rows of unit norm again, the new state, and
     the global norm of the projected gradients before clipping.
   """
-  if adam_rows_api.fused(implementation):
-    return _fused_update(config, sae, state, grads, rate, only_if, mesh)
-  gradients = autoencoder.trained(grads)
-  gradients['w_dec_ND'] = rows.project_rows(gradients['w_dec_ND'], sae.w_dec_ND)
-  norm = optax.tree.norm(gradients)
-  if config.clip_norm:
-    # A norm of 0 divides nothing: the quotient is inf and the least is 1.
-    scale = jnp.minimum(1, config.clip_norm / norm)
-    gradients = jax.tree.map(lambda g: scale * g, gradients)
-  params, adam = _adam_step(
-    config, autoencoder.trained(sae), state.adam, gradients, rate
-  )
-  params['w_dec_ND'] = rows.unit_rows(params['w_dec_ND'])
-  take = None if only_if is None else only_if & jnp.isfinite(norm)
-  params, state = _take(
-    config, take, params, adam, autoencoder.trained(sae), state
-  )
-  return sae.replace(**params), state, norm
+  params, gradients = autoencoder.trained(sae), autoencoder.trained(grads)
+  trees = (params, state.adam.mu, state.adam.nu, state.ema.ema, gradients)
+  arrays = {name: [tree[name] for tree in trees] for name in params}
+  decoder = arrays.pop(_DECODER)
+  where = {'implementation': implementation, 'mesh': mesh}
 
+  def global_norm(decoder_squares):
+    squares = {name: jnp.sum(g * g) for name, (*_, g) in arrays.items()}
+    # Summed in the order of the names, as optax sums a tree.
+    return jnp.sqrt(optax.tree.sum(squares | {_DECODER: decoder_squares}))
 
-def _adam_step(config, params, adam, gradients, rate):
-  updates, adam = _adam(config).update(gradients, adam)
-  params = jax.tree.map(
-    lambda p, u: p - (rate * u).astype(p.dtype), params, updates
-  )
-  return params, adam
-
-
-def _take(config, take, params, adam, old_params, state):
-  """The new parameters and state, or if not `take` the old ones."""
-
-  def held(new, old):
-    if take is None:
-      return new
-    return jax.tree.map(lambda a, b: jnp.where(take, a, b), new, old)
-
-  # The average is one of parameters that are held already: those that are not
-  # have no other use then, and XLA needs no loop and no memory for them.
-  params, adam = held((params, adam), (old_params, state.adam))
-  _, ema = _ema(config).update(params, state.ema)
-  return params, OptimizerState(adam=adam, ema=held(ema, state.ema))
-
-
-def _fused_update(config, sae, state, grads, rate, only_if, mesh):
-  """`update` with one pass over the decoder; the rest goes as there."""
-  all_params, all_gradients = (
-    autoencoder.trained(sae),
-    autoencoder.trained(grads),
-  )
-  decoder = [
-    tree['w_dec_ND']
-    for tree in (
-      all_params,
-      state.adam.mu,
-      state.adam.nu,
-      state.ema.ema,
-      all_gradients,
-    )
-  ]
-  params, rest, gradients = _without_decoder((all_params, state, all_gradients))
-  how = {'implementation': 'pallas', 'mesh': mesh}
-
-  def global_norm(squares):
-    return jnp.sqrt(optax.tree.norm(gradients, squared=True) + squares)
-
-  scale, take = 1.0, None
+  norm, scale, take = None, 1.0, None
   if config.clip_norm or only_if is not None:
     # What the step depends on is known before it overwrites anything.
-    norm = global_norm(
-      adam_rows_api.squared_norm(decoder[0], decoder[-1], **how)
-    )
+    norm = global_norm(adam_rows.squared_norm(decoder[0], decoder[-1], **where))
     if config.clip_norm:
+      # A norm of 0 divides nothing: the quotient is inf and the least is 1.
       scale = jnp.minimum(1, config.clip_norm / norm)
     if only_if is not None:
       take = only_if & jnp.isfinite(norm)
-  scaled = jax.tree.map(lambda g: scale * g, gradients)
-  new, adam = _adam_step(config, params, rest.adam, scaled, rate)
-  new, rest = _take(config, take, new, adam, params, rest)
-  *decoder, squares = adam_rows_api.adam_rows(
-    *decoder,
-    rate,
-    state.adam.count,
-    scale,
-    take,
-    b1=config.adam_b1,
-    b2=config.adam_b2,
-    eps=config.adam_eps,
-    ema_decay=config.ema_decay,
-    **how,
+  settings = _settings(config)
+  corrections = adam.corrections(
+    state.adam.count, config.adam_b1, config.adam_b2
   )
-  trees = (new, rest.adam.mu, rest.adam.nu, rest.ema.ema)
-  for tree, array in zip(trees, decoder):
-    tree['w_dec_ND'] = array
-  return sae.replace(**new), rest, global_norm(squares)
+  shared = (rate, corrections, scale, take)
+  new = {
+    name: adam.step(*own, *shared, **settings) for name, own in arrays.items()
+  }
+  *new[_DECODER], squares = adam_rows.adam_rows(
+    *decoder, *shared, **settings, **where
+  )
+  params, mu, nu, ema = ({name: new[name][i] for name in new} for i in range(4))
+  state = OptimizerState(
+    optax.ScaleByAdamState(_counted(state.adam.count, take), mu, nu),
+    optax.EmaState(_counted(state.ema.count, take), ema),
+  )
+  norm = global_norm(squares) if norm is None else norm
+  return sae.replace(**params), state, norm
 
 
-def _without_decoder(tree):
-  """The tree with its dicts of parameters less the decoder."""
+def _settings(config):
+  """As `ops.adam` names them."""
+  return {
+    'b1': config.adam_b1,
+    'b2': config.adam_b2,
+    'eps': config.adam_eps,
+    'ema_decay': config.ema_decay,
+  }
 
-  def rest(node):
-    if not isinstance(node, dict):
-      return node
-    return {name: a for name, a in node.items() if name != 'w_dec_ND'}
 
-  return jax.tree.map(rest, tree, is_leaf=lambda node: isinstance(node, dict))
+def _counted(count, take):
+  """The count of steps after this one, which may not be taken."""
+  steps = optax.safe_increment(count)
+  return steps if take is None else jnp.where(take, steps, count)
 
 
 def averaged(

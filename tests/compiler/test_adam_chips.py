@@ -7,6 +7,7 @@ import pytest
 
 from sae_jax import mesh as mesh_lib
 from sae_jax.autoencoder import SaeConfig
+from sae_jax.ops import adam
 from sae_jax.ops.adam_rows import api, kernel
 from sae_jax.tpu import aot
 from sae_jax.tpu.chips import CHIPS
@@ -52,7 +53,11 @@ def memory(program, n, width):
 
 def step_of(implementation):
   def do(*args):
-    return api.adam_rows(*args, implementation=implementation, **SETTINGS)
+    *args, count = args
+    corrections = adam.corrections(count, SETTINGS['b1'], SETTINGS['b2'])
+    return api.adam_rows(
+      *args, corrections, implementation=implementation, **SETTINGS
+    )
 
   return do
 

@@ -5,8 +5,9 @@ import inspect
 import pytest
 
 from sae_jax.ops import rows
+from sae_jax.ops.adam_rows import reference
 from sae_jax.ops.top_k import api as top_k_api
-from sae_jax.training import auxk, objective, optimizer, step
+from sae_jax.training import auxk, objective, step
 from tests.support import (
   objective_checks,
   optimizer_checks,
@@ -92,4 +93,4 @@ def test_a_defect_put_back_is_seen(monkeypatch, name):
 
 def test_the_optimizer_uses_what_is_edited():
   # `unit_rows` is looked up when it is used, so that the edit reaches it.
-  assert 'rows.unit_rows' in inspect.getsource(optimizer.update)
+  assert 'rows.unit_rows' in inspect.getsource(reference.adam_rows)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sae_jax.ops import adam
 from sae_jax.ops.adam_rows import api, tiles
 
 # With less epsilon a gradient's sign is its step, and those of rounding's size
@@ -36,7 +37,8 @@ def run(state, grads, implementation, rate=0.01, scale=1.0, **more):
     )
   )
   for count, grad in enumerate(grads):
-    *state, squares = do(*state, grad, rate, jnp.int32(count), scale)
+    corrections = adam.corrections(jnp.int32(count), CONFIG['b1'], CONFIG['b2'])
+    *state, squares = do(*state, grad, rate, corrections, scale)
   return state, squares
 
 

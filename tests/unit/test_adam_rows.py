@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from sae_jax import errors
+from sae_jax.ops import adam
 from sae_jax.ops.adam_rows import api, tiles
 from tests.support.adam_runs import (
   close,
@@ -88,7 +89,7 @@ def test_a_step_that_is_not_taken_leaves_everything(small, implementation):
   bad = grads[1].copy()
   bad[3] = np.nan
   do = functools.partial(api.adam_rows, implementation=implementation, **CONFIG)
-  one = jnp.int32(1)
+  one = adam.corrections(jnp.int32(1), CONFIG['b1'], CONFIG['b2'])
   *got, squares = do(*state, bad, 0.01, one, 1.0, jnp.array(False))
   jax.tree.map(np.testing.assert_array_equal, got, state)
   assert np.isnan(squares)

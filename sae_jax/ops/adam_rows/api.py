@@ -5,11 +5,10 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, PartitionSpec
-import optax
 
 from sae_jax import errors
 from sae_jax import mesh as mesh_lib
-from sae_jax.ops import chip, dispatch
+from sae_jax.ops import adam, chip, dispatch
 from sae_jax.ops.adam_rows import kernel, reference
 from sae_jax.ops.chip import LANES
 
@@ -34,7 +33,7 @@ def adam_rows(
   ema_ND: jax.Array,
   g_ND: jax.Array,
   rate: jax.Array,
-  count: jax.Array,
+  corrections: adam.Corrections,
   scale: jax.Array | float = 1.0,
   only_if: jax.Array | None = None,
   *,
@@ -47,7 +46,7 @@ def adam_rows(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
   """Adam's step of a matrix of unit rows, and their moving average.
 
-  With t = count + 1,
+  With t the steps done, this one included,
     g = scale (g - <g, p> p),
     mu = b1 mu + (1 - b1) g,  nu = b2 nu + (1 - b2) g^2,
     p = p - rate (mu / (1 - b1^t)) / (sqrt(nu / (1 - b2^t)) + eps),
@@ -68,7 +67,7 @@ def adam_rows(
     ema_ND: undebiased moving average of the parameters.
     g_ND: gradients.
     rate: this step's learning rate.
-    count: steps done before this one.
+    corrections: of the moments' bias at this step, see `adam.corrections`.
     scale: of the gradients, after the projection: the clipping's.
     only_if: a bool; where it is false the matrices come back as they are, in
       place. None takes the step.
@@ -90,15 +89,13 @@ def adam_rows(
   config = {'b1': b1, 'b2': b2, 'eps': eps, 'ema_decay': ema_decay}
   matrices = (p_ND, mu_ND, nu_ND, ema_ND, g_ND)
   if not fused(implementation):
-    return reference.adam_rows(*matrices, rate, count, scale, only_if, **config)
+    return reference.adam_rows(
+      *matrices, rate, corrections, scale, only_if, **config
+    )
   _check(*matrices)
-  one = jnp.ones((), jnp.float32)
-  seen = optax.safe_increment(count)
   scalars = [
     rate,
-    # optax's own, so that the powers are the same float32 numbers.
-    optax.tree.bias_correction(one, b1, seen),
-    optax.tree.bias_correction(one, b2, seen),
+    *(1 / c.astype(jnp.float32) for c in corrections),
     scale,
     1 if only_if is None else only_if,
   ]
