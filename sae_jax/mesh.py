@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 import dataclasses
-from typing import Any
+import re
+from typing import Any, TypeVar
 
 from absl import logging
 import jax
@@ -12,6 +13,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from sae_jax import errors
 
 AXES = ('data', 'latent')
+_Struct = TypeVar('_Struct')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,24 +142,38 @@ def log_devices(workdir: str) -> None:
   )
 
 
-# Fields whose names do not end in their axes.
-_SCALARS = ('data_scale', 'mse_of_mean', 'step', 'skipped', 'count')
+def letters(name: str) -> str:
+  """The axes that a name ends in, `'ND'` of `w_dec_ND`; '' of a scalar's."""
+  axes = re.search(r'_([A-Z]+)$', name)
+  return axes.group(1) if axes else ''
 
 
-def _letters(path: tuple[Any, ...]) -> str:
-  """The axes of a leaf of the state, from its name."""
+def _leaf_letters(path: tuple[Any, ...]) -> str:
   key = path[-1]
-  name = str(getattr(key, 'name', getattr(key, 'key', key)))
-  return '' if name in _SCALARS else name.rsplit('_', 1)[1]
+  return letters(str(getattr(key, 'name', getattr(key, 'key', key))))
 
 
 def specs(tree: Any) -> Any:
+  """Partitions of a tree's arrays, from the names of their fields or keys."""
   return jax.tree_util.tree_map_with_path(
-    lambda path, _: RULES.spec(_letters(path)), tree
+    lambda path, _: RULES.spec(_leaf_letters(path)), tree
   )
 
 
 def shardings(tree: Any, mesh: Mesh) -> Any:
+  """Shardings of a tree's arrays, from the names of their fields or keys."""
   return jax.tree_util.tree_map_with_path(
-    lambda path, _: sharding(mesh, _letters(path)), tree
+    lambda path, _: sharding(mesh, _leaf_letters(path)), tree
+  )
+
+
+def specs_of(kind: type[_Struct]) -> _Struct:
+  """Partitions of a dataclass of arrays, from the names of its fields."""
+  return kind(
+    **{
+      field.name: specs_of(field.type)
+      if dataclasses.is_dataclass(field.type)
+      else RULES.spec(letters(field.name))
+      for field in dataclasses.fields(kind)
+    }
   )

@@ -4,7 +4,7 @@ from collections.abc import Callable
 import functools
 
 import jax
-from jax.sharding import Mesh, PartitionSpec
+from jax.sharding import Mesh
 
 from sae_jax import mesh as mesh_lib
 from sae_jax import store
@@ -66,23 +66,13 @@ def make_evaluation(
 @functools.lru_cache(maxsize=16)
 def _evaluation(sae_config, optimizer_config, mesh, average):
   specs = mesh_lib.specs(state_lib.abstract_sae(sae_config))
-  none = PartitionSpec()
-  out = metrics.Sums(
-    tokens=none,
-    error=none,
-    x_D=none,
-    square_D=none,
-    cosine=none,
-    active=none,
-    fired_N=mesh_lib.RULES.spec('N'),
-  )
   sums = jax.shard_map(
     lambda sae, raw_BD: metrics.evaluate_batch(
       sae_config, sae, raw_BD, data_axis='data', latent_axis='latent'
     ),
     mesh=mesh,
     in_specs=(specs, mesh_lib.RULES.spec('BD')),
-    out_specs=out,
+    out_specs=mesh_lib.specs_of(metrics.Sums),
   )
 
   def evaluate(state: TrainState, raw_BD: jax.Array) -> metrics.Sums:

@@ -90,16 +90,6 @@ def _program(config, mesh, implementation, debug_nans):
   specs = mesh_lib.specs(state_lib.abstract_sae(config.sae))
   latents, tokens = mesh_lib.RULES.spec('N'), mesh_lib.RULES.spec('BD')
   none = PartitionSpec()
-  terms_specs = objective.Terms(
-    nmse=none,
-    aux=none,
-    multi=none,
-    penalty=none,
-    l0=none,
-    redone=none,
-    recall=none,
-    fired_N=latents,
-  )
 
   on_tpu = mesh.devices.flat[0].platform == 'tpu'
   gradients = jax.shard_map(
@@ -114,7 +104,7 @@ def _program(config, mesh, implementation, debug_nans):
     ),
     mesh=mesh,
     in_specs=(specs, tokens, latents, none),
-    out_specs=((none, terms_specs), specs),
+    out_specs=((none, mesh_lib.specs_of(objective.Terms)), specs),
     # An interpreted kernel has loops that jax cannot give these types.
     check_vma=implementation != 'pallas' or on_tpu,
   )

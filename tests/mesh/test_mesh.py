@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import flax.struct
 import jax
 from jax.sharding import PartitionSpec as P
 import numpy as np
@@ -26,6 +27,48 @@ def test_rules_translate_letters():
   assert other.spec('ND') == P(None, 'latent')
   made = mesh.make_mesh(2, 4)
   assert mesh.sharding(made, 'N').shard_shape((16,)) == (4,)
+
+
+@flax.struct.dataclass
+class Totals:
+  tokens: jax.Array
+  x_D: jax.Array
+
+
+@flax.struct.dataclass
+class Report:
+  totals: Totals
+  fired_N: jax.Array
+  mean_of_data: jax.Array
+
+
+def test_specs_follow_from_names():
+  want = Report(Totals(P(), P(None)), P('latent'), P())
+  assert mesh.specs_of(Report) == want
+  arrays = Report(Totals(1.0, np.ones(4)), np.ones(8), 2.0)
+  assert mesh.specs(arrays) == want
+  assert mesh.specs({'w_dec_ND': 1, 'count': 2}) == {
+    'w_dec_ND': P('latent', None),
+    'count': P(),
+  }
+  assert mesh.specs({'data_scale': 1, 'first_N_of': 2}) == {
+    'data_scale': P(),
+    'first_N_of': P(),
+  }
+  made = mesh.make_mesh(2, 4)
+  assert mesh.shardings(arrays, made).fired_N.shard_shape((8,)) == (2,)
+
+
+def test_control_another_name_is_another_spec():
+  """Only the suffix of capitals says how an array lies."""
+  renamed = {'fired': 1, 'fired_N': 1, 'fired_D': 1}
+  assert mesh.specs(renamed) == {
+    'fired': P(),
+    'fired_N': P('latent'),
+    'fired_D': P(None),
+  }
+  with pytest.raises(AttributeError, match='Q'):
+    mesh.specs({'fired_Q': 1})
 
 
 @pytest.mark.parametrize(
