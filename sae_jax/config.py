@@ -23,6 +23,10 @@ def option(
   *,
   least: float | None = None,
   most: float | None = None,
+  may_change: bool = False,
+  shared: bool = False,
+  sizes_store: bool = False,
+  speed_only: bool = False,
 ) -> Any:
   """A dataclass field with a default, a help text and what is allowed.
 
@@ -32,8 +36,24 @@ def option(
     choices: all values that are allowed; empty for any.
     least: the least number allowed.
     most: the greatest number allowed.
+    may_change: role of a training field that may differ when a run is resumed.
+    shared: role of a training field that is the same in all runs that are
+      trained on one reading of the data.
+    sizes_store: role of a harvest field that sizes the store, or its held-out
+      part, and changes no shard.
+    speed_only: role of a harvest field that changes how fast the harvest is,
+      and no byte of the store.
   """
-  metadata = {'help': help, 'choices': choices, 'least': least, 'most': most}
+  metadata = {
+    'help': help,
+    'choices': choices,
+    'least': least,
+    'most': most,
+    'may_change': may_change,
+    'shared': shared,
+    'sizes_store': sizes_store,
+    'speed_only': speed_only,
+  }
   return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -126,6 +146,11 @@ def leaves(kind: type) -> list[dataclasses.Field]:
     nested = dataclasses.is_dataclass(field.type)
     fields += leaves(field.type) if nested else [field]
   return fields
+
+
+def names_with(kind: type, role: str) -> tuple[str, ...]:
+  """The names of the `leaves` that were given a role, see `option`."""
+  return tuple(field.name for field in leaves(kind) if field.metadata[role])
 
 
 def flat(config: Any) -> dict[str, Any]:

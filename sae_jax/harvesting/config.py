@@ -30,6 +30,7 @@ class HarvestConfig(config_lib.Config):
     'activations wanted, before the norm rule leaves some out; the last '
     'context is stored whole',
     least=1,
+    sizes_store=True,
   )
   context_length: int = option(128, 'tokens the subject sees at once', least=1)
   max_contexts_per_document: int = option(
@@ -49,6 +50,7 @@ class HarvestConfig(config_lib.Config):
     'processes that tokenize, 0 for this one; what is stored does not depend '
     'on it',
     least=0,
+    speed_only=True,
   )
   batch_contexts: int = option(16, 'contexts in a forward pass', least=1)
   mesh_data: int = option(
@@ -56,11 +58,13 @@ class HarvestConfig(config_lib.Config):
     "parts of a forward pass's contexts, on the devices of this process; 0 for "
     'all that mesh_latent leaves',
     least=0,
+    speed_only=True,
   )
   mesh_latent: int = option(
     1,
     "parts of the subject's weights, for one too large for a device",
     least=1,
+    speed_only=True,
   )
   dtype: str = option(
     'float32', 'of the stored activations', ('float32', 'bfloat16')
@@ -68,7 +72,9 @@ class HarvestConfig(config_lib.Config):
   chunk_rows: int = option(1024, 'rows of the smallest read', least=1)
   shard_rows: int = option(65_536, 'rows of a stored object', least=1)
   holdout_fraction: float = option(
-    0.1, 'share of the rows kept from training: the last documents'
+    0.1,
+    'share of the rows kept from training: the last documents',
+    sizes_store=True,
   )
   mask_first: bool = option(
     True, 'leave out the first token of each context, an attention sink'

@@ -27,11 +27,6 @@ from sae_jax.store import writer as writer_lib
 from sae_jax.subject import capture
 from sae_jax.text import corpus
 
-# What says how much there should be, and not what a shard is like.
-_WANTED = ('n_tokens', 'holdout_fraction')
-# What changes nothing but how long it takes.
-_MACHINE = ('tokenizer_workers', 'mesh_data', 'mesh_latent')
-
 
 def harvest(
   config: HarvestConfig,
@@ -100,10 +95,14 @@ def harvest(
         'has one width, harvest them apart'
       )
   running = source_lib.contexts(config, text, subject.tokenizer)
+  outside_shards = (
+    *config_lib.names_with(HarvestConfig, 'sizes_store'),
+    *config_lib.names_with(HarvestConfig, 'speed_only'),
+  )
   plan = {
     name: value
     for name, value in dataclasses.asdict(config).items()
-    if name not in (*_WANTED, *_MACHINE)
+    if name not in outside_shards
   }
   writer = writer_lib.StoreWriter(
     store_url,
@@ -190,7 +189,10 @@ def _run(config, forward, running, writer, process) -> store.Manifest | None:
       'norm_multiple': config.mask_norm_multiple,
       'median_norm': dict(zip(writer.plan.sites, mask.median_norm)),
     },
-    sizes={name: getattr(config, name) for name in _WANTED},
+    sizes={
+      name: getattr(config, name)
+      for name in config_lib.names_with(HarvestConfig, 'sizes_store')
+    },
   )
 
 
@@ -251,7 +253,10 @@ def _more(config, store_url, finished, subject) -> bool:
   """
   old = config_lib.from_dict(HarvestConfig, finished.config)
   longer = config.n_tokens > old.n_tokens
-  same = {name: getattr(config, name) for name in _MACHINE}
+  same = {
+    name: getattr(config, name)
+    for name in config_lib.names_with(HarvestConfig, 'speed_only')
+  }
   if longer:
     same['n_tokens'] = config.n_tokens
   changes = config_lib.differences(dataclasses.replace(old, **same), config)

@@ -16,26 +16,6 @@ from sae_jax.training import run
 from sae_jax.training.config import TrainConfig
 from sae_jax.training.state import abstract_state, init_state, TrainState
 
-# What may change when a run is resumed: where it runs and what it tells.
-_MAY_CHANGE = frozenset(
-  (
-    'site',
-    'store_version',
-    'tokenizer_workers',
-    'mesh_data',
-    'mesh_latent',
-    'micro_batches',
-    'log_every',
-    'eval_every',
-    'eval_rows',
-    'checkpoint_every',
-    'checkpoint_keep',
-    'on_nonfinite',
-    'profile_start',
-    'profile_steps',
-  )
-)
-
 
 def _check_same(
   config: TrainConfig,
@@ -46,7 +26,7 @@ def _check_same(
   """Raises UserError if the workdir's checkpoints are of another run."""
   old = config_lib.from_dict(TrainConfig, about['train_config'])
   found = config_lib.flat(old)
-  may_change = set(_MAY_CHANGE)
+  may_change = set(config_lib.names_with(TrainConfig, 'may_change'))
   # No step before the end depends on where it is, unless the rate decays.
   if not config.optimizer.decay_steps:
     may_change.add('steps')

@@ -23,19 +23,6 @@ from sae_jax.training import saver as saver_lib
 from sae_jax.training.config import TrainConfig
 from sae_jax.training.state import TrainState
 
-# What runs from one reading have in common.
-_SHARED = (
-  'site',
-  'store_version',
-  'stream',
-  'batch_size',
-  'order_seed',
-  'window_chunks',
-  'lanes',
-  'mesh_data',
-  'mesh_latent',
-)
-
 
 def check(config: TrainConfig, manifest: store.Manifest, mesh: Mesh) -> None:
   """Raises UserError where config, store and mesh do not fit each other."""
@@ -148,12 +135,12 @@ def train_many(
     FloatingPointError: see `train`.
   """
   first = next(iter(configs.values()))
-  for name in _SHARED:
-    found = {getattr(config, name) for config in configs.values()}
-    if len(found) > 1:
+  for name in config_lib.names_with(TrainConfig, 'shared'):
+    values = {getattr(config, name) for config in configs.values()}
+    if len(values) > 1:
       raise errors.UserError(
         f'{name} differs between runs on the same batches '
-        f'({", ".join(map(str, sorted(found)))}): train those apart'
+        f'({", ".join(map(str, sorted(values)))}): train those apart'
       )
   data = store.open_store(store_url, first.site, first.store_version or None)
   configs = {w: resolve(c, data.manifest) for w, c in configs.items()}

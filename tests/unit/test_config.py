@@ -6,6 +6,7 @@ import json
 import pytest
 
 from sae_jax import config, errors
+from sae_jax.harvesting.config import HarvestConfig
 from sae_jax.training.config import TrainConfig
 
 
@@ -67,3 +68,43 @@ def test_every_training_field_has_help_and_a_name_of_its_own():
   names = [field.name for field in fields]
   assert len(names) == len(set(names))
   assert all(field.metadata['help'] for field in fields)
+
+
+# Written out: who gives a field a role, or takes one away, says so here too.
+ROLES = {
+  (TrainConfig, 'may_change'): {
+    'site', 'store_version', 'tokenizer_workers', 'mesh_data', 'mesh_latent',
+    'micro_batches', 'log_every', 'eval_every', 'eval_rows',
+    'checkpoint_every', 'checkpoint_keep', 'on_nonfinite', 'profile_start',
+    'profile_steps',
+  },
+  (TrainConfig, 'shared'): {
+    'site', 'store_version', 'stream', 'batch_size', 'order_seed',
+    'window_chunks', 'lanes', 'mesh_data', 'mesh_latent',
+  },
+  (HarvestConfig, 'sizes_store'): {'n_tokens', 'holdout_fraction'},
+  (HarvestConfig, 'speed_only'): {
+    'tokenizer_workers', 'mesh_data', 'mesh_latent',
+  },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(('kind', 'role'), ROLES)
+def test_roles_of_fields(kind, role):
+  names = config.names_with(kind, role)
+  assert len(names) == len(set(names))
+  assert set(names) == ROLES[kind, role]
+
+
+def test_control_a_role_is_of_its_field_alone():
+  @dataclasses.dataclass(frozen=True)
+  class Roles(config.Config):
+    inner: Inner = dataclasses.field(default_factory=Inner)
+    where: str = config.option('', 'a place', may_change=True)
+
+  assert config.names_with(Roles, 'may_change') == ('where',)
+  assert config.names_with(Roles, 'shared') == ()
+  with pytest.raises(KeyError):
+    config.names_with(Roles, 'may_chance')
+  with pytest.raises(TypeError, match='may_chance'):
+    config.option('', 'a place', may_chance=True)
