@@ -4,44 +4,43 @@ Every function works on a whole autoencoder or, inside `jax.shard_map` with
 `axis` naming the mesh axis of the latents, on one shard of it.
 """
 
-from sae_jax.autoencoder.initial import (
-  fit_inputs,
-  geometric_median,
-  init_weights,
-)
-from sae_jax.autoencoder.model import (
-  candidates,
-  decode,
-  encode,
-  pre_activations,
-  reconstruct,
-  select,
-)
-from sae_jax.autoencoder.params import (
-  MATMULS,
-  PREPROCESSING,
-  Sae,
-  SaeConfig,
-  trained,
-)
-from sae_jax.autoencoder.preprocessing import Affine, preprocess, restore
+import importlib
+from typing import Any
 
-__all__ = [
-  'MATMULS',
-  'PREPROCESSING',
-  'Affine',
-  'Sae',
-  'SaeConfig',
-  'candidates',
-  'decode',
-  'encode',
-  'fit_inputs',
-  'geometric_median',
-  'init_weights',
-  'pre_activations',
-  'preprocess',
-  'reconstruct',
-  'restore',
-  'select',
-  'trained',
-]
+_MODULES = {
+  'average': ('averaged',),
+  'initial': ('fit_inputs', 'geometric_median', 'init_weights'),
+  'model': (
+    'candidates',
+    'decode',
+    'encode',
+    'pre_activations',
+    'reconstruct',
+    'select',
+  ),
+  'params': (
+    'MATMULS',
+    'PREPROCESSING',
+    'Sae',
+    'SaeConfig',
+    'from_dict',
+    'to_dict',
+    'trained',
+    'with_arrays',
+  ),
+  'preprocessing': ('Affine', 'preprocess', 'restore'),
+  'raw': ('Codes',),
+}
+_MODULE_OF = {name: m for m, names in _MODULES.items() for name in names}
+
+__all__ = list(_MODULE_OF)
+
+
+def __getattr__(name: str) -> Any:
+  """Imports at first use: who reads a checkpoint needs no kernels."""
+  if name in _MODULES:
+    return importlib.import_module(f'{__name__}.{name}')
+  if name not in _MODULE_OF:
+    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+  module = importlib.import_module(f'{__name__}.{_MODULE_OF[name]}')
+  return getattr(module, name)

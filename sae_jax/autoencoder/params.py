@@ -87,6 +87,22 @@ class Sae:
   log_threshold_N: jax.Array | None = None
 
 
+def to_dict(sae: Sae) -> dict[str, jax.Array]:
+  """All arrays by name. These are the names in a checkpoint."""
+  arrays = {f.name: getattr(sae, f.name) for f in dataclasses.fields(sae)}
+  return {name: a for name, a in arrays.items() if a is not None}
+
+
+def from_dict(arrays: dict[str, jax.Array]) -> Sae:
+  """The inverse of `to_dict`."""
+  return Sae(**arrays)
+
+
+def with_arrays(sae: Sae, arrays: dict[str, jax.Array]) -> Sae:
+  """The autoencoder with some of its arrays, by name, replaced."""
+  return from_dict(to_dict(sae) | arrays)
+
+
 def trained(sae: Sae) -> dict[str, jax.Array]:
   """The parameters that are trained, by name."""
   params = {

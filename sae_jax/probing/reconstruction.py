@@ -79,7 +79,7 @@ def untrained(
     return autoencoder.fit_inputs(config, sae, sample_BD)
 
   sae, mse_of_mean = make(jax.random.key(seed), jnp.asarray(sample_BD))
-  return Trained(config, sae, float(mse_of_mean), 0, {})
+  return Trained(config, sae, float(mse_of_mean), step=0)
 
 
 def pca_fvu(

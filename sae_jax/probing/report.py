@@ -100,14 +100,14 @@ def probe(
     UserError: if checkpoint, store and subject do not fit each other.
   """
   trained = checkpoint_lib.load(checkpoint, average=config.average)
-  store = _open(store_url, trained.about['dataset'])
+  store = _open(store_url, trained.metadata)
   check(trained, store)
   if subject is not None:
     check_subject(subject, store)
   made_from = {
     'step': trained.step,
-    'checkpoint_dataset': trained.about['dataset']['identity'],
-    'train_config': trained.about['train_config'],
+    'checkpoint_dataset': trained.metadata.dataset['identity'],
+    'train_config': trained.metadata.train_config,
     'store': store.manifest.identity,
     'probe_config': dataclasses.asdict(config),
   }
@@ -166,7 +166,7 @@ def _write(
   files.write_text(path, config_lib.to_json(report))
 
 
-def _open(url: str, trained_on: dict[str, Any]) -> store_lib.Store:
+def _open(url: str, saved: checkpoint_lib.Metadata) -> store_lib.Store:
   """The store, at the site and version that the autoencoder was trained on.
 
   Where the store lacks them, at its first site and last version: `check` then
@@ -175,10 +175,10 @@ def _open(url: str, trained_on: dict[str, Any]) -> store_lib.Store:
   manifest = layout.read_manifest(url)
   if manifest is None:
     return store_lib.open_store(url)
-  there = trained_on['site'] in manifest.sites
-  site = trained_on['site'] if there else manifest.sites[0]
-  # A checkpoint older than versions has none.
-  version = min(trained_on.get('version', 1), manifest.version)
+  site = saved.dataset['site']
+  if site not in manifest.sites:
+    site = manifest.sites[0]
+  version = min(saved.dataset_version, manifest.version)
   return store_lib.open_store(url, site, version)
 
 
@@ -190,7 +190,7 @@ def check(trained: checkpoint_lib.Trained, store: store_lib.Store) -> None:
       f'the store holds {store.manifest.d_model}: give the store it was '
       'trained on'
     )
-  trained_on, manifest = trained.about['dataset'], store.manifest
+  trained_on, manifest = trained.metadata.dataset, store.manifest
   if (trained_on['weights_sha256'], trained_on['site']) != (
     manifest.weights_sha256,
     store.site,
@@ -237,8 +237,8 @@ def scores(
   stop = min(store.manifest.n_rows, start + config.eval_rows)
   rows = (start, stop, config.batch_rows)
   quality = reconstruction.measure(trained, store, *rows, 'held-out')
-  sample_rows = trained.about['train_config']['sample_rows']
-  sample_BD = store.read_rows(0, min(store.n_train, sample_rows))
+  sample_rows = min(store.n_train, trained.metadata.sample_rows)
+  sample_BD = store.read_rows(0, sample_rows)
   fresh = reconstruction.untrained(trained.config, sample_BD, config.seed + 1)
   control = reconstruction.measure(fresh, store, *rows, 'untrained')
   k = min(trained.config.k, trained.config.d_model)

@@ -6,11 +6,10 @@ import functools
 import jax
 from jax.sharding import Mesh
 
+from sae_jax import autoencoder, store
 from sae_jax import mesh as mesh_lib
-from sae_jax import store
 from sae_jax.autoencoder import metrics
 from sae_jax.feed import rows
-from sae_jax.training import optimizer
 from sae_jax.training import state as state_lib
 from sae_jax.training.config import TrainConfig
 from sae_jax.training.state import TrainState
@@ -60,11 +59,11 @@ def make_evaluation(
     mesh: where the state lies.
     average: whether under the averaged weights or the last ones.
   """
-  return _evaluation(config.sae, config.optimizer, mesh, average)
+  return _evaluation(config.sae, config.optimizer.ema_decay, mesh, average)
 
 
 @functools.lru_cache(maxsize=16)
-def _evaluation(sae_config, optimizer_config, mesh, average):
+def _evaluation(sae_config, ema_decay, mesh, average):
   specs = mesh_lib.specs(state_lib.abstract_sae(sae_config))
   sums = jax.shard_map(
     lambda sae, raw_BD: metrics.evaluate_batch(
@@ -78,7 +77,8 @@ def _evaluation(sae_config, optimizer_config, mesh, average):
   def evaluate(state: TrainState, raw_BD: jax.Array) -> metrics.Sums:
     sae = state.sae
     if average:
-      sae = optimizer.averaged(optimizer_config, sae, state.optimizer.ema)
+      ema = state.optimizer.ema
+      sae = autoencoder.averaged(sae, ema.ema, ema.count, ema_decay)
     return sums(sae, raw_BD)
 
   # Whole on every process, so that each can read it.

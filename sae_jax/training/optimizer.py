@@ -7,7 +7,6 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-import numpy as np
 import optax
 
 from sae_jax import autoencoder, errors
@@ -209,31 +208,3 @@ def _counted(count, take):
   """The count of steps after this one, which may not be taken."""
   steps = optax.safe_increment(count)
   return steps if take is None else jnp.where(take, steps, count)
-
-
-def averaged(
-  config: OptimizerConfig, sae: autoencoder.Sae, ema: optax.EmaState
-) -> autoencoder.Sae:
-  """The moving average, bias-corrected as Adam's moments are.
-
-  Args:
-    config: gives the decay.
-    sae: the current parameters; what is not trained is taken from them.
-    ema: the average's state; before the first step, or if all were skipped, the
-      average is the current parameters.
-  """
-  # optax keeps the decay in the parameters' precision and the weight of a
-  # new value, 1 - decay, in 64 bits. The weights' sum is taken of just those.
-  kept = float(np.asarray(config.ema_decay, jax.tree.leaves(ema.ema)[0].dtype))
-  count = ema.count.astype(jnp.result_type(float))
-  share = (1 - config.ema_decay) / (1 - kept)
-  seen = -share * jnp.expm1(count * math.log(kept))
-  some = ema.count > 0
-  seen = jnp.where(some, seen, 1)
-  return sae.replace(
-    **jax.tree.map(
-      lambda a, p: jnp.where(some, (a / seen).astype(a.dtype), p),
-      ema.ema,
-      autoencoder.trained(sae),
-    )
-  )

@@ -21,30 +21,29 @@ def _check_same(
   config: TrainConfig,
   workdir: str,
   dataset: dict[str, Any],
-  about: dict[str, Any],
+  saved: checkpoint.Metadata,
 ) -> None:
   """Raises UserError if the workdir's checkpoints are of another run."""
-  old = config_lib.from_dict(TrainConfig, about['train_config'])
-  found = config_lib.flat(old)
+  old_config = config_lib.from_dict(TrainConfig, saved.train_config)
+  old = config_lib.flat(old_config)
   may_change = set(config_lib.names_with(TrainConfig, 'may_change'))
   # No step before the end depends on where it is, unless the rate decays.
   if not config.optimizer.decay_steps:
     may_change.add('steps')
   changed = [
-    f'{name}: {found[name]!r} -> {value!r}'
+    f'{name}: {old[name]!r} -> {value!r}'
     for name, value in config_lib.flat(config).items()
-    if found[name] != value and name not in may_change
+    if old[name] != value and name not in may_change
   ]
-  old = about['dataset']
   changed += [
-    f'{name} of the data: {old[name]} -> {dataset[name]}'
+    f'{name} of the data: {saved.dataset[name]} -> {dataset[name]}'
     for name in ('site', 'identity')
-    if old[name] != dataset[name]
+    if saved.dataset[name] != dataset[name]
   ]
-  if old.get('version', 1) < dataset['version']:
+  if saved.dataset_version < dataset['version']:
     changed.append(
       'the store got another version: --store_version='
-      f'{old.get("version", 1)} is that of the run'
+      f'{saved.dataset_version} is that of the run'
     )
   if changed:
     raise errors.UserError(
@@ -60,11 +59,11 @@ def first_state(
   if checkpointer.latest is None:
     sample_BD = data.read_rows(0, min(config.sample_rows, data.n_train))
     return init_state(config, mesh, sample_BD), {}
-  about = checkpoint.about(checkpointer, checkpointer.latest.step)
-  _check_same(config, workdir, data.about, about)
+  saved = checkpoint.read_metadata(checkpointer, checkpointer.latest.step)
+  _check_same(config, workdir, data.about, saved)
   state = run.restore(checkpointer, abstract_state(config, mesh))
   logging.info('%s resumes after step %d', workdir, int(state.step))
-  return state, about.get('feed', {})
+  return state, saved.feed
 
 
 def claim_workdir(workdir: str, stack: contextlib.ExitStack) -> None:

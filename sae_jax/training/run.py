@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import time
-from typing import Any
 
 from absl import logging
 import jax
@@ -22,18 +21,14 @@ from sae_jax.training.state import TrainState
 from sae_jax.training.step import make_step
 
 
-def _parts(state: TrainState) -> dict[str, Any]:
-  return {
-    'sae': state.sae,
-    'ema': state.optimizer.ema,
-    'adam': state.optimizer.adam,
-    'progress': {
-      'silent_N': state.silent_N,
-      'mse_of_mean': state.mse_of_mean,
-      'step': state.step,
-      'skipped': state.skipped,
-    },
-  }
+def contents(state: TrainState) -> checkpoint.Contents:
+  """What a checkpoint holds of a state."""
+  return checkpoint.Contents(
+    sae=state.sae,
+    ema=state.optimizer.ema,
+    adam=state.optimizer.adam,
+    progress={name: getattr(state, name) for name in checkpoint.PROGRESS},
+  )
 
 
 def restore(
@@ -44,13 +39,13 @@ def restore(
   Raises:
     UserError: if it is damaged.
   """
-  parts = checkpoint.read(
-    checkpointer, checkpointer.latest.step, _parts(wanted)
+  saved = checkpoint.read(
+    checkpointer, checkpointer.latest.step, contents(wanted)
   )
   return TrainState(
-    sae=parts['sae'],
-    optimizer=optimizer.OptimizerState(adam=parts['adam'], ema=parts['ema']),
-    **parts['progress'],
+    sae=saved.sae,
+    optimizer=optimizer.OptimizerState(adam=saved.adam, ema=saved.ema),
+    **saved.progress,
   )
 
 
@@ -83,12 +78,12 @@ class Run:
     self._batches = batches
     self._saver = saver
     self._step = make_step(config, mesh)
-    self._about = {
-      'train_config': dataclasses.asdict(config),
-      'mse_of_mean': float(state.mse_of_mean),
-      'dataset': data.about,
-      'metric_definitions': metrics.METRIC_DEFINITIONS,
-    }
+    self._metadata = checkpoint.Metadata(
+      train_config=dataclasses.asdict(config),
+      mse_of_mean=float(state.mse_of_mean),
+      dataset=data.about,
+      metric_definitions=metrics.METRIC_DEFINITIONS,
+    )
     self._writer = log.Writer(
       workdir, self.done, active=jax.process_index() == 0
     )
@@ -148,11 +143,11 @@ class Run:
   def _begin_save(self, checkpointer: ocp.training.Checkpointer):
     # The log must not lag behind what resume starts from.
     self._writer.flush()
-    return checkpointer.save_checkpointables_async(
+    return checkpoint.save(
+      checkpointer,
       self.done,
-      _parts(self.state),
-      force=True,
-      custom_metadata=self._about | {'feed': self._cursor},
+      contents(self.state),
+      dataclasses.replace(self._metadata, feed=self._cursor),
     )
 
   def close(self) -> None:

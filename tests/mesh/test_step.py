@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from sae_jax import autoencoder, mesh
-from sae_jax.training import auxk, evaluation, optimizer, step
+from sae_jax.training import auxk, evaluation, step
 from sae_jax.training import state as state_lib
 from tests.support import processes
 from tests.support.step_runs import (
@@ -178,8 +178,9 @@ def test_evaluation_is_of_the_averaged_weights_on_every_mesh(config):
     made = make_mesh(*shape)
     placed = jax.device_put(ROWS[-512:], mesh.sharding(made, 'BD'))
     totals.append(evaluation.make_evaluation(config, made)(state, placed))
-    average = optimizer.averaged(
-      config.optimizer, state.sae, state.optimizer.ema
+    ema = state.optimizer.ema
+    average = autoencoder.averaged(
+      state.sae, ema.ema, ema.count, config.optimizer.ema_decay
     )
     average = jax.tree.map(np.asarray, average)
   for got, want in zip(*(jax.tree.leaves(t) for t in totals)):

@@ -49,8 +49,8 @@ def test_control_a_part_that_is_not_restored_is_seen(
 
   def forgets(*args):
     state = whole(*args)
-    parts = run._parts(state)
-    parts |= parts['progress']
+    saved = run.contents(state)
+    parts = vars(saved) | saved.progress
     nothing = jax.tree.map(jnp.zeros_like, parts[lost])
     if lost in ('adam', 'ema'):
       nothing = state.optimizer._replace(**{lost: nothing})

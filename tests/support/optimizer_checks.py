@@ -68,8 +68,14 @@ def numpy_run(
         norm = np.linalg.norm(params[name], axis=axis, keepdims=True)
         params[name] = params[name] / norm
       ema[name] = 0.9 * ema[name] + 0.1 * params[name]
-  averaged = {name: a / (1 - 0.9 ** len(grads)) for name, a in ema.items()}
-  return params, averaged
+  average = {name: a / (1 - 0.9 ** len(grads)) for name, a in ema.items()}
+  return params, average
+
+
+def averaged(config, sae, state):
+  """The moving average that a run has after its last step."""
+  ema = state.ema
+  return autoencoder.averaged(sae, ema.ema, ema.count, config.ema_decay)
 
 
 def difference(sae, params):
@@ -106,7 +112,7 @@ def updates_equal_a_float64_loop():
     history, state = run(params, grads)
     want, want_average = numpy_run(params, grads)
     assert difference(history[-1], want) < 1e-12
-    average = optimizer.averaged(CONFIG, history[-1], state.ema)
+    average = averaged(CONFIG, history[-1], state)
     assert difference(average, want_average) < 1e-7
     # Controls: no projection, and unit norm along the wrong axis.
     for defect in ({'project': False}, {'axis': 0}):

@@ -129,10 +129,12 @@ def make_trained(data, n_latents=24, k=4, preprocessing='center_unit_norm'):
     sae,
     fresh.mse_of_mean,
     7,
-    {
-      'train_config': {'sample_rows': data.n_train},
-      'dataset': dataclasses.asdict(data.manifest),
-    },
+    checkpoint.Metadata(
+      train_config={'sample_rows': data.n_train},
+      mse_of_mean=fresh.mse_of_mean,
+      dataset=dataclasses.asdict(data.manifest),
+      metric_definitions={},
+    ),
   )
 
 

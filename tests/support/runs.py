@@ -46,8 +46,8 @@ def saved_steps(workdir):
 def saved_state(workdir):
   """The whole state of a run's latest checkpoint, on this process's mesh."""
   with checkpoint.open_checkpointer(workdir) as checkpointer:
-    about = checkpoint.about(checkpointer, checkpointer.latest.step)
-    config = config_lib.from_dict(TrainConfig, about['train_config'])
+    saved = checkpoint.read_metadata(checkpointer, checkpointer.latest.step)
+    config = config_lib.from_dict(TrainConfig, saved.train_config)
     return run_lib.restore(
       checkpointer,
       abstract_state(config, mesh.make_mesh(1, jax.device_count())),

@@ -15,6 +15,7 @@ from sae_jax.training import optimizer
 from tests.support.optimizer_checks import (
   after,
   as_sae,
+  averaged,
   CONFIG,
   difference,
   NAMES,
@@ -59,13 +60,13 @@ def test_projection_leaves_what_is_orthogonal():
 def test_average_after_one_step_is_the_parameters():
   params, grads = problem()
   history, state = run(params, grads[:1])
-  average = optimizer.averaged(CONFIG, history[0], state.ema)
+  average = averaged(CONFIG, history[0], state)
   assert difference(average, autoencoder.trained(history[0])) < 1e-6
 
 
 def test_average_before_the_first_step_is_the_parameters():
   sae = as_sae(problem()[0])
-  average = optimizer.averaged(CONFIG, sae, optimizer.init(CONFIG, sae).ema)
+  average = averaged(CONFIG, sae, optimizer.init(CONFIG, sae))
   assert difference(average, autoencoder.trained(sae)) == 0
 
 
@@ -75,7 +76,7 @@ def test_average_of_constants_is_the_constant_in_float32(decay):
   params, _ = problem()
   still = {name: np.zeros_like(a) for name, a in params.items()}
   history, state = run(params, [still] * 50, config, rate=0.0)
-  average = optimizer.averaged(config, history[-1], state.ema)
+  average = averaged(config, history[-1], state)
   assert difference(average, autoencoder.trained(history[-1])) < 2e-5
   # Control: the textbook correction in float32 misses by the decay's lost
   # digits, more the nearer it is to 1.

@@ -6,12 +6,12 @@ import shutil
 import numpy as np
 import pytest
 
-from sae_jax import checkpoint, errors
+from sae_jax import autoencoder, checkpoint, errors
 from sae_jax import store as store_lib
 from sae_jax.probing import reconstruction
 from sae_jax.store import layout, manifest
 from sae_jax.store import writer as writer_lib
-from sae_jax.training import optimizer, train
+from sae_jax.training import train
 from tests.support import planted, runs
 
 
@@ -166,15 +166,13 @@ def test_load_gives_the_average_or_the_last_weights(finished):
   last = checkpoint.load(finished[0], average=False)
   runs.assert_same_bits(last.sae, finished[1].sae)
   average = checkpoint.load(finished[0])
-  want = optimizer.averaged(
-    runs.train_config().optimizer,
-    finished[1].sae,
-    finished[1].optimizer.ema,
-  )
+  ema = finished[1].optimizer.ema
+  decay = runs.train_config().optimizer.ema_decay
+  want = autoencoder.averaged(finished[1].sae, ema.ema, ema.count, decay)
   runs.assert_same_bits(average.sae, want)
   assert (average.sae.w_enc_ND != last.sae.w_enc_ND).any()
   assert average.config == runs.train_config().sae
-  assert average.about['dataset']['identity']
+  assert average.metadata.dataset['identity']
   assert average.mse_of_mean == float(finished[1].mse_of_mean)
 
 

@@ -1,0 +1,39 @@
+"""The moving average of the parameters, as it is read."""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sae_jax.autoencoder import params
+from sae_jax.autoencoder.params import Sae
+
+
+def averaged(
+  sae: Sae, sums: dict[str, jax.Array], count: jax.Array, decay: float
+) -> Sae:
+  """The moving average, bias-corrected as Adam's moments are.
+
+  Args:
+    sae: the current parameters; what is not trained is taken from them.
+    sums: the undebiased average of each trained parameter, by name.
+    count: steps that were averaged; before the first step, or if all were
+      skipped, the average is the current parameters.
+    decay: of the average.
+  """
+  # optax keeps the decay in the parameters' precision and the weight of a
+  # new value, 1 - decay, in 64 bits. The weights' sum is taken of just those.
+  kept = float(np.asarray(decay, jax.tree.leaves(sums)[0].dtype))
+  steps = count.astype(jnp.result_type(float))
+  share = (1 - decay) / (1 - kept)
+  any_steps = count > 0
+  seen = jnp.where(any_steps, -share * jnp.expm1(steps * math.log(kept)), 1)
+  current = params.to_dict(sae)
+  return params.with_arrays(
+    sae,
+    {
+      name: jnp.where(any_steps, (a / seen).astype(a.dtype), current[name])
+      for name, a in sums.items()
+    },
+  )

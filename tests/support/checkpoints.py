@@ -1,0 +1,48 @@
+"""Small checkpoints that no run has saved."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from sae_jax import autoencoder, checkpoint
+
+CONFIG = autoencoder.SaeConfig(d_model=4, n_latents=8, k=2)
+METADATA = checkpoint.Metadata(
+  train_config={
+    'sae': dataclasses.asdict(CONFIG),
+    'optimizer': {'ema_decay': 0.75},
+    'sample_rows': 9,
+  },
+  mse_of_mean=2.5,
+  dataset={'site': 'blocks.0.resid_post', 'version': 3},
+  metric_definitions={'nmse': 'an error'},
+  feed={'window': 2},
+)
+
+
+def contents(activation='topk'):
+  """Arrays of all parts, each with numbers of its own."""
+  config = dataclasses.replace(CONFIG, activation=activation)
+  sae = autoencoder.init_weights(config, jax.random.key(0))
+  trained = autoencoder.trained(sae)
+
+  def times(number):
+    return {name: number * a + 1 for name, a in trained.items()}
+
+  return checkpoint.Contents(
+    sae=sae,
+    ema={'count': jnp.array(2), 'ema': times(3)},
+    adam={'count': jnp.array(2), 'mu': times(4), 'nu': times(5)},
+    progress={
+      'silent_N': jnp.arange(8),
+      'mse_of_mean': jnp.array(2.5),
+      'step': jnp.array(7),
+      'skipped': jnp.array(0),
+    },
+  )
+
+
+def save(workdir, saved, metadata=METADATA):
+  with checkpoint.open_checkpointer(workdir) as checkpointer:
+    checkpoint.save(checkpointer, 7, saved, metadata).result()

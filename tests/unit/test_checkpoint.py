@@ -1,0 +1,87 @@
+"""Checkpoints: what they hold, and what reading one takes."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from sae_jax import checkpoint, errors
+from tests.support import runs
+from tests.support.checkpoints import CONFIG, contents, METADATA, save
+
+
+@pytest.mark.parametrize('activation', ['topk', 'jumprelu'])
+def test_all_that_is_saved_is_read(tmp_path, activation):
+  saved = contents(activation)
+  save(str(tmp_path), saved)
+  with checkpoint.open_checkpointer(str(tmp_path)) as checkpointer:
+    assert checkpoint.read_metadata(checkpointer, 7) == METADATA
+    got = checkpoint.read(checkpointer, 7, saved)
+  runs.assert_same_bits(got.parts(), saved.parts())
+  # Control: arrays of another shape are refused.
+  wide = dataclasses.replace(
+    saved, progress=saved.progress | {'silent_N': jnp.arange(9)}
+  )
+  with (
+    checkpoint.open_checkpointer(str(tmp_path)) as checkpointer,
+    pytest.raises(errors.UserError, match='7 cannot be read'),
+  ):
+    checkpoint.read(checkpointer, 7, wide)
+
+
+def test_load_takes_shapes_and_decay_from_the_checkpoint(tmp_path):
+  saved = contents()
+  save(str(tmp_path), saved)
+  last = checkpoint.load(str(tmp_path), average=False)
+  runs.assert_same_bits(last.sae, saved.sae)
+  assert (last.config, last.step, last.mse_of_mean) == (CONFIG, 7, 2.5)
+  assert last.metadata.sample_rows == 9
+  average = checkpoint.load(str(tmp_path))
+  for name, sums in saved.ema['ema'].items():
+    np.testing.assert_allclose(
+      getattr(average.sae, name), sums / (1 - 0.75**2), rtol=1e-6
+    )
+  # Control: another decay is another correction.
+  other = METADATA.train_config | {'optimizer': {'ema_decay': 0.5}}
+  save(
+    str(tmp_path / 'other'),
+    saved,
+    dataclasses.replace(METADATA, train_config=other),
+  )
+  wrong = checkpoint.load(str(tmp_path / 'other'))
+  assert (wrong.sae.w_dec_ND != average.sae.w_dec_ND).any()
+
+
+def test_a_parameter_saved_as_none_is_absent(tmp_path, monkeypatch):
+  """As checkpoints of version 0.1.0 have the thresholds that TopK has not."""
+  saved = contents()
+  parts = saved.parts()
+  parts['sae']['log_threshold_N'] = None
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint.Contents, 'parts', lambda self: parts)
+    save(str(tmp_path), saved)
+  runs.assert_same_bits(
+    checkpoint.load(str(tmp_path), average=False).sae, saved.sae
+  )
+  with checkpoint.open_checkpointer(str(tmp_path)) as checkpointer:
+    got = checkpoint.read(checkpointer, 7, saved)
+  runs.assert_same_bits(got.parts(), saved.parts())
+
+
+def test_metadata_that_is_damaged_or_newer_is_refused(tmp_path):
+  for number, (change, message) in enumerate(
+    (
+      (lambda values: values.pop('train_config'), 'no train_config'),
+      (lambda values: values.update(colour=1), 'Metadata has no field colour'),
+    )
+  ):
+    workdir = str(tmp_path / str(number))
+    values = dataclasses.asdict(METADATA)
+    change(values)
+    with checkpoint.open_checkpointer(workdir) as checkpointer:
+      checkpointer.save_checkpointables_async(
+        7, contents().parts(), custom_metadata=values
+      ).result()
+      with pytest.raises(errors.UserError, match=message):
+        checkpoint.read_metadata(checkpointer, 7)
