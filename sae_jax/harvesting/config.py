@@ -67,7 +67,7 @@ class HarvestConfig(config_lib.Config):
     speed_only=True,
   )
   dtype: str = option(
-    'float32', 'of the stored activations', ('float32', 'bfloat16')
+    'float32', 'dtype of the stored activations', ('float32', 'bfloat16')
   )
   chunk_rows: int = option(1024, 'rows of the smallest read', least=1)
   shard_rows: int = option(65_536, 'rows of a stored object', least=1)
@@ -84,7 +84,7 @@ class HarvestConfig(config_lib.Config):
     'leave out tokens whose norm is beyond this multiple of the median, '
     'attention sinks; 0 keeps all, 10 is usual',
   )
-  seed: int = option(0, 'sets the order of documents')
+  seed: int = option(0, 'seed of the order of documents')
 
 
 def check(config: HarvestConfig) -> None:

@@ -80,6 +80,27 @@ def harvest(
       f'the subject given is {subject.name}, the config says '
       f'{config.subject}: make them the same'
     )
+  sites, width = _sites(config, subject)
+  contexts = source_lib.contexts(config, text, subject.tokenizer)
+  plan = _store_plan(config, subject, sites, width)
+  writer = writer_lib.StoreWriter(store_url, plan)
+  forward = pools.Forward(config, subject, sites, mesh)
+  # Closed, so that no process that tokenizes is left.
+  with contextlib.closing(contexts):
+    shards = cutting.Shards(config, contexts, writer)
+    mask = _write_shards(config, forward, shards, writer, process)
+  return _seal(config, shards, mask, writer, process)
+
+
+def _sites(
+  config: HarvestConfig, subject: subject_lib.Subject
+) -> tuple[tuple[capture.Site, ...], int]:
+  """The sites that are read, and the width of each.
+
+  Raises:
+    UserError: if the subject has no such site, one is named twice, or widths
+      differ.
+  """
   sites = [capture.parse_site(site, subject.config) for site in config.sites]
   if len(set(sites)) < len(sites):
     raise errors.UserError(
@@ -94,40 +115,41 @@ def harvest(
         f'site {site} is {widths[-1]} wide, {sites[0]} is {widths[0]}: a store '
         'has one width, harvest them apart'
       )
-  running = source_lib.contexts(config, text, subject.tokenizer)
+  return tuple(sites), widths[0]
+
+
+def _store_plan(
+  config: HarvestConfig,
+  subject: subject_lib.Subject,
+  sites: tuple[capture.Site, ...],
+  width: int,
+) -> manifest_lib.StorePlan:
+  """What every shard of the store depends on."""
   outside_shards = (
     *config_lib.names_with(HarvestConfig, 'sizes_store'),
     *config_lib.names_with(HarvestConfig, 'speed_only'),
   )
-  plan = {
-    name: value
-    for name, value in dataclasses.asdict(config).items()
-    if name not in outside_shards
-  }
-  writer = writer_lib.StoreWriter(
-    store_url,
-    manifest_lib.StorePlan(
-      subject=config.subject,
-      weights_sha256=subject.weights_sha256,
-      # By one name, whichever was given.
-      sites=tuple(map(str, sites)),
-      d_model=widths[0],
-      dtype=config.dtype,
-      chunk_rows=config.chunk_rows,
-      shard_rows=config.shard_rows,
-      context_length=config.context_length,
-      sources=config.sources,
-      corpus={source: corpus.identity(source) for source in config.sources},
-      tokenizer_sha256=_tokenizer_digest(subject.tokenizer),
-      seed=config.seed,
-      config=plan,
-      software=_software(config),
-    ),
+  return manifest_lib.StorePlan(
+    subject=config.subject,
+    weights_sha256=subject.weights_sha256,
+    # By one name, whichever was given.
+    sites=tuple(map(str, sites)),
+    d_model=width,
+    dtype=config.dtype,
+    chunk_rows=config.chunk_rows,
+    shard_rows=config.shard_rows,
+    context_length=config.context_length,
+    sources=config.sources,
+    corpus={source: corpus.identity(source) for source in config.sources},
+    tokenizer_sha256=_tokenizer_digest(subject.tokenizer),
+    seed=config.seed,
+    config={
+      name: value
+      for name, value in dataclasses.asdict(config).items()
+      if name not in outside_shards
+    },
+    software=_software(config),
   )
-  forward = pools.Forward(config, subject, tuple(sites), mesh)
-  # Closed, so that no process that tokenizes is left.
-  with contextlib.closing(running):
-    return _run(config, forward, running, writer, process)
 
 
 def _mesh(config: HarvestConfig) -> jax.sharding.Mesh:
@@ -138,30 +160,50 @@ def _mesh(config: HarvestConfig) -> jax.sharding.Mesh:
   return mesh_lib.make_mesh(config.mesh_data, config.mesh_latent, devices)
 
 
-def _run(config, forward, running, writer, process) -> store.Manifest | None:
-  """The loop: pool n is dispatched, then pool n - 1 is stored."""
-  shards = cutting.Shards(config, running, writer)
+def _write_shards(
+  config: HarvestConfig,
+  forward: pools.Forward,
+  shards: cutting.Shards,
+  writer: writer_lib.StoreWriter,
+  process: tuple[int, int],
+) -> manifest_lib.Mask:
+  """Writes this process's shards that are missing; returns what masks rows.
+
+  Pool n is dispatched to the devices before pool n - 1 is stored.
+  """
   first = shards.first_pool()
   if not first:
     raise _nothing_kept(config)
   mask, fitted = forward.fit_mask(first, writer)
-  shard, waiting = None, None
+  shard, dispatched = None, None
   with progress.bar(total=config.n_tokens, unit='tok', desc='harvest') as bar:
     for work in itertools.chain(shards.missing(process, bar), [None]):
-      running = None
+      before, dispatched = dispatched, None
       if work is not None:
-        if not work.is_first_pool or fitted is None:
+        # The first pool has been through the subject, to fit the mask.
+        if fitted is None or not work.is_first_pool:
           fitted = forward.dispatch(work.contexts)
-        running, fitted = (work, fitted), None
-      if waiting is not None:
-        done, batches = waiting
-        if shard is None:
-          shard = _Open(writer.shard(done.shard), config, writer.plan.sites)
-        shard.append(mask, done.contexts, batches, bar)
-        if done.last:
-          shard.finish()
-          shard = None
-      waiting = running
+        dispatched, fitted = (work, fitted), None
+      if before is None:
+        continue
+      pool, batches = before
+      if shard is None:
+        shard = _Open(writer.shard(pool.shard), config, writer.plan.sites)
+      shard.append(mask, pool.contexts, batches, bar)
+      if pool.last:
+        shard.finish()
+        shard = None
+  return mask
+
+
+def _seal(
+  config: HarvestConfig,
+  shards: cutting.Shards,
+  mask: manifest_lib.Mask,
+  writer: writer_lib.StoreWriter,
+  process: tuple[int, int],
+) -> store.Manifest | None:
+  """Writes the manifest, if all shards are there."""
   complete = writer.complete(shards.number)
   if complete is None:
     logging.info(
@@ -218,18 +260,19 @@ class _Open:
     for batch, outputs in batches:
       jax.block_until_ready(outputs)
       bar.update(sum(pools.expected(config, pool[i]) for i in batch))
-    found = {name: pools.collect(pool, batches, name) for name in names}
+    # By site: activations and norms of each context.
+    sites = {name: pools.collect(pool, batches, name) for name in names}
     lengths = [len(context.tokens) for context in pool]
     positions = np.concatenate([context.positions for context in pool])
     allowed = pools.allowed(config, positions)
-    norms = [np.concatenate(found[name][1]) for name in names]
+    norms = [np.concatenate(sites[name][1]) for name in names]
     keep = pools.kept(config, mask, positions, norms)
     self._shard.append(
       np.concatenate([context.tokens for context in pool]),
       np.concatenate([context.documents for context in pool]),
       positions,
       keep,
-      {name: np.concatenate(found[name][0])[keep] for name in names},
+      {name: np.concatenate(sites[name][0])[keep] for name in names},
     )
     # The norm rule may have left some out.
     bar.update(int(keep.sum()) - int(allowed.sum()))

@@ -23,13 +23,14 @@ class TrainConfig(config_lib.Config):
   )
   site: str = config_lib.option(
     '',
-    'of the store, to read; may be left out where it has one',
+    'site of the store to train on; optional if the store has only one',
     may_change=True,
     shared=True,
   )
   store_version: int = config_lib.option(
     0,
-    'of the store, as it was before more was appended; 0 for the last',
+    'version of the store to train on, before more was appended; 0 for the '
+    'latest',
     least=0,
     may_change=True,
     shared=True,
@@ -59,11 +60,11 @@ class TrainConfig(config_lib.Config):
   )
   steps: int = config_lib.option(1000, 'steps of the run', least=1)
   seed: int = config_lib.option(
-    0, 'of the initial weights', least=0, most=2**31 - 1
+    0, 'seed of the initial weights', least=0, most=2**31 - 1
   )
   order_seed: int = config_lib.option(
     0,
-    'of the order of the batches',
+    'seed of the order of the batches',
     least=0,
     most=2**31 - 1,
     shared=True,

@@ -18,7 +18,7 @@ from sae_jax.training.state import TrainState
 def heldout(
   config: TrainConfig, manifest: store.Manifest, mesh: Mesh
 ) -> tuple[int, int, int]:
-  """First held-out row, where the scored ones end, and rows of a batch."""
+  """The held-out rows that are scored: first, last + 1, and a batch's."""
   first = manifest.n_rows - manifest.holdout_rows
   last = min(manifest.n_rows, first + config.eval_rows)
   size = min(config.batch_size, last - first)
@@ -47,6 +47,27 @@ def evaluate(
     rows_BD = rows.read_rows(data, start, size, mesh)
     total = metrics.add_sums(total, evaluation(state, rows_BD))
   return metrics.summarise(total, float(state.mse_of_mean))
+
+
+def scores(
+  config: TrainConfig, mesh: Mesh, state: TrainState, data: store.Store
+) -> tuple[dict[str, float], dict[str, list[int]]]:
+  """What a run logs of its state: metrics on held-out rows by name, and lists.
+
+  Metrics are `heldout_` under the averaged weights and `heldout_last_` under
+  the last ones. The list is the histogram of latents by density (averaged
+  weights), its edges `metrics.DENSITY_EDGES`.
+  """
+  average, last = (
+    evaluate(
+      config, mesh, state, data, make_evaluation(config, mesh, of_average)
+    )
+    for of_average in (True, False)
+  )
+  scalars = {f'heldout_{n}': v for n, v in average.scalars().items()}
+  scalars |= {f'heldout_last_{n}': v for n, v in last.scalars().items()}
+  density = metrics.density_record(average.density_N)
+  return scalars, {'heldout_log10_density': density['latents']}
 
 
 def make_evaluation(

@@ -15,7 +15,9 @@ from sae_jax.storage import url as url_lib
 
 
 def _step_of(line: str) -> float:
-  """The step of a line; a line that is damaged is of no step that is kept."""
+  """The step logged on a line; infinity for a damaged line, so that it is
+  dropped.
+  """
   try:
     return json.loads(line)['step']
   except (ValueError, KeyError, TypeError):

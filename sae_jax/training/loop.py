@@ -66,11 +66,12 @@ class Clock:
         self._began = time.monotonic()
         self._bytes = self._batches.bytes_read
 
-  def told(self) -> dict[str, float]:
+  def metrics(self) -> dict[str, float]:
     """The share of the time that was waited, and bytes read a second.
 
     The device works on the step before meanwhile: it was idle no longer.
-    Nothing is told of a stream, which makes batches where steps are made.
+    Empty before the second batch, and for a stream, which makes batches where
+    steps are made.
     """
     if self._began is None or self._batches.bytes_read is None:
       return {}
@@ -110,8 +111,7 @@ def run_all(runs: list[Run], batches: Batches) -> None:
       profile(step, lambda: jax.block_until_ready([r.state for r in runs]))
       ready = [run for run in runs if run.done == step - 1 and not run.finished]
       for run in ready:
-        run.reading = clock.told()
-        run.advance(batch_BD)
+        run.advance(batch_BD, clock.metrics())
       for run in ready:
         run.due()
       # None, where one has ended and the next goes on from a later step.
@@ -130,12 +130,12 @@ def run_all(runs: list[Run], batches: Batches) -> None:
           run.save()
         logging.info('SIGTERM: saved after step %d', step)
         break
-    told = clock.told()
+    feed_metrics = clock.metrics()
     for run in runs:
       run.finish()
-  if told:
+  if feed_metrics:
     logging.info(
       'batches were waited for %.1f %% of the time, %.1f MB/s were read',
-      100 * told['feed_wait_share'],
-      told['feed_bytes_per_s'] / 1e6,
+      100 * feed_metrics['feed_wait_share'],
+      feed_metrics['feed_bytes_per_s'] / 1e6,
     )

@@ -1,18 +1,22 @@
 """Where a run begins: fresh, or where an earlier process stopped."""
 
 import contextlib
+import dataclasses
 from typing import Any
 
 from absl import logging
 from etils import epath
 import jax
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 import numpy as np
 
-from sae_jax import checkpoint, errors
+from sae_jax import checkpoint, errors, store
 from sae_jax import config as config_lib
+from sae_jax import mesh as mesh_lib
 from sae_jax.storage import claim, files
 from sae_jax.training import run
+from sae_jax.training import saver as saver_lib
 from sae_jax.training.config import TrainConfig
 from sae_jax.training.state import abstract_state, init_state, TrainState
 
@@ -52,18 +56,69 @@ def _check_same(
     )
 
 
-def first_state(
-  config, workdir, mesh, data, checkpointer
-) -> tuple[TrainState, dict[str, Any]]:
-  """The state a run starts or goes on from, and the cursor of its batches."""
-  if checkpointer.latest is None:
+@dataclasses.dataclass(frozen=True)
+class Start:
+  """Where a run begins.
+
+  Attributes:
+    config: of the run.
+    workdir: of the run, which this process has claimed.
+    state: fresh, or that of the latest checkpoint.
+    cursor: where its next batch comes from, of batches that keep a cursor.
+    saver: has the workdir's checkpoints open.
+  """
+
+  config: TrainConfig
+  workdir: str
+  state: TrainState
+  cursor: dict[str, Any]
+  saver: saver_lib.Saver
+
+  @property
+  def finished(self) -> bool:
+    """Whether all its steps are done."""
+    return int(self.state.step) >= self.config.steps
+
+
+def start(
+  config: TrainConfig,
+  workdir: str,
+  mesh: Mesh,
+  data: store.Store,
+  stack: contextlib.ExitStack,
+) -> Start:
+  """Claims a workdir and finds out where its run begins.
+
+  Args:
+    config: of the run.
+    workdir: of the run.
+    mesh: where the state is put.
+    data: what the run trains on.
+    stack: closes the checkpoints, then gives the workdir up.
+
+  Raises:
+    UserError: if another process has the workdir, or its checkpoint is damaged
+      or of another run.
+  """
+  mesh_lib.log_devices(workdir)
+  claim_workdir(workdir, stack)
+  saver = stack.enter_context(saver_lib.Saver(workdir, config.checkpoint_keep))
+  latest = saver.checkpointer.latest
+  if latest is None:
     sample_BD = data.read_rows(0, min(config.sample_rows, data.n_train))
-    return init_state(config, mesh, sample_BD), {}
-  saved = checkpoint.read_metadata(checkpointer, checkpointer.latest.step)
+    state = init_state(config, mesh, sample_BD)
+    return Start(config, workdir, state, {}, saver)
+  saved = checkpoint.read_metadata(saver.checkpointer, latest.step)
   _check_same(config, workdir, data.about, saved)
-  state = run.restore(checkpointer, abstract_state(config, mesh))
-  logging.info('%s resumes after step %d', workdir, int(state.step))
-  return state, saved.feed
+  state = run.restore(saver.checkpointer, abstract_state(config, mesh))
+  begin = Start(config, workdir, state, saved.feed, saver)
+  logging.info(
+    '%s %s step %d',
+    workdir,
+    'is finished:' if begin.finished else 'resumes after',
+    int(state.step),
+  )
+  return begin
 
 
 def claim_workdir(workdir: str, stack: contextlib.ExitStack) -> None:
@@ -82,8 +137,8 @@ def claim_workdir(workdir: str, stack: contextlib.ExitStack) -> None:
     try:
       stack.enter_context(claim.claim(workdir))
       files.write_text(path, '')
-    except (errors.UserError, OSError) as found:
-      error = found
+    except (errors.UserError, OSError) as raised:
+      error = raised
   if multihost_utils.broadcast_one_to_all(np.array(error is not None)):
     raise error or errors.UserError(
       f'process 0 cannot use workdir {workdir}: see what it says'

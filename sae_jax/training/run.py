@@ -12,11 +12,9 @@ from orbax.checkpoint import v1 as ocp
 from sae_jax import checkpoint, errors, store
 from sae_jax.autoencoder import metrics
 from sae_jax.feed.batches import Batches
-from sae_jax.training import evaluation as evaluation_lib
-from sae_jax.training import log, optimizer
+from sae_jax.training import evaluation, log, optimizer
 from sae_jax.training import saver as saver_lib
 from sae_jax.training.config import TrainConfig
-from sae_jax.training.evaluation import make_evaluation
 from sae_jax.training.state import TrainState
 from sae_jax.training.step import make_step
 
@@ -55,7 +53,6 @@ class Run:
   Attributes:
     done: steps done.
     latest: values of the last step that were taken in.
-    reading: how its batches come, which is told with them.
   """
 
   def __init__(
@@ -88,18 +85,26 @@ class Run:
       workdir, self.done, active=jax.process_index() == 0
     )
     self._pending = collections.deque()
+    self._feed_metrics = {}
     self._saved = self.done
     self._began = time.monotonic()
     self.latest = {}
-    self.reading = {}
 
   @property
   def finished(self) -> bool:
     """Whether all its steps are done."""
     return self.done >= self.config.steps
 
-  def advance(self, batch_BD: jax.Array) -> None:
-    """Dispatches a step, then takes in the values of the one before."""
+  def advance(
+    self, batch_BD: jax.Array, feed_metrics: dict[str, float] | None = None
+  ) -> None:
+    """Dispatches a step, then takes in the values of the one before.
+
+    Args:
+      batch_BD: raw activations, sharded over "data".
+      feed_metrics: how the batches come by now, for TensorBoard alone.
+    """
+    self._feed_metrics = feed_metrics or {}
     debug = jax.config.jax_debug_nans
     # A transfer nobody meant would make the device wait for the host; a step
     # that is run again by operations, to find a NaN, makes many. JAX forgets
@@ -128,7 +133,9 @@ class Run:
     if self._saved == self.done:
       return
     self._take(0)
-    self._cursor = self._batches.cursor(self.done)
+    self._metadata = dataclasses.replace(
+      self._metadata, feed=self._batches.cursor(self.done)
+    )
     self._saver.save(self.done, self._begin_save)
     self._saved = self.done
 
@@ -144,10 +151,7 @@ class Run:
     # The log must not lag behind what resume starts from.
     self._writer.flush()
     return checkpoint.save(
-      checkpointer,
-      self.done,
-      contents(self.state),
-      dataclasses.replace(self._metadata, feed=self._cursor),
+      checkpointer, self.done, contents(self.state), self._metadata
     )
 
   def close(self) -> None:
@@ -164,18 +168,10 @@ class Run:
 
   def _score(self) -> None:
     self._take(0)
-    rows = {}
-    for prefix, average in (('heldout', True), ('heldout_last', False)):
-      evaluation = make_evaluation(self.config, self._mesh, average)
-      found = evaluation_lib.evaluate(
-        self.config, self._mesh, self.state, self._data, evaluation
-      )
-      rows |= {f'{prefix}_{n}': v for n, v in found.scalars().items()}
-      if average:
-        density = metrics.density_record(found.density_N)
-    self._writer.write(
-      self.done, rows, lists={'heldout_log10_density': density['latents']}
+    scalars, lists = evaluation.scores(
+      self.config, self._mesh, self.state, self._data
     )
+    self._writer.write(self.done, scalars, lists=lists)
 
   def _take(self, keep: int) -> None:
     """Takes in the values of all but the latest steps."""
@@ -183,32 +179,35 @@ class Run:
       done, values = self._pending.popleft()
       values = {n: v.item() for n, v in jax.device_get(values).items()}
       if not values.pop('finite'):
-        self._not_finite(done, values)
+        self._skip_or_stop(done, values)
       self.latest = values
       if done % self.config.log_every == 0 or done == self.config.steps:
         seconds = time.monotonic() - self._began
         speed = (done - self.first) * self.config.batch_size / seconds
-        told = {'tokens_per_s': speed} | self.reading
-        self._writer.write(done, values, told)
+        speeds = {'tokens_per_s': speed} | self._feed_metrics
+        self._writer.write(done, values, board_only=speeds)
 
-  def _not_finite(self, done: int, values: dict[str, float]) -> None:
-    """Raises, or says which step was skipped, and what its batch is."""
-    which = self._batches.describe(done - 1)
-    said = (
+  def _skip_or_stop(self, done: int, values: dict[str, float]) -> None:
+    """Logs a step that is not finite, if the config skips such steps.
+
+    Raises:
+      FloatingPointError: if it stops at them.
+    """
+    step = (
       f'loss {values["loss"]:.6g}, gradient norm {values["grad_norm"]:.6g} at '
       f'step {done} of {self.workdir} (batch {done - 1} of order_seed '
-      f'{self.config.order_seed}: {which})'
+      f'{self.config.order_seed}: {self._batches.describe(done - 1)})'
     )
     if self.config.on_nonfinite == 'skip':
-      logging.warning('%s: skipped', said)
-      return
+      logging.warning('%s: skipped', step)
+    else:
+      raise FloatingPointError(
+        f'{step}: {self._last_good()}; lower the learning rate, mend the '
+        'store, or go on with --on_nonfinite=skip'
+      )
+
+  def _last_good(self) -> str:
     latest = self._saver.latest()
-    good = (
-      f'the checkpoint of step {latest} is good'
-      if latest
-      else 'there is no checkpoint yet'
-    )
-    raise FloatingPointError(
-      f'{said}: {good}; lower the learning rate, mend the store, or go on with '
-      '--on_nonfinite=skip'
-    )
+    if latest is None:
+      return 'there is no checkpoint yet'
+    return f'the checkpoint of step {latest} is good'

@@ -9,16 +9,17 @@ import jax
 from sae_jax import checkpoint, errors
 from sae_jax.storage import url as url_lib
 
-# How often a checkpoint in a bucket is begun again. Clients wait for a minute
-# and more before they give up, so nothing waits here.
+# How often a save to a bucket is retried. Clients wait for a minute and more
+# before they give up, so nothing waits here.
 _TRIES = 4
 
 
 class Saver:
   """Saves a run's checkpoints in the background; a context manager.
 
-  What failed is made again: in a bucket some times, on a disk once. A run of
-  many processes is not: they would wait for each other at other places.
+  A failed save is retried, four times in a bucket and once on disk. Runs of
+  many processes never retry: their processes would wait in different
+  collectives.
 
   Attributes:
     checkpointer: Orbax's, to read what is there.
@@ -95,8 +96,8 @@ class Saver:
       self._warn(error, f': saving that of step {step} now')
       error = self._reopen()
       # What failed may have been no more than to delete an older one.
-      there = self.checkpointer.checkpoints
-      if error is None and all(found.step != step for found in there):
+      saved = {entry.step for entry in self.checkpointer.checkpoints}
+      if error is None and step not in saved:
         error = self._begin(begin) or self.wait()
       if error is None:
         return

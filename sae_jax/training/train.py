@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 from typing import Any
 
-from absl import logging
 from etils import epath
 import jax
 from jax.sharding import Mesh
@@ -19,7 +18,6 @@ from sae_jax.feed import from_store, from_text
 from sae_jax.storage import files
 from sae_jax.training import evaluation, loop, resume
 from sae_jax.training import run as run_lib
-from sae_jax.training import saver as saver_lib
 from sae_jax.training.config import TrainConfig
 from sae_jax.training.state import TrainState
 
@@ -79,13 +77,13 @@ def sweep(
       f'a run has no field {", ".join(unknown)} to sweep: '
       f'use some of {", ".join(sorted(base))}'
     )
-  found = {}
-  for chosen in itertools.product(*values.values()):
-    some = dict(zip(values, chosen))
-    name = '_'.join(f'{field}={value}' for field, value in some.items())
+  configs = {}
+  for combination in itertools.product(*values.values()):
+    changes = dict(zip(values, combination))
+    name = '_'.join(f'{field}={value}' for field, value in changes.items())
     path = str(epath.Path(workdir) / name) if name else workdir
-    found[path] = config_lib.from_flat(TrainConfig, base | some)
-  return found
+    configs[path] = config_lib.from_flat(TrainConfig, base | changes)
+  return configs
 
 
 def train(config: TrainConfig, store_url: str, workdir: str) -> TrainState:
@@ -134,14 +132,22 @@ def train_many(
     UserError: see `train`; also where runs do not go together.
     FloatingPointError: see `train`.
   """
+  # 1. Runs on one reading of the data must agree on it: store, order, batch
+  #    size and mesh. Nothing is opened where they do not.
+  # 2. The store is opened, and every config checked against it and the mesh
+  #    before any workdir is touched.
+  # 3. Each workdir is claimed: a second process on it ends here. Its run
+  #    resumes from the latest checkpoint, if that is of the same config; where
+  #    there is none the state is fresh. A run that is finished is left alone.
+  # 4. Batches begin where the run begins that has done the fewest steps. The
+  #    others wait until it has caught up.
+  # 5. config.json is written, the log is cut back to the step the run goes on
+  #    from, and all runs train, log, evaluate and save until the last has
+  #    finished, or SIGTERM has had them saved.
+  # 6. However this ends, logs are closed, then saves waited for, then workdirs
+  #    given up.
+  _check_shared(configs)
   first = next(iter(configs.values()))
-  for name in config_lib.names_with(TrainConfig, 'shared'):
-    values = {getattr(config, name) for config in configs.values()}
-    if len(values) > 1:
-      raise errors.UserError(
-        f'{name} differs between runs on the same batches '
-        f'({", ".join(map(str, sorted(values)))}): train those apart'
-      )
   data = store.open_store(store_url, first.site, first.store_version or None)
   configs = {w: resolve(c, data.manifest) for w, c in configs.items()}
   first = next(iter(configs.values()))
@@ -149,37 +155,50 @@ def train_many(
   for config in configs.values():
     check(config, data.manifest, mesh)
   with contextlib.ExitStack() as stack:
-    states, unfinished = {}, []
-    for workdir, config in configs.items():
-      mesh_lib.log_devices(workdir)
-      resume.claim_workdir(workdir, stack)
-      saver = stack.enter_context(
-        saver_lib.Saver(workdir, config.checkpoint_keep)
-      )
-      state, cursor = resume.first_state(
-        config, workdir, mesh, data, saver.checkpointer
-      )
-      if int(state.step) >= config.steps:
-        logging.info('%s is finished: step %d', workdir, int(state.step))
-        states[workdir] = state
-        continue
-      unfinished.append((workdir, config, state, cursor, saver))
+    starts = [
+      resume.start(config, workdir, mesh, data, stack)
+      for workdir, config in configs.items()
+    ]
+    states = {start.workdir: start.state for start in starts}
+    unfinished = [start for start in starts if not start.finished]
     if unfinished:
-      # Where the one begins that has done the least.
-      _, _, _, cursor, _ = min(unfinished, key=lambda run: int(run[2].step))
-      batches = _batches(first, data, mesh, cursor)
-      runs = []
-      for workdir, config, state, _, saver in unfinished:
-        if jax.process_index() == 0:
-          files.write_text(
-            epath.Path(workdir) / 'config.json', config_lib.to_json(config)
-          )
-        run = run_lib.Run(config, workdir, mesh, state, data, batches, saver)
-        stack.callback(run.close)
-        runs.append(run)
+      least = min(unfinished, key=lambda start: int(start.state.step))
+      batches = _batches(first, data, mesh, least.cursor)
+      runs = [_run(start, mesh, data, batches, stack) for start in unfinished]
       loop.run_all(runs, batches)
       states |= {run.workdir: run.state for run in runs}
-  return {workdir: states[workdir] for workdir in configs}
+  return states
+
+
+def _check_shared(configs: Mapping[str, TrainConfig]) -> None:
+  """Raises UserError where runs do not go together."""
+  for name in config_lib.names_with(TrainConfig, 'shared'):
+    values = {getattr(config, name) for config in configs.values()}
+    if len(values) > 1:
+      raise errors.UserError(
+        f'{name} differs between runs on the same batches '
+        f'({", ".join(map(str, sorted(values)))}): train those apart'
+      )
+
+
+def _run(start, mesh, data, batches, stack) -> run_lib.Run:
+  """A run that writes its config and its log; the stack closes it."""
+  if jax.process_index() == 0:
+    files.write_text(
+      epath.Path(start.workdir) / 'config.json',
+      config_lib.to_json(start.config),
+    )
+  run = run_lib.Run(
+    start.config,
+    start.workdir,
+    mesh,
+    start.state,
+    data,
+    batches,
+    start.saver,
+  )
+  stack.callback(run.close)
+  return run
 
 
 def _batches(config, data, mesh, cursor) -> batches_lib.Batches:

@@ -265,10 +265,10 @@ def test_the_clock_tells_what_waiting_there_was(making, step):
   """Of 21 steps, of which the first, that reads and compiles, is left out."""
   batches = _Batches(making)
   clock = loop.Clock(batches)
-  assert clock.told() == {}
+  assert clock.metrics() == {}
   for number in clock.timed(batches.iterate(0, 21)):
     time.sleep(0.5 if not number else step)
-  told = clock.told()
+  told = clock.metrics()
   assert abs(told['feed_wait_share'] - making / (making + step)) < 0.1
   np.testing.assert_allclose(
     told['feed_bytes_per_s'], 1e6 / (making + step), rtol=0.2
@@ -280,7 +280,7 @@ def test_nothing_is_told_of_batches_that_are_not_read():
   clock = loop.Clock(batches)
   list(clock.timed(batches.iterate(0, 2)))
   batches.bytes_read = None
-  assert clock.told() == {}
+  assert clock.metrics() == {}
 
 
 def test_a_batch_that_is_not_on_the_devices_is_refused(fresh, store):
