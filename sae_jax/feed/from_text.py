@@ -266,14 +266,9 @@ def _subject(
   mesh: jax.sharding.Mesh,
 ) -> subject_lib.Subject:
   """The subject of a store, loaded if it is not given."""
-  manifest = store.manifest
   if subject is None:
-    subject = subject_lib.load(manifest.subject, mesh=mesh)
-  if subject.weights_sha256 != manifest.weights_sha256:
-    raise errors.UserError(
-      f'subject {subject.name} is not the model store {store.url} was '
-      f'harvested from: use {manifest.subject} as it was'
-    )
+    subject = subject_lib.load(store.manifest.subject, mesh=mesh)
+  store.check_subject(subject.name, subject.weights_sha256)
   return subject
 
 

@@ -103,7 +103,7 @@ def probe(
   store = _open(store_url, trained.metadata)
   check(trained, store)
   if subject is not None:
-    check_subject(subject, store)
+    store.check_subject(subject.name, subject.weights_sha256)
   made_from = {
     'step': trained.step,
     'checkpoint_dataset': trained.metadata.dataset['identity'],
@@ -119,7 +119,7 @@ def probe(
     return finished
   if subject is None:
     subject = subject_lib.load(config.subject or store.manifest.subject)
-    check_subject(subject, store)
+    store.check_subject(subject.name, subject.weights_sha256)
 
   report = scores(config, trained, subject, store)
   table = examples.build(
@@ -212,15 +212,6 @@ def check(trained: checkpoint_lib.Trained, store: store_lib.Store) -> None:
     raise errors.UserError(
       'the store has no held-out rows to score: harvest with a '
       'holdout_fraction above 0'
-    )
-
-
-def check_subject(subject: subject_lib.Subject, store: store_lib.Store) -> None:
-  """Raises UserError if the store was not harvested from this subject."""
-  if subject.weights_sha256 != store.manifest.weights_sha256:
-    raise errors.UserError(
-      f'subject {subject.name} is not the model the store was harvested from: '
-      f'use {store.manifest.subject}'
     )
 
 

@@ -68,6 +68,14 @@ class Store:
     del about['shard_counts'], about['checksums']
     return about
 
+  def check_subject(self, name: str, weights_sha256: str) -> None:
+    """Raises UserError if the store was not harvested from this subject."""
+    if weights_sha256 != self.manifest.weights_sha256:
+      raise errors.UserError(
+        f'subject {name} is not the model store {self.url} was harvested '
+        f'from: use {self.manifest.subject} as it was'
+      )
+
   @property
   def n_train(self) -> int:
     """Number of rows that are not held out; they come first."""
