@@ -15,9 +15,7 @@ from sae_jax.storage import url as url_lib
 
 
 def _step_of(line: str) -> float:
-  """The step logged on a line; infinity for a damaged line, so that it is
-  dropped.
-  """
+  """The step logged on a line; of a damaged line infinity, to drop it."""
   try:
     return json.loads(line)['step']
   except (ValueError, KeyError, TypeError):

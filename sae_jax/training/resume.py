@@ -111,14 +111,14 @@ def start(
   saved = checkpoint.read_metadata(saver.checkpointer, latest.step)
   _check_same(config, workdir, data.about, saved)
   state = run.restore(saver.checkpointer, abstract_state(config, mesh))
-  begin = Start(config, workdir, state, saved.feed, saver)
+  resumed = Start(config, workdir, state, saved.feed, saver)
   logging.info(
     '%s %s step %d',
     workdir,
-    'is finished:' if begin.finished else 'resumes after',
+    'is finished:' if resumed.finished else 'resumes after',
     int(state.step),
   )
-  return begin
+  return resumed
 
 
 def claim_workdir(workdir: str, stack: contextlib.ExitStack) -> None:

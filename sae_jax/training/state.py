@@ -40,6 +40,19 @@ def abstract_sae(config: autoencoder.SaeConfig) -> autoencoder.Sae:
   )
 
 
+def _before_the_first_step(
+  config: TrainConfig, sae: autoencoder.Sae, mse_of_mean: jax.Array
+) -> TrainState:
+  return TrainState(
+    sae=sae,
+    optimizer=optimizer_lib.init(config.optimizer, sae),
+    silent_N=jnp.zeros((config.sae.n_latents,), jnp.int32),
+    mse_of_mean=mse_of_mean,
+    step=jnp.zeros((), jnp.int32),
+    skipped=jnp.zeros((), jnp.int32),
+  )
+
+
 def init_state(
   config: TrainConfig, mesh: Mesh, sample_BD: np.ndarray
 ) -> TrainState:
@@ -73,15 +86,7 @@ def init_state(
   )
 
   def build(sae, sample_BD):
-    sae, mse_of_mean = fit(sae, sample_BD)
-    return TrainState(
-      sae=sae,
-      optimizer=optimizer_lib.init(config.optimizer, sae),
-      silent_N=jnp.zeros((sae_config.n_latents,), jnp.int32),
-      mse_of_mean=mse_of_mean,
-      step=jnp.zeros((), jnp.int32),
-      skipped=jnp.zeros((), jnp.int32),
-    )
+    return _before_the_first_step(config, *fit(sae, sample_BD))
 
   out = mesh_lib.shardings(jax.eval_shape(build, sae, sample_BD), mesh)
   state = jax.jit(build, out_shardings=out)(sae, sample_BD)
@@ -99,14 +104,8 @@ def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:
 
   def build():
     sae = autoencoder.init_weights(config.sae, jax.random.key(0))
-    return TrainState(
-      sae=sae,
-      optimizer=optimizer_lib.init(config.optimizer, sae),
-      silent_N=jnp.zeros((config.sae.n_latents,), jnp.int32),
-      mse_of_mean=jnp.zeros((), jnp.float32),
-      step=jnp.zeros((), jnp.int32),
-      skipped=jnp.zeros((), jnp.int32),
-    )
+    mse_of_mean = jnp.zeros((), jnp.float32)
+    return _before_the_first_step(config, sae, mse_of_mean)
 
   shapes = jax.eval_shape(build)
   return jax.tree.map(
