@@ -39,7 +39,7 @@ def make(preprocessing='center_unit_norm', activation='topk'):
     b_lat_N=0.1 * jax.random.normal(jax.random.key(1), (N,)),
     b_pre_D=sae.b_pre_D + 0.1,
   )
-  return Trained(config, sae, float(mse), step=1, about={})
+  return Trained(config, sae, float(mse), step=1)
 
 
 def reference(trained, raw_BD):
