@@ -268,10 +268,10 @@ def test_the_clock_tells_what_waiting_there_was(making, step):
   assert clock.metrics() == {}
   for number in clock.timed(batches.iterate(0, 21)):
     time.sleep(0.5 if not number else step)
-  told = clock.metrics()
-  assert abs(told['feed_wait_share'] - making / (making + step)) < 0.1
+  feed_metrics = clock.metrics()
+  assert abs(feed_metrics['feed_wait_share'] - making / (making + step)) < 0.1
   np.testing.assert_allclose(
-    told['feed_bytes_per_s'], 1e6 / (making + step), rtol=0.2
+    feed_metrics['feed_bytes_per_s'], 1e6 / (making + step), rtol=0.2
   )
 
 
