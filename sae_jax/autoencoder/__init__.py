@@ -1,4 +1,4 @@
-"""The TopK sparse autoencoder: its arrays and pure functions over them.
+"""The sparse autoencoder: its arrays and pure functions over them.
 
 Every function works on a whole autoencoder or, inside `jax.shard_map` with
 `axis` naming the mesh axis of the latents, on one shard of it.
@@ -9,15 +9,9 @@ from typing import Any
 
 _MODULES = {
   'average': ('averaged',),
+  'encoder': ('pre_activations',),
   'initial': ('fit_inputs', 'geometric_median', 'init_weights'),
-  'model': (
-    'candidates',
-    'decode',
-    'encode',
-    'pre_activations',
-    'reconstruct',
-    'select',
-  ),
+  'model': ('decode', 'encode', 'reconstruct'),
   'params': (
     'MATMULS',
     'PREPROCESSING',

@@ -3,13 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-from sae_jax.autoencoder import model, preprocessing
+from sae_jax.autoencoder import model, nonlinearity, preprocessing
 from sae_jax.autoencoder.params import Sae, SaeConfig
 from sae_jax.ops import rows
 
 _GAIN_TOKENS = 1024
-# Of the preprocessed tokens' RMS distance from their mean.
-_FIRST_THRESHOLD = 1e-3
 
 
 def geometric_median(
@@ -69,7 +67,6 @@ def init_weights(
     dtype: of every array.
   """
   shape = (config.n_latents, config.d_model)
-  jumps = config.activation == 'jumprelu'
   w_dec_ND = rows.unit_rows(jax.random.normal(key, shape, dtype))
   # A copy: the two are donated apart.
   w_enc_ND = jnp.copy(w_dec_ND)
@@ -83,7 +80,7 @@ def init_weights(
     b_pre_D=jnp.zeros((config.d_model,), dtype),
     data_mean_D=jnp.zeros((config.d_model,), dtype),
     data_scale=jnp.ones((), dtype),
-    log_threshold_N=jnp.zeros((config.n_latents,), dtype) if jumps else None,
+    extra=nonlinearity.of(config.activation).extra(config, dtype),
   )
 
 
@@ -96,9 +93,9 @@ def fit_inputs(
 ) -> tuple[Sae, jax.Array]:
   """Fits a fresh autoencoder to its inputs (Gao et al. 2024, appendix A.1).
 
-  Sets the dataset's statistics, b_pre to the geometric median and JumpReLU's
-  thresholds, and scales the encoder so that reconstructions have the norm of
-  the inputs.
+  Sets the dataset's statistics, b_pre to the geometric median and what the
+  nonlinearity has of its own, and scales the encoder so that reconstructions
+  have the norm of the inputs.
 
   Args:
     config: the autoencoder's config.
@@ -118,12 +115,18 @@ def fit_inputs(
   x_BD, _ = preprocessing.preprocess(config, sae, sample_BD)
   mse_of_mean = ((x_BD - x_BD.mean(0)) ** 2).sum(-1).mean()
   sae = sae.replace(b_pre_D=geometric_median(x_BD))
-  if sae.log_threshold_N is not None:
-    first = jnp.log(_FIRST_THRESHOLD * jnp.sqrt(mse_of_mean))
-    sae = sae.replace(log_threshold_N=sae.log_threshold_N + first)
-  some_BD = x_BD[:_GAIN_TOKENS]
-  codes = model.encode(config, sae, some_BD, axis=axis)
+  gain_BD = x_BD[:_GAIN_TOKENS]
+  method = nonlinearity.of(config.activation)
+
+  def fitted(sae):
+    return sae.replace(
+      extra=method.fit(config, sae, gain_BD, mse_of_mean, axis)
+    )
+
+  sae = fitted(sae)
+  codes = model.encode(config, sae, gain_BD, axis=axis)
   output_BD = model.decode(sae, *codes, axis=axis, dtype=config.matmul_dtype)
   output_norm = jnp.linalg.norm(output_BD - sae.b_pre_D)
-  gain = jnp.linalg.norm(some_BD - sae.b_pre_D) / output_norm
-  return sae.replace(w_enc_ND=gain * sae.w_enc_ND), mse_of_mean
+  gain = jnp.linalg.norm(gain_BD - sae.b_pre_D) / output_norm
+  # Once more: a threshold may be in units of the pre-activations.
+  return fitted(sae.replace(w_enc_ND=gain * sae.w_enc_ND)), mse_of_mean

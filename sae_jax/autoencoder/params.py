@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from sae_jax import config as config_lib
 from sae_jax import errors
-from sae_jax.autoencoder import thresholds
+from sae_jax.autoencoder import nonlinearity
 from sae_jax.tpu import target
 
 PREPROCESSING = ('none', 'center_unit_norm', 'layer_norm', 'dataset')
@@ -23,10 +23,12 @@ class SaeConfig(config_lib.Config):
   n_latents: int = config_lib.option(4096, 'number of latents, N', least=1)
   k: int = config_lib.option(32, 'active latents per token, K', least=1)
   activation: str = config_lib.option(
-    'topk',
-    'topk, or a baseline: relu (trained with an L1 penalty) or jumprelu (with '
-    'an L0 penalty), whose number of active latents k does not set',
-    thresholds.ACTIVATIONS,
+    nonlinearity.NAMES[0],
+    'what makes codes of pre-activations. '
+    + '; '.join(
+      f'{name}: {nonlinearity.summary(name)}' for name in nonlinearity.NAMES
+    ),
+    nonlinearity.NAMES,
   )
   preprocessing: str = config_lib.option(
     'center_unit_norm',
@@ -75,7 +77,7 @@ class Sae:
     b_pre_D: bias subtracted before the encoder and added after the decoder.
     data_mean_D: mean of the dataset; used by preprocessing 'dataset'.
     data_scale: RMS distance from it; used by preprocessing 'dataset'.
-    log_threshold_N: logarithm of each latent's threshold; jumprelu has it.
+    extra: parameters of the nonlinearity's own, by name.
   """
 
   w_enc_ND: jax.Array
@@ -84,18 +86,28 @@ class Sae:
   b_pre_D: jax.Array
   data_mean_D: jax.Array
   data_scale: jax.Array
-  log_threshold_N: jax.Array | None = None
+  extra: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
+
+
+_FIELDS = tuple(
+  field.name for field in dataclasses.fields(Sae) if field.name != 'extra'
+)
+_TRAINED = ('w_enc_ND', 'w_dec_ND', 'b_lat_N', 'b_pre_D')
 
 
 def to_dict(sae: Sae) -> dict[str, jax.Array]:
-  """All arrays by name. These are the names in a checkpoint."""
-  arrays = {f.name: getattr(sae, f.name) for f in dataclasses.fields(sae)}
-  return {name: a for name, a in arrays.items() if a is not None}
+  """All arrays by name, the nonlinearity's beside the others.
+
+  These are the names in a checkpoint.
+  """
+  return {name: getattr(sae, name) for name in _FIELDS} | sae.extra
 
 
 def from_dict(arrays: dict[str, jax.Array]) -> Sae:
-  """The inverse of `to_dict`."""
-  return Sae(**arrays)
+  """The inverse of `to_dict`; what is no field of `Sae` is `extra`."""
+  fields = {name: arrays[name] for name in _FIELDS}
+  extra = {name: a for name, a in arrays.items() if name not in fields}
+  return Sae(**fields, extra=extra)
 
 
 def with_arrays(sae: Sae, arrays: dict[str, jax.Array]) -> Sae:
@@ -105,11 +117,5 @@ def with_arrays(sae: Sae, arrays: dict[str, jax.Array]) -> Sae:
 
 def trained(sae: Sae) -> dict[str, jax.Array]:
   """The parameters that are trained, by name."""
-  params = {
-    'w_enc_ND': sae.w_enc_ND,
-    'w_dec_ND': sae.w_dec_ND,
-    'b_lat_N': sae.b_lat_N,
-    'b_pre_D': sae.b_pre_D,
-    'log_threshold_N': sae.log_threshold_N,
-  }
-  return {name: array for name, array in params.items() if array is not None}
+  names = {*_TRAINED, *nonlinearity.trained_names()}
+  return {name: a for name, a in to_dict(sae).items() if name in names}

@@ -7,24 +7,26 @@ implementation a shape gets.
 """
 
 from sae_jax.ops.autoencode.api import autoencode
-from sae_jax.ops.autoencode.candidates import width as candidates
+from sae_jax.ops.autoencode.coded import Diagnostics
+from sae_jax.ops.autoencode.retry import with_few_candidates
 from sae_jax.ops.decode.api import decode
 from sae_jax.ops.dense import matmul
 from sae_jax.ops.dispatch import choose
 from sae_jax.ops.encode_topk.api import encode_topk
-from sae_jax.ops.pairs import parts
+from sae_jax.ops.pairs import least_micro_batches
 from sae_jax.ops.top_k.api import global_top_k, top_k
 from sae_jax.ops.weight_grad.api import weight_grad
 
 __all__ = [
+  'Diagnostics',
   'autoencode',
-  'candidates',
   'choose',
   'decode',
   'encode_topk',
   'global_top_k',
+  'least_micro_batches',
   'matmul',
-  'parts',
   'top_k',
   'weight_grad',
+  'with_few_candidates',
 ]

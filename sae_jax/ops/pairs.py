@@ -73,8 +73,8 @@ def slots(tokens: int, k: int, active: float) -> int:
   return min(tokens * k, max(1, math.ceil(2 * expected / LANES)) * LANES)
 
 
-def parts(batch: int, k: int) -> int:
-  """How many parts a batch is worked on in, so that its pairs are not many."""
+def least_micro_batches(batch: int, k: int) -> int:
+  """The least number of micro-batches whose pairs are not too many to sort."""
   return -(-batch * k // _MOST_PAIRS)
 
 

@@ -10,7 +10,7 @@ from sae_jax import ops
 from sae_jax.autoencoder import Sae
 from sae_jax.ops import scopes, varying
 from sae_jax.tpu import target
-from sae_jax.training import shards
+from sae_jax.training import shards as shards_lib
 
 # The dead latents are worked on as a copy, of the first of these sizes that
 # holds them all, or of all latents. Each size is a branch of the program, and
@@ -18,7 +18,7 @@ from sae_jax.training import shards
 _LEAST_SIZE = 256
 _GROWTH = {'cpu': 4, 'tpu': 16}
 # Pre-activations and codes of the copy that exist at a time beside kernels.
-_PART_BYTES = 2**28
+_MICRO_BATCH_BYTES = 2**28
 # Kernels take over where the dead latents are so many times k_aux. Below, a
 # dense product is less work than moving rows, and a row of its pre-activations
 # is short.
@@ -36,7 +36,7 @@ def _sizes(n_latents: int) -> list[int]:
 
 @dataclasses.dataclass(frozen=True)
 class Aux:
-  """What AuxK is told.
+  """AuxK's settings.
 
   Attributes:
     k: dead latents that model the error of a token, k_aux.
@@ -68,7 +68,7 @@ def add_gradient(
   x_BD: jax.Array,
   error_BD: jax.Array,
   dead_N: jax.Array,
-  split: shards.Shards,
+  shards: shards_lib.Shards,
 ) -> tuple[jax.Array, Sae]:
   """`aux_error` on as many latents as are dead; nothing where none is.
 
@@ -79,7 +79,7 @@ def add_gradient(
     x_BD: preprocessed activations.
     error_BD: e = x - x^, a constant.
     dead_N: which latents are dead.
-    split: of the batch.
+    shards: of the batch.
 
   Returns:
     AuxK's error, a scalar, and grads with its gradient added.
@@ -87,21 +87,21 @@ def add_gradient(
   n_latents = dead_N.shape[0]
   sizes = _sizes(n_latents)
   # The same branch on every shard, since there are collectives in it.
-  most = dead_N.sum()
-  if split.latent_axis is not None:
-    most = jax.lax.pmax(most, split.latent_axis)
+  dead = dead_N.sum()
+  if shards.latent_axis is not None:
+    dead = jax.lax.pmax(dead, shards.latent_axis)
 
   def branch(size):
     return lambda grads: aux_error(
-      aux, sae, grads, x_BD, error_BD, dead_N, size, split
+      aux, sae, grads, x_BD, error_BD, dead_N, size, shards
     )
 
   def none(grads):
     return jnp.zeros((), x_BD.dtype), grads
 
-  held = jnp.searchsorted(jnp.array(sizes), most)
+  fitting = jnp.searchsorted(jnp.array(sizes), dead)
   return jax.lax.switch(
-    jnp.where(most > 0, held + 1, 0), [none, *map(branch, sizes)], grads
+    jnp.where(dead > 0, fitting + 1, 0), [none, *map(branch, sizes)], grads
   )
 
 
@@ -113,7 +113,7 @@ def aux_error(
   error_BD: jax.Array,
   dead_N: jax.Array,
   size: int,
-  split: shards.Shards,
+  shards: shards_lib.Shards,
 ) -> tuple[jax.Array, Sae]:
   """How badly the top dead latents model the reconstruction's error.
 
@@ -130,7 +130,7 @@ def aux_error(
     error_BD: e = x - x^, a constant.
     dead_N: which latents are dead; at least one on some shard.
     size: static; as many latents as are dead on any shard, or more.
-    split: of the batch.
+    shards: of the batch.
 
   Returns:
     The ratio, and grads with its gradient added, times the weight. Where it
@@ -149,14 +149,16 @@ def aux_error(
   )
 
   implementation = aux.implementation
-  batch, total_size = x_BD.shape[0], size * split.latent_shards
+  batch, total_size = x_BD.shape[0], size * shards.latent_shards
   if implementation == 'pallas':
     kernels = size >= _KERNEL_FROM_RATIO * aux.k
     implementation = 'pallas' if kernels else 'dense'
-    parts = (
-      ops.parts(batch, aux.k) if kernels else batch * size * 4 // _PART_BYTES
+    least = (
+      ops.least_micro_batches(batch, aux.k)
+      if kernels
+      else batch * size * 4 // _MICRO_BATCH_BYTES
     )
-    split = split.in_parts(batch, parts)
+    shards = shards.with_micro_batches(batch, least)
 
   def missed(rows: _Rows, x_BD, error_BD):
     coded = ops.autoencode(
@@ -167,38 +169,38 @@ def aux_error(
       (min(aux.k, total_size),),
       b_pre_D=jax.lax.stop_gradient(sae.b_pre_D),
       mask_N=real_M,
-      axis=split.latent_axis,
+      axis=shards.latent_axis,
       dtype=aux.dtype,
       implementation=implementation,
     )
     (model_BD,) = coded.models
-    return ((error_BD - split.over_latents(model_BD)) ** 2).sum()
+    return ((error_BD - shards.over_latents(model_BD)) ** 2).sum()
 
-  def part(x_BD, error_BD):
+  def run(x_BD, error_BD):
     return jax.value_and_grad(missed)(rows, x_BD, error_BD), ()
 
   start = (
     varying.zeros((), x_BD.dtype, error_BD),
-    shards.zeros_like(rows, x_BD),
+    shards_lib.zeros_like(rows, x_BD),
   )
-  (total, found), _ = split.fold(part, start, x_BD, error_BD)
-  total = split.over_tokens(total)
-  norm = split.over_tokens((error_BD**2).sum())
+  (total, rows_grads), _ = shards.fold(run, start, x_BD, error_BD)
+  total = shards.over_tokens(total)
+  norm = shards.over_tokens((error_BD**2).sum())
   usable = jnp.isfinite(total) & jnp.isfinite(norm) & (norm > 0)
   norm = jnp.where(usable, norm, 1)
 
   def add(grad, rows_grad):
-    kept = real_M.reshape(-1, *[1] * (rows_grad.ndim - 1)) & usable
+    dead = real_M.reshape(-1, *[1] * (rows_grad.ndim - 1)) & usable
     return grad.at[place_M].add(
-      jnp.where(kept, aux.weight / norm * rows_grad, 0),
+      jnp.where(dead, aux.weight / norm * rows_grad, 0),
       mode='drop',
       unique_indices=True,
       indices_are_sorted=True,
     )
 
   grads = grads.replace(
-    w_enc_ND=add(grads.w_enc_ND, found.w_enc_MD),
-    w_dec_ND=add(grads.w_dec_ND, found.w_dec_MD),
-    b_lat_N=add(grads.b_lat_N, found.b_lat_M),
+    w_enc_ND=add(grads.w_enc_ND, rows_grads.w_enc_MD),
+    w_dec_ND=add(grads.w_dec_ND, rows_grads.w_dec_MD),
+    b_lat_N=add(grads.b_lat_N, rows_grads.b_lat_M),
   )
   return jnp.where(usable, total, 0) / norm, grads

@@ -191,7 +191,7 @@ def update(
     optax.EmaState(_counted(state.ema.count, take), ema),
   )
   norm = global_norm(squares) if norm is None else norm
-  return sae.replace(**params), state, norm
+  return autoencoder.with_arrays(sae, params), state, norm
 
 
 def _settings(config):

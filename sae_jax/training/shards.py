@@ -1,4 +1,4 @@
-"""How a batch is split: over the devices, and in time."""
+"""How a batch is spread: over the devices, and in time."""
 
 from collections.abc import Callable
 import dataclasses
@@ -6,9 +6,8 @@ import functools
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from sae_jax.ops import varying
+from sae_jax.ops import micro_batches, varying
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -51,7 +50,7 @@ class Shards:
   Attributes:
     data_axis: mesh axis of the tokens, inside shard_map; None for one shard.
     latent_axis: mesh axis of the latents, inside shard_map.
-    micro_batches: parts of a device's tokens that are worked on in turn.
+    micro_batches: how many the device's tokens are worked on in.
   """
 
   data_axis: str | None = None
@@ -70,11 +69,6 @@ class Shards:
     """The same on every shard of the latents; its gradient is summed."""
     return _fan_out(self.latent_axis, x) if self.latent_axis else x
 
-  def anywhere(self, flag: jax.Array) -> jax.Array:
-    """Whether it is true on any shard; the same answer on all."""
-    axes = [axis for axis in (self.data_axis, self.latent_axis) if axis]
-    return jax.lax.psum(flag.astype(jnp.int32), axes) > 0 if axes else flag
-
   @property
   def token_shards(self) -> int:
     """How many shards the tokens have."""
@@ -85,35 +79,16 @@ class Shards:
     """How many shards the latents have."""
     return jax.lax.axis_size(self.latent_axis) if self.latent_axis else 1
 
-  def in_parts(self, batch: int, parts: int) -> 'Shards':
+  def with_micro_batches(self, batch: int, least: int) -> 'Shards':
     """The same with at least so many micro-batches of `batch` tokens."""
-    least = min(batch, max(parts, self.micro_batches))
-    even = next(n for n in range(least, batch + 1) if not batch % n)
-    return dataclasses.replace(self, micro_batches=even)
+    number = micro_batches.number(batch, max(least, self.micro_batches))
+    return dataclasses.replace(self, micro_batches=number)
 
   def fold(
     self, run: Callable, start: Any, *tokens: jax.Array
   ) -> tuple[Any, Any]:
-    """Runs over the micro-batches and adds up.
-
-    Args:
-      run: some tokens -> (what is added up, what is kept of each token).
-      start: zeros shaped as what is added up.
-      *tokens: arrays [B, ...] of this device.
-
-    Returns:
-      The total, and what is kept of all tokens.
-    """
-    if self.micro_batches == 1:
-      return run(*tokens)
-
-    def add(total, some):
-      found, kept = run(*some)
-      return jax.tree.map(jnp.add, total, found), kept
-
-    parts = [t.reshape(self.micro_batches, -1, *t.shape[1:]) for t in tokens]
-    total, kept = jax.lax.scan(add, start, parts)
-    return total, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), kept)
+    """`micro_batches.fold` over this device's tokens."""
+    return micro_batches.fold(run, start, self.micro_batches, *tokens)
 
 
 def zeros_like(tree: Any, *like: jax.Array) -> Any:

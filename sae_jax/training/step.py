@@ -11,6 +11,7 @@ import numpy as np
 
 from sae_jax import autoencoder, ops
 from sae_jax import mesh as mesh_lib
+from sae_jax.autoencoder import nonlinearity
 from sae_jax.training import objective, optimizer
 from sae_jax.training import state as state_lib
 from sae_jax.training.config import TrainConfig
@@ -135,8 +136,11 @@ def _program(config, mesh, implementation, debug_nans):
     # Saturates, so that a latent which is silent for long stays dead.
     silent_N = jnp.minimum(state.silent_N, 2**31 - 1 - raw_BD.shape[0])
     silent_N = jnp.where(terms.fired_N, 0, silent_N + raw_BD.shape[0])
+    extra = nonlinearity.of(config.sae.activation).follow(
+      sae.extra, terms.observed
+    )
     new = TrainState(
-      sae=sae,
+      sae=sae.replace(extra=extra),
       optimizer=optimizer_state,
       silent_N=silent_N,
       mse_of_mean=state.mse_of_mean,
@@ -153,17 +157,19 @@ def _program(config, mesh, implementation, debug_nans):
       'grad_norm': norm,
       'finite': finite,
     }
-    if config.objective.multi_topk:
-      values['multi'] = terms.multi
-    if config.sae.activation != 'topk':
-      values['penalty'] = terms.penalty
-    if chosen == 'pallas':
-      values['redone'] = terms.redone
-      if config.objective.topk_recall < 1:
-        values['expected_recall'] = terms.recall
+    values |= objective.of(config.sae.activation).logged(
+      config.sae, config.objective, implementation, terms
+    )
     if skips:
+      # Parameters and optimizer are the old ones already.
+      extra, silent_N = jax.tree.map(
+        lambda after, before: jnp.where(finite, after, before),
+        (new.sae.extra, new.silent_N),
+        (state.sae.extra, state.silent_N),
+      )
       new = new.replace(
-        silent_N=jnp.where(finite, new.silent_N, state.silent_N),
+        sae=new.sae.replace(extra=extra),
+        silent_N=silent_N,
         skipped=state.skipped + ~finite,
       )
       values['skipped'] = new.skipped

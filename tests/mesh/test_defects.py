@@ -2,12 +2,14 @@
 
 import inspect
 
+import jax
 import pytest
 
 from sae_jax.ops import rows
 from sae_jax.ops.adam_rows import reference
 from sae_jax.ops.top_k import api as top_k_api
-from sae_jax.training import auxk, objective, step
+from sae_jax.training import auxk, step
+from sae_jax.training.objective import loss
 from tests.support import (
   objective_checks,
   optimizer_checks,
@@ -16,15 +18,31 @@ from tests.support import (
 )
 
 
-def put_back(monkeypatch, module, name, good, bad):
-  """Edits a line of a function of a module, for the module and its users."""
-  function = getattr(module, name)
-  source = inspect.getsource(function)
+def edited(module, name, good, bad):
+  """A function of a module with another line."""
+  source = inspect.getsource(getattr(module, name))
   assert source.count(good) == 1, f'{name} has no such line any more: {good}'
   code = {}
   exec(source.replace(good, bad), vars(module), code)
-  monkeypatch.setattr(module, name, code[name])
-  step._program.cache_clear()
+  return code[name]
+
+
+def attached_target(*args):
+  """Part of a loss whose AuxK moves what it is to model."""
+  setting, *_ = args
+  value, seen = right_share(*args)
+  square = (seen.error_BD**2).sum()
+  aux = square / jax.lax.stop_gradient(square)
+  return value + setting.config.aux_weight * aux, seen
+
+
+def fired_on_first_shard(shards, fired_N):
+  """What fired for the tokens of the first shard alone."""
+  first = not shards.data_axis or jax.lax.axis_index(shards.data_axis) == 0
+  return right_fired(shards, fired_N * first)
+
+
+right_share, right_fired = loss._share, loss._fired
 
 
 def gradients():
@@ -37,15 +55,14 @@ def sharded_run():
   step_runs.assert_same_run(step_runs.run(config, (2, 4)), unsharded)
 
 
+# The check that must see it, and the function that is another, or the line of
+# it that is.
 DEFECTS = {
   'AuxK: the target is attached': (
     gradients,
-    objective,
-    'value_and_grad',
-    '    return total / tokens, (sums, jax.lax.stop_gradient(error_BD), short)',
-    '    norm = jax.lax.stop_gradient((error_BD**2).sum())\n'
-    '    aux = config.aux_weight * (error_BD**2).sum() / norm\n'
-    '    return total / tokens + aux, (sums, error_BD, short)',
+    loss,
+    '_share',
+    attached_target,
   ),
   "AuxK: the encoder's gradient is dropped": (
     gradients,
@@ -63,11 +80,9 @@ DEFECTS = {
   ),
   'dead latents counted by each data shard': (
     sharded_run,
-    objective,
-    'value_and_grad',
-    '    fired_N=split.over_tokens(sums.fired_N) > 0,',
-    '    fired_N=split.over_tokens(sums.fired_N * (not data_axis or '
-    'jax.lax.axis_index(data_axis) == 0)) > 0,',
+    loss,
+    '_fired',
+    fired_on_first_shard,
   ),
   'top-k with a capacity factor': (
     top_k_checks.winners_that_crowd_one_shard_are_kept,
@@ -81,8 +96,10 @@ DEFECTS = {
 
 @pytest.mark.parametrize('name', DEFECTS)
 def test_a_defect_put_back_is_seen(monkeypatch, name):
-  check, *edit = DEFECTS[name]
-  put_back(monkeypatch, *edit)
+  check, module, function, *edit = DEFECTS[name]
+  (wrong,) = edit if len(edit) == 1 else (edited(module, function, *edit),)
+  monkeypatch.setattr(module, function, wrong)
+  step._program.cache_clear()
   with pytest.raises(AssertionError):
     check()
   monkeypatch.undo()

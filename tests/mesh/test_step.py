@@ -65,7 +65,7 @@ def test_baselines_are_the_same_on_a_mesh(config, activation):
   assert_same_run(run(made, (2, 4)), want)
   assert want[0][-1]['loss'] < want[0][0]['loss']
   if activation == 'jumprelu':
-    last_N = np.asarray(want[3].sae.log_threshold_N)
+    last_N = np.asarray(want[3].sae.extra['log_threshold_N'])
     assert np.ptp(last_N) > 0
 
 

@@ -6,8 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from sae_jax import ops
-from sae_jax.training import objective
+from sae_jax.ops.autoencode import candidates, retry
 from tests.support import step_runs
 from tests.support.kernel_steps import config, rows
 
@@ -34,7 +33,7 @@ def test_a_shard_that_offers_too_few_candidates_is_asked_again(monkeypatch):
   )
   shape = (1, 2)
   # Sixteen are chosen of two shards of which each offers fifteen.
-  monkeypatch.setattr(ops, 'candidates', lambda *_: 15)
+  monkeypatch.setattr(candidates, 'width', lambda *_: 15)
   rows_BD = rows()
 
   def run(implementation):
@@ -58,9 +57,7 @@ def test_a_shard_that_offers_too_few_candidates_is_asked_again(monkeypatch):
   step_runs.assert_same_run(kernels, plain)
   assert redone == [1.0, 1.0]
   # Control: without the second look it is another run.
-  monkeypatch.setattr(
-    objective.shards_lib.Shards, 'anywhere', lambda *_: jax.numpy.array(False)
-  )
+  monkeypatch.setattr(retry, 'anywhere', lambda *_: jax.numpy.array(False))
   step_runs.step._program.cache_clear()
   wrong, _ = run('pallas')
   with pytest.raises(AssertionError):

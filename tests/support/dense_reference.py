@@ -4,15 +4,30 @@ import jax
 import jax.numpy as jnp
 
 
-def codes(pre_BN, k):
+def topk_codes(pre_BN, k):
   """TopK as a dense row: stable sort, the k first, ReLU."""
   order_BN = jnp.argsort(-pre_BN, axis=1, stable=True)
   rank_BN = jnp.argsort(order_BN, axis=1)
   return jnp.where(rank_BN < k, jax.nn.relu(pre_BN), 0)
 
 
+def batch_codes(pre_BN, k):
+  """BatchTopK as a dense array: a sort of all pre-activations of the batch."""
+  smallest = jnp.sort(pre_BN.reshape(-1))[-k * len(pre_BN)]
+  return jnp.where(pre_BN >= smallest, jax.nn.relu(pre_BN), 0)
+
+
 def loss(
-  sae, x_BD, dead_N, mse_of_mean, k, k_aux, aux_weight, wide=0, wide_weight=0.0
+  sae,
+  x_BD,
+  dead_N,
+  mse_of_mean,
+  k,
+  k_aux,
+  aux_weight,
+  wide=0,
+  wide_weight=0.0,
+  codes=topk_codes,
 ):
   """The whole objective with plain autodiff; returns (loss, (nmse, aux))."""
   pre_BN = (x_BD - sae.b_pre_D) @ sae.w_enc_ND.T + sae.b_lat_N
@@ -21,7 +36,7 @@ def loss(
   error_BD = jax.lax.stop_gradient(x_BD - output_BD)
   fixed_BD = jax.lax.stop_gradient(x_BD - sae.b_pre_D)
   dead_BN = fixed_BD @ sae.w_enc_ND.T + sae.b_lat_N
-  dead_BN = codes(jnp.where(dead_N, dead_BN, -1e30), k_aux)
+  dead_BN = topk_codes(jnp.where(dead_N, dead_BN, -1e30), k_aux)
   missed = ((error_BD - dead_BN @ sae.w_dec_ND) ** 2).sum()
   aux = jnp.where(dead_N.any(), missed / (error_BD**2).sum(), 0)
   total = nmse + aux_weight * aux
@@ -49,7 +64,7 @@ def jump_gradients(sae, x_BD, mse_of_mean, weight, bandwidth):
   tokens = x_BD.shape[0]
   inputs_BD = x_BD - sae.b_pre_D
   pre_BN = inputs_BD @ sae.w_enc_ND.T + sae.b_lat_N
-  threshold_N = jnp.exp(sae.log_threshold_N)
+  threshold_N = jnp.exp(sae.extra['log_threshold_N'])
   open_BN = pre_BN > threshold_N
   z_BN = pre_BN * open_BN
   missed_BD = z_BN @ sae.w_dec_ND + sae.b_pre_D - x_BD

@@ -1,7 +1,5 @@
 """The autoencoder's functions against float64 numpy."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,8 +89,10 @@ def test_encode_decode_equal_a_float64_definition():
   vals_BK, idx_BK = autoencoder.encode(config, sae, x_BD)
   output_BD = autoencoder.decode(sae, vals_BK, idx_BK)
 
-  wide = {f.name: np.asarray(getattr(sae, f.name), np.float64)
-          for f in dataclasses.fields(sae)}  # fmt: skip
+  wide = {
+    name: np.asarray(array, np.float64)
+    for name, array in autoencoder.to_dict(sae).items()
+  }
   x64_BD = np.asarray(x_BD, np.float64)
   pre_BN = (x64_BD - wide['b_pre_D']) @ wide['w_enc_ND'].T + wide['b_lat_N']
   want_BK = np.argsort(-pre_BN, axis=1)[:, : config.k]
@@ -157,9 +157,9 @@ def test_first_encoder_is_the_transpose_or_drawn_apart():
 def test_first_thresholds_are_small_beside_the_tokens_spread(name):
   _, sae, _, mse_of_mean = make(name, activation='jumprelu')
   np.testing.assert_allclose(
-    np.exp(sae.log_threshold_N), 1e-3 * mse_of_mean**0.5, rtol=1e-5
+    np.exp(sae.extra['log_threshold_N']), 1e-3 * mse_of_mean**0.5, rtol=1e-5
   )
-  assert make(name)[1].log_threshold_N is None
+  assert not make(name)[1].extra
 
 
 def sum_of_distances(point_D, points_BD):

@@ -9,6 +9,7 @@ import pytest
 
 from sae_jax import autoencoder, errors
 from sae_jax.training import auxk, objective
+from sae_jax.training.objective import terms as terms_lib
 from sae_jax.training.shards import Shards
 from tests.support import dense_reference
 from tests.support.objective_checks import (
@@ -73,9 +74,8 @@ def test_jump_relu_and_its_estimates_equal_those_by_hand(bandwidth):
   config = dataclasses.replace(CONFIG, activation='jumprelu')
   with jax.enable_x64(True):
     sae, x_BD, dead_N = problem()
-    sae = sae.replace(
-      log_threshold_N=jnp.log(jnp.linspace(0.1, 2, CONFIG.n_latents))
-    )
+    thresholds_N = jnp.linspace(0.1, 2, CONFIG.n_latents)
+    sae = sae.replace(extra={'log_threshold_N': jnp.log(thresholds_N)})
     value, terms, grads = ours(
       sae, x_BD, dead_N, sae_config=config, k_aux=0, sparsity_weight=0.02,
       jump_bandwidth=bandwidth,
@@ -183,11 +183,11 @@ def test_silent_winners_did_not_fire():
 def test_counts_do_not_overflow():
   # 2^31 pairs and more, as a large batch of a baseline has them.
   active = jax.ShapeDtypeStruct((2**16, 2**16), bool)
-  assert jax.eval_shape(objective._count, active).dtype == jnp.float32
+  assert jax.eval_shape(terms_lib.count, active).dtype == jnp.float32
   wide_BN = jnp.ones((2**10, 2**10), bool)
-  assert objective._count(wide_BN) == 2**20
+  assert terms_lib.count(wide_BN) == 2**20
   # Its parts are counted over latents first.
-  assert 'i32[1024]' in str(jax.make_jaxpr(objective._count)(wide_BN))
+  assert 'i32[1024]' in str(jax.make_jaxpr(terms_lib.count)(wide_BN))
 
 
 def test_bfloat16_products_are_near_and_leave_float32():

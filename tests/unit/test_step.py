@@ -134,7 +134,7 @@ def test_steps_equal_a_dense_loop_in_float64(config):
           state.sae, x_BD, dead_N, mse_of_mean, 4, 20, 1 / 32
         )[0]
         pre_BN = (x_BD - state.sae.b_pre_D) @ state.sae.w_enc_ND.T
-        fired = dense_reference.codes(pre_BN + state.sae.b_lat_N, 4) > 0
+        fired = dense_reference.topk_codes(pre_BN + state.sae.b_lat_N, 4) > 0
         new, opt, _ = optimizer.update(
           config.optimizer, state.sae, state.optimizer, grads, rate
         )

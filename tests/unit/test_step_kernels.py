@@ -7,32 +7,24 @@ import numpy as np
 import pytest
 
 from sae_jax import ops
+from sae_jax.ops.autoencode import candidates
 from sae_jax.ops.weight_grad import kernel as weight_grad_kernel
-from sae_jax.training import objective
 from tests.support import step_runs
 from tests.support.kernel_steps import config, rows
 
 
 def test_candidates_are_seldom_too_few():
   # One winner of 256 is expected on each of 256 shards.
-  assert ops.candidates(256, 256, 131_072) == 16
-  assert ops.candidates(32, 256, 131_072) == 8
-  assert ops.candidates(32, 1, 131_072) == 32
+  assert candidates.width(256, 256, 131_072) == 16
+  assert candidates.width(32, 256, 131_072) == 8
+  assert candidates.width(32, 1, 131_072) == 32
   shard_TK = np.random.default_rng(2).integers(0, 8, (20_000, 32))
   most_T = [np.bincount(row, minlength=8).max() for row in shard_TK]
-  offered = ops.candidates(32, 8, 100)
+  offered = candidates.width(32, 8, 100)
   # A batch of 100 tokens fails once in a thousand times, a token once in
   # 100,000; with half as many candidates nearly every token would.
   assert (np.array(most_T) >= offered).mean() < 1e-3
   assert (np.array(most_T) >= offered // 2).mean() > 0.1
-
-
-def test_a_batch_is_cut_into_even_parts():
-  split = objective.shards_lib.Shards(micro_batches=2)
-  assert split.in_parts(96, 3).micro_batches == 3
-  assert split.in_parts(50, 4).micro_batches == 5
-  assert split.in_parts(96, 1).micro_batches == 2
-  assert split.in_parts(3, 9).micro_batches == 3
 
 
 def test_control_a_lost_pair_is_seen(monkeypatch):

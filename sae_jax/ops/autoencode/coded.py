@@ -8,6 +8,27 @@ from sae_jax.ops import varying
 
 
 @flax.struct.dataclass
+class Diagnostics:
+  """How exact and how costly an approximate search for candidates was.
+
+  Attributes:
+    redone: number of tokens that a kernel encoded again, or all of a batch of
+      which a shard's candidates were not enough.
+    recall: sum over tokens of the share of a shard's top candidates that is
+      expected to be found.
+  """
+
+  redone: jax.Array
+  recall: jax.Array
+
+  @classmethod
+  def exact(cls, tokens: int, dtype: jnp.dtype, like: jax.Array):
+    """Those of a search that finds every candidate at once."""
+    redone = varying.zeros((), dtype, like)
+    return cls(redone=redone, recall=redone + tokens)
+
+
+@flax.struct.dataclass
 class Coded:
   """A shard's codes and its part of the reconstructions.
 
@@ -32,9 +53,18 @@ class Coded:
   exhausted: jax.Array
   recall: jax.Array
 
+  @property
+  def diagnostics(self) -> Diagnostics:
+    """Of all its tokens."""
+    tokens = self.vals_BK.shape[0]
+    return Diagnostics(redone=self.failed * tokens, recall=self.recall * tokens)
+
 
 def plain(x_BD, vals_BK, idx_BK, models) -> Coded:
-  """What found every candidate at once."""
+  """A `Coded` of an implementation that examines every latent.
+
+  Nothing failed, was exhausted or is missed.
+  """
   return Coded(
     vals_BK=vals_BK,
     idx_BK=idx_BK,

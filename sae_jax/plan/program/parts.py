@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 from sae_jax import errors, ops
 from sae_jax.ops import scopes
 from sae_jax.plan.program.text import Instruction, Module
+from sae_jax.training import objective
 from sae_jax.training.config import TrainConfig
 
 AUXK = scopes.AUXK
@@ -28,9 +29,9 @@ _PARTS = {
   scopes.WEIGHT_GRADIENTS: (scopes.WEIGHT_GRADIENTS,) * 2,
   scopes.EXCHANGE: (scopes.EXCHANGE,) * 2,
 }
-# Parts of a step with TopK, by the implementation of its products. The kernels
+# Parts of a sparse pass, by the implementation of its products. The kernels
 # share a backward pass; dense products share the decoder's too.
-_OF_TOPK = {
+_SPARSE = {
   'gather': {*_ENCODER, *_DECODER, *_BOTH[:1], scopes.WEIGHT_GRADIENTS},
   'dense': {*_ENCODER, *_BOTH},
   'pallas': {*_ENCODER[:1], *_DECODER[:1], *_BOTH},
@@ -93,17 +94,20 @@ def expected(
   names = {OPTIMIZER}
   if config.sae.preprocessing != 'none':
     names.add(scopes.PREPROCESSING)
-  if config.sae.activation == 'topk':
-    widest_k = config.sae.k * max(1, config.objective.multi_topk)
+  method = objective.of(config.sae.activation)
+  if method.SPARSE:
     with jax.set_mesh(mesh):
       name = ops.choose(
-        config.sae.n_latents, widest_k, implementation, config.sae.d_model
+        config.sae.n_latents,
+        config.objective.widest(config.sae.k),
+        implementation,
+        config.sae.d_model,
       )
-    names |= _OF_TOPK[name]
+    names |= _SPARSE[name]
     if mesh.shape['latent'] > 1:
       names.add(scopes.EXCHANGE)
-    if config.objective.k_aux:
-      names.add(AUXK)
+  if method.AUXK and config.objective.k_aux:
+    names.add(AUXK)
   return frozenset(names)
 
 

@@ -1,9 +1,50 @@
-"""Activation functions of the baselines, with the gradients they train by."""
+"""A baseline: JumpReLU, trained with an L0 penalty.
+
+Each latent has a threshold, whose gradient is an estimate (Rajamanoharan et
+al. 2024).
+"""
 
 import jax
 import jax.numpy as jnp
 
-ACTIVATIONS = ('topk', 'relu', 'jumprelu')
+from sae_jax.autoencoder import encoder, nonlinearity
+from sae_jax.autoencoder.params import Sae, SaeConfig
+
+# The logarithm of each latent's threshold.
+TRAINED = ('log_threshold_N',)
+# Of the preprocessed tokens' RMS distance from their mean.
+_FIRST_THRESHOLD = 1e-3
+
+follow = nonlinearity.keep
+active_per_token = nonlinearity.any_number
+
+
+def extra(config: SaeConfig, dtype: jnp.dtype) -> dict[str, jax.Array]:
+  """A threshold of 1 for every latent."""
+  return {'log_threshold_N': jnp.zeros((config.n_latents,), dtype)}
+
+
+def fit(
+  config: SaeConfig,
+  sae: Sae,
+  x_BD: jax.Array,
+  mse_of_mean: jax.Array,
+  axis: str | None,
+) -> dict[str, jax.Array]:
+  """Thresholds that are small beside the tokens' distance from their mean."""
+  del config, x_BD, axis
+  first = jnp.log(_FIRST_THRESHOLD * jnp.sqrt(mse_of_mean))
+  zeros_N = jnp.zeros_like(sae.extra['log_threshold_N'])
+  return {'log_threshold_N': zeros_N + first}
+
+
+def codes(
+  config: SaeConfig, sae: Sae, x_BD: jax.Array, axis: str | None
+) -> tuple[jax.Array, jax.Array]:
+  """JumpReLU of every latent's pre-activation."""
+  del axis
+  pre_BN = encoder.pre_activations(config, sae, x_BD)
+  return encoder.dense_codes(jump_relu(pre_BN, sae.extra['log_threshold_N']))
 
 
 def jump_relu(pre_BN: jax.Array, log_threshold_N: jax.Array) -> jax.Array:

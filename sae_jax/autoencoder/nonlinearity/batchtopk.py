@@ -1,0 +1,121 @@
+"""k latents a token on average, the largest of a batch (Bussmann et al. 2024).
+
+"BatchTopK sparse autoencoders": in training the B k largest of all positive
+pre-activations of a batch of B tokens are active. Whatever equals the smallest
+of them is active too, so that neither order nor sharding matters. A single
+token has no batch: it is encoded with a threshold, a moving average of the
+smallest active value of the batches.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from sae_jax import errors
+from sae_jax.autoencoder import encoder, nonlinearity
+from sae_jax.autoencoder.params import Sae, SaeConfig
+
+TRAINED = ()
+# Of the threshold. The smallest of thousands of active values hardly varies
+# from batch to batch: a hundred batches are average enough, and a longer memory
+# would lag behind weights that still grow.
+_DECAY = 0.99
+_LIMB = 16
+
+active_per_token = nonlinearity.any_number
+
+
+def extra(config: SaeConfig, dtype: jnp.dtype) -> dict[str, jax.Array]:
+  """A threshold of 0, which every positive pre-activation exceeds."""
+  del config
+  return {'threshold': jnp.zeros((), dtype)}
+
+
+def fit(
+  config: SaeConfig,
+  sae: Sae,
+  x_BD: jax.Array,
+  mse_of_mean: jax.Array,
+  axis: str | None,
+) -> dict[str, jax.Array]:
+  """The smallest active value of these tokens, taken as a batch."""
+  del mse_of_mean
+  pre_BN = encoder.pre_activations(config, sae, x_BD)
+  axes = () if axis is None else (axis,)
+  smallest = smallest_active(pre_BN, len(x_BD) * config.k, axes)
+  return {'threshold': jnp.where(jnp.isfinite(smallest), smallest, 0)}
+
+
+def follow(
+  extra: dict[str, jax.Array], observed: dict[str, jax.Array]
+) -> dict[str, jax.Array]:
+  """Moves the threshold towards the smallest active value of a batch."""
+  old, seen = extra['threshold'], observed['threshold']
+  moved = old + (1 - _DECAY) * (seen - old)
+  # A batch without any active latent says nothing of it.
+  return {'threshold': jnp.where(jnp.isfinite(seen), moved, old)}
+
+
+def codes(
+  config: SaeConfig, sae: Sae, x_BD: jax.Array, axis: str | None
+) -> tuple[jax.Array, jax.Array]:
+  """Every latent's pre-activation where it exceeds the threshold."""
+  del axis
+  pre_BN = encoder.pre_activations(config, sae, x_BD)
+  z_BN = jnp.where(pre_BN > sae.extra['threshold'], pre_BN, 0)
+  return encoder.dense_codes(z_BN)
+
+
+def smallest_active(
+  pre_BN: jax.Array, n_active: int, axes: tuple[str, ...] = ()
+) -> jax.Array:
+  """The n_active-th largest of the positive pre-activations of a batch.
+
+  Found exactly, by bisection on the bits: as integers positive floats are in
+  the same order, and each bit of the result takes one count over the batch.
+
+  Args:
+    pre_BN: this device's pre-activations; what is no number is not counted.
+    n_active: rank of the result, over the whole batch.
+    axes: mesh axes that the batch is spread over, inside shard_map.
+
+  Returns:
+    The value, the least positive one if there are fewer, and infinity if there
+    is none; the same on all devices.
+
+  Raises:
+    UserError: if a device has 2^31 pre-activations or more.
+  """
+  if pre_BN.size >= 2**31:
+    raise errors.UserError(
+      f'batchtopk counts {pre_BN.shape[0]} tokens x {pre_BN.shape[1]} latents '
+      f'on a device, {2**31 - 1} pairs at most: use a smaller batch or more '
+      'devices'
+    )
+  bits = jnp.finfo(pre_BN.dtype).bits
+  integer = jnp.dtype(f'int{bits}')
+  keys_BN = jax.lax.bitcast_convert_type(pre_BN, integer)
+  keys_BN = jnp.where(pre_BN > 0, keys_BN, 0)
+
+  def count(key):
+    """How many keys are as large, in two limbs: all may pass an int32."""
+    own = (keys_BN >= key).sum(dtype=jnp.int32)
+    limbs = own >> _LIMB, own % 2**_LIMB
+    high, low = jax.lax.psum(limbs, axes) if axes else limbs
+    return high + (low >> _LIMB), low % 2**_LIMB
+
+  def at_least(a, b):
+    return (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] >= b[1]))
+
+  positive = count(jnp.ones((), integer))
+  wanted = n_active >> _LIMB, n_active % 2**_LIMB
+  enough = at_least(positive, wanted)
+  wanted = tuple(jnp.where(enough, w, p) for w, p in zip(wanted, positive))
+
+  def set_bit(i, key):
+    # Below the sign, from the highest bit on.
+    higher = key | (jnp.ones((), integer) << (bits - 2 - i).astype(integer))
+    return jnp.where(at_least(count(higher), wanted), higher, key)
+
+  key = jax.lax.fori_loop(0, bits - 1, set_bit, jnp.zeros((), integer))
+  value = jax.lax.bitcast_convert_type(key, pre_BN.dtype)
+  return jnp.where((positive[0] > 0) | (positive[1] > 0), value, jnp.inf)

@@ -1,0 +1,32 @@
+"""The k largest pre-activations of each token (Gao et al. 2024)."""
+
+import jax
+
+from sae_jax import ops
+from sae_jax.autoencoder import nonlinearity
+from sae_jax.autoencoder.params import Sae, SaeConfig
+
+TRAINED = ()
+extra = nonlinearity.no_extra
+fit = nonlinearity.keep_fitted
+follow = nonlinearity.keep
+
+
+def active_per_token(config: SaeConfig) -> int:
+  """K of every token; a winner that is not positive is not active."""
+  return config.k
+
+
+def codes(
+  config: SaeConfig, sae: Sae, x_BD: jax.Array, axis: str | None
+) -> tuple[jax.Array, jax.Array]:
+  """ReLU of those of all shards' candidates that are in the top k."""
+  vals_BK, idx_BK = ops.encode_topk(
+    x_BD,
+    sae.w_enc_ND,
+    sae.b_lat_N,
+    min(config.k, sae.w_enc_ND.shape[0]),
+    b_pre_D=sae.b_pre_D,
+    dtype=config.matmul_dtype,
+  )
+  return jax.nn.relu(ops.global_top_k(vals_BK, axis, config.k, 0.0)), idx_BK

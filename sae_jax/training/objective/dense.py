@@ -1,0 +1,110 @@
+"""Losses by dense products, of codes with any number of active latents."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from sae_jax import autoencoder, errors, ops
+from sae_jax.autoencoder import Sae, SaeConfig
+from sae_jax.ops import Diagnostics, varying
+from sae_jax.training.objective import terms
+from sae_jax.training.objective.config import ObjectiveConfig
+
+
+def check_topk_alone(sae_config: SaeConfig, config: ObjectiveConfig) -> None:
+  """Raises UserError for terms that only TopK has."""
+  if config.topk_recall < 1:
+    raise errors.UserError(
+      f'topk_recall {config.topk_recall} needs topk, the activation is '
+      f'{sae_config.activation}: leave it 1'
+    )
+  if config.multi_topk:
+    raise errors.UserError(
+      f'multi_topk {config.multi_topk} needs topk, the activation is '
+      f'{sae_config.activation}: leave it 0'
+    )
+
+
+def check_no_penalty(sae_config: SaeConfig, config: ObjectiveConfig) -> None:
+  """Raises UserError for a penalty, where k sets the sparsity."""
+  if config.sparsity_weight:
+    raise errors.UserError(
+      f'sparsity_weight {config.sparsity_weight} does nothing with '
+      f'{sae_config.activation}, whose k sets the sparsity: leave it 0, or use '
+      'relu or jumprelu'
+    )
+
+
+def prepare(setting: terms.Setting, sae: Sae, x_BD: jax.Array) -> None:
+  """Nothing: what tokens activate does not depend on each other."""
+  del setting, sae, x_BD
+
+
+def pre_activations(
+  setting: terms.Setting, sae: Sae, x_BD: jax.Array
+) -> jax.Array:
+  """Pre-activations of this shard's latents, with a gradient for b_pre."""
+  shard = sae.replace(b_pre_D=setting.shards.to_latents(sae.b_pre_D))
+  return autoencoder.pre_activations(setting.sae_config, shard, x_BD)
+
+
+def sums(
+  setting: terms.Setting,
+  sae: Sae,
+  x_BD: jax.Array,
+  z_BN: jax.Array,
+  penalty: jax.Array | None = None,
+  observed: dict[str, jax.Array] | None = None,
+) -> terms.Pass:
+  """A pass with given codes.
+
+  Args:
+    setting: of the loss.
+    sae: this device's parameters.
+    x_BD: tokens.
+    z_BN: their codes, of this shard's latents.
+    penalty: sum over tokens and this shard's latents; None for none.
+    observed: see `terms.Pass`.
+  """
+  shards = setting.shards
+  model_BD = ops.matmul(z_BN, sae.w_dec_ND, setting.sae_config.matmul_dtype)
+  error_BD = x_BD - shards.over_latents(model_BD) - sae.b_pre_D
+  zero = varying.zeros((), x_BD.dtype, error_BD)
+  return terms.Pass(
+    sums=terms.Sums(
+      error=(error_BD**2).sum(),
+      multi=zero,
+      penalty=zero if penalty is None else shards.over_latents(penalty),
+      active=terms.count(z_BN > 0).astype(x_BD.dtype),
+      fired_N=(z_BN > 0).any(0).astype(jnp.int32),
+    ),
+    diagnostics=Diagnostics.exact(x_BD.shape[0], x_BD.dtype, z_BN),
+    error_BD=error_BD,
+    observed=observed or {},
+    exhausted=varying.zeros((), bool, z_BN),
+  )
+
+
+def fold(
+  setting: terms.Setting, run: Callable, start: Any, x_BD: jax.Array
+) -> tuple[Any, Any]:
+  """Runs over the micro-batches that were asked for."""
+
+  def with_all(x_BD):
+    total, kept, _ = run(x_BD, None)
+    return total, kept
+
+  return setting.shards.fold(with_all, start, x_BD)
+
+
+def penalty_logged(
+  sae_config: SaeConfig,
+  config: ObjectiveConfig,
+  implementation: str | None,
+  values: terms.Terms,
+) -> dict[str, jax.Array]:
+  """The penalty, of a baseline."""
+  del sae_config, config, implementation
+  return {'penalty': values.penalty}

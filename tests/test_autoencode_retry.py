@@ -1,0 +1,168 @@
+"""The second look of `autoencode` where candidates of a shard were too few."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
+import numpy as np
+import pytest
+
+from sae_jax import ops
+from sae_jax.ops import micro_batches
+from sae_jax.ops.autoencode import retry
+
+pytestmark = pytest.mark.fast
+
+SHARDS, BATCH, N, D, K = 2, 8, 64, 128, 16
+
+
+def arrays(crowded):
+  """A batch, an autoencoder and cotangents; all winners on a shard, or not."""
+  rng = np.random.default_rng(3)
+  x_BD, g_BD = rng.standard_normal((2, BATCH, D))
+  w_enc_ND, w_dec_ND = rng.standard_normal((2, N, D)) / np.sqrt(D)
+  b_N = np.zeros(N)
+  if crowded:
+    b_N[: N // SHARDS] = 100
+  return [a.astype(np.float32) for a in (w_enc_ND, b_N, w_dec_ND, x_BD, g_BD)]
+
+
+def run(given, seen):
+  """The model of each token, gradients, diagnostics, over two shards.
+
+  Args:
+    given: from `arrays`.
+    seen: gets what `candidates` each pass was traced with.
+  """
+  *weights, x_BD, g_BD = given
+  line = jax.make_mesh(
+    (SHARDS,), ('latent',), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+
+  def passes(weights, tokens, candidates):
+    seen.append((len(tokens), candidates))
+    x_BD, g_BD = tokens[:, :D], tokens[:, D:]
+
+    def loss(weights):
+      w_enc_ND, b_N, w_dec_ND = weights
+      coded = ops.autoencode(
+        x_BD,
+        w_enc_ND,
+        b_N,
+        w_dec_ND,
+        (K,),
+        b_pre_D=jnp.zeros(D),
+        axis='latent',
+        implementation='pallas',
+        candidates=candidates,
+      )
+      return (coded.models[0] * g_BD).sum(), coded
+
+    grads, coded = jax.grad(loss, has_aux=True)(weights)
+    return (grads, coded.diagnostics), coded.models[0], coded.exhausted
+
+  @functools.partial(
+    jax.shard_map,
+    mesh=line,
+    in_specs=((P('latent'),) * 3, P()),
+    out_specs=((P('latent'),) * 3, P(), P()),
+    check_vma=False,
+  )
+  def whole(weights, tokens):
+    zero = jnp.zeros(())
+    start = (jax.tree.map(jnp.zeros_like, weights), ops.Diagnostics(zero, zero))
+    (grads, diagnostics), model_BD = ops.with_few_candidates(
+      functools.partial(passes, weights),
+      start,
+      tokens,
+      k=K,
+      n_latents=N // SHARDS,
+      latent_axis='latent',
+    )
+    total = jax.lax.psum((model_BD, diagnostics), 'latent')
+    return grads, *total
+
+  tokens = np.concatenate([x_BD, g_BD], 1)
+  grads, model_BD, diagnostics = jax.jit(whole)(tuple(weights), tokens)
+  return (*grads, model_BD), jax.tree.map(float, diagnostics)
+
+
+def wanted(given):
+  """The same by one pass of dense products on one device, in float64."""
+  *weights, x_BD, g_BD = (a.astype(np.float64) for a in given)
+  w_enc_ND, b_N, w_dec_ND = weights
+  pre_BN = x_BD @ w_enc_ND.T + b_N
+  last_B1 = np.sort(pre_BN, 1)[:, -K][:, None]
+  z_BN = np.where(pre_BN >= last_B1, np.maximum(pre_BN, 0), 0)
+  pre_g_BN = (g_BD @ w_dec_ND.T) * (z_BN > 0)
+  return pre_g_BN.T @ x_BD, pre_g_BN.sum(0), z_BN.T @ g_BD, z_BN @ w_dec_ND
+
+
+def assert_same(got, want):
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5 * np.abs(b).max())
+
+
+@pytest.mark.parametrize('crowded', [False, True])
+def test_what_few_candidates_miss_is_found_again(monkeypatch, crowded):
+  # Enough of a shard for winners that lie evenly, and too few for the others.
+  monkeypatch.setattr(retry.candidates, 'width', lambda *_: 15)
+  given, seen = arrays(crowded), []
+  got, diagnostics = run(given, seen)
+  assert_same(got, wanted(given))
+  # Longer lists are of fewer tokens at a time.
+  assert set(seen) == {(BATCH, 15), (BATCH // 2, None)}
+  assert diagnostics.recall == SHARDS * BATCH
+  # Fewer are those that the kernel of a shard cannot vouch for by itself.
+  assert (diagnostics.redone == SHARDS * BATCH) == crowded
+  # Control: without the second look winners are missing where they crowd.
+  monkeypatch.setattr(retry, 'anywhere', lambda *_: jnp.array(False))
+  first, diagnostics = run(given, seen)
+  assert diagnostics.redone < SHARDS * BATCH
+  if crowded:
+    with pytest.raises(AssertionError):
+      assert_same(first, wanted(given))
+  else:
+    assert_same(first, wanted(given))
+
+
+def test_lists_that_hold_every_winner_are_looked_at_once(monkeypatch):
+  monkeypatch.setattr(retry.candidates, 'width', lambda *_: K)
+  given, seen = arrays(True), []
+  got, _ = run(given, seen)
+  assert_same(got, wanted(given))
+  assert seen == [(BATCH, None)]
+
+
+def test_a_batch_is_cut_into_even_micro_batches():
+  assert micro_batches.number(96, 3) == 3
+  assert micro_batches.number(50, 4) == 5
+  assert micro_batches.number(96, 1) == 1
+  assert micro_batches.number(3, 9) == 3
+
+
+def test_a_fold_is_the_pass_over_all_tokens():
+  x_BD = np.arange(24.0).reshape(8, 3)
+
+  def run(x_BD):
+    return (x_BD**2).sum(), 2 * x_BD
+
+  for number in (1, 2, 8):
+    total, kept = micro_batches.fold(run, jnp.zeros(()), number, x_BD)
+    assert total == (x_BD**2).sum()
+    np.testing.assert_array_equal(kept, 2 * x_BD)
+
+
+def test_diagnostics_are_sums_over_tokens():
+  coded = ops.autoencode(
+    *(jnp.asarray(a) for a in (arrays(False)[3], *arrays(False)[:3])),
+    (K,),
+    b_pre_D=jnp.zeros(D),
+    implementation='dense',
+  )
+  assert dataclasses.asdict(coded.diagnostics) == {
+    'redone': 0,
+    'recall': BATCH,
+  }
