@@ -39,8 +39,8 @@ def geometric_median(
     weight_B = jnp.where(near_B, 0, 1 / jnp.where(near_B, 1, distance_B))
     pull_D = weight_B @ away_BD
     pull = jnp.linalg.norm(pull_D)
-    held = near_B.sum()
-    share = jnp.where(pull > 0, jnp.maximum(0, 1 - held / pull), 0)
+    near = near_B.sum()
+    share = jnp.where(pull > 0, jnp.maximum(0, 1 - near / pull), 0)
     total = weight_B.sum()
     move_D = share * pull_D / jnp.where(total > 0, total, 1)
     return median_D + move_D, jnp.linalg.norm(move_D), count + 1

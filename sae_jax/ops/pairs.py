@@ -38,7 +38,7 @@ class Blocks:
   tokens: int = flax.struct.field(pytree_node=False)
   k: int = flax.struct.field(pytree_node=False)
 
-  def some(self, start: jax.Array | int, slots: int) -> 'Blocks':
+  def cut(self, start: jax.Array | int, slots: int) -> 'Blocks':
     """A window of each block's slots, of which the real ones come first.
 
     Args:

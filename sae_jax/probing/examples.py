@@ -12,6 +12,9 @@ from sae_jax.probing import codes as codes_lib
 from sae_jax.probing import lens, reducers
 from sae_jax.subject import Subject
 
+# Latents that are compared with those of examples, at a time.
+_COMPARED = 2**25
+
 
 @dataclasses.dataclass(frozen=True)
 class FeatureConfig(config_lib.Config):
@@ -177,8 +180,9 @@ def windows(
   rows = code_NMW[latent, example, token]
   acts_NMW = np.zeros(place_NMW.shape, np.float32)
   # In pieces: each compares K latents of a token with one.
-  for start in range(0, len(rows), 2**20):
-    part = slice(start, start + 2**20)
+  step = max(1, _COMPARED // max(1, codes.idx_RK.shape[1]))
+  for start in range(0, len(rows), step):
+    part = slice(start, start + step)
     own = codes.idx_RK[rows[part]] == latent[part, None]
     acts_NMW[latent[part], example[part], token[part]] = np.where(
       own, codes.vals_RK[rows[part]], 0

@@ -38,7 +38,8 @@ def density(density_N: np.ndarray) -> Figure:
 
 def reconstruction(report: dict[str, Any]) -> Figure:
   """FVU of the autoencoder beside its two controls."""
-  names = ['autoencoder', f'PCA, {report["k"]} components', 'untrained']
+  pca = f'PCA, {report["pca_components"]} components'
+  names = ['autoencoder', pca, 'untrained']
   values = [report['fvu'], report['fvu_pca'], report['fvu_untrained']]
   figure = Figure(figsize=(6, 2.2))
   axes = figure.subplots()

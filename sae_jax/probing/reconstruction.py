@@ -82,6 +82,17 @@ def untrained(
   return Trained(config, sae, float(mse_of_mean), step=0)
 
 
+def pca_components(l0: float, store: store_lib.Store) -> int:
+  """As many numbers as a token has active latents, on average.
+
+  Args:
+    l0: mean number of active latents.
+    store: no more than its rows span.
+  """
+  spanned = min(store.manifest.d_model, min(store.n_train, _PCA_ROWS) - 1)
+  return max(1, min(round(l0), spanned))
+
+
 def pca_fvu(
   trained: Trained,
   store: store_lib.Store,
@@ -100,8 +111,8 @@ def pca_fvu(
     store: the activations.
     start: first row that is scored.
     stop: one past the last.
-    n_components: how many components are kept; k makes the count of numbers
-      per token equal.
+    n_components: how many components are kept, `pca_components` for as many
+      numbers per token as the autoencoder has.
     batch_rows: rows at a time.
   """
 

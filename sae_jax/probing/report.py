@@ -131,6 +131,7 @@ def probe(
       'subject': store.manifest.subject,
       'site': store.site,
       'n_latents': trained.config.n_latents,
+      'activation': trained.config.activation,
       'k': trained.config.k,
       'd_model': trained.config.d_model,
       'preprocessing': trained.config.preprocessing,
@@ -232,8 +233,10 @@ def scores(
   sample_BD = store.read_rows(0, sample_rows)
   fresh = reconstruction.untrained(trained.config, sample_BD, config.seed + 1)
   control = reconstruction.measure(fresh, store, *rows, 'untrained')
-  k = min(trained.config.k, trained.config.d_model)
-  fvu_pca = reconstruction.pca_fvu(trained, store, *rows[:2], k, rows[2])
+  components = reconstruction.pca_components(quality.l0, store)
+  fvu_pca = reconstruction.pca_fvu(
+    trained, store, start, stop, components, config.batch_rows
+  )
   losses = downstream.measure(
     trained,
     subject,
@@ -245,6 +248,7 @@ def scores(
   return {
     **quality.scalars(),
     'fvu_pca': fvu_pca,
+    'pca_components': components,
     'fvu_untrained': control.fvu,
     **dataclasses.asdict(losses),
     'density': metrics.density_record(quality.density_N),
@@ -314,8 +318,8 @@ def _probe_task(config, trained, subject, site, task) -> dict[str, Any]:
 def lines(report: dict[str, Any]) -> list[str]:
   """A summary of the report in a few lines of text."""
   out = [
-    'NMSE {nmse:.4f}  FVU {fvu:.4f}  (PCA with {k} components {fvu_pca:.4f}, '
-    'untrained {fvu_untrained:.4f})',
+    'NMSE {nmse:.4f}  FVU {fvu:.4f}  (PCA with {pca_components} components '
+    '{fvu_pca:.4f}, untrained {fvu_untrained:.4f})',
     'L0 {l0:.2f}  silent on the held-out tokens {dead_fraction:.2%}',
     'delta CE {delta_ce:.4f} nats [{delta_ce_low:.4f}, {delta_ce_high:.4f}] '
     'from {ce:.4f}, recovered {ce_recovered:.3f} of zero-ablation, '

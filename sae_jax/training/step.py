@@ -33,10 +33,11 @@ def make_step(
   Returns:
     A function of a state, which is donated, and raw_BD sharded over "data",
     to the new state and a dict of scalars: loss, nmse, aux, l0,
-    dead_fraction, learning_rate, grad_norm, finite, with Multi-TopK multi,
-    with a baseline penalty, with kernels redone (the share of tokens that were
-    encoded twice) and, where the top-k is approximate, expected_recall, and
-    skipped if such steps are.
+    dead_fraction, learning_rate, grad_norm, finite, skipped if such steps are,
+    and what the nonlinearity's objective logs: with Multi-TopK multi, with a
+    baseline penalty, with BatchTopK threshold, with kernels redone (the share
+    of tokens that were encoded twice) and, where the top-k is approximate,
+    expected_recall.
   """
   peak = optimizer.peak_rate(config.optimizer, config.sae.n_latents)
   rate = jax.make_array_from_callback(

@@ -70,6 +70,10 @@ def compiled(line):
     ),
     (train_config(activation='relu'), (1, 4), None, 'preprocessing'),
     (train_config(activation='jumprelu'), (2, 2), None, 'preprocessing'),
+    (
+      train_config(activation='batchtopk'), (2, 2), None,
+      'preprocessing, AuxK',
+    ),
   ],
 )  # fmt: skip
 def test_what_a_step_must_have_is_known(
@@ -88,6 +92,7 @@ def test_what_a_step_must_have_is_known(
     (train_config(preprocessing='none'), (4, 1), 'dense'),
     (train_config(activation='relu', preprocessing='dataset'), (2, 2), None),
     (train_config(activation='jumprelu'), (1, 4), None),
+    (train_config(activation='batchtopk'), (2, 2), None),
   ],
 )
 def test_every_step_has_what_it_must(v5e, config, mesh, implementation):

@@ -115,7 +115,7 @@ def test_windows_of_slots_are_all_of_them_once():
   vals_BK = rng.standard_normal((6, 5)) * (rng.random((6, 5)) < 0.4)
   idx_BK = rng.integers(0, 50, (6, 5), np.int32)
   blocks = pairs.blocks(vals_BK.astype(np.float32), idx_BK, 3, pack=True)
-  parts = [blocks.some(start, 4) for start in range(0, 15, 4)]
+  parts = [blocks.cut(start, 4) for start in range(0, 15, 4)]
   for name in ('latent_GR', 'token_GR', 'vals_GR', 'place_GR'):
     joined = np.concatenate([getattr(part, name) for part in parts], 1)
     np.testing.assert_array_equal(joined[:, :15], getattr(blocks, name))

@@ -109,10 +109,20 @@ def write_store(
   return store.open_store(url)
 
 
-def make_trained(data, n_latents=24, k=4, preprocessing='center_unit_norm'):
+def make_trained(
+  data,
+  n_latents=24,
+  k=4,
+  preprocessing='center_unit_norm',
+  activation='topk',
+):
   """An autoencoder with biases of many sizes; the latents DEAD never fire."""
   config = SaeConfig(
-    d_model=D_MODEL, n_latents=n_latents, k=k, preprocessing=preprocessing
+    d_model=D_MODEL,
+    n_latents=n_latents,
+    k=k,
+    preprocessing=preprocessing,
+    activation=activation,
   )
   sample_BD = data.read_rows(0, data.n_train)
   fresh = reconstruction.untrained(config, sample_BD, 3)
@@ -121,8 +131,15 @@ def make_trained(data, n_latents=24, k=4, preprocessing='center_unit_norm'):
   bias_N[list(DEAD)] = -100
   w_dec_ND = rng.standard_normal((n_latents, D_MODEL)).astype(np.float32)
   w_dec_ND /= np.linalg.norm(w_dec_ND, axis=1, keepdims=True)
+  # Of all latents, or for each of them another.
+  thresholds = {
+    'threshold': np.float32(0.2),
+    'log_threshold_N': np.log(rng.uniform(0.05, 0.4, n_latents), dtype='f4'),
+  }
   sae = fresh.sae.replace(
-    b_lat_N=jax.numpy.asarray(bias_N), w_dec_ND=jax.numpy.asarray(w_dec_ND)
+    b_lat_N=jax.numpy.asarray(bias_N),
+    w_dec_ND=jax.numpy.asarray(w_dec_ND),
+    extra={n: jax.numpy.asarray(thresholds[n]) for n in fresh.sae.extra},
   )
   return checkpoint.Trained(
     config,
@@ -154,9 +171,16 @@ def inputs(trained, raw_BD):
 
 
 def latents(trained, x_BD):
-  """All N latents of each token, in float64; all but k are 0."""
+  """All N latents of each token, in float64; those not active are 0."""
   sae = wide(trained)
   pre_BN = (x_BD - sae.b_pre_D) @ sae.w_enc_ND.T + sae.b_lat_N
+  if trained.config.activation != 'topk':
+    threshold = {
+      'relu': lambda: 0.0,
+      'jumprelu': lambda: np.exp(sae.extra['log_threshold_N']),
+      'batchtopk': lambda: sae.extra['threshold'],
+    }[trained.config.activation]()
+    return np.where(pre_BN > threshold, pre_BN, 0)
   out_BN = np.zeros_like(pre_BN)
   for row, pre_N in enumerate(pre_BN):
     best = np.argsort(-pre_N, kind='stable')[: trained.config.k]

@@ -1,8 +1,11 @@
 """The codes of a store's rows against a dense float64 encoder."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
+from sae_jax.autoencoder import nonlinearity
 from sae_jax.probing import codes
 from tests.support import probed
 
@@ -36,8 +39,36 @@ def test_codes_equal_the_dense_encoder(data, k):
   assert np.abs(dense(found, 24)[1:] - want_RN[:-1]).max() > 0.01
 
 
-def test_the_batch_does_not_matter(data):
-  trained = probed.make_trained(data)
+@pytest.mark.parametrize('activation', nonlinearity.NAMES[1:])
+def test_codes_with_any_number_of_latents_hold_what_fired(data, activation):
+  trained = probed.make_trained(data, activation=activation)
+  n_rows = data.manifest.n_rows
+  found = codes.encode_rows(trained, data, 0, n_rows, 16)
+  x_RD, _ = probed.inputs(trained, data.read_rows(0, n_rows))
+  want_RN = probed.latents(trained, x_RD)
+  np.testing.assert_allclose(dense(found, 24), want_RN, rtol=1e-4, atol=1e-5)
+  active_R = (want_RN > 0).sum(1)
+  np.testing.assert_array_equal((found.vals_RK > 0).sum(1), active_R)
+  # Tokens differ in how many latents are active, and k does not limit it.
+  assert np.ptp(active_R) > 2 and active_R.max() > trained.config.k
+  assert active_R.max() <= found.vals_RK.shape[1] < 2 * active_R.max()
+  # Control: as many as the mean would lose some.
+  assert np.sort(want_RN, 1)[:, : -round(active_R.mean())].any()
+
+
+def test_codes_of_a_run_that_never_fires_are_empty(data):
+  trained = probed.make_trained(data, activation='relu')
+  silent_N = np.full(24, -100, np.float32)
+  trained = dataclasses.replace(
+    trained, sae=trained.sae.replace(b_lat_N=silent_N)
+  )
+  found = codes.encode_rows(trained, data, 0, 20, 8)
+  assert found.vals_RK.shape == (20, 1) and not found.vals_RK.any()
+
+
+@pytest.mark.parametrize('activation', nonlinearity.NAMES)
+def test_the_batch_does_not_matter(data, activation):
+  trained = probed.make_trained(data, activation=activation)
   whole = codes.encode_rows(trained, data, 0, data.manifest.n_rows, 10_000)
   parts = codes.encode_rows(trained, data, 0, data.manifest.n_rows, 13)
   np.testing.assert_allclose(

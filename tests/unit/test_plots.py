@@ -18,7 +18,7 @@ def make_report():
     )
   }  # fmt: skip
   return {
-    'k': 4,
+    'pca_components': 4,
     'fvu': 0.25,
     'fvu_pca': 0.5,
     'fvu_untrained': 1.25,

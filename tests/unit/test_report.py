@@ -8,7 +8,7 @@ import pytest
 
 from sae_jax import checkpoint, errors
 from sae_jax import store as store_lib
-from sae_jax.autoencoder import SaeConfig
+from sae_jax.autoencoder import nonlinearity, SaeConfig
 from sae_jax.browser import index
 from sae_jax.features import table as table_lib
 from sae_jax.probing import (
@@ -23,6 +23,7 @@ from sae_jax.probing import (
 )
 from sae_jax.probing.examples import FeatureConfig
 from sae_jax.training import train
+from sae_jax.training.objective import ObjectiveConfig
 from tests.support import planted, probed
 
 CONFIG = report.ProbeConfig(
@@ -104,8 +105,10 @@ def test_reconstruction_scores_are_the_functions_own(finished, parts):
     assert figures[name] == value
   # Not the number of predictions that were spliced.
   assert figures['tokens'] == 40 != figures['predictions']
+  components = figures['pca_components']
+  assert components == round(measured.l0)
   assert figures['fvu_pca'] == reconstruction.pca_fvu(
-    trained, data, *span[:2], 4, 16
+    trained, data, *span[:2], components, 16
   )
   fresh = reconstruction.untrained(trained.config, data.read_rows(0, 60), 1)
   control = reconstruction.measure(fresh, data, *span, 'test')
@@ -189,6 +192,47 @@ def test_the_page_is_built_from_the_workdir(finished, tmp_path):
   meta = json.loads((tmp_path / 'page' / 'data' / 'meta.json').read_text())
   assert meta['report']['nmse'] == figures['nmse']
   assert meta['n_features'] == 24
+
+
+@pytest.mark.parametrize('activation', nonlinearity.NAMES[1:])
+def test_every_nonlinearity_is_probed_and_browsed(
+  store_url, tmp_path, activation
+):
+  config = planted.train_config(
+    sae=SaeConfig(probed.D_MODEL, 24, 4, activation=activation),
+    objective=ObjectiveConfig(k_aux=8, dead_after_tokens=600),
+    batch_size=16,
+    steps=20,
+    sample_rows=60,
+  )
+  workdir = str(tmp_path / 'run')
+  train.train(config, store_url, workdir)
+  found = probe(workdir, store_url, tmp_path / 'probe')
+  trained = checkpoint.load(workdir)
+  data = store_lib.open_store(store_url)
+
+  def active(start, stop):
+    x_RD, _ = probed.inputs(trained, data.read_rows(start, stop))
+    return probed.latents(trained, x_RD) > 0
+
+  # What fired, and not k.
+  heldout_RN = active(data.n_train, data.n_train + 40)
+  l0 = heldout_RN.sum(1).mean()
+  np.testing.assert_allclose(found['l0'], l0, rtol=0.01)
+  assert found['activation'] == activation
+  assert found['pca_components'] == min(round(found['l0']), 16)
+  table = table_lib.read_features(tmp_path / 'probe' / 'features.npz')
+  every_RN = active(0, data.manifest.n_rows)
+  assert abs(table['count'] - every_RN.sum(0)).sum() <= 2
+  assert np.ptp(every_RN.sum(1)) > 1
+  index.build_index(
+    tmp_path / 'probe' / 'features.npz',
+    found,
+    [f'w{i}' for i in range(probed.VOCABULARY)],
+    tmp_path / 'page',
+  )
+  meta = json.loads((tmp_path / 'page' / 'data' / 'meta.json').read_text())
+  assert meta['report']['l0'] == found['l0'] and meta['n_features'] == 24
 
 
 def test_finished_work_is_reused_and_other_work_is_not(

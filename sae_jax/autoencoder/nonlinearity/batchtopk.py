@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from sae_jax import errors
 from sae_jax.autoencoder import encoder, nonlinearity
 from sae_jax.autoencoder.params import Sae, SaeConfig
+from sae_jax.ops import varying
 
 TRAINED = ()
 # Of the threshold. The smallest of thousands of active values hardly varies
@@ -116,6 +117,7 @@ def smallest_active(
     higher = key | (jnp.ones((), integer) << (bits - 2 - i).astype(integer))
     return jnp.where(at_least(count(higher), wanted), higher, key)
 
-  key = jax.lax.fori_loop(0, bits - 1, set_bit, jnp.zeros((), integer))
+  nothing = varying.zeros((), integer, *positive)
+  key = jax.lax.fori_loop(0, bits - 1, set_bit, nothing)
   value = jax.lax.bitcast_convert_type(key, pre_BN.dtype)
   return jnp.where((positive[0] > 0) | (positive[1] > 0), value, jnp.inf)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 
 from sae_jax.ops import dispatch, scopes, varying
 from sae_jax.ops.autoencode import dense, fused, tally
-from sae_jax.ops.autoencode.coded import Coded, plain
+from sae_jax.ops.autoencode.coded import Coded, How, plain
 from sae_jax.ops.decode import api as decode_api
 from sae_jax.ops.encode_topk import api as encode_api
 from sae_jax.ops.top_k import api as top_k_api
@@ -61,39 +61,14 @@ def autoencode(
     jnp.asarray, (x_BD, w_enc_ND, b_lat_N, w_dec_ND, b_pre_D)
   )
   n_latents, width = w_enc_ND.shape
-  shards = 1 if axis is None else jax.lax.axis_size(axis)
-  name = dispatch.choose(n_latents * shards, ks[-1], implementation, width)
-  if name == 'pallas':
-    return Coded(
-      *fused.autoencode(
-        x_BD,
-        w_enc_ND,
-        b_lat_N,
-        w_dec_ND,
-        ks,
-        b_pre_D,
-        mask_N,
-        axis,
-        dtype,
-        candidates,
-        recall,
-        tally_N,
-      )
+  how = How(ks, axis, dtype, candidates, recall)
+  name = dispatch.choose(n_latents * how.shards, ks[-1], implementation, width)
+  if name in ('pallas', 'dense'):
+    whole = fused.autoencode if name == 'pallas' else dense.autoencode
+    return whole(
+      how, x_BD, w_enc_ND, b_lat_N, w_dec_ND, b_pre_D, mask_N, tally_N
     )
-  if name == 'dense':
-    return dense.autoencode(
-      x_BD,
-      w_enc_ND,
-      b_lat_N,
-      w_dec_ND,
-      ks,
-      b_pre_D,
-      mask_N,
-      axis,
-      dtype,
-      tally_N,
-    )
-  found_BK, idx_BK = encode_api.encode_topk(
+  offered_BK, idx_BK = encode_api.encode_topk(
     x_BD,
     w_enc_ND,
     b_lat_N,
@@ -104,7 +79,7 @@ def autoencode(
     implementation=name,
   )
   codes = [
-    jax.nn.relu(top_k_api.global_top_k(found_BK[:, :k], axis, k, 0.0))
+    jax.nn.relu(top_k_api.global_top_k(offered_BK[:, :k], axis, k, 0.0))
     for k in ks
   ]
   models = tuple(

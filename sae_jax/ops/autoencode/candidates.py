@@ -20,12 +20,13 @@ def width(k: int, shards: int, tokens: int) -> int:
     that fills a shard's list in all but 0.1 % of cases; k if that is less.
   """
   share = 1 / shards
-  held = [
+  chance = [
     math.comb(k, n) * share**n * (1 - share) ** (k - n) for n in range(k + 1)
   ]
+  # chance[n] is that of n winners of a token on a shard.
   for offered in range(8, k, 8):
     # Summed from the small end, where 1 minus the rest would cancel.
-    filled = math.fsum(reversed(held[offered:]))
+    filled = math.fsum(reversed(chance[offered:]))
     if filled * tokens * shards <= _SHORT:
       return offered
   return k

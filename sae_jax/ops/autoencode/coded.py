@@ -1,10 +1,36 @@
-"""What a pass over some tokens leaves."""
+"""What a pass over some tokens is asked for, and what it leaves."""
+
+import dataclasses
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
 from sae_jax.ops import varying
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+  """What is the same for all tokens of a pass; see `autoencode`.
+
+  Attributes:
+    ks: active latents of a token, ascending; each gives a reconstruction.
+    axis: the mesh axis of the latents, inside shard_map.
+    dtype: of the factors of products.
+    candidates: that a shard offers, with kernels; None for as many as may win.
+    recall: share of a shard's top candidates that kernels are asked to find.
+  """
+
+  ks: tuple[int, ...]
+  axis: str | None = None
+  dtype: jnp.dtype | None = None
+  candidates: int | None = None
+  recall: float = 1.0
+
+  @property
+  def shards(self) -> int:
+    """How many shards the latents have."""
+    return 1 if self.axis is None else jax.lax.axis_size(self.axis)
 
 
 @flax.struct.dataclass

@@ -5,14 +5,14 @@ import jax.numpy as jnp
 
 from sae_jax.ops import scopes, varying
 from sae_jax.ops.autoencode import tally
-from sae_jax.ops.autoencode.coded import Coded, plain
+from sae_jax.ops.autoencode.coded import Coded, How, plain
 from sae_jax.ops.dense import matmul
 from sae_jax.ops.encode_topk import reference
 from sae_jax.ops.top_k import api as top_k_api
 
 
 def autoencode(
-  x_BD, w_enc_ND, b_lat_N, w_dec_ND, ks, b_pre_D, mask_N, axis, dtype, tally_N
+  how: How, x_BD, w_enc_ND, b_lat_N, w_dec_ND, b_pre_D, mask_N, tally_N
 ) -> Coded:
   """See `autoencode.api`; differentiated by jax itself.
 
@@ -21,28 +21,28 @@ def autoencode(
   would sort all pairs to scatter them.
   """
   stop = jax.lax.stop_gradient
-  held_D = stop(b_pre_D)
+  fixed_D = stop(b_pre_D)
   # Nothing but the gradient of b_pre, which needs no pass over the tokens.
   shift_N = matmul(stop(w_enc_ND), b_pre_D)
-  centred_BD, bias_N = x_BD - held_D, b_lat_N - (shift_N - stop(shift_N))
+  centred_BD, bias_N = x_BD - fixed_D, b_lat_N - (shift_N - stop(shift_N))
   with jax.named_scope(scopes.ENCODER):
-    pre_BN = reference.pre_activations(centred_BD, w_enc_ND, bias_N, dtype)
+    pre_BN = reference.pre_activations(centred_BD, w_enc_ND, bias_N, how.dtype)
   if mask_N is not None:
     pre_BN = jnp.where(mask_N, pre_BN, -jnp.inf)
   n_latents = pre_BN.shape[1]
-  found_BK, idx_BK = top_k_api.top_k(
-    stop(pre_BN), min(ks[-1], n_latents), kernels=True
+  offered_BK, idx_BK = top_k_api.top_k(
+    stop(pre_BN), min(how.ks[-1], n_latents), kernels=True
   )
   codes, models, first_BN = [], [], None
-  for k in ks:
-    won_B = top_k_api.winners(found_BK[:, :k], axis, k, kernels=True)
+  for k in how.ks:
+    won_B = top_k_api.winners(offered_BK[:, :k], how.axis, k, kernels=True)
     won_BK = jnp.arange(min(k, n_latents)) < won_B[:, None]
-    codes.append(jnp.where(won_BK, jax.nn.relu(found_BK[:, :k]), 0))
+    codes.append(jnp.where(won_BK, jax.nn.relu(offered_BK[:, :k]), 0))
     z_BN = jnp.where(
-      _won(stop(pre_BN), found_BK, idx_BK, won_B), jax.nn.relu(pre_BN), 0
+      _won(stop(pre_BN), offered_BK, idx_BK, won_B), jax.nn.relu(pre_BN), 0
     )
     first_BN = z_BN if first_BN is None else first_BN
-    models.append(matmul(z_BN, w_dec_ND, dtype))
+    models.append(matmul(z_BN, w_dec_ND, how.dtype))
   models = tuple(models)
   if tally_N is not None:
     used_N = stop(first_BN).sum(0).astype(tally_N.dtype)
@@ -51,13 +51,13 @@ def autoencode(
   return plain(x_BD, vals_BK, idx_BK[:, : vals_BK.shape[1]], models)
 
 
-def _won(pre_BN, found_BK, idx_BK, won_B):
+def _won(pre_BN, offered_BK, idx_BK, won_B):
   """Which latents are not after a token's last winner.
 
   Asked so, since nothing comes before or after what is no number: it wins.
   """
   last_B1 = jnp.maximum(won_B - 1, 0)[:, None]
-  value_B1 = jnp.take_along_axis(found_BK, last_B1, axis=1)
+  value_B1 = jnp.take_along_axis(offered_BK, last_B1, axis=1)
   idx_B1 = jnp.take_along_axis(idx_BK, last_B1, axis=1)
   later_BN = jnp.arange(pre_BN.shape[1]) > idx_B1
   after_BN = (pre_BN < value_B1) | ((pre_BN == value_B1) & later_BN)

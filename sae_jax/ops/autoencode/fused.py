@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sae_jax.ops import chip, pairs, scopes, varying
+from sae_jax.ops.autoencode.coded import Coded, How
 from sae_jax.ops.decode import blocks as blocks_lib
 from sae_jax.ops.decode import tiles as decode_tiles
 from sae_jax.ops.dense import matmul
@@ -16,112 +17,99 @@ from sae_jax.ops.weight_grad import kernel as weight_grad_kernel
 
 
 def autoencode(
-  x_BD,
-  w_enc_ND,
-  b_lat_N,
-  w_dec_ND,
-  ks,
-  b_pre_D,
-  mask_N,
-  axis,
-  dtype,
-  candidates,
-  recall,
-  tally_N,
-):
-  """See `autoencode.api`; returns what its `Coded` holds, in that order."""
+  how: How, x_BD, w_enc_ND, b_lat_N, w_dec_ND, b_pre_D, mask_N, tally_N
+) -> Coded:
+  """See `autoencode.api`."""
   x_BD = varying.match(x_BD, w_enc_ND)
   if tally_N is None:
     tally_N = jnp.zeros_like(b_lat_N)
   others = (b_pre_D, w_enc_ND, b_lat_N, w_dec_ND, tally_N)
   others = (varying.match(a, x_BD) for a in others)
-  static = ks, axis, dtype, candidates, recall
-  return _autoencode(*static, mask_N, x_BD, *others)
+  return _autoencode(how, mask_N, x_BD, *others)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2, 3, 4))
-def _autoencode(ks, axis, dtype, candidates, recall, mask_N, *arrays):
-  return _forward(ks, axis, dtype, candidates, recall, mask_N, *arrays)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _autoencode(how, mask_N, *arrays):
+  return _forward(how, mask_N, *arrays)[0]
 
 
-def _forward(
-  ks,
-  axis,
-  dtype,
-  candidates,
-  recall,
-  mask_N,
-  x_BD,
-  b_pre_D,
-  w_enc_ND,
-  b_lat_N,
-  w_dec_ND,
-  tally_N,
-):
+def _forward(how, mask_N, x_BD, b_pre_D, w_enc_ND, b_lat_N, w_dec_ND, tally_N):
+  # Its cotangent alone matters, see `_backward`.
   del tally_N
-  batch = x_BD.shape[0]
-  most = min(ks[-1], w_enc_ND.shape[0])
-  centred_BD = x_BD - b_pre_D
+  batch, ks = x_BD.shape[0], how.ks
+  widest = min(ks[-1], w_enc_ND.shape[0])
   with jax.named_scope(scopes.ENCODER):
-    found_BK, idx_BK, failed_B, recall = exact.encode_topk(
-      centred_BD,
+    offered_BK, idx_BK, failed_B, recall = exact.encode_topk(
+      x_BD - b_pre_D,
       w_enc_ND,
       b_lat_N,
       mask_N,
-      min(most, candidates or most),
-      dtype,
-      recall=recall,
+      min(widest, how.candidates or widest),
+      how.dtype,
+      recall=how.recall,
     )
-  width = found_BK.shape[1]
-  codes, exhausted = [], varying.zeros((), bool, found_BK)
+  width = offered_BK.shape[1]
+
+  # Each list is in descending order, so that what wins of it is a prefix and
+  # shards need not tell each other more than its length. A list that is won
+  # whole may have been cut short of more winners: that is what a second look
+  # is for (`retry`). With as many candidates as winners it cannot happen.
+  codes, exhausted = [], varying.zeros((), bool, offered_BK)
   for k in ks:
-    won_B = top_k_api.winners(found_BK[:, :k], axis, k, kernels=True)
-    if width < min(k, most):
+    won_B = top_k_api.winners(offered_BK[:, :k], how.axis, k, kernels=True)
+    if width < min(k, widest):
       exhausted |= (won_B == width).any()
     won_BK = jnp.arange(min(k, width)) < won_B[:, None]
-    codes.append(jnp.where(won_BK, jax.nn.relu(found_BK[:, :k]), 0))
-  # Of the codes for the greatest k the others are the first in each row.
-  sharded = axis is not None and jax.lax.axis_size(axis) > 1
-  expected = _expected(batch, ks, width, axis)
+    codes.append(jnp.where(won_BK, jax.nn.relu(offered_BK[:, :k]), 0))
+
+  # One set of pairs serves all ks: in each row the codes for a lesser k are the
+  # first of those for the greatest. On one shard nearly every slot is active;
+  # on many most are not, and packing them to the front lets the decoder's
+  # kernel pass over the rest.
+  sharded = how.shards > 1
+  expected = _expected(how, batch, width)
   tokens = decode_tiles.block_tokens(
     batch, x_BD.shape[1], width, expected / (batch * width)
   )
   blocks = pairs.blocks(codes[-1], idx_BK, tokens, pack=sharded)
-  if width < most:
-    # What exhausts the candidates is done again in any case.
+  if width < widest:
+    # With few candidates a block keeps as many slots as it is likely to need,
+    # not all: they are saved for the backward pass. A block that is fuller has
+    # lost pairs, which counts as exhausted, and is done again in any case.
     slots = _slots(blocks, expected)
     exhausted |= (blocks.count_G > slots).any()
-    blocks = blocks.some(0, slots)
+    blocks = blocks.cut(0, slots)
   inside = tuple(_inside(blocks, vals_BK) for vals_BK in codes[:-1])
+
   sums = functools.partial(
     jax.named_scope(scopes.DECODER)(blocks_lib.sums),
     blocks,
     w_ND=w_dec_ND,
     batch=batch,
-    dtype=dtype,
+    dtype=how.dtype,
     expected=expected,
   )
   models = tuple(
     sums(jnp.where(chosen_GR, blocks.vals_GR, 0)) for chosen_GR in inside
   )
   models += (sums(blocks.vals_GR),)
-  first = codes[0]
-  out = (
-    first,
-    idx_BK[:, : first.shape[1]],
-    models,
-    failed_B.mean(dtype=x_BD.dtype),
-    exhausted,
-    varying.match(jnp.asarray(recall, x_BD.dtype), found_BK),
+  first_BK = codes[0]
+  coded = Coded(
+    vals_BK=first_BK,
+    idx_BK=idx_BK[:, : first_BK.shape[1]],
+    models=models,
+    failed=failed_B.mean(dtype=x_BD.dtype),
+    exhausted=exhausted,
+    recall=varying.match(jnp.asarray(recall, x_BD.dtype), offered_BK),
   )
+  # Neither codes nor candidates: the pairs hold all that is active.
   saved = mask_N, x_BD, b_pre_D, w_enc_ND, b_lat_N, w_dec_ND, blocks, inside
-  return out, saved
+  return coded, saved
 
 
-def _expected(batch, ks, width, axis):
+def _expected(how, batch, width):
   """Active pairs of a shard, if each has its share of the winners."""
-  shards = 1 if axis is None else jax.lax.axis_size(axis)
-  return min(batch * width, -(-batch * ks[-1] // shards))
+  return min(batch * width, -(-batch * how.ks[-1] // how.shards))
 
 
 def _slots(blocks, expected):
@@ -140,15 +128,14 @@ def _inside(blocks, vals_BK):
   return blocks.place_GR % blocks.k < least_GR
 
 
-def _backward(ks, axis, dtype, candidates, recall, saved, cotangents):
-  del candidates, recall
+def _backward(how, saved, cotangents):
   mask_N, x_BD, b_pre_D, w_enc_ND, b_lat_N, w_dec_ND, blocks, inside = saved
-  gs = cotangents[2]
+  gs, dtype = cotangents.models, how.dtype
   batch, n_latents = x_BD.shape[0], w_enc_ND.shape[0]
   # ReLU: pairs that are not active have no gradient.
   chosen = [(g_BD, mask) for g_BD, mask in zip(gs, inside)]
   chosen.append((gs[-1], blocks.vals_GR != 0))
-  expected = _expected(batch, ks, blocks.k, axis)
+  expected = _expected(how, batch, blocks.k)
   grads_GR = sum(
     jnp.where(
       mask_GR, blocks_lib.products(blocks, g_BD, w_dec_ND, dtype, expected), 0
@@ -178,9 +165,9 @@ def _weight_grads(
   """Gradients of decoder and encoder, and the sums of their weights."""
   slots = _slots(blocks, expected)
 
-  def of_some(start):
+  def of_window(start):
     count, latent_P, token_P, enc_P, *decs = pairs.by_latent(
-      blocks.some(start, slots),
+      blocks.cut(start, slots),
       n_latents,
       *(pairs.window(a, start, slots) for a in (grads_GR, *vals)),
     )
@@ -203,21 +190,21 @@ def _weight_grads(
       dec_ND += more_ND
     return (dec_ND, enc_ND), (used_N, bias_N)
 
-  found = of_some(0)
+  total = of_window(0)
   if slots == blocks.vals_GR.shape[1]:
-    return found
+    return total
 
   # A sort of all slots would take longer by their number and more, few of which
   # are real, and the compiler minutes.
   def add(carry):
-    start, found = carry
-    return start + slots, jax.tree.map(jnp.add, found, of_some(start))
+    start, total = carry
+    return start + slots, jax.tree.map(jnp.add, total, of_window(start))
 
   start = varying.match(jnp.int32(slots), blocks.count_G)
-  _, found = jax.lax.while_loop(
-    lambda carry: carry[0] < blocks.count_G.max(), add, (start, found)
+  _, total = jax.lax.while_loop(
+    lambda carry: carry[0] < blocks.count_G.max(), add, (start, total)
   )
-  return found
+  return total
 
 
 _autoencode.defvjp(_forward, _backward)
