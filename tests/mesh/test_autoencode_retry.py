@@ -13,8 +13,6 @@ from sae_jax import ops
 from sae_jax.ops import micro_batches
 from sae_jax.ops.autoencode import retry
 
-pytestmark = pytest.mark.fast
-
 SHARDS, BATCH, N, D, K = 2, 8, 64, 128, 16
 
 
