@@ -94,12 +94,16 @@ def smallest_active(
     )
   bits = jnp.finfo(pre_BN.dtype).bits
   integer = jnp.dtype(f'int{bits}')
-  keys_BN = jax.lax.bitcast_convert_type(pre_BN, integer)
-  keys_BN = jnp.where(pre_BN > 0, keys_BN, 0)
+
+  def as_float(key):
+    return jax.lax.bitcast_convert_type(key, pre_BN.dtype)
 
   def count(key):
-    """How many keys are as large, in two limbs: all may pass an int32."""
-    own = (keys_BN >= key).sum(dtype=jnp.int32)
+    """How many are as large, in two limbs: all may pass an int32."""
+    # An array of keys would be as large as the pre-activations. No comparison
+    # holds of what is no number, be it theirs or the key's.
+    large_BN = (pre_BN > 0) & (pre_BN >= as_float(key))
+    own = large_BN.sum(dtype=jnp.int32)
     limbs = own >> _LIMB, own % 2**_LIMB
     high, low = jax.lax.psum(limbs, axes) if axes else limbs
     return high + (low >> _LIMB), low % 2**_LIMB
@@ -107,7 +111,7 @@ def smallest_active(
   def at_least(a, b):
     return (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] >= b[1]))
 
-  positive = count(jnp.ones((), integer))
+  positive = count(jnp.zeros((), integer))
   wanted = n_active >> _LIMB, n_active % 2**_LIMB
   enough = at_least(positive, wanted)
   wanted = tuple(jnp.where(enough, w, p) for w, p in zip(wanted, positive))
@@ -119,5 +123,5 @@ def smallest_active(
 
   nothing = varying.zeros((), integer, *positive)
   key = jax.lax.fori_loop(0, bits - 1, set_bit, nothing)
-  value = jax.lax.bitcast_convert_type(key, pre_BN.dtype)
-  return jnp.where((positive[0] > 0) | (positive[1] > 0), value, jnp.inf)
+  fires = (positive[0] > 0) | (positive[1] > 0)
+  return jnp.where(fires, as_float(key), jnp.inf)
