@@ -221,7 +221,7 @@ def test_every_nonlinearity_is_probed_and_browsed(
   np.testing.assert_allclose(found['l0'], l0, rtol=0.01)
   assert found['activation'] == activation
   assert found['pca_components'] == min(round(found['l0']), 16)
-  table = table_lib.read_features(tmp_path / 'probe' / 'features.npz')
+  table = table_lib.read(tmp_path / 'probe' / 'features.npz')
   every_RN = active(0, data.manifest.n_rows)
   assert abs(table['count'] - every_RN.sum(0)).sum() <= 2
   assert np.ptp(every_RN.sum(1)) > 1
