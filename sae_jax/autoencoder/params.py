@@ -24,7 +24,7 @@ class SaeConfig(config_lib.Config):
   k: int = config_lib.option(32, 'active latents per token, K', least=1)
   activation: str = config_lib.option(
     nonlinearity.NAMES[0],
-    'what makes codes of pre-activations. '
+    "the encoder's nonlinearity. "
     + '; '.join(
       f'{name}: {nonlinearity.summary(name)}' for name in nonlinearity.NAMES
     ),

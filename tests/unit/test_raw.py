@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from sae_jax import autoencoder, errors
+from sae_jax.autoencoder import nonlinearity
 from sae_jax.autoencoder import raw as raw_lib
 from sae_jax.checkpoint import Trained
 
@@ -46,9 +47,8 @@ def reference(trained, raw_BD):
   """Dense codes, the autoencoder's own output and the raw one, in float64."""
   raw_BD = np.asarray(raw_BD, np.float64)
   sae = {
-    field.name: np.asarray(getattr(trained.sae, field.name), np.float64)
-    for field in dataclasses.fields(trained.sae)
-    if getattr(trained.sae, field.name) is not None
+    name: np.asarray(array, np.float64)
+    for name, array in autoencoder.to_dict(trained.sae).items()
   }
   shift, scale = raw_BD.mean(1, keepdims=True), 1.0
   if trained.config.preprocessing == 'center_unit_norm':
@@ -64,13 +64,14 @@ def reference(trained, raw_BD):
   if trained.config.activation == 'topk':
     place_BN = np.argsort(np.argsort(-z_BN, axis=1), axis=1)
     z_BN = np.where(place_BN < K, z_BN, 0)
-  z_BN = np.maximum(z_BN, 0)
+  threshold = sae.get('threshold', np.exp(sae.get('log_threshold_N', -np.inf)))
+  z_BN = np.where(z_BN > threshold, z_BN, 0)
   own_BD = z_BN @ sae['w_dec_ND'] + sae['b_pre_D']
   return z_BN, own_BD, own_BD * scale + shift
 
 
 @pytest.mark.parametrize('name', autoencoder.PREPROCESSING)
-@pytest.mark.parametrize('activation', ['topk', 'relu'])
+@pytest.mark.parametrize('activation', nonlinearity.NAMES)
 def test_codes_and_raw_output_are_their_definitions(name, activation):
   trained = make(name, activation)
   raw_BD = activations(23)

@@ -1,4 +1,4 @@
-"""The k largest pre-activations of each token (Gao et al. 2024)."""
+"""The k largest values of each token (Gao et al. 2024)."""
 
 import jax
 
