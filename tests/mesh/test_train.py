@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax import autoencoder, checkpoint, errors
+from sae_jax import checkpoint, errors
 from sae_jax.storage import claim
 from sae_jax.training import log, run, train
 from tests.support import planted, processes, runs
@@ -52,8 +52,6 @@ def test_control_a_part_that_is_not_restored_is_seen(
     saved = run.contents(state)
     parts = vars(saved) | saved.progress
     nothing = jax.tree.map(jnp.zeros_like, parts[lost])
-    if lost == 'sae':
-      nothing = autoencoder.from_dict(nothing)
     if lost in ('adam', 'ema'):
       nothing = state.optimizer._replace(**{lost: nothing})
       return state.replace(optimizer=nothing)
