@@ -68,11 +68,20 @@ def compiled(line):
       'pallas',
       'encoder and top-k, decoder, encoder and decoder, gradients',
     ),
-    (train_config(activation='relu'), (1, 4), None, 'preprocessing'),
-    (train_config(activation='jumprelu'), (2, 2), None, 'preprocessing'),
+    (
+      train_config(activation='relu'), (1, 4), None,
+      'preprocessing, encoder and top-k, encoder gradients, decoder, '
+      'decoder gradients',
+    ),
+    (
+      train_config(activation='jumprelu'), (2, 2), None,
+      'preprocessing, encoder and top-k, encoder gradients, decoder, '
+      'decoder gradients',
+    ),
     (
       train_config(activation='batchtopk'), (2, 2), None,
-      'preprocessing, AuxK',
+      'preprocessing, encoder and top-k, encoder gradients, decoder, '
+      'decoder gradients, AuxK',
     ),
   ],
 )  # fmt: skip

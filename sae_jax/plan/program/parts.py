@@ -106,6 +106,8 @@ def expected(
     names |= _SPARSE[name]
     if mesh.shape['latent'] > 1:
       names.add(scopes.EXCHANGE)
+  else:
+    names |= {*_ENCODER, *_DECODER}
   if method.AUXK and config.objective.k_aux:
     names.add(AUXK)
   return frozenset(names)

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from sae_jax import autoencoder, errors, ops
 from sae_jax.autoencoder import Sae, SaeConfig
-from sae_jax.ops import Diagnostics, varying
+from sae_jax.ops import Diagnostics, scopes, varying
 from sae_jax.training.objective import terms
 from sae_jax.training.objective.config import ObjectiveConfig
 
@@ -42,6 +42,7 @@ def prepare(setting: terms.Setting, sae: Sae, x_BD: jax.Array) -> None:
   del setting, sae, x_BD
 
 
+@jax.named_scope(scopes.ENCODER)
 def pre_activations(
   setting: terms.Setting, sae: Sae, x_BD: jax.Array
 ) -> jax.Array:
@@ -69,7 +70,8 @@ def sums(
     observed: see `terms.Pass`.
   """
   shards = setting.shards
-  model_BD = ops.matmul(z_BN, sae.w_dec_ND, setting.sae_config.matmul_dtype)
+  with jax.named_scope(scopes.DECODER):
+    model_BD = ops.matmul(z_BN, sae.w_dec_ND, setting.sae_config.matmul_dtype)
   error_BD = x_BD - shards.over_latents(model_BD) - sae.b_pre_D
   zero = varying.zeros((), x_BD.dtype, error_BD)
   return terms.Pass(
