@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 
 from sae_jax import errors
-from sae_jax.ops import dispatch, shapes, sorting_network
+from sae_jax.ops import dispatch, sorting_network
 from sae_jax.ops.encode_topk import exact, kernel
 from sae_jax.ops.encode_topk import tiles as tiles_lib
 from sae_jax.tpu import aot
 from sae_jax.tpu.chips import CHIPS
+from tests.support import chip_shapes
 from tests.support.encode_runs import GROUPED, run, TILES
 from tests.support.top_k_checks import stable_top_k
 
@@ -132,13 +133,12 @@ def test_an_approximate_top_k_has_the_recall_it_promises():
   assert all_found == 1
 
 
-NAMED = {shape.name: shape for shape in shapes.SHAPES}
-
-
 @pytest.mark.parametrize('chip', CHIPS)
-@pytest.mark.parametrize('name', ['128k', 'wide', '16m shard'])
-def test_it_compiles_for_every_chip(chip, name):
-  shape = NAMED[name]
+@pytest.mark.parametrize(
+  'shape',
+  chip_shapes.named('128k', 'wide', '16m shard', in_ci=('wide', '16m shard')),
+)
+def test_it_compiles_for_every_chip(chip, shape):
   mesh = aot.one_chip(chip)
 
   def encode(x_BD, w_ND, b_N):

@@ -16,6 +16,7 @@ from sae_jax.ops.weight_grad import kernel as grad_kernel
 from sae_jax.ops.weight_grad import tiles as grad_tiles
 from sae_jax.tpu import aot
 from sae_jax.tpu.chips import CHIPS
+from tests.support import chip_shapes
 
 BF16 = jnp.bfloat16
 
@@ -62,7 +63,7 @@ def all_three(shape, tokens, dtype):
 PRECISION = {'32k': None}
 
 
-@pytest.mark.parametrize('shape', shapes.SHAPES, ids=lambda s: s.name)
+@pytest.mark.parametrize('shape', chip_shapes.named())
 def test_chips_run_real_shapes_without_a_copy_of_the_table(chip, shape):
   share = shape.active
   with jax.set_mesh(chip):

@@ -1,7 +1,6 @@
 """The training step is the same on every mesh."""
 
 import dataclasses
-import pickle
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,6 @@ import pytest
 from sae_jax import autoencoder, mesh
 from sae_jax.training import auxk, evaluation, step
 from sae_jax.training import state as state_lib
-from tests.support import processes
 from tests.support.step_runs import (
   assert_same_run,
   config,
@@ -106,20 +104,6 @@ def test_dead_latents_that_crowd_a_shard_are_all_seen(
   np.testing.assert_allclose(*found, rtol=1e-5)
   monkeypatch.undo()
   step._program.cache_clear()
-
-
-def test_two_processes_select_the_same_latents(unsharded, tmp_path):
-  code = (
-    'import pickle, sys; from tests.support import step_runs as t; '
-    'found = t.run(t.config(), (2, 4)); '
-    'print(len(t.jax.local_devices()), "of", len(t.jax.devices())); '
-    'pickle.dump(found[:3], open(sys.argv[1], "wb"))'
-  )
-  said = processes.run_two(code, [tmp_path / '0', tmp_path / '1'])
-  assert all('4 of 8' in text for text in said)
-  for number in '01':
-    with open(tmp_path / number, 'rb') as file:
-      assert_same_run(pickle.load(file), unsharded)
 
 
 @pytest.mark.parametrize('spoilt', [np.nan, np.inf])

@@ -8,10 +8,8 @@ import pytest
 from sae_jax import autoencoder, errors, mesh, store
 from sae_jax import subject as subject_lib
 from sae_jax.feed import from_text
-from sae_jax.harvesting import harvest
 from sae_jax.training import train
 from tests.support import planted, runs, streams, toy
-from tests.support.streams import STORED
 
 
 @pytest.fixture
@@ -62,25 +60,3 @@ def test_what_cannot_be_streamed_is_refused(texts, tmp_path, opened):
   texts.write_text(texts.read_text().replace('a', 'b'))
   with pytest.raises(errors.UserError, match='is not what store'):
     streams.feed(opened)
-
-
-def test_two_processes_stream_what_one_does(texts, tmp_path):
-  """Two hosts of four devices: contexts, weights and latents over all."""
-  folder = str(tmp_path / 'subject')
-  subject_lib.save(toy.subject(), folder)
-  url = str(tmp_path / 'store')
-  config = toy.config(texts, subject=folder, n_tokens=STORED, batch_contexts=8)
-  harvest.harvest(config, url)
-  flags = {
-    'steps': 16, 'stream': True, 'eval_rows': 24, 'mesh_data': 4,
-    'mesh_latent': 2, 'checkpoint_every': 8,
-  }  # fmt: skip
-  two, alone = str(tmp_path / 'two'), str(tmp_path / 'alone')
-  for process in runs.start_two(runs.command(url, two, **flags)):
-    runs.ended(process)
-  runs.run(runs.command(url, alone, **flags), devices=8)
-  got, want = runs.rows(two), runs.rows(alone)
-  assert len(got) == len(want) > 12
-  for a, b in zip(got, want):
-    for name in b:
-      np.testing.assert_allclose(a[name], b[name], rtol=1e-3, atol=1e-6)
