@@ -3,10 +3,7 @@
 import dataclasses
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +18,6 @@ from sae_jax.autoencoder import SaeConfig
 from sae_jax.plan import footprint, meshes, planner, remedies, roofline, table
 from sae_jax.plan.program import costs as costs_lib
 from sae_jax.plan.program import exchange, parts
-from sae_jax.plan.program import text as text_lib
 from sae_jax.tpu import aot
 from sae_jax.tpu import slices as slices_lib
 from sae_jax.tpu.chips import CHIPS
@@ -382,33 +378,6 @@ def test_a_step_that_refuses_a_config_says_what_it_takes(monkeypatch):
     'mesh 2x2: too many pairs: use a smaller batch '
     '(--micro_batches=4 is accepted)'
   )
-
-
-def run(*flags):
-  return subprocess.run(
-    [sys.executable, '-m', 'sae_jax.cli.plan', *flags],
-    capture_output=True,
-    text=True,
-    env=os.environ | {'TF_CPP_MIN_LOG_LEVEL': '3'},
-  )
-
-
-def test_the_binary_prints_a_table_and_writes_json_and_hlo(tmp_path):
-  out, text = tmp_path / 'plan.json', tmp_path / 'step.txt'
-  done = run(
-    '--topology=v5e:2x2', '--num_slices=1', '--d=256', '--n=2048', '--k=8',
-    '--batch=256', '--k_aux=0', '--mesh=auto', '--tokens=1000000',
-    '--price_per_chip_hour=1.2', f'--json={out}', f'--emit_hlo={text}',
-  )  # fmt: skip
-  assert done.returncode == 0, done.stderr
-  assert done.stdout.startswith('nothing here was measured')
-  figures = json.loads(out.read_text())
-  assert {'fits', 'hbm_per_chip_gib', 'roofline_step_s'} <= set(figures)
-  assert figures['config']['sae']['n_latents'] == 2048
-  assert text_lib.parse(text.read_text()).entry.instructions
-  wrong = run('--topology=v6e:3x3', '--d=256')
-  assert wrong.returncode == 2 and wrong.stdout == ''
-  assert wrong.stderr.strip().endswith('use v6e:4x4')
 
 
 def test_a_large_batch_is_cut_for_auxk_whoever_chose_the_kernels():

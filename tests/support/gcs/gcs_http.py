@@ -1,6 +1,5 @@
 """The JSON API of a fake bucket over HTTP: routes, replies, faults."""
 
-import base64
 import http.server
 import json
 import re
@@ -9,7 +8,7 @@ import time
 from typing import Any
 import urllib.parse
 
-import google_crc32c
+from tests.support.gcs import gcs_messages
 
 
 class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
@@ -18,25 +17,6 @@ class Server(socketserver.ThreadingMixIn, http.server.HTTPServer):
 
   def handle_error(self, request, client_address):
     pass  # A client that hung up.
-
-
-def _resource(bucket, name, obj):
-  crc = base64.b64encode(google_crc32c.value(obj.data).to_bytes(4, 'big'))
-  return {
-    'kind': 'storage#object',
-    'bucket': bucket,
-    'name': name,
-    'id': f'{bucket}/{name}/{obj.generation}',
-    'size': str(len(obj.data)),
-    'generation': str(obj.generation),
-    'metageneration': '1',
-    'contentType': obj.content_type,
-    'crc32c': crc.decode(),
-    'etag': str(obj.generation),
-    'timeCreated': '2026-01-01T00:00:00.000Z',
-    'updated': '2026-01-01T00:00:00.000Z',
-    'storageClass': 'STANDARD',
-  }
 
 
 _OBJECT = '/storage/v1/b/([^/]+)/o/([^/]+)'
@@ -247,8 +227,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
     if query.get('ifGenerationNotMatch') == str(obj.generation):
       return self._reply(304)
     if query.get('alt') != 'media':
-      return self._reply(200, _resource(bucket, name, obj))
-    crc = _resource(bucket, name, obj)['crc32c']
+      return self._reply(200, gcs_messages.resource(bucket, name, obj))
+    crc = gcs_messages.resource(bucket, name, obj)['crc32c']
     headers = [
       ('x-goog-generation', str(obj.generation)),
       ('x-goog-metageneration', '1'),
@@ -297,7 +277,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
       if folder:
         prefixes.append(folder)
       else:
-        items.append(_resource(bucket, name, obj))
+        items.append(gcs_messages.resource(bucket, name, obj))
     reply = {'kind': 'storage#objects', 'items': items, 'prefixes': prefixes}
     if token:
       reply['nextPageToken'] = token
@@ -310,7 +290,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
     obj = self.gcs.put(bucket, name, data, query, content_type)
     if obj is None:
       return 412, {'error': {'code': 412, 'message': 'conditionNotMet'}}
-    return 200, _resource(bucket, name, obj)
+    return 200, gcs_messages.resource(bucket, name, obj)
 
   def _upload(self, query, body, bucket):
     kind = query.get('uploadType')
@@ -326,19 +306,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         )
       )
     elif kind == 'multipart':
-      boundary = (
-        re.search('boundary="?([^";]+)', self.headers['Content-Type'])[1]
-        .encode()
-        .strip(b"'")
-      )
-      # gcsfs ends lines with \n, Google's own client with \r\n.
-      end = b'\r\n' if body.startswith(b'--%b\r\n' % boundary) else b'\n'
-      between = end + b'--' + boundary
-      _, meta, rest = (end + body).split(between, 2)
-      meta, media = (
-        part.split(end + end, 1)[1]
-        for part in (meta, rest.rsplit(between, 1)[0])
-      )
+      meta, media = gcs_messages.parts(self.headers['Content-Type'], body)
       name = query.get('name') or json.loads(meta)['name']
       self._reply(*self._store(bucket, name, media, query))
     elif kind == 'resumable' and 'upload_id' not in query:
