@@ -7,16 +7,7 @@ import pytest
 
 from sae_jax.browser import index
 from tests.support import synthetic_features
-from tests.support.browser.pages import N_LATENTS, serve, visit
-
-FLAGS = (
-  '--no-sandbox',
-  '--disable-gpu',
-  '--no-first-run',
-  '--disable-background-networking',
-  '--disable-component-update',
-  '--disable-sync',
-)
+from tests.support.browser.pages import N_LATENTS, serve, start, visit
 
 
 @pytest.fixture(scope='module')
@@ -47,13 +38,8 @@ def chromium():
     if os.environ.get('CI'):
       pytest.fail(reason)
     pytest.skip(reason)
-  # Here, since an interpreter without playwright still collects the tests.
-  from playwright import sync_api
-
-  with sync_api.sync_playwright() as playwright:
-    browser = playwright.chromium.launch(executable_path=path, args=FLAGS)
+  with start(path) as browser:
     yield browser
-    browser.close()
 
 
 @pytest.fixture

@@ -44,15 +44,16 @@ def test_every_stage_in_a_bucket_is_that_on_disk(on_disk, monkeypatch, rate):
   pipeline.assert_as_on_disk(found, state, root)
 
 
-def epoch_in_bucket(texts, monkeypatch, rate):
-  """Trains on no batch of an epoch, but reads them all.
+def epoch_in_bucket(store, monkeypatch, rate):
+  """Reads all batches of an epoch of a store that is copied into a bucket.
 
   Returns:
     The server; requests at the least: one for each shard's index and one for
     each inner chunk; bytes at the least: those of the rows.
   """
   with bucket(monkeypatch) as server:
-    pipeline.harvested(texts, 'gs://bucket/store')
+    for name, content in pipeline.files(store).items():
+      server.put('bucket', f'store/{name}', content, {})
     data = store_lib.open_store('gs://bucket/store')
     order = from_store.train_order(data, 0, 4)
     server.faults = gcs_faults.Faults(0, rate, gcs_faults.ALL_KINDS)
@@ -76,7 +77,7 @@ def test_a_feed_reads_each_index_and_each_chunk_once(
   on_disk, monkeypatch, rate
 ):
   server, (shards, chunks), n_bytes = epoch_in_bucket(
-    on_disk[0], monkeypatch, rate
+    on_disk[1] / 'store', monkeypatch, rate
   )
   # No metadata, no listing, nothing whole.
   (found,) = server.counts().values()
@@ -100,7 +101,7 @@ def test_a_cache_that_is_too_small_costs_an_index_a_chunk_at_most(
   # As where chunks are of megabytes: they push the indices out.
   monkeypatch.setattr(reader, '_CACHE_BYTES', 4096)
   server, (shards, chunks), n_bytes = epoch_in_bucket(
-    on_disk[0], monkeypatch, 0.0
+    on_disk[1] / 'store', monkeypatch, 0.0
   )
   (found,) = server.counts().values()
   assert 1.5 * (shards + chunks) < found.requests <= 2 * chunks

@@ -47,7 +47,11 @@ def trained(store_url, workdir, steps=STEPS):
 
 
 def run(texts, root):
-  """Every stage, training in two parts; the folders are below the root."""
+  """Every stage, training in two parts; the folders are below the root.
+
+  Returns:
+    The report.
+  """
   harvested(texts, f'{root}/store')
   # The second part reads what the first one saved.
   trained(f'{root}/store', f'{root}/run', STEPS // 2)
@@ -64,6 +68,7 @@ def run(texts, root):
     [subject.tokenizer.decode([i]) for i in range(256)],
     f'{root}/page',
   )
+  return found
 
 
 def files(folder):

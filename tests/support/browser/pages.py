@@ -27,6 +27,28 @@ LISTED = """async () => {
 }"""
 
 
+_FLAGS = (
+  '--no-sandbox',
+  '--disable-gpu',
+  '--no-first-run',
+  '--disable-background-networking',
+  '--disable-component-update',
+  '--disable-sync',
+)
+
+
+@contextlib.contextmanager
+def start(path):
+  """Headless Chromium; path is that of its program."""
+  # Here, since an interpreter without playwright still collects the tests.
+  from playwright import sync_api
+
+  with sync_api.sync_playwright() as playwright:
+    browser = playwright.chromium.launch(executable_path=path, args=_FLAGS)
+    yield browser
+    browser.close()
+
+
 @contextlib.contextmanager
 def serve(folder):
   class Quiet(http.server.SimpleHTTPRequestHandler):
