@@ -28,12 +28,10 @@ def run(command, n_bytes=None):
   limit = [sys.executable, '-c', _LIMITED, str(n_bytes)]
   found = subprocess.run(
     [*(limit if n_bytes is not None else []), *map(str, command)],
-    # Coverage's own files would meet the limit too.
-    env={k: v for k, v in os.environ.items() if not k.startswith('COVERAGE')}
+    env=os.environ
     | {
       'JAX_PLATFORMS': 'cpu',
       'TF_CPP_MIN_LOG_LEVEL': '3',
-      'XLA_FLAGS': '--xla_force_host_platform_device_count=2',
       'PYTHONDONTWRITEBYTECODE': '1',
     }
     # No compiled program may be half there for others.

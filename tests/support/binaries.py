@@ -1,9 +1,14 @@
 """The flags of our binaries, defined and parsed in the tests' own process."""
 
 import contextlib
+import io
 import re
+import subprocess
+import sys
+import traceback
 
 from absl import flags as absl_flags
+import jax
 import pytest
 
 from sae_jax.cli import browse, flags, harvest, plan, probe, train
@@ -67,3 +72,30 @@ def missing_in_help(text, expected):
     for flag, said in expected.items()
     if flag not in listed or ' '.join(said.split()) not in words
   }
+
+
+def run(name, *arguments):
+  """Runs a binary in this process: its exit code, output and errors."""
+  module, out, err = MODULES[name], io.StringIO(), io.StringIO()
+  with (
+    defined(module.define),
+    pytest.MonkeyPatch.context() as patch,
+    contextlib.redirect_stdout(out),
+    contextlib.redirect_stderr(err),
+  ):
+    patch.setattr(sys, 'argv', [name, *arguments])
+    # Else this process would start again.
+    patch.setattr(flags.huge_pages, 'use_huge_pages', lambda: None)
+    try:
+      flags.run(module.work, module.__doc__)
+    except SystemExit as ended:
+      code = ended.code or 0
+    except Exception:
+      # As an interpreter ends with what nobody has caught.
+      code = 1
+      traceback.print_exc()
+    finally:
+      jax.config.update('jax_debug_nans', False)
+  return subprocess.CompletedProcess(
+    arguments, code, out.getvalue(), err.getvalue()
+  )

@@ -138,20 +138,24 @@ def assert_active(workdir):
   assert max(row.get('grad_norm', 0) for row in found) > 0.25
 
 
-def command(store, workdir, **flags):
-  """sae-train with AuxK, clipping and the average taking part."""
+def flags(store, workdir, **changes):
+  """Of sae-train, with AuxK, clipping and the average taking part."""
   values = {
     'store': store, 'workdir': workdir, 'n_latents': 64, 'k': 4, 'k_aux': 8,
     'dead_after_tokens': 300, 'learning_rate': 3e-3, 'ema_decay': 0.9,
     'clip_norm': 0.25, 'batch_size': 64, 'steps': 30, 'sample_rows': 500,
-    'window_chunks': 4, 'log_every': 1, 'mesh_latent': 2,
+    'window_chunks': 4, 'log_every': 1,
   }  # fmt: skip
-  return [sys.executable, '-m', 'sae_jax.cli.train'] + [
-    f'--{name}={value}' for name, value in (values | flags).items()
-  ]
+  return [f'--{name}={value}' for name, value in (values | changes).items()]
 
 
-def start(command, devices=2):
+def command(store, workdir, **changes):
+  """sae-train with these flags."""
+  module = [sys.executable, '-m', 'sae_jax.cli.train']
+  return module + flags(store, workdir, **changes)
+
+
+def start(command, devices=1):
   """Starts a command with so many devices; its output is kept."""
   return subprocess.Popen(
     command,
@@ -183,7 +187,7 @@ def ended(process, code=0):
   return out, said
 
 
-def run(command, code=0, devices=2):
+def run(command, code=0, devices=1):
   """Runs a command to an exit code; returns its output and its errors."""
   return ended(start(command, devices), code)
 
