@@ -182,3 +182,16 @@ def write(path, record):
   writer.write_tensors_to_file()
   writer.close()
   return str(path)
+
+
+def of_bytes(name='llama 3 stretched positions'):
+  """A model of `hf_folder.golden` with tokens for all bytes."""
+  record = hf_folder.golden()[name]
+  few, many = record['config']['vocab_size'], 257
+  return record | {
+    'config': record['config'] | {'vocab_size': many},
+    'tensors': {
+      name: [many if size == few else size for size in shape]
+      for name, shape in record['tensors'].items()
+    },
+  }
