@@ -29,4 +29,7 @@ import platform
 import jax
 print(f'newest: Python {platform.python_version()}, jax {jax.__version__}')
 PY
-"$venv/bin/python" -m pytest -n 2 --dist=loadfile -q tests/unit
+pytest=("$venv/bin/python" -m pytest -n 2 --dist=loadfile -q)
+"${pytest[@]}" tests/unit
+"${pytest[@]}" tests/mesh/test_mesh.py tests/mesh/test_sparse.py \
+  tests/mesh/test_step.py

@@ -132,7 +132,8 @@ def test_missing_shard_can_be_tried_again(folder, tmp_path, chromium):
 
 def test_opened_as_a_file_it_asks_for_a_server(folder, chromium):
   with visit(chromium, f'file://{folder}/index.html') as (page, _):
-    page.wait_for_timeout(1600)
     boot = page.locator('#boot')
     assert 'python -m http.server' in boot.inner_text()
-    assert float(boot.evaluate('node => getComputedStyle(node).opacity')) == 1
+    # It shows slowly.
+    while float(boot.evaluate('node => getComputedStyle(node).opacity')) < 1:
+      page.wait_for_timeout(50)

@@ -115,8 +115,10 @@ def test_resume_watches_and_survives_a_preemption_on_the_way(cloud, script):
   installed(cloud, script)
   hold(cloud)
   cloud.ok(script, 'run')
+  before = len(cloud.calls())
   watching = cloud.start(script, 'resume', POLL_SECONDS='1')
-  time.sleep(1)
+  while len(cloud.calls()) == before:
+    time.sleep(0.02)
   cloud.preempt()
   release(cloud)
   out, err = watching.communicate(timeout=60)

@@ -36,28 +36,63 @@ def test_dead_latents_are_fewer_with_auxk_and_the_transposed_start(
   assert dead_latents.measure(config, store, str(tmp_path)) == found
 
 
-def test_learning_rates_are_scaled_from_the_smallest_size(store, tmp_path):
+def test_each_rate_is_a_run_with_its_held_out_metrics(store, tmp_path):
+  config = runs_lib.short_run(1920, 64, n_latents=32, k=4)
+  rows = runs_lib.heldout_by_rate(config, (1e-2, 1e-4), store, str(tmp_path))
+  assert set(rows) == {1e-2, 1e-4}
+  assert rows[1e-2]['step'] == rows[1e-4]['step'] == 30
+  # A rate far too small is seen to be worse.
+  assert rows[1e-4]['heldout_nmse'] > 1.2 * rows[1e-2]['heldout_nmse']
+
+
+def canned(monkeypatch, row):
+  """Runs have the metrics that a function of config and rate gives."""
+  monkeypatch.setattr(
+    runs_lib,
+    'heldout_by_rate',
+    lambda config, rates, *_: {rate: row(config, rate) for rate in rates},
+  )
+
+
+def test_learning_rates_are_scaled_from_the_smallest_size(monkeypatch):
+  def row(config, rate):
+    # Twice as far from the best as 1 / sqrt(n) would have it.
+    best = 2e-2 * 32 / config.sae.n_latents
+    return {'heldout_nmse': 0.1 + math.log(rate / best) ** 2}
+
+  canned(monkeypatch, row)
   config = learning_rate.LearningRateConfig(
-    n_tokens=4000, n_latents=('32', '128'), rates=('2e-2', '1e-2', '1e-4'),
+    n_tokens=4000, n_latents=('32', '128'), rates=('2e-2', '1e-2', '5e-3'),
     k=4, batch_size=64,
   )  # fmt: skip
-  found = learning_rate.measure(config, store, str(tmp_path))
+  found = learning_rate.measure(config, 'store', 'workdir')
+  assert found['best'] == {32: 2e-2, 128: 5e-3}
   for size, rates in found['nmse'].items():
-    assert set(rates) == {2e-2, 1e-2, 1e-4}
+    assert set(rates) == {2e-2, 1e-2, 5e-3}
     assert found['best'][size] == min(rates, key=rates.get)
   large = found['scaled'][128]
-  assert math.isclose(large['predicted'], found['best'][32] / 2)
-  assert large['nmse_over_best'] >= 1
-  # A rate far too small is seen to be worse.
-  assert found['nmse'][32][1e-4] > 1.2 * min(found['nmse'][32].values())
+  assert math.isclose(large['predicted'], 1e-2)
+  assert large['nearest_of_grid'] == 1e-2
+  over = found['nmse'][128][1e-2] / found['nmse'][128][5e-3]
+  assert math.isclose(large['nmse_over_best'], over) and over > 1
 
 
-def test_topk_and_relu_are_compared_at_the_same_l0(store, tmp_path):
+def test_topk_and_relu_are_compared_at_the_same_l0(monkeypatch):
+  def row(config, rate):
+    l0 = config.sae.k
+    if config.sae.activation == 'relu':
+      l0 = 0.4 / config.objective.sparsity_weight + 0.4 * config.seed
+    nmse = 1 / (1 + l0) + math.log(rate / 1e-2) ** 2
+    if config.sae.activation == 'relu':
+      nmse += 0.05 + 0.01 * config.seed
+    return {'heldout_l0': l0, 'heldout_nmse': nmse}
+
+  canned(monkeypatch, row)
   config = topk_vs_relu.TopkVsReluConfig(
     n_tokens=16_000, n_latents=64, seeds=2, weights=('0.02', '0.08'),
     rates=('1e-2', '3e-3'), batch_size=64,
   )  # fmt: skip
-  found = topk_vs_relu.measure(config, store, str(tmp_path))
+  found = topk_vs_relu.measure(config, 'store', 'workdir')
   assert len(found['pairs']) == 4
   for pair in found['pairs']:
     assert abs(pair['relu_l0'] - pair['topk_l0']) <= 0.51

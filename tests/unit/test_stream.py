@@ -192,16 +192,18 @@ def test_closing_does_not_wait_for_the_text_to_be_read(
   texts, opened, monkeypatch
 ):
   feed = streams.feed(opened)
-  whole = from_text.source.documents
+  whole, taken = from_text.source.documents, []
+  allowed = threading.Semaphore(0)
 
-  def slow(config):
+  def one_by_one(config):
     for document in whole(config):
-      time.sleep(0.2)
+      allowed.acquire()
+      taken.append(document)
       yield document
 
-  monkeypatch.setattr(from_text.source, 'documents', slow)
+  monkeypatch.setattr(from_text.source, 'documents', one_by_one)
   batches = feed.iterate(0)
-  ended = threading.Thread(target=lambda: next(batches, None), daemon=True)
+  consumer = threading.Thread(target=lambda: next(batches, None), daemon=True)
   closed = []
   iterate = from_text.ahead.iterate
   monkeypatch.setattr(
@@ -209,18 +211,17 @@ def test_closing_does_not_wait_for_the_text_to_be_read(
     'iterate',
     lambda *args: closed.append(args[-1]) or iterate(*args),
   )
-  ended.start()
-  threads = []
-  while not threads:
+  consumer.start()
+  allowed.release()
+  while not taken:
     time.sleep(0.01)
-    threads = [
-      t for t in threading.enumerate() if t.name == 'text feed' and t.is_alive()
-    ]
+  (reader,) = [t for t in threading.enumerate() if t.name == 'text feed']
   closed[0].set()
-  began = time.monotonic()
-  threads[0].join(20)
-  # Eighty documents would take sixteen seconds.
-  assert not threads[0].is_alive() and time.monotonic() - began < 8
+  # There are eighty documents.
+  allowed.release(1000)
+  reader.join(60)
+  assert not reader.is_alive()
+  assert len(taken) < 40
 
 
 def test_a_mask_that_leaves_nothing_is_refused(opened):
