@@ -236,7 +236,10 @@ def test_steps_that_are_not_finite_are_skipped_and_told(
 def fresh(store, tmp_path):
   """A run that has done no step, and the devices it lies on."""
   config = planted.train_config(eval_every=1, checkpoint_every=1)
-  data, devices = store_lib.open_store(store), mesh.make_mesh(1, 1)
+  data, devices = (
+    store_lib.open_store(store),
+    mesh.make_mesh(1, jax.device_count()),
+  )
   state = init_state(config, devices, data.read_rows(0, 500))
   workdir = str(tmp_path / 'run')
   with saver_lib.Saver(workdir) as saver:
