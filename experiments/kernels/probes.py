@@ -1,10 +1,10 @@
 """Programs whose cycles the TPU compiler can estimate, one for each question.
 
 Its estimate is right for straight code, for a grid, and for one loop of known
-length within it. So what is data in training is made constant here (how many
-slots of a block are real, which pairs belong to which block of latents), and
-where loops are nested a program holds the inner one alone. The difference of
-two sizes of one program is what one more of something costs; `costs`
+length within it. So numbers that depend on data in training are constants here
+(how many slots of a block are real, which pairs belong to which block of
+latents), and of nested loops a program has only the inner one. The difference
+of two sizes of one program is the cost of one more block, chunk or row; `costs`
 adds them up.
 """
 
@@ -37,11 +37,11 @@ _F32, _BF16, _I32 = jnp.float32, jnp.bfloat16, jnp.int32
 
 
 def encode_bodies(batch: int, d: int, n: int, k: int, blocks: int) -> Probe:
-  """The encoder's kernel of a shape, with two basic blocks to so many blocks.
+  """The encoder's kernel of a shape on `blocks` blocks of two basic blocks.
 
-  A basic block of the kernel is for some of the bins and some of the tokens,
-  and what it costs does not depend on how many more there are; but the
-  estimate counts VMEM twice, so that whole blocks would not always fit.
+  A basic block of the kernel works on a part of the bins and of the tokens, and
+  its cost does not depend on the number of others. Whole blocks would not
+  always fit, since the estimate counts VMEM twice.
   """
   tiles = encode_tiles.choose(batch, d, n, k, _BF16)
   bins = tiles.rows // tiles.depth * tiles.unrolled
@@ -99,7 +99,7 @@ def encode_again(d: int, n: int, k: int) -> Probe:
 
 
 def select_units(k: int, unit: int, units: int) -> Probe:
-  """The last selection of 128 tokens, from lists of so many units."""
+  """The last selection of 128 tokens, from lists of `units` units."""
   candidates = unit * units * SUBLANES
   steps = SUBLANES * sorting_network.scratch_steps(candidates, k)
 
@@ -127,9 +127,9 @@ def select_units(k: int, unit: int, units: int) -> Probe:
 
 
 @contextlib.contextmanager
-def _all_real(plan, real):
-  """Every chunk of a row kernel has the same number of rows."""
-  real = max(1, round(real / plan.chunks))
+def _all_real(layout, real):
+  """Gives every chunk of a row kernel the same number of rows."""
+  real = max(1, round(real / layout.chunks))
 
   def count(counts_ref, chunk, exists):
     del counts_ref, chunk
@@ -143,23 +143,23 @@ def _all_real(plan, real):
 
 
 def slots(batch: int, d: int, k: int, active: float) -> int:
-  """Pairs that are looked at, real or not."""
+  """Pairs that are sorted, real or not."""
   tokens = decode_tiles.block_tokens(batch, d, k, active)
   return -(-batch // tokens) * pairs.slots(tokens, k, active)
 
 
 def _unmasked(product, a, *others):
-  """A product whose factor is no selection, as far as the compiler knows.
+  """A product whose factor the compiler does not recognise as a selection.
 
-  It folds one into the product's own mask, which the estimate's type check
-  refuses for bfloat16. A comparison for each of the factor's registers is next
-  to nothing.
+  It would fold a selection into the product's own mask, which the estimate's
+  type check refuses for bfloat16. The `minimum` costs next to nothing: one
+  comparison for each register of the factor.
   """
   return product(jnp.minimum(a, jnp.finfo(a.dtype).max), *others)
 
 
 def _plain_products(module):
-  """Makes a kernel's products such that there is an estimate of them."""
+  """Changes a kernel's products so that the compiler can estimate them."""
   product = functools.partial(_unmasked, row_copies.multiply)
   return mock.patch.object(module, 'multiply', product)
 
@@ -167,20 +167,20 @@ def _plain_products(module):
 def gather(
   kind: str, batch: int, d: int, n: int, k: int, active: float, blocks: int
 ) -> Probe:
-  """`gather_sum` or `sampled_products` over so many blocks of tokens.
+  """`gather_sum` or `sampled_products` over `blocks` blocks of tokens.
 
-  Or 'row_copies', the former without its sums. Without a number the kernel as
-  it is, over all tokens.
+  Or 'row_copies', which is `gather_sum` without its sums. With 0 blocks the
+  kernel is as it is in use, over all tokens.
   """
   tokens = decode_tiles.block_tokens(batch, d, k, active)
   known, real = blocks > 0, tokens * k * active
   blocks = blocks or -(-batch // tokens)
   slots = pairs.slots(tokens, k, active)
-  plan = decode_tiles.plan(blocks, slots, d, tokens)
+  layout = decode_tiles.choose(blocks, slots, d, tokens)
 
   def function(rows, token, weights, count, g_BD, w_ND):
     common = {'block_tokens': tokens, 'dtype': _BF16}
-    with _all_real(plan, real) if known else contextlib.nullcontext():
+    with _all_real(layout, real) if known else contextlib.nullcontext():
       if kind == 'sampled_products':
         return decode_kernel.sampled_products(
           rows, token, count, g_BD, w_ND, **common
@@ -202,12 +202,12 @@ def gather(
       ((blocks * tokens, d), _F32),
       ((n, d), _F32),
     ],
-    {'tokens': tokens, 'slots': plan.slots, 'chunks': plan.chunks},
+    {'tokens': tokens, 'slots': layout.slots, 'chunks': layout.chunks},
   )
 
 
 class _Every:
-  """The list in which `per` neighbours are one chunk, or one block."""
+  """The list 0, ..., 0, 1, ..., 1, 2, ... of runs of `per` equal numbers."""
 
   def __init__(self, per: int):
     self._per = per
@@ -217,43 +217,44 @@ class _Every:
 
 
 class _Bounds:
-  """Known numbers, by an index that need not be."""
+  """A list of known numbers that takes a traced index."""
 
   def __init__(self, values: list[int]):
     self._values = values
 
   def __getitem__(self, place):
-    found = jnp.int32(self._values[0])
+    picked = jnp.int32(self._values[0])
     for i, value in enumerate(self._values[1:], 1):
-      found = jnp.where(place >= i, value, found)
-    return found
+      picked = jnp.where(place >= i, value, picked)
+    return picked
 
 
 def segment_sums(
   batch: int, d: int, n: int, k: int, active: float, chunks: int
 ) -> Probe:
-  """Both weight gradients over so many chunks of pairs, spread evenly.
+  """Both weight gradients over `chunks` chunks of pairs, spread evenly.
 
-  A chunk of pairs has some blocks of latents, or a block some chunks. Without
-  a number the kernel as it is, over all pairs.
+  Every chunk of pairs has equally many blocks of latents, or every block
+  equally many chunks. With 0 chunks the kernel is as it is in use, over all
+  pairs.
   """
   expected, n_pairs = round(batch * k * active), slots(batch, d, k, active)
   packed = grad_tiles.packs(expected, batch)
-  plan = grad_tiles.plan(n_pairs, expected, n, d, 2, 1 if packed else 2)
-  real_chunks = -(-expected // plan.pairs)
-  n_blocks = -(-n // plan.latents)
+  layout = grad_tiles.choose(n_pairs, expected, n, d, 2, 1 if packed else 2)
+  real_chunks = -(-expected // layout.pairs)
+  n_blocks = -(-n // layout.latents)
   blocks_of_chunk = max(1, round(n_blocks / real_chunks))
   chunks_of_block = max(1, round(real_chunks / n_blocks))
   n_items = chunks * blocks_of_chunk
   blocks = n_items // chunks_of_block
-  parts = plan.pairs // row_copies.PART
+  parts = layout.pairs // row_copies.PART
   bounds = [0, n_items]
-  if plan.cores == 2:
+  if layout.cores == 2:
     bounds.insert(1, n_items // 2)
 
   def items(*_):
-    some = jnp.zeros(n_items, _I32)
-    return real_items(some[:1], np.array(bounds), some, some, some)
+    zeros = jnp.zeros(n_items, _I32)
+    return real_items(zeros[:1], np.array(bounds), zeros, zeros, zeros)
 
   real_items = grad_kernel.Items
 
@@ -273,8 +274,8 @@ def segment_sums(
     def __init__(self, *_):
       pass
 
-  def span(items, plan, chunk, block):
-    del items, plan, chunk
+  def span(items, layout, chunk, block):
+    del items, layout, chunk
     if blocks_of_chunk == 1:
       return 0, parts
     # A block's pairs begin and end within a part, as a rule.
@@ -290,11 +291,11 @@ def segment_sums(
       mock.patch.object(
         grad_kernel,
         '_count',
-        lambda items, plan, chunk, counts: jnp.where(counts, plan.pairs, 0),
+        lambda items, layout, chunk, counts: jnp.where(counts, layout.pairs, 0),
       ),
       mock.patch.object(grad_kernel, '_span', span),
       _plain_products(grad_kernel),
-      mock.patch.object(grad_kernel.tiles, 'plan', lambda *_: plan),
+      mock.patch.object(grad_kernel.tiles, 'choose', lambda *_: layout),
     ):
       Known._fields = real_items._fields
       return grad_kernel.segment_sums(
@@ -302,7 +303,7 @@ def segment_sums(
         row,
         (dec, enc),
         (g_BD, x_BD),
-        blocks * plan.latents,
+        blocks * layout.latents,
         jnp.int32(0),
         dtype=_BF16,
         expected=expected,
@@ -320,7 +321,7 @@ def segment_sums(
       expected=expected,
     )
 
-  per_pair = (chunks * plan.pairs or n_pairs,)
+  per_pair = (chunks * layout.pairs or n_pairs,)
   return Probe(
     function if chunks else whole,
     [
@@ -332,8 +333,8 @@ def segment_sums(
       ((batch, d), _F32),
     ],
     {
-      'pairs': plan.pairs,
-      'latents': plan.latents,
+      'pairs': layout.pairs,
+      'latents': layout.latents,
       'packed': float(packed),
       'chunks': real_chunks,
       'blocks': n_blocks,
@@ -344,7 +345,7 @@ def segment_sums(
 
 
 def pair_sort(batch: int, d: int, k: int, active: float) -> Probe:
-  """XLA's sort of all candidates by latent, with what goes along."""
+  """XLA's sort of all candidates by latent, with token and both values."""
 
   def function(latent, token, grads, vals):
     return jax.lax.sort(
@@ -357,7 +358,7 @@ def pair_sort(batch: int, d: int, k: int, active: float) -> Probe:
 
 
 def adam_rows(d: int, n: int) -> Probe:
-  """The optimiser's pass over so many rows."""
+  """The optimiser's pass over n rows."""
 
   def function(scalars, *matrices):
     return adam_kernel.adam_rows(scalars, *matrices, guarded=False, **ADAM)
@@ -366,7 +367,7 @@ def adam_rows(d: int, n: int) -> Probe:
 
 
 def nested(outer: int, inner: int) -> Probe:
-  """A loop inside of a loop, of which the estimate counts too little."""
+  """A loop inside of a loop, which the estimate counts too few times."""
 
   def body(x_ref, out_ref):
     out_ref[...] = x_ref[...]

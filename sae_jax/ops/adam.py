@@ -11,10 +11,11 @@ Corrections = tuple[jax.Array, jax.Array]
 
 
 def corrections(count: jax.Array, b1: float, b2: float) -> Corrections:
-  """What both moments are divided by, for the zeros they began with: 1 - b^t.
+  """The divisors 1 - b^t that correct both moments for starting from zeros.
 
-  To be shared by all arrays of a step: XLA divides several arrays by a scalar,
-  but multiplies a lone one with its reciprocal, which rounds otherwise.
+  Compute them once for all arrays of a step: XLA divides several arrays by a
+  scalar, but multiplies a single one by its reciprocal, which rounds
+  differently.
 
   Args:
     count: steps done before this one, t - 1.
@@ -25,7 +26,8 @@ def corrections(count: jax.Array, b1: float, b2: float) -> Corrections:
   return _correction(b1, steps), _correction(b2, steps)
 
 
-# Compiled where all else is not, as in optax: the powers differ in the end.
+# Compiled even where the rest is not, as in optax: the last bits of the powers
+# depend on it.
 @functools.partial(jax.jit, inline=True)
 def _correction(decay, steps):
   return 1 - decay**steps
@@ -50,8 +52,8 @@ def step(
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
   """One step of Adam (Kingma and Ba 2015, algorithm 1), and of the average.
 
-  To the last bit what `optax.scale_by_adam` and `optax.ema` give for a tree of
-  several arrays.
+  The result equals that of `optax.scale_by_adam` and `optax.ema` for a tree of
+  several arrays to the last bit.
 
   Args:
     p: parameters, of any shape; the next four are shaped likewise.
@@ -62,8 +64,7 @@ def step(
     rate: this step's learning rate.
     corrections: see `corrections`.
     scale: of the gradients.
-    only_if: a bool; where it is false all comes back as it is. None takes the
-      step.
+    only_if: a bool; if it is false nothing changes. None takes the step.
     b1: decay of the first moment.
     b2: decay of the second moment.
     eps: added to the root of the second moment.

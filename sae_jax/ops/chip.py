@@ -1,4 +1,4 @@
-"""What the kernels know of the chip that is compiled for."""
+"""Sizes of the chip that kernels are compiled for."""
 
 from jax.experimental.pallas import tpu as pltpu
 
@@ -8,14 +8,14 @@ from sae_jax.tpu.chips import CHIPS
 # A vector register is SUBLANES x LANES values of 32 bits.
 SUBLANES = 8
 LANES = 128
-# Scalars that are there for all of a kernel's run; SMEM has 1 MiB.
+# Most bytes of the scalars that stay in SMEM, of 1 MiB, while a kernel runs.
 SMEM_BYTES = 2**19
-# No chip has less VMEM: what fits it fits everywhere.
+# The chip with the least VMEM: blocks that fit it fit every chip.
 _LEAST = 'v4'
 
 
 def interpret() -> bool:
-  """Whether kernels must be interpreted: nothing else than a TPU runs them."""
+  """Whether kernels must be interpreted, as on anything but a TPU."""
   return target.platform() != 'tpu'
 
 

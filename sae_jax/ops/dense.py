@@ -1,4 +1,4 @@
-"""The dense products of the sparse operations, in the precision asked for."""
+"""The dense products of the sparse operations, in a chosen precision."""
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,9 @@ def matmul(
   Args:
     a: the left factor.
     b: the right factor.
-    dtype: what the factors are rounded to, bfloat16 say; sums are kept in the
-      type of `a`. None multiplies as they are, to full precision: a TPU would
-      round float32 to bfloat16 of itself.
+    dtype: type that the factors are rounded to, such as bfloat16; sums are kept
+      in the type of `a`. None multiplies in full precision, where a TPU by
+      default would round float32 to bfloat16.
 
   Returns:
     The product, in the type of `a`.

@@ -11,10 +11,10 @@ IMPLEMENTATIONS = ('gather', 'dense', 'pallas')
 # cpu: experiments/benchmarks/sparse.py on two x86 cores. Dense over gather took
 #   8.7x at N/K 128, 2.6x at 32, 0.6x at 8 (D 576, N 4,096); 5.8x at 1,024,
 #   1.8x at 64, 1.1x at 32 (D 768, N 32,768).
-# tpu: where the bound of a step with dense codes, by its HBM traffic, passes
-#   that of the kernels, by the compiler's cycles, at D 768 and K 32: 413 on
-#   v5e, 438 on v5p, 515 on v6e (experiments/kernels/table.py). To select
-#   the top k of dense codes is not in it. No time was measured.
+# tpu: where the bound of a step with dense codes (by its HBM traffic, without
+#   the selection of the top k) passes that of the kernels (by the compiler's
+#   cycles) at D 768 and K 32: 413 on v5e, 438 on v5p, 515 on v6e
+#   (experiments/kernels/table.py). No time was measured.
 _GATHER_FROM_RATIO = {'cpu': 32, 'tpu': 450}
 
 

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 
 
 def number(batch: int, least: int) -> int:
-  """The least number of equal micro-batches, of at least so many.
+  """The least number of equal micro-batches that is not below `least`.
 
   Args:
     batch: tokens.
-    least: micro-batches wanted; a batch of fewer tokens has one of each.
+    least: the least number; a batch of fewer tokens is cut into single tokens.
   """
   least = min(batch, least)
   return next(n for n in range(least, batch + 1) if not batch % n)
@@ -21,25 +21,25 @@ def number(batch: int, least: int) -> int:
 def fold(
   run: Callable, start: Any, micro_batches: int, *tokens: jax.Array
 ) -> tuple[Any, Any]:
-  """Runs over the micro-batches and adds up.
+  """Runs over the micro-batches, adds up sums and concatenates the rest.
 
   Args:
-    run: arrays of a micro-batch -> (what is added up, what is kept), both
-      trees of arrays; the first axis of what is kept is that of the tokens.
-    start: zeros shaped as what is added up.
+    run: arrays of a micro-batch -> (sums, values of each token), both trees of
+      arrays; the first axis of the second is that of the tokens.
+    start: zeros shaped as the sums.
     micro_batches: how many; they divide the tokens.
     *tokens: arrays [B, ...] of this device.
 
   Returns:
-    The total, and what is kept of all tokens.
+    The sums over all tokens, and the values of each of them.
   """
   if micro_batches == 1:
     return run(*tokens)
 
   def add(total, batch):
-    value, kept = run(*batch)
-    return jax.tree.map(jnp.add, total, value), kept
+    sums, values = run(*batch)
+    return jax.tree.map(jnp.add, total, sums), values
 
   batches = [t.reshape(micro_batches, -1, *t.shape[1:]) for t in tokens]
-  total, kept = jax.lax.scan(add, start, batches)
-  return total, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), kept)
+  total, values = jax.lax.scan(add, start, batches)
+  return total, jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:]), values)

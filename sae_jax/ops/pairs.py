@@ -12,7 +12,8 @@ import jax.numpy as jnp
 
 from sae_jax.ops.chip import LANES
 
-# Pairs that are sorted and summed at a time: their list of chunks is in SMEM.
+# Most pairs that are sorted and summed at a time: their list of chunks must fit
+# SMEM.
 _MOST_PAIRS = 2**22
 
 
@@ -55,26 +56,26 @@ class Blocks:
 
 
 def window(of_GR: jax.Array, start: jax.Array | int, slots: int) -> jax.Array:
-  """So many slots of each block from the start, zeros past the last."""
+  """`slots` slots of each block from `start` on, zeros past the last."""
   of_GR = jnp.pad(of_GR, ((0, 0), (0, -of_GR.shape[1] % slots)))
   return jax.lax.dynamic_slice_in_dim(of_GR, start, slots, axis=1)
 
 
 def slots(tokens: int, k: int, active: float) -> int:
-  """The first slots of a packed block, which mostly hold all that is real.
+  """Slots at the front of a packed block that mostly hold all its real pairs.
 
   Args:
     tokens: of a block.
     k: slots of a token.
-    active: the share of them that is expected to be real. Twice as many fit,
-      since not every shard of the latents is as busy.
+    active: the share of slots that is expected to be real. The result has
+      room for twice as many, since some shards of the latents are busier.
   """
   expected = tokens * k * active
   return min(tokens * k, max(1, math.ceil(2 * expected / LANES)) * LANES)
 
 
 def least_micro_batches(batch: int, k: int) -> int:
-  """The least number of micro-batches whose pairs are not too many to sort."""
+  """The least number of micro-batches of which each has few enough pairs."""
   return -(-batch * k // _MOST_PAIRS)
 
 
@@ -93,8 +94,8 @@ def blocks(
     vals_BK: the codes; a pair with value 0 is not active.
     idx_BK: their latents.
     tokens: of a block, see `decode.tiles.block_tokens`.
-    pack: whether pairs that are not active are left out. Where most are active
-      that costs more than it spares.
+    pack: whether active pairs are moved to the front and the others not
+      counted. Where most are active that costs more than it saves.
   """
   k = vals_BK.shape[1]
   slots = tokens * k
@@ -131,7 +132,7 @@ def by_latent(
   Args:
     blocks: the pairs.
     n_latents: N, which stands for the latent of a pair that is not active.
-    *payload_GR: what goes along with each pair.
+    *payload_GR: arrays that are sorted along with the pairs.
 
   Returns:
     How many are active, latent_P, token_P (of the batch), and the payload in
@@ -144,7 +145,7 @@ def by_latent(
   first_G1 = jnp.arange(groups, dtype=jnp.int32)[:, None] * blocks.tokens
   operands = key_GR, first_G1 + blocks.token_GR, *payload_GR
   # The token as a second key costs a TPU less than a stable sort.
-  found = jax.lax.sort(
+  arrays_P = jax.lax.sort(
     tuple(a.reshape(-1) for a in operands), num_keys=2, is_stable=False
   )
-  return active_GR.sum(dtype=jnp.int32), *found
+  return active_GR.sum(dtype=jnp.int32), *arrays_P

@@ -20,12 +20,12 @@ import jax.numpy as jnp
 
 from sae_jax.ops.chip import SUBLANES
 
-# Rows of a part: what is issued in one run, waited for with one semaphore and
-# reduced by one product. 128 fill the MXU's contracting side (half of v6e's);
-# 256 gained nothing in the compiler's estimate.
+# Rows of a part: issued in one run, waited for with one semaphore and reduced
+# by one product. 128 fill the MXU's contracting side (half of v6e's); 256
+# gained nothing in the compiler's estimate.
 PART = 128
-# Rows issued at once where a part is not full. What a run copies beyond the
-# last real row is row 0.
+# Rows of a run where a part is not full; in place of rows beyond the last real
+# one it copies row 0.
 _GROUP = 16
 
 
@@ -101,8 +101,8 @@ def overlap(
       earlier call.
     reduce: called with a part's number, its rows [PART, W] of each table, and
       how many of them are real, None for all; the others are zero.
-    waits: whether this is the first call that reduces the old rows. Nothing
-      may be copied by the others.
+    waits: whether this is the first call that reduces the old rows, which
+      waits for them. The other calls may copy nothing.
     span: the parts to reduce, from the first to before the second; all if
       None.
     unroll: False to loop over the copies, for an interpreter, which is slow
@@ -162,7 +162,7 @@ def _overlap(start, old, n_new, n_old, reduce, waits, both, whole, ragged):
   @pl.when(ragged)
   def _():
     n_real = n_old % PART
-    # What was not copied is stale, and not a number times 0 is none either.
+    # Rows that were not copied are stale, and may be NaN, which times 0 is NaN.
     reduce(full, [_masked(rows, n_real) for rows in _rows(old, full)], n_real)
 
 
@@ -187,8 +187,8 @@ def _slice(rows, part, group):
 
 
 def _start(tables, rows_11R, buffer, unroll, part, group=None, n_real=None):
-  # References to the run's own place: offsets within it are constants, which
-  # saves a tenth of the scalar instructions.
+  # A reference to the run's rows: offsets within it are constants, which saves
+  # a tenth of the scalar instructions.
   into = [_slice(rows, part, group) for rows in buffer.rows]
   first = part * PART + (0 if group is None else group * _GROUP)
 

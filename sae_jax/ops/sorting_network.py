@@ -220,8 +220,8 @@ def top_k(vals_ref, idx_ref, candidates: int, k: int, out_vals, out_idx):
   """Writes the first k candidates of each token, in order.
 
   Args:
-    vals_ref: [8 * scratch_steps, T] candidates, floats or integers, used up;
-      rows past `candidates` are filled here.
+    vals_ref: [8 * scratch_steps, T] candidates, floats or integers; they are
+      overwritten, and rows past `candidates` are filled here.
     idx_ref: their indices, all different where values are finite.
     candidates: how many there are, a multiple of 8.
     k: how many to take.
@@ -260,8 +260,8 @@ def top_k(vals_ref, idx_ref, candidates: int, k: int, out_vals, out_idx):
 
     def write(row, count):
       pairs = [steps.get(row + i) for i in range(count)]
-      for out, several in zip((out_vals, out_idx), zip(*pairs)):
-        first = jnp.concatenate([one[:1] for one in several])
+      for out, tiles in zip((out_vals, out_idx), zip(*pairs)):
+        first = jnp.concatenate([tile[:1] for tile in tiles])
         out[pl.ds(row, count), steps.lanes] = first
 
     def eight(i, carry):

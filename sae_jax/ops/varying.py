@@ -28,7 +28,7 @@ def zeros(shape, dtype, *like: jax.Array) -> jax.Array:
 
 def shape(shape, dtype, *like: jax.Array) -> jax.ShapeDtypeStruct:
   """The shape of a kernel's result that varies over the mesh axes of `like`."""
-  found = jax.typeof(next(iter(like))).manual_axis_type
+  axis_type = jax.typeof(next(iter(like))).manual_axis_type
   return jax.ShapeDtypeStruct(
-    shape, dtype, manual_axis_type=type(found)(varying=axes(*like))
+    shape, dtype, manual_axis_type=type(axis_type)(varying=axes(*like))
   )

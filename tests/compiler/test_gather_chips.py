@@ -73,8 +73,8 @@ def test_chips_run_real_shapes_without_a_copy_of_the_table(chip, shape):
     # Full precision copies two rows for each pair: it must fit as well.
     n_pairs = shape.batch * shape.k
     expected = int(n_pairs * share)
-    grad_tiles.plan(n_pairs, expected, shape.n_latents, shape.d_model, 2, 2)
-    plan = decode_tiles.plan(
+    grad_tiles.choose(n_pairs, expected, shape.n_latents, shape.d_model, 2, 2)
+    plan = decode_tiles.choose(
       shape.batch // tokens, tokens * shape.k, shape.d_model, tokens
     )
     assert plan.cores == pltpu.get_tpu_info().num_cores

@@ -49,7 +49,7 @@ def test_blocks_of_several_chunks_and_cores(monkeypatch):
   two_cores(monkeypatch)
   slots = Slots(8, 150, (150, 3, 70, 0, 128), 40, 128)
   chunks_of(monkeypatch, 64, 128, 8)
-  plan = decode_tiles.plan(5, 150, 128, 8)
+  plan = decode_tiles.choose(5, 150, 128, 8)
   assert (plan.chunks, plan.slots, plan.cores) == (3, 64, 2)
   assert close(slots.sums(interpret=True), slots.want_sums())
   assert close(slots.products(interpret=True), slots.want_products())
@@ -121,14 +121,14 @@ def test_errors_say_what_to_do():
       slots.w.astype(np.float64), block_tokens=8,
     )  # fmt: skip
   with pytest.raises(errors.UserError, match=r'VMEM and there are .*smaller'):
-    decode_tiles.plan(4, 512, 2**17, 8)
+    decode_tiles.choose(4, 512, 2**17, 8)
   with pytest.raises(errors.UserError, match=r'use larger blocks'):
-    decode_tiles.plan(2**18, 8, 128, 8)
+    decode_tiles.choose(2**18, 8, 128, 8)
   with pytest.raises(errors.UserError, match=r'130 must be .* use 256'):
     segment_sums(4, 1, None, None, np.zeros((1, 8)), np.zeros((1, 4, 130)), 0)
   with pytest.raises(errors.UserError, match=r'2 weights and 1 tables'):
     segment_sums(4, 2, None, None, np.zeros((2, 8)), np.zeros((1, 4, 128)), 0)
   with pytest.raises(errors.UserError, match=r'of SMEM.*smaller batch'):
-    grad_tiles.plan(2**25, 2**25, 64, 128, 2, 1)
+    grad_tiles.choose(2**25, 2**25, 64, 128, 2, 1)
   with pytest.raises(errors.UserError, match=r'of VMEM and there are'):
-    grad_tiles.plan(64, 64, 64, 2**18, 2, 1)
+    grad_tiles.choose(64, 64, 64, 2**18, 2, 1)

@@ -68,8 +68,8 @@ def adam_rows(
     g_ND: gradients.
     rate: this step's learning rate.
     corrections: of the moments' bias at this step, see `adam.corrections`.
-    scale: of the gradients, after the projection: the clipping's.
-    only_if: a bool; where it is false the matrices come back as they are, in
+    scale: factor of the projected gradients, that of the clipping.
+    only_if: a bool; if it is false the matrices come back unchanged, in
       place. None takes the step.
     b1: decay of the first moment.
     b2: decay of the second moment.
@@ -77,7 +77,7 @@ def adam_rows(
     ema_decay: decay of the average.
     implementation: 'pallas', for float32 and widths that are multiples of 128,
       or another for plain JAX.
-    mesh: that the rows are sharded over, None for one device.
+    mesh: mesh over which the rows are sharded, None for one device.
 
   Returns:
     The new p, mu, nu and ema, and the squared norm of the projected gradient
@@ -116,7 +116,7 @@ def squared_norm(
   implementation: str | None = None,
   mesh: Mesh | None = None,
 ) -> jax.Array:
-  """What `adam_rows` returns last, without the step.
+  """The squared gradient norm that `adam_rows` returns, without the step.
 
   Args:
     p_ND: parameters, rows of unit norm.

@@ -1,7 +1,7 @@
 """Pallas kernels: everything a row needs is done while it is in VMEM.
 
-Rows are independent, so that blocks of them go through the pipeline of the
-grid alone, in any order and on both cores of a chip that has two.
+Rows are independent, so blocks of them may come in any order and on both cores
+of a chip that has two: the pipeline of the grid is all that moves them.
 """
 
 import jax
@@ -43,7 +43,7 @@ def adam_rows(
     nu_ND: second moments.
     ema_ND: moving average.
     g_ND: gradients.
-    guarded: whether the last scalar is heeded.
+    guarded: whether the last scalar is read; if not, the step is taken.
     b1: decay of the first moment.
     b2: decay of the second moment.
     eps: Adam's epsilon.
@@ -82,8 +82,8 @@ def adam_rows(
     _over_groups(n, tile, group, refs[9])
 
   block = pl.BlockSpec((tile.block, width), lambda i: (i, 0))
-  # By number: the projection 4, both norms 4, scale 1, moments 7, step 6, the
-  # average 3, unit norm 1.
+  # Operations per element: projection 4, both norms 4, scale 1, moments 7, step
+  # 6, average 3, unit norm 1.
   *new, partial = pl.pallas_call(
     kernel,
     grid=(blocks,),
@@ -115,10 +115,10 @@ def squared_norm(
 ) -> jax.Array:
   """The squared norm of the gradient projected along unit rows.
 
-  As the sum over (g - <g, p> p)^2 that it is, in one pass, since a row stays
-  in VMEM for its second use. |g|^2 - <g, p>^2 (2 - |p|^2) would be one pass in
-  XLA too, but cancels: where the projection leaves a thousandth of a row's
-  gradient, a tenth of its float32 square is wrong.
+  Computed as the sum over (g - <g, p> p)^2, in one pass, since a row stays in
+  VMEM for its second use. |g|^2 - <g, p>^2 (2 - |p|^2) would be one pass in XLA
+  too, but cancels: if the projection leaves a thousandth of a row's gradient,
+  a tenth of its float32 square is wrong.
   """
   n, width = p_ND.shape
   tile = tile or tiles.choose(n, width, 2)
@@ -152,12 +152,12 @@ def _project(g_GD, p_GD):
 
 
 def _squares(g_GD, valid_G1):
-  """Of each row; a block's rows past the last hold anything."""
+  """The squares' sum of each row, 0 past the last row: those hold anything."""
   return jnp.where(valid_G1, (g_GD * g_GD).sum(-1, keepdims=True), 0)
 
 
 def _over_groups(n, tile, group, partial_ref):
-  """Runs `group` over a block and stores what its rows' squares add up to."""
+  """Runs `group` over a block and stores the sum of its rows' squares."""
   first = pl.program_id(0) * tile.block
   lines_G1 = jax.lax.broadcasted_iota(jnp.int32, (tile.group, 1), 0)
 

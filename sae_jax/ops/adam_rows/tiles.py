@@ -5,8 +5,8 @@ import dataclasses
 from sae_jax.ops import chip
 from sae_jax.ops.chip import LANES, SUBLANES
 
-# What a group holds of one matrix. A group's two sums over a row follow each
-# other, and only other rows of the group can fill the wait: the compiler's
+# Most elements of one matrix in a group. A row has two sums, one after the
+# other, and only other rows of its group can fill the wait: the compiler's
 # estimate for groups of 8, 16, 32 and 64 rows at D 768 is 54, 30, 19 and 14
 # cycles a row on v6e, where HBM needs 30, and 26, 16, 11 and 9 on v5p, where it
 # needs 18. Larger ones take longer to compile.

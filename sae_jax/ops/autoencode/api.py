@@ -30,11 +30,11 @@ def autoencode(
 ) -> Coded:
   """W_dec ReLU(TopK(W_enc (x - b_pre) + b_lat)) for one or more k.
 
-  The same as `encode_topk`, `global_top_k` and `decode` one after another, and
-  with 'gather' made of them. With 'dense' codes are pre-activations [B, N]
-  under a mask, without gathers or scatters. With 'pallas' the backward pass is
-  one too: pairs of tokens and latents are sorted once, and a token's input and
-  cotangent come by the same copy, for the gradients of encoder and decoder.
+  The result is that of `encode_topk`, `global_top_k` and `decode` one after
+  another. 'gather' calls these. 'dense' takes pre-activations [B, N] under a
+  mask for codes, without gathers or scatters. 'pallas' has one backward pass
+  for the gradients of encoder and decoder: pairs of tokens and latents are
+  sorted once, and one copy brings a token's input and cotangent.
 
   Args:
     x_BD: preprocessed inputs.
@@ -48,14 +48,15 @@ def autoencode(
     axis: the mesh axis of the latents, inside shard_map.
     dtype: of the factors of products, see `matmul`.
     implementation: see `decode`.
-    candidates: of a token that this shard offers, with 'pallas'; None for as
-      many as might win. See `Coded.exhausted`.
-    recall: with 'pallas' and below 1, so much of each shard's top candidates
-      is asked to be found, see `Coded.recall`. Other implementations find all.
-    tally_N: zeros, float32. Whatever the cotangents of the models, its own is
-      the sum of each latent's active values for the first of the ks, so above
-      0 for those that fired: the backward pass adds up by latent anyway, and a
-      TPU would sort all pairs once more to mark them.
+    candidates: number of candidates that this shard offers of each token, with
+      'pallas'; None for as many as might win. See `Coded.exhausted`.
+    recall: share of each shard's top candidates that the search must be
+      expected to find, with 'pallas'; other implementations find all. See
+      `Coded.recall`.
+    tally_N: zeros, float32. Its cotangent, whatever those of the models are,
+      is the sum of each latent's active values for the first of the ks, so
+      above 0 for latents that fired. The backward pass adds up by latent
+      anyway; to mark them otherwise a TPU would sort all pairs once more.
   """
   x_BD, w_enc_ND, b_lat_N, w_dec_ND, b_pre_D = map(
     jnp.asarray, (x_BD, w_enc_ND, b_lat_N, w_dec_ND, b_pre_D)

@@ -2,8 +2,8 @@
 
 import math
 
-# Chance that a batch has a token of which some shard holds more winners than
-# it offers, if winners lie on random shards. Such a batch is done again.
+# Chance that some shard holds more winners of some token of a batch than it
+# offers, if winners lie on random shards. Such a batch is done again.
 _SHORT = 1e-3
 
 
@@ -16,8 +16,8 @@ def width(k: int, shards: int, tokens: int) -> int:
     tokens: of a batch on a shard.
 
   Returns:
-    The least number, a multiple of 8, that leaves a batch without a token
-    that fills a shard's list in all but 0.1 % of cases; k if that is less.
+    The least multiple of 8 with which at most 0.1 % of batches have a token
+    whose winners fill a shard's list; k if that is less.
   """
   share = 1 / shards
   chance = [

@@ -1,4 +1,4 @@
-"""What a pass over some tokens is asked for, and what it leaves."""
+"""Settings and results of `autoencode`."""
 
 import dataclasses
 
@@ -11,14 +11,16 @@ from sae_jax.ops import varying
 
 @dataclasses.dataclass(frozen=True)
 class How:
-  """What is the same for all tokens of a pass; see `autoencode`.
+  """Static settings of a pass; see `autoencode`.
 
   Attributes:
     ks: active latents of a token, ascending; each gives a reconstruction.
     axis: the mesh axis of the latents, inside shard_map.
     dtype: of the factors of products.
-    candidates: that a shard offers, with kernels; None for as many as may win.
-    recall: share of a shard's top candidates that kernels are asked to find.
+    candidates: number of candidates that a shard offers of each token, with
+      kernels; None for as many as may win.
+    recall: share of a shard's top candidates that kernels must be expected to
+      find.
   """
 
   ks: tuple[int, ...]
@@ -38,10 +40,10 @@ class Diagnostics:
   """How exact and how costly an approximate search for candidates was.
 
   Attributes:
-    redone: number of tokens that a kernel encoded again, or all of a batch of
-      which a shard's candidates were not enough.
-    recall: sum over tokens of the share of a shard's top candidates that is
-      expected to be found.
+    redone: number of tokens that were encoded again: those that failed the
+      kernel's test, or all of a batch if a shard's candidates were too few.
+    recall: sum over tokens of the share of a shard's top candidates that the
+      search is expected to find.
   """
 
   redone: jax.Array
@@ -49,7 +51,7 @@ class Diagnostics:
 
   @classmethod
   def exact(cls, tokens: int, dtype: jnp.dtype, like: jax.Array):
-    """Those of a search that finds every candidate at once."""
+    """Diagnostics of a search that finds every candidate at once."""
     redone = varying.zeros((), dtype, like)
     return cls(redone=redone, recall=redone + tokens)
 
@@ -63,13 +65,13 @@ class Coded:
       candidate that is not active. No gradient passes through them.
     idx_BK: their latents.
     models: sum_k vals[b, k] w_dec[idx[b, k]] for each of the ks, [B, D].
-    failed: tokens whose top k the kernel could not vouch for, so that they
-      were encoded again; a share of the batch, 0 with other implementations.
-    exhausted: whether some token's winners are all of this shard's candidates
-      and fewer than k, so that there may be more; all of it is to be done
-      again with k candidates then. False where those were asked for.
-    recall: the share of this shard's top candidates that is expected to be
-      found, 1 if all are.
+    failed: share of the batch's tokens whose top k the kernel could not vouch
+      for, so that they were encoded again; 0 with other implementations.
+    exhausted: whether for some token all of this shard's candidates won, and
+      they were fewer than k, so that there may be more winners: then the batch
+      must be done again with k candidates. False if there were k.
+    recall: the share of this shard's top candidates that the search is
+      expected to find, 1 if all.
   """
 
   vals_BK: jax.Array
@@ -81,7 +83,7 @@ class Coded:
 
   @property
   def diagnostics(self) -> Diagnostics:
-    """Of all its tokens."""
+    """Diagnostics of all its tokens."""
     tokens = self.vals_BK.shape[0]
     return Diagnostics(redone=self.failed * tokens, recall=self.recall * tokens)
 

@@ -16,13 +16,14 @@ def autoencode(
 ) -> Coded:
   """See `autoencode.api`; differentiated by jax itself.
 
-  The winners of a token are what does not come after the last of them, in the
-  order of the top k. So codes are pre-activations under a mask, where a TPU
-  would sort all pairs to scatter them.
+  A token's winners are the latents that do not come after the last winner in
+  the order of the top k. So codes are pre-activations under a mask: to scatter
+  them a TPU would sort all pairs.
   """
   stop = jax.lax.stop_gradient
   fixed_D = stop(b_pre_D)
-  # Nothing but the gradient of b_pre, which needs no pass over the tokens.
+  # Zero in value: it only gives b_pre its gradient, without a pass over the
+  # tokens.
   shift_N = matmul(stop(w_enc_ND), b_pre_D)
   centred_BD, bias_N = x_BD - fixed_D, b_lat_N - (shift_N - stop(shift_N))
   with jax.named_scope(scopes.ENCODER):
@@ -54,7 +55,8 @@ def autoencode(
 def _won(pre_BN, offered_BK, idx_BK, won_B):
   """Which latents are not after a token's last winner.
 
-  Asked so, since nothing comes before or after what is no number: it wins.
+  "Not after" rather than "before", so that a NaN, which no comparison puts
+  after anything, wins.
   """
   last_B1 = jnp.maximum(won_B - 1, 0)[:, None]
   value_B1 = jnp.take_along_axis(offered_BK, last_B1, axis=1)

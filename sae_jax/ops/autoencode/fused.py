@@ -34,7 +34,7 @@ def _autoencode(how, mask_N, *arrays):
 
 
 def _forward(how, mask_N, x_BD, b_pre_D, w_enc_ND, b_lat_N, w_dec_ND, tally_N):
-  # Its cotangent alone matters, see `_backward`.
+  # Only its cotangent is of use, see `_backward`.
   del tally_N
   batch, ks = x_BD.shape[0], how.ks
   widest = min(ks[-1], w_enc_ND.shape[0])
@@ -184,18 +184,18 @@ def _weight_grads(
     (dec_ND, enc_ND), (used_N, bias_N) = sums(
       (decs[-1], enc_P), (gs[-1], centred_BD)
     )
-    # Of the least k, the first, in the end.
+    # Largest k first, so that `used_N` is that of the first k in the end.
     for dec_P, g_BD in zip(reversed(decs[:-1]), reversed(gs[:-1])):
-      (more_ND,), (used_N,) = sums((dec_P,), (g_BD,))
-      dec_ND += more_ND
+      (of_k_ND,), (used_N,) = sums((dec_P,), (g_BD,))
+      dec_ND += of_k_ND
     return (dec_ND, enc_ND), (used_N, bias_N)
 
   total = of_window(0)
   if slots == blocks.vals_GR.shape[1]:
     return total
 
-  # A sort of all slots would take longer by their number and more, few of which
-  # are real, and the compiler minutes.
+  # One sort of all slots, few of which are real, would take longer by more than
+  # their number, and minutes to compile.
   def add(carry):
     start, total = carry
     return start + slots, jax.tree.map(jnp.add, total, of_window(start))

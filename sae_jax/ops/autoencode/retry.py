@@ -1,4 +1,4 @@
-"""Few candidates of every shard, and all where those were too few."""
+"""Few candidates from every shard, and all of them if those were too few."""
 
 from collections.abc import Callable
 from typing import Any
@@ -22,20 +22,21 @@ def with_few_candidates(
 ) -> tuple[Any, Any]:
   """Values and gradients of `autoencode` on as few candidates as will do.
 
-  The k winners of a token lie spread over the shards of the latents, so a
-  shard that offers `candidates.width` of them all but always offers enough, and
-  holds shorter lists. `Coded.exhausted` tells where it may not have: then all
-  is done again, on lists as long as k, which costs a thousandth of the batches
-  double and makes the result exact.
+  The k winners of a token are spread over the shards of the latents, so
+  `candidates.width` candidates from each shard are nearly always enough, and
+  lists are shorter. `Coded.exhausted` says when they may not have been: then
+  the batch is done again with lists of k. One batch in a thousand costs double
+  for that, and the result is exact.
 
-  It goes around a whole pass, forward and backward: what the forward pass
-  saves has the length of the lists, which no branch inside of it could change.
+  The branch surrounds a whole pass, forward and backward: arrays that the
+  forward pass saves have the length of the lists, so a branch within it could
+  not change them.
 
   Args:
-    run: (tokens, candidates or None for all) -> (what is added up over tokens
-      as a pair (any tree, `Diagnostics`), what is kept of each token,
-      `Coded.exhausted`).
-    start: zeros shaped as what is added up.
+    run: (tokens, candidates or None for all) -> (sums over tokens, a pair of
+      any tree and `Diagnostics`; values of each token, a tree of arrays
+      [B, ...]; `Coded.exhausted`).
+    start: zeros shaped as the sums.
     x_BD: this device's tokens.
     k: the greatest of the ks of `autoencode`.
     n_latents: of this shard.
@@ -43,38 +44,39 @@ def with_few_candidates(
     data_axis: mesh axis of the tokens, inside shard_map.
 
   Returns:
-    What is added up, with all tokens redone where they were, and what is kept.
+    The sums and the values of each token. `Diagnostics.redone` counts all
+    tokens if the batch was done again.
   """
   batch = x_BD.shape[0]
   shards = jax.lax.axis_size(latent_axis) if latent_axis else 1
   offered = candidates.width(k, shards, batch)
 
   def with_all(x_BD):
-    total, kept, _ = run(x_BD, None)
-    return total, kept
+    total, values, _ = run(x_BD, None)
+    return total, values
 
   if offered >= min(k, n_latents):
     return with_all(x_BD)
-  total, kept, exhausted = run(x_BD, offered)
+  total, values, exhausted = run(x_BD, offered)
 
   def again():
-    # Lists are longer by k / offered, so that tokens are fewer at a time by as
-    # much: the second look must fit where the first one did.
+    # Lists are k / offered times as long, so micro-batches are smaller by the
+    # same factor: the second look must fit the memory of the first one.
     number = micro_batches.number(batch, -(-k // offered))
-    (total, diagnostics), kept = micro_batches.fold(
+    (total, diagnostics), values = micro_batches.fold(
       with_all, start, number, x_BD
     )
     redone = jnp.full_like(diagnostics.redone, batch)
     redone = varying.match(redone, diagnostics.redone)
-    return (total, diagnostics.replace(redone=redone)), kept
+    return (total, diagnostics.replace(redone=redone)), values
 
   axes = tuple(axis for axis in (data_axis, latent_axis) if axis)
-  return jax.lax.cond(anywhere(exhausted, axes), again, lambda: (total, kept))
+  return jax.lax.cond(anywhere(exhausted, axes), again, lambda: (total, values))
 
 
 def anywhere(flag: jax.Array, axes: tuple[str, ...]) -> jax.Array:
   """Whether a flag is true on any shard of some mesh axes.
 
-  The same answer on all of them: they have collectives in what depends on it.
+  All shards get the same answer: the branches it selects contain collectives.
   """
   return jax.lax.psum(flag.astype(jnp.int32), axes) > 0 if axes else flag

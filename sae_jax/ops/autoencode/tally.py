@@ -8,11 +8,11 @@ import jax.numpy as jnp
 def counted(
   models: tuple[jax.Array, ...], used_N: jax.Array, tally_N: jax.Array
 ) -> tuple[jax.Array, ...]:
-  """The models; see `tally_N` of `autoencode`.
+  """Returns the models and gives `tally_N` the cotangent `used_N`.
 
   Args:
     models: reconstructions.
-    used_N: what the cotangent of `tally_N` is to be.
+    used_N: how much each latent was used, see `tally_N` of `autoencode`.
     tally_N: any.
   """
   del used_N, tally_N

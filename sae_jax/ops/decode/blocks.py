@@ -1,4 +1,4 @@
-"""Decoding by kernels, of blocks of pairs or of codes as they are."""
+"""Decoding by kernels: of pairs in blocks, and of codes [B, K]."""
 
 import jax
 import jax.numpy as jnp
@@ -53,17 +53,18 @@ def products(
 
 def sums_of_codes(vals_BK, idx_BK, w_ND, dtype):
   """`reference.gather_sum` by the kernel."""
-  some = _all_blocks(vals_BK, idx_BK, w_ND)
-  return sums(some, some.vals_GR, w_ND, len(vals_BK), dtype)
+  blocks = _all_blocks(vals_BK, idx_BK, w_ND)
+  return sums(blocks, blocks.vals_GR, w_ND, len(vals_BK), dtype)
 
 
 def products_of_codes(g_BD, idx_BK, w_ND, dtype):
   """`reference.sampled_products` by the kernel."""
-  some = _all_blocks(jnp.ones(idx_BK.shape, w_ND.dtype), idx_BK, w_ND)
-  found_GR = products(some, g_BD, w_ND, dtype)
-  return found_GR.reshape(-1, idx_BK.shape[1])[: len(idx_BK)]
+  blocks = _all_blocks(jnp.ones(idx_BK.shape, w_ND.dtype), idx_BK, w_ND)
+  products_GR = products(blocks, g_BD, w_ND, dtype)
+  return products_GR.reshape(-1, idx_BK.shape[1])[: len(idx_BK)]
 
 
 def _all_blocks(vals_BK, idx_BK, w_ND):
+  """All pairs in blocks, zero values included."""
   tokens = tiles.block_tokens(len(idx_BK), w_ND.shape[1], idx_BK.shape[1])
   return pairs.blocks(vals_BK, idx_BK, tokens, pack=False)

@@ -34,9 +34,9 @@ def gather_sum(
   """Weighted sums of rows of `w_ND`, a batch cut into G blocks of tokens.
 
   A block has R slots of (row, token, weight). The first `count_G` of them are
-  real, the others may hold anything: they cost next to nothing and are not
-  read. A weight that is not a number spoils its own token alone; a row that
-  is not finite spoils the tokens of its block.
+  real; the others are not read, may hold anything and cost next to nothing. A
+  weight that is not a number spoils its own token alone; a row that is not
+  finite spoils the tokens of its block.
 
   Args:
     rows_GR: the row of each slot.
@@ -49,28 +49,28 @@ def gather_sum(
       `tiles.block_tokens`.
     dtype: bfloat16 to round the product's factors to it; None multiplies in
       full float32. Sums are float32.
-    expected: how many slots are thought to be real, all if None; the kernel's
-      declared cost follows from it.
+    expected: number of slots that are expected to be real, all if None; the
+      cost that the kernel declares to XLA follows from it.
     interpret: as in `pallas_call`.
 
   Returns:
     The sums, [G * block_tokens, D] float32: repeated rows add up.
 
   Raises:
-    UserError: if a shape or a type is none the kernel takes.
+    UserError: if the kernel does not take a shape or a type.
   """
   _check(w_ND, block_tokens)
-  plan = tiles.plan(*rows_GR.shape, w_ND.shape[1], block_tokens)
+  layout = tiles.choose(*rows_GR.shape, w_ND.shape[1], block_tokens)
   return _run(
     _sum_part,
-    plan,
+    layout,
     dtype,
     rows_GR.size if expected is None else expected,
     interpret,
-    _chunk_counts(plan, count_G),
-    _slots(plan, rows_GR),
-    _slots(plan, token_GR),
-    _slots(plan, weights_GR),
+    _chunk_counts(layout, count_G),
+    _slots(layout, rows_GR),
+    _slots(layout, token_GR),
+    _slots(layout, weights_GR),
     w_ND,
   )
 
@@ -108,20 +108,20 @@ def sampled_products(
     float32.
 
   Raises:
-    UserError: if a shape or a type is none the kernel takes.
+    UserError: if the kernel does not take a shape or a type.
   """
   _check(w_ND, block_tokens)
   n_blocks, n_slots = rows_GR.shape
-  plan = tiles.plan(n_blocks, n_slots, w_ND.shape[1], block_tokens)
+  layout = tiles.choose(n_blocks, n_slots, w_ND.shape[1], block_tokens)
   products = _run(
     _product_part,
-    plan,
+    layout,
     dtype,
     rows_GR.size if expected is None else expected,
     interpret,
-    _chunk_counts(plan, count_G),
-    _slots(plan, rows_GR),
-    _slots(plan, token_GR),
+    _chunk_counts(layout, count_G),
+    _slots(layout, rows_GR),
+    _slots(layout, token_GR),
     g_BD,
     w_ND,
   )
@@ -144,22 +144,22 @@ def _check(w_ND, block_tokens):
     )
 
 
-def _slots(plan, slots_GR):
+def _slots(layout, slots_GR):
   """A row of lanes per chunk; [chunks, slots] would be padded to 8 rows."""
-  more = plan.chunks * plan.slots - slots_GR.shape[1]
-  return jnp.pad(slots_GR, ((0, 0), (0, more))).reshape(-1, 1, plan.slots)
+  short = layout.chunks * layout.slots - slots_GR.shape[1]
+  return jnp.pad(slots_GR, ((0, 0), (0, short))).reshape(-1, 1, layout.slots)
 
 
-def _chunk_counts(plan, count_G):
-  before_Q = plan.slots * jnp.arange(plan.chunks, dtype=jnp.int32)
-  return jnp.clip(count_G[:, None] - before_Q, 0, plan.slots).reshape(-1)
+def _chunk_counts(layout, count_G):
+  before_Q = layout.slots * jnp.arange(layout.chunks, dtype=jnp.int32)
+  return jnp.clip(count_G[:, None] - before_Q, 0, layout.slots).reshape(-1)
 
 
-def _cost(plan, n_blocks, d_model, expected):
+def _cost(layout, n_blocks, d_model, expected):
   """Rows that are copied, and products, of which each takes a whole part."""
   parts = pl.cdiv(expected, n_blocks * row_copies.PART)
-  tokens = n_blocks * plan.block_tokens
-  slots = n_blocks * plan.chunks * plan.slots
+  tokens = n_blocks * layout.block_tokens
+  slots = n_blocks * layout.chunks * layout.slots
   return pl.CostEstimate(
     flops=2 * tokens * parts * row_copies.PART * d_model,
     bytes_accessed=4 * d_model * (expected + tokens) + 12 * slots,
@@ -169,7 +169,7 @@ def _cost(plan, n_blocks, d_model, expected):
 
 def _run(
   reduce_part,
-  plan,
+  layout,
   dtype,
   expected,
   interpret,
@@ -184,7 +184,7 @@ def _run(
   d_model = w.shape[1]
   n_chunks = token.shape[0]
   # A block has one writer.
-  steps = pl.cdiv(n_chunks // plan.chunks, plan.cores) * plan.chunks
+  steps = pl.cdiv(n_chunks // layout.chunks, layout.cores) * layout.chunks
 
   def filled(core, step):
     chunk = core * steps + jnp.minimum(step, steps - 1)
@@ -195,30 +195,30 @@ def _run(
     return jnp.minimum(chunk, n_chunks - 1)
 
   in_lanes = pl.BlockSpec(
-    (1, 1, plan.slots), lambda core, step, _: (reduced(core, step), 0, 0)
+    (1, 1, layout.slots), lambda core, step, _: (reduced(core, step), 0, 0)
   )
   per_token = pl.BlockSpec(
-    (plan.block_tokens, d_model),
-    lambda core, step, _: (reduced(core, step) // plan.chunks, 0),
+    (layout.block_tokens, d_model),
+    lambda core, step, _: (reduced(core, step) // layout.chunks, 0),
   )
   sums = reduce_part is _sum_part
   shape = (
-    (n_chunks // plan.chunks * plan.block_tokens, d_model)
+    (n_chunks // layout.chunks * layout.block_tokens, d_model)
     if sums
     else token.shape
   )
   return pl.pallas_call(
     functools.partial(
-      _kernel, reduce_part, plan, n_chunks, steps, dtype, not interpret
+      _kernel, reduce_part, layout, n_chunks, steps, dtype, not interpret
     ),
     out_shape=varying.shape(shape, jnp.float32, *arrays),
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=1,
       # A last step has nothing to copy, a first one nothing to reduce.
-      grid=(plan.cores, steps + 1),
+      grid=(layout.cores, steps + 1),
       in_specs=[
         pl.BlockSpec(
-          (1, 1, plan.slots),
+          (1, 1, layout.slots),
           lambda core, step, _: (filled(core, step), 0, 0),
           memory_space=pltpu.SMEM,
         ),
@@ -227,14 +227,14 @@ def _run(
         pl.BlockSpec(memory_space=pltpu.HBM),
       ],
       out_specs=per_token if sums else in_lanes,
-      scratch_shapes=row_copies.scratch(plan.slots, [w]),
+      scratch_shapes=row_copies.scratch(layout.slots, [w]),
     ),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'arbitrary'),
       disable_bounds_checks=True,
-      vmem_limit_bytes=plan.vmem_bytes,
+      vmem_limit_bytes=layout.vmem_bytes,
     ),
-    cost_estimate=_cost(plan, n_chunks // plan.chunks, d_model, expected),
+    cost_estimate=_cost(layout, n_chunks // layout.chunks, d_model, expected),
     interpret=interpret,
     name='gather_sum' if sums else 'sampled_products',
   )(*arrays, row_copies.in_hbm(table, interpret))
@@ -242,7 +242,7 @@ def _run(
 
 def _kernel(
   reduce_part,
-  plan,
+  layout,
   n_chunks,
   steps,
   dtype,
@@ -260,7 +260,7 @@ def _kernel(
   old = new - 1
   copies = (step < steps) & (new < n_chunks)
   reduces = (step > 0) & (old < n_chunks)
-  begins = (reduce_part is _product_part) | (old % plan.chunks == 0)
+  begins = (reduce_part is _product_part) | (old % layout.chunks == 0)
 
   @pl.when(reduces & begins)
   def _():

@@ -1,4 +1,4 @@
-"""Sizes of the decoding kernels' blocks, and what they know of a chip."""
+"""Sizes of the decoding kernels' blocks on a chip."""
 
 import dataclasses
 
@@ -20,8 +20,8 @@ _ROWS = 1024
 # 1,440 to write the block.
 _MOST_TOKENS = 256
 _LEAST_TOKENS = 8
-# The rest is XLA's. Within it a block's slots get buffers in one piece, since
-# every chunk of empty slots would be a step.
+# Share of VMEM for these kernels; XLA has the rest. If a block's slots fit into
+# it they are one chunk, since every chunk, even of empty slots, is a step.
 _VMEM_SHARE = 0.5
 
 
@@ -44,10 +44,10 @@ class Layout:
   vmem_bytes: int
 
 
-def plan(
+def choose(
   n_blocks: int, n_slots: int, d_model: int, block_tokens: int
 ) -> Layout:
-  """The plan for G blocks of R slots.
+  """The layout for G blocks of R slots.
 
   Raises:
     UserError: if a block does not fit the chip's memories.
@@ -55,8 +55,8 @@ def plan(
   vmem = chip.vmem_bytes()
   room = _VMEM_SHARE * vmem - _fixed_bytes(d_model, block_tokens)
   parts = max(1, int(room / (2 * 4 * d_model * row_copies.PART)))
-  most = parts * row_copies.PART
-  chunks = pl.cdiv(n_slots, most)
+  chunk_slots = parts * row_copies.PART
+  chunks = pl.cdiv(n_slots, chunk_slots)
   slots = row_copies.whole_parts(pl.cdiv(n_slots, chunks))
   chunks = pl.cdiv(n_slots, slots)
   if 4 * n_blocks * chunks > SMEM_BYTES:
@@ -88,7 +88,7 @@ def block_tokens(batch: int, d_model: int, k: int, active: float = 1.0) -> int:
   """Tokens of a block.
 
   Args:
-    batch: tokens. A block is less than twice as large.
+    batch: tokens. A block has fewer than twice as many.
     d_model: width of a row.
     k: slots of a token.
     active: the share of them that is expected to be real.

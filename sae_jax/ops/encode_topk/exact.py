@@ -7,9 +7,8 @@ from sae_jax.ops import chip, varying
 from sae_jax.ops.encode_topk import kernel, reference
 from sae_jax.ops.encode_topk import tiles as tiles_lib
 
-# Tokens that are done again at a time, for each of which the pre-activations
-# exist, and the most bytes of these. A pass reads the encoder, so that few
-# tokens should not need many.
+# Most tokens that are encoded again in one pass, and the most bytes of their
+# pre-activations. Each pass reads the whole encoder, so passes should be few.
 REDO_TOKENS = 64
 _REDO_BYTES = 2**28
 
@@ -34,14 +33,15 @@ def encode_topk(
     k: how many are taken.
     dtype: of the factors, see `ops.matmul`.
     tiles: of the kernel; None for those of the shape and chip.
-    recall: below 1, what the kernel finds is taken as it is, but for tokens
-      that are not finite; so much of the top k is asked to be in it.
+    recall: at 1 the result is exact. Below 1 the kernel's result stands, and
+      is expected to hold at least this share of the top k; only tokens that
+      are not finite are encoded again.
 
   Returns:
-    vals_BK, descending, idx_BK int32, failed_B: which tokens the kernel could
-    not vouch for, so that they were computed again in full, and the share of
-    the top k that is expected to be found, see `tiles.expected_recall`: 1
-    unless a recall below is asked for.
+    vals_BK, descending; idx_BK int32; failed_B, the tokens whose top k the
+    kernel could not vouch for, so that they were encoded again in full; and
+    the share of the top k that the result is expected to hold, see
+    `tiles.expected_recall`, which is 1 for a `recall` of 1.
   """
   batch, width = x_BD.shape
   n_latents = w_enc_ND.shape[0]
@@ -50,7 +50,7 @@ def encode_topk(
   bias_N = b_lat_N
   if mask_N is not None:
     bias_N = jnp.where(mask_N, b_lat_N, -jnp.inf)
-  # Rounded once, for the kernel and for what is done again.
+  # Rounded once, for the kernel and for the tokens that are encoded again.
   if dtype is not None:
     w_enc_ND = w_enc_ND.astype(dtype)
   vals_BK, idx_BK, dropped_B = kernel.encode_topk(
@@ -78,7 +78,7 @@ def encode_topk(
 
 
 def _again(failed_B, vals_BK, idx_BK, inputs):
-  """Replaces the rows of the tokens that failed, some at a time."""
+  """Replaces the rows of the tokens that failed, `size` of them at a time."""
   x_BD, w_enc_ND, b_lat_N, mask_N, dtype = inputs
   batch, k = vals_BK.shape
   size = max(8, _REDO_BYTES // (4 * w_enc_ND.shape[0]))

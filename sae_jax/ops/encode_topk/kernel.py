@@ -47,17 +47,17 @@ def _insert(bins, value, first):
   return after, dropped
 
 
-def _compete(values, firsts, most):
+def _compete(values, firsts, greatest):
   """The largest of a group, its latent, and the greatest that was dropped."""
   group = list(zip(values, firsts))
   while len(group) > 1:
     winners = []
     for (a, first_a), (b, first_b) in zip(group[::2], group[1::2]):
-      most = lax.max(most, lax.min(a, b))
+      greatest = lax.max(greatest, lax.min(a, b))
       first = lax.select(lax.gt(b, a), first_b, first_a)
       winners.append((lax.max(a, b), first))
     group = winners
-  return *group[0], most
+  return *group[0], greatest
 
 
 def _kernel(
@@ -69,7 +69,7 @@ def _kernel(
   dropped_ref,
   bins_ref,
   where_ref,
-  most_ref,
+  greatest_ref,
   *,
   tiles: Tiles,
   blocks: int,
@@ -88,7 +88,7 @@ def _kernel(
   def _():
     bins_ref[...] = jnp.full(bins_ref.shape, -jnp.inf, jnp.float32)
     where_ref[...] = jnp.zeros(where_ref.shape, jnp.int32)
-    most_ref[...] = jnp.full(most_ref.shape, -jnp.inf, jnp.float32)
+    greatest_ref[...] = jnp.full(greatest_ref.shape, -jnp.inf, jnp.float32)
 
   def product(part, lanes):
     """Pre-activations of `tiles.rows` latents."""
@@ -103,7 +103,7 @@ def _kernel(
     row = jnp.broadcast_to(bias_ref[0, :, at], (LANES, tiles.rows))
     return pre + jnp.tile(row.T, (1, tiles.lanes // LANES))
 
-  def update(at, lanes, values, first, most):
+  def update(at, lanes, values, first, greatest):
     """Eight bins take in their latents of one product."""
     levels = [
       pl.ds(level * tiles.bins + at, SUBLANES) for level in range(tiles.kept)
@@ -117,17 +117,17 @@ def _kernel(
     ]
     for i in range(0, tiles.depth, tiles.group):
       group = slice(i, i + tiles.group)
-      value, latent, most = _compete(values[group], firsts[group], most)
+      value, latent, greatest = _compete(values[group], firsts[group], greatest)
       bins, dropped = _insert(bins, value, latent)
-      most = lax.max(most, dropped)
+      greatest = lax.max(greatest, dropped)
     for level, (kept, where) in zip(levels, bins):
       bins_ref[lanes, level] = kept
       where_ref[lanes, level] = where
-    return most
+    return greatest
 
   def body(i, carry):
     lanes = i % pieces
-    most = most_ref[lanes]
+    greatest = greatest_ref[lanes]
     for product_of_body in range(tiles.unrolled):
       part = i // pieces * tiles.unrolled + product_of_body
       pre = product(part, lanes)
@@ -137,8 +137,10 @@ def _kernel(
           lax.slice_in_dim(pre, row, row + SUBLANES)
           for row in range(eight, tiles.rows, own_bins)
         ]
-        most = update(at, lanes, values, start + part * tiles.rows, most)
-    most_ref[lanes] = most
+        greatest = update(
+          at, lanes, values, start + part * tiles.rows, greatest
+        )
+    greatest_ref[lanes] = greatest
     return carry
 
   bodies = tiles.bins // own_bins // tiles.unrolled
@@ -156,7 +158,7 @@ def _kernel(
 
       lax.fori_loop(0, candidates // SUBLANES, number, 0)
       lanes = pl.ds(pl.multiple_of(p * tiles.lanes, tiles.lanes), tiles.lanes)
-      dropped_ref[:, lanes] = most_ref[p].max(0, keepdims=True)
+      dropped_ref[:, lanes] = greatest_ref[p].max(0, keepdims=True)
       outs = (r.at[:, lanes] for r in (vals_ref, idx_ref))
       sorting_network.top_k(
         bins_ref.at[p], where_ref.at[p], candidates, k, *outs
@@ -188,12 +190,13 @@ def encode_topk(
     k: how many are taken, at most tiles.kept * tiles.bins.
     tiles: sizes of blocks, from `tiles.choose`.
     dtype: of the factors, see `ops.matmul`.
-    interpret: as `pallas_call` has it.
+    interpret: as in `pallas_call`.
 
   Returns:
-    vals_BK, descending, equal values by ascending index, idx_BK int32, and
-    dropped_B: a token's result is exact if vals[k-1] > dropped, or dropped is
-    minus infinity, and its pre-activations are all numbers.
+    vals_BK, descending, equal values by ascending index; idx_BK int32; and
+    dropped_B, the greatest value of each token that was dropped. A token's
+    result is exact if no pre-activation is NaN and vals[k-1] > dropped or
+    dropped is minus infinity.
   """
   batch, width = x_BD.shape
   n_latents = w_enc_ND.shape[0]

@@ -16,9 +16,9 @@ from sae_jax.ops.chip import LANES, SUBLANES
 # not happen to most batches of some thousand tokens.
 _FAILING = 1e-4
 _KEPT = 3
-# Share that fails since two winners meet in a group. Tokens that are done again
-# share a pass over the encoder, at some 10 times what a token costs the kernel
-# on v6e, and a group of two saves a fourth of that.
+# Share of tokens that may fail since two winners meet in a group. Encoding them
+# again costs some 10 times what a token costs the kernel on v6e; a group of two
+# saves a fourth of the kernel's cost for every token.
 _MEETING = 5e-3
 _GROUPS = (4, 2, 1)
 # By the compiler's estimate on v6e at D 768, in cycles a token for 32,768
@@ -86,8 +86,8 @@ def failing_share(k: int, bins: int, kept: int) -> float:
   """
   chance = 1 / bins
   tail = 1 - sum(
-    math.comb(k, held) * chance**held * (1 - chance) ** (k - held)
-    for held in range(min(k, kept) + 1)
+    math.comb(k, r) * chance**r * (1 - chance) ** (k - r)
+    for r in range(min(k, kept) + 1)
   )
   return min(1.0, bins * max(tail, 0.0))
 
@@ -111,15 +111,15 @@ def expected_recall(n_latents: int, k: int, bins: int, kept: int) -> float:
     return math.lgamma(a + 1) - math.lgamma(b + 1) - math.lgamma(a - b + 1)
 
   lost = 0.0
-  for held in range(kept + 1, min(k, int(size)) + 1):
-    if k - held > n_latents - size:
+  for r in range(kept + 1, min(k, int(size)) + 1):
+    if k - r > n_latents - size:
       continue
     chance = math.exp(
-      log_choose(k, held)
-      + log_choose(n_latents - k, size - held)
+      log_choose(k, r)
+      + log_choose(n_latents - k, size - r)
       - log_choose(n_latents, size)
     )
-    lost += (held - kept) * chance
+    lost += (r - kept) * chance
   return max(0.0, 1 - bins / k * lost)
 
 
@@ -142,9 +142,10 @@ def choose(
     n_latents: N.
     k: how many are taken.
     dtype: of the factors.
-    recall: below 1, bins and the values that they keep are as few as are
-      expected to keep so much of the top k; fewer where those don't fit VMEM,
-      so that `expected_recall` of the result says what is kept.
+    recall: share of the top k that bins must be expected to keep. At 1 they
+      are chosen so that nearly every token passes the test of exactness. Below
+      1 they are the fewest that keep this share, or fewer where those do not
+      fit VMEM: `expected_recall` of the result says what is kept.
 
   Raises:
     UserError: if not even the smallest blocks fit.
@@ -155,7 +156,7 @@ def choose(
   unit = LANES if on_tpu else _TEST_UNIT
   kept, bins = _bins(n_latents, k, unit, recall)
   group = _group(n_latents, k) if recall == 1 else 1
-  most = max(LANES, pl.cdiv(batch, LANES) * LANES)
+  padded = max(LANES, pl.cdiv(batch, LANES) * LANES)
   while bins * kept >= k:
     for tokens, depth in itertools.product(_TOKENS, _DEPTHS):
       rows = _rows(bins, depth, unit, _ROWS if on_tpu else _TEST_ROWS)
@@ -174,7 +175,7 @@ def choose(
         else 1,
       )
       fits = tiles.vmem_bytes(width, k, factor) <= 0.9 * vmem
-      if fits and tokens <= most:
+      if fits and tokens <= padded:
         return tiles
     # Then more tokens fail, and are computed again.
     bins = bins // 2 // unit * unit
@@ -208,8 +209,8 @@ def _bins(n_latents, k, unit, recall) -> tuple[int, int]:
       kept * bins >= k and expected_recall(n_latents, k, bins, kept) >= recall
     )
 
-  # What a bin keeps costs a comparison for every latent, what all bins keep
-  # is sorted in the end.
+  # Each value that a bin keeps costs a comparison for every latent, and the
+  # values of all bins are sorted in the end.
   for kept in range(1, _KEPT):
     bins = fewest(kept, recalls)
     if kept * bins <= _KEPT * exact:
@@ -235,22 +236,23 @@ def _group(n_latents: int, k: int) -> int:
   )
 
 
-def _rows(bins: int, depth: int, unit: int, most: int) -> int:
-  """Latents of one product: `most` at most, or the fewest there can be."""
+def _rows(bins: int, depth: int, unit: int, limit: int) -> int:
+  """Latents of one product: up to `limit`, or the fewest there can be."""
   fits = [
     own * depth
     for own in range(bins, 0, -SUBLANES)
     if not bins % own and not own * depth % unit
   ]
-  return next((rows for rows in fits if rows <= most), fits[-1])
+  return next((rows for rows in fits if rows <= limit), fits[-1])
 
 
 def _unrolled(products: int, size: int) -> int:
   """Products of a basic block: about as long for any width.
 
-  Smaller ones are no more, since each takes as long to trace and to compile.
+  Narrow products are limited in number too, since each takes as long to trace
+  and to compile as a wide one.
   """
-  most = min(_PRODUCTS, max(1, _BODY // size))
+  limit = min(_PRODUCTS, max(1, _BODY // size))
   return max(
-    i for i in range(1, products + 1) if i <= most and not products % i
+    i for i in range(1, products + 1) if i <= limit and not products % i
   )

@@ -36,20 +36,22 @@ def _values(keys: jax.Array) -> jax.Array:
 def _kernel(keys_ref, best_ref, place_ref, vals_ref, idx_ref, *, k: int):
   block = pl.program_id(1)
   size = keys_ref.shape[0]
-  held = best_ref.shape[0]
+  n_best = best_ref.shape[0]
   vals_ref[:size] = keys_ref[...]
   place = lax.broadcasted_iota(jnp.int32, (size, LANES), 0)
   idx_ref[:size] = place + block * size
 
   @pl.when(block == 0)
   def _():
-    nothing = jnp.iinfo(jnp.int32)
-    best_ref[...] = jnp.full(best_ref.shape, nothing.min, jnp.int32)
-    place_ref[...] = jnp.full(place_ref.shape, nothing.max, jnp.int32)
+    limits = jnp.iinfo(jnp.int32)
+    best_ref[...] = jnp.full(best_ref.shape, limits.min, jnp.int32)
+    place_ref[...] = jnp.full(place_ref.shape, limits.max, jnp.int32)
 
-  vals_ref[size : size + held] = best_ref[...]
-  idx_ref[size : size + held] = place_ref[...]
-  sorting_network.top_k(vals_ref, idx_ref, size + held, k, best_ref, place_ref)
+  vals_ref[size : size + n_best] = best_ref[...]
+  idx_ref[size : size + n_best] = place_ref[...]
+  sorting_network.top_k(
+    vals_ref, idx_ref, size + n_best, k, best_ref, place_ref
+  )
 
 
 @functools.partial(jax.jit, static_argnames=('k', 'block', 'interpret'))
@@ -62,7 +64,7 @@ def top_k(
     x_BN: values, float32.
     k: how many to take, at most N.
     block: candidates of a step, a multiple of 8.
-    interpret: as `pallas_call` has it.
+    interpret: as in `pallas_call`.
 
   Returns:
     vals_BK, descending, NaN first, equal values by ascending index, and idx_BK
@@ -70,27 +72,27 @@ def top_k(
   """
   batch, n = x_BN.shape
   block = min(block, -(-n // SUBLANES) * SUBLANES)
-  held = -(-k // SUBLANES) * SUBLANES
+  n_best = -(-k // SUBLANES) * SUBLANES
   keys_NB = jnp.pad(
     _keys(x_BN).T,
     ((0, -n % block), (0, -batch % LANES)),
     constant_values=jnp.iinfo(jnp.int32).min,
   )
   padded_n, padded = keys_NB.shape
-  scratch = (SUBLANES * sorting_network.scratch_steps(block + held, k), LANES)
+  scratch = (SUBLANES * sorting_network.scratch_steps(block + n_best, k), LANES)
   keys, idx = pl.pallas_call(
     functools.partial(_kernel, k=k),
-    out_shape=[varying.shape((held, padded), jnp.int32, x_BN)] * 2,
+    out_shape=[varying.shape((n_best, padded), jnp.int32, x_BN)] * 2,
     grid=(padded // LANES, padded_n // block),
     in_specs=[pl.BlockSpec((block, LANES), lambda i, j: (j, i))],
-    out_specs=[pl.BlockSpec((held, LANES), lambda i, j: (0, i))] * 2,
+    out_specs=[pl.BlockSpec((n_best, LANES), lambda i, j: (0, i))] * 2,
     scratch_shapes=[pltpu.VMEM(scratch, jnp.int32)] * 2,
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'arbitrary')
     ),
     cost_estimate=pl.CostEstimate(
       flops=0,
-      bytes_accessed=keys_NB.nbytes + 8 * held * padded,
+      bytes_accessed=keys_NB.nbytes + 8 * n_best * padded,
       transcendentals=0,
     ),
     interpret=interpret,

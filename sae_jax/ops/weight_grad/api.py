@@ -45,10 +45,10 @@ def weight_grad(
 
 
 def _by_kernel(vals_BK, idx_BK, g_BD, n_latents, dtype):
-  # Blocks of one token: what follows sorts across them.
-  some = pairs.blocks(vals_BK, idx_BK, 1, pack=False)
+  # Blocks of one token: `by_latent` sorts across blocks in any case.
+  blocks = pairs.blocks(vals_BK, idx_BK, 1, pack=False)
   count, latent_P, token_P, vals_P = pairs.by_latent(
-    some, n_latents, some.vals_GR
+    blocks, n_latents, blocks.vals_GR
   )
   (grad_ND,), _ = kernel.segment_sums(
     latent_P,

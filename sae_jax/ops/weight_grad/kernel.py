@@ -40,8 +40,9 @@ def segment_sums(
   Row n of a result is the sum of weights[p] table[row[p]] over the pairs p
   with latent[p] = n. With the codes and the output's cotangent that is the
   decoder's gradient, with the values' cotangent and the input the encoder's.
-  The time follows `count` and N, hardly P. A weight that is no number spoils
-  its own latent alone, a row that is not finite its neighbours too.
+  The time depends on `count` and N, and hardly on P. A weight that is not a
+  number spoils its own latent alone; a row that is not finite spoils
+  neighbouring latents too.
 
   Args:
     latent_P: the latent of each pair, int32, ascending; N or more where a
@@ -50,12 +51,12 @@ def segment_sums(
     weights: [P] for each table, float32.
     tables: one or two, [B, D]. D is a multiple of 128.
     n_latents: N.
-    count: how many pairs are real, int32. They come first; what else the
-      others hold is not read.
+    count: number of real pairs, int32. They come first; of the others only
+      `latent_P` is read.
     dtype: bfloat16 to round the products' factors to it; None multiplies in
       full float32. Sums are float32.
-    expected: how many pairs the caller thinks are real, P if None: it chooses
-      the sizes of blocks and whether two tables are packed into one.
+    expected: number of pairs that are expected to be real, P if None. The
+      sizes of blocks depend on it, and whether two tables are packed into one.
     interpret: as in `pallas_call`.
 
   Returns:
@@ -63,7 +64,7 @@ def segment_sums(
     sums of its weights, [N], all float32.
 
   Raises:
-    UserError: if a shape or a type is none the kernel takes.
+    UserError: if the kernel does not take a shape or a type.
   """
   n_tokens, d_model = tables[0].shape
   _check(weights, tables)
@@ -74,24 +75,24 @@ def segment_sums(
     tables = [_packed(*tables)]
   else:
     tables = [table.astype(jnp.float32) for table in tables]
-  plan = tiles.plan(
+  layout = tiles.choose(
     n_pairs, expected, n_latents, d_model, len(weights), len(tables)
   )
 
   def in_chunks(values_P, fill=0):
-    short = -n_pairs % plan.pairs
+    short = -n_pairs % layout.pairs
     values_P = jnp.pad(values_P, (0, short), constant_values=fill)
     # A row of lanes per chunk; [chunks, pairs] would be padded to 8 rows.
-    return values_P.reshape(-1, 1, plan.pairs)
+    return values_P.reshape(-1, 1, layout.pairs)
 
   latents = in_chunks(latent_P, n_latents)
   *grads, totals = _run(
-    plan,
+    layout,
     dtype,
     expected,
     interpret,
     n_latents,
-    _items(plan, latents[:, 0], count, n_latents),
+    _items(layout, latents[:, 0], count, n_latents),
     in_chunks(row_P),
     latents,
     [in_chunks(weights_P) for weights_P in weights],
@@ -148,7 +149,7 @@ class Items(NamedTuple):
   latent_Q: Any
 
 
-def _items(plan, latent_CP, count, n_latents):
+def _items(layout, latent_CP, count, n_latents):
   """Every real chunk with the blocks it has pairs of, and the empty blocks.
 
   An item is one block further than the one before, unless a chunk begins in
@@ -158,12 +159,12 @@ def _items(plan, latent_CP, count, n_latents):
   """
   count = jnp.asarray(count, jnp.int32)
   n_chunks = latent_CP.shape[0]
-  n_blocks = pl.cdiv(n_latents, plan.latents)
+  n_blocks = pl.cdiv(n_latents, layout.latents)
   n_items = n_blocks + n_chunks - 1
   number_C = jnp.arange(n_chunks, dtype=jnp.int32)
-  first_C = latent_CP[:, 0] // plan.latents
-  before_C = jnp.roll(latent_CP[:, -1] // plan.latents, 1).at[0].set(-1)
-  real_C = number_C * plan.pairs < count
+  first_C = latent_CP[:, 0] // layout.latents
+  before_C = jnp.roll(latent_CP[:, -1] // layout.latents, 1).at[0].set(-1)
+  real_C = number_C * layout.pairs < count
   shared_C = real_C & (first_C == before_C)
   item_C = first_C + jnp.cumsum(shared_C, dtype=jnp.int32)
   # The first chunk takes the blocks before its own, the last real one those
@@ -178,7 +179,7 @@ def _items(plan, latent_CP, count, n_latents):
   block_I = jnp.arange(n_items, dtype=jnp.int32) - stays_I
   total = n_blocks + shared_C.sum(dtype=jnp.int32)
   bounds = [jnp.zeros_like(total), total]
-  if plan.cores == 2:
+  if layout.cores == 2:
     # Half of the items, rounded to whole blocks, at least one for each core:
     # a block has one writer.
     middle = jnp.clip(block_I[total // 2], 1, n_blocks - 1)
@@ -188,18 +189,18 @@ def _items(plan, latent_CP, count, n_latents):
 
 
 def _place(items, core, step):
-  """The item of a core's step, which may be its last again, and whether."""
+  """The item of a core's step, or the nearest and False if it has none."""
   start, stop = items.bounds[core], items.bounds[core + 1]
   item = start + step - 1
   return jnp.clip(item, start, stop - 1), (step > 0) & (item < stop)
 
 
-def _cost(plan, expected, n_latents, d_model, results, copied, n_pairs):
-  """Rows that are copied, gradients, and a product for each part and block."""
-  blocks = pl.cdiv(n_latents, plan.latents)
+def _cost(layout, expected, n_latents, d_model, results, copied, n_pairs):
+  """Declared cost: rows copied, gradients, a product per part and block."""
+  blocks = pl.cdiv(n_latents, layout.latents)
   products = pl.cdiv(expected, row_copies.PART) + blocks
   return pl.CostEstimate(
-    flops=2 * results * products * plan.latents * row_copies.PART * d_model,
+    flops=2 * results * products * layout.latents * row_copies.PART * d_model,
     bytes_accessed=4 * d_model * (copied * expected + results * n_latents)
     + 4 * (2 + results) * n_pairs,
     transcendentals=0,
@@ -207,7 +208,7 @@ def _cost(plan, expected, n_latents, d_model, results, copied, n_pairs):
 
 
 def _run(
-  plan,
+  layout,
   dtype,
   expected,
   interpret,
@@ -222,7 +223,7 @@ def _run(
   arrays = [varying.match(a, *arrays) for a in arrays]
   tables = [row_copies.in_hbm(t, interpret) for t in arrays[-len(tables) :]]
   n_chunks = latents.shape[0]
-  n_blocks = pl.cdiv(n_latents, plan.latents)
+  n_blocks = pl.cdiv(n_latents, layout.latents)
   d_model = tables[0].shape[1]
   # A core's first step has nothing to sum: it copies the first chunk.
   steps = (items.bounds[1:] - items.bounds[:-1]).max() + 1
@@ -245,42 +246,42 @@ def _run(
     items = Items(*items)
     return items.block_I[_place(items, core, step)[0]]
 
-  lanes = pl.BlockSpec((1, 1, plan.pairs), summed)
+  lanes = pl.BlockSpec((1, 1, layout.pairs), summed)
   in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-  grad = pl.BlockSpec((plan.latents, d_model), lambda *a: (written(*a), 0))
+  grad = pl.BlockSpec((layout.latents, d_model), lambda *a: (written(*a), 0))
   results = len(weights)
   total = pl.BlockSpec(
-    (1, results, plan.latents), lambda *a: (written(*a), 0, 0)
+    (1, results, layout.latents), lambda *a: (written(*a), 0, 0)
   )
   return pl.pallas_call(
     functools.partial(
-      _kernel, plan, dtype, not interpret, results, len(tables)
+      _kernel, layout, dtype, not interpret, results, len(tables)
     ),
     out_shape=[
       *[varying.shape((n_latents, d_model), jnp.float32, *arrays)] * results,
-      varying.shape((n_blocks, results, plan.latents), jnp.float32, *arrays),
+      varying.shape((n_blocks, results, layout.latents), jnp.float32, *arrays),
     ],
     grid_spec=pltpu.PrefetchScalarGridSpec(
       num_scalar_prefetch=len(items),
-      grid=(plan.cores, steps),
+      grid=(layout.cores, steps),
       in_specs=[
-        pl.BlockSpec((1, 1, plan.pairs), copied, memory_space=pltpu.SMEM),
+        pl.BlockSpec((1, 1, layout.pairs), copied, memory_space=pltpu.SMEM),
         *[lanes] * (1 + results),
         *[in_hbm] * len(tables),
       ],
       out_specs=[*[grad] * results, total],
       scratch_shapes=[
-        pltpu.VMEM((results, plan.latents, row_copies.PART), jnp.float32),
-        *row_copies.scratch(plan.pairs, tables),
+        pltpu.VMEM((results, layout.latents, row_copies.PART), jnp.float32),
+        *row_copies.scratch(layout.pairs, tables),
       ],
     ),
     compiler_params=pltpu.CompilerParams(
       dimension_semantics=('parallel', 'arbitrary'),
       disable_bounds_checks=True,
-      vmem_limit_bytes=plan.vmem_bytes,
+      vmem_limit_bytes=layout.vmem_bytes,
     ),
     cost_estimate=_cost(
-      plan,
+      layout,
       expected,
       n_latents,
       d_model,
@@ -293,7 +294,7 @@ def _run(
   )(*arrays[: -len(tables)], *tables)
 
 
-def _kernel(plan, dtype, unroll, results, copied, *refs):
+def _kernel(layout, dtype, unroll, results, copied, *refs):
   take = iter(refs).__next__
   items = Items(*(take() for _ in Items._fields))
   rows_ref, latents_ref = take(), take()
@@ -306,13 +307,13 @@ def _kernel(plan, dtype, unroll, results, copied, *refs):
   core, step = pl.program_id(0), pl.program_id(1)
   start, stop = items.bounds[core], items.bounds[core + 1]
   item, active = _place(items, core, step)
-  # At the first step nothing is here yet: the chunk before the core's first.
+  # At a core's first step no chunk has arrived yet: it is number -1 then.
   chunk = items.chunk_I[item] - (step == 0)
   block = items.block_I[item]
 
   def changes(values_I, other):
-    known = jnp.clip(other, start, stop - 1)
-    return active & ((known != other) | (values_I[known] != values_I[item]))
+    inside = jnp.clip(other, start, stop - 1)
+    return active & ((inside != other) | (values_I[inside] != values_I[item]))
 
   chunk_opens = changes(items.chunk_I, item - 1)
 
@@ -323,17 +324,17 @@ def _kernel(plan, dtype, unroll, results, copied, *refs):
 
   def reduce(part, rows, n_real):
     lanes = row_copies.lanes(part)
-    latent_1R = latents_ref[0, :, lanes] - block * plan.latents
+    latent_1R = latents_ref[0, :, lanes] - block * layout.latents
     if n_real is not None:
       lane_1R = jax.lax.broadcasted_iota(jnp.int32, latent_1R.shape, 1)
       latent_1R = jnp.where(lane_1R < n_real, latent_1R, -1)
-    shape = plan.latents, row_copies.PART
+    shape = layout.latents, row_copies.PART
     hits_LR = jax.lax.broadcasted_iota(jnp.int32, shape, 0) == latent_1R
     rows = rows if copied == results else _unpacked(rows[0])
     for i, (rows_RD, weights_ref, grad_ref) in enumerate(
       zip(rows, weights_refs, grad_refs)
     ):
-      # Selected, not multiplied: what is no number stays in its row.
+      # Selected, not multiplied: 0 times NaN would spread to other latents.
       weights_LR = jnp.where(hits_LR, weights_ref[0, :, lanes], 0.0)
       grad_ref[...] += multiply(weights_LR, rows_RD, ((1,), (0,)), dtype)
       partial_ref[i] += weights_LR
@@ -344,32 +345,32 @@ def _kernel(plan, dtype, unroll, results, copied, *refs):
     chunk + 1,
     table_refs,
     rows_ref,
-    _count(items, plan, chunk + 1, copies),
-    _count(items, plan, chunk, active),
+    _count(items, layout, chunk + 1, copies),
+    _count(items, layout, chunk, active),
     reduce,
     waits=chunk_opens,
-    span=_span(items, plan, chunk, block),
+    span=_span(items, layout, chunk, block),
     unroll=unroll,
   )
 
   @pl.when(changes(items.block_I, item + 1))
   def _():
-    # By the MXU, since the sums over lanes are wanted in lanes.
+    # By a product, whose sums over lanes come out along lanes.
     ones = jnp.ones((8, row_copies.PART), jnp.float32)
     for i in range(results):
       sums_8L = multiply(ones, partial_ref[i], ((1,), (1,)), None)
       totals_ref[0, i : i + 1] = sums_8L[:1]
 
 
-def _count(items, plan, chunk, counts):
-  real = jnp.clip(items.count[0] - chunk * plan.pairs, 0, plan.pairs)
+def _count(items, layout, chunk, counts):
+  real = jnp.clip(items.count[0] - chunk * layout.pairs, 0, layout.pairs)
   return jnp.where(counts, real, 0)
 
 
-def _span(items, plan, chunk, block):
+def _span(items, layout, chunk, block):
   """The parts of the chunk that have pairs of the block, all in between."""
-  parts = plan.pairs // row_copies.PART
-  begin, end = block * plan.latents, (block + 1) * plan.latents
+  parts = layout.pairs // row_copies.PART
+  begin, end = block * layout.latents, (block + 1) * layout.latents
   part = jnp.maximum(chunk, 0) * parts
   latents = [items.latent_Q[part + p] for p in range(parts + 1)]
   first = sum((latent < begin).astype(jnp.int32) for latent in latents[1:])

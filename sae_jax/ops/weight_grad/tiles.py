@@ -8,24 +8,24 @@ from jax.experimental import pallas as pl
 from sae_jax import errors
 from sae_jax.ops import chip, row_copies
 
-# Pairs of a chunk, the most that fit. The compiler's estimate (no time was
-# measured) at D 768, both gradients, 64 latents to a block: 7.2 cycles a pair
-# in chunks of 256 and 7.0 of 512 on v6e.
+# Pairs of a chunk: the first of these that fits. The compiler's estimate (no
+# time was measured) at D 768, both gradients, 64 latents to a block: 7.2 cycles
+# a pair in chunks of 256 and 7.0 in chunks of 512 on v6e.
 _PAIRS = (512, 256, 128)
-# Latents of a block by the pairs that each is expected to have, at least. A
-# block takes a step and, since its pairs begin and end within a part, a
-# product more than its pairs fill; every product takes as many rows as the
-# block has latents. Cycles a pair at D 768 by the same estimate, for blocks of
-# 64, 128 and 256 latents: with one pair to a latent 19.7, 16.4 and 14.0 on
-# v5e, 17.0, 14.4 and 12.9 on a core of v5p, 17.2, 13.6 and 11.1 on v6e; with
-# dozens 9.1, 11.1 and 14.1 on v5e, 7.9, 10.0 and 12.3 on v5p, 7.0, 7.6 and 9.9
-# on v6e. HBM needs 16.9, 11.7 and 9.8 with one pair to a latent.
+# Pairs of (least pairs expected per latent, latents of a block); the first that
+# matches is taken. A block takes a step and, since its pairs begin and end
+# within a part, a product more than its pairs fill; every product takes as many
+# rows as the block has latents. Cycles a pair at D 768 by that estimate, for
+# blocks of 64, 128 and 256 latents: with one pair to a latent 19.7, 16.4 and
+# 14.0 on v5e, 17.0, 14.4 and 12.9 on a core of v5p, 17.2, 13.6 and 11.1 on v6e;
+# with dozens 9.1, 11.1 and 14.1 on v5e, 7.9, 10.0 and 12.3 on v5p, 7.0, 7.6 and
+# 9.9 on v6e. HBM needs 16.9, 11.7 and 9.8 with one pair to a latent.
 _LATENTS = ((16, 64), (2, 128), (0, 256))
 _LEAST_LATENTS = 8
 _VMEM_SHARE = 0.5
-# Rows of both tables in one word spare a copy of 7 cycles a pair, and take a
-# pass over the tables that HBM needs 10 (v6e) to 17 (v5e) cycles a token for
-# at D 768.
+# Pairs per token from which both tables are packed. Rows of both in one word
+# save a copy of 7 cycles a pair, but packing is a pass over the tables: 10
+# (v6e) to 17 (v5e) cycles a token of HBM traffic at D 768.
 _PACK_FROM = 2
 
 
@@ -47,11 +47,11 @@ class Layout:
 
 
 def packs(n_pairs: int, n_tokens: int) -> bool:
-  """Whether it pays to pack two tables' rows for so many pairs."""
+  """Whether packing the rows of two tables pays for a number of pairs."""
   return n_pairs >= _PACK_FROM * n_tokens
 
 
-def plan(
+def choose(
   n_pairs: int,
   expected: int,
   n_latents: int,
@@ -59,25 +59,25 @@ def plan(
   results: int,
   copied: int,
 ) -> Layout:
-  """The plan for P pairs.
+  """The layout for P pairs.
 
   Args:
-    n_pairs: P, real or not.
-    expected: how many are expected to be real.
+    n_pairs: P, all that there is room for.
+    expected: number of pairs that are expected to be real.
     n_latents: N.
     d_model: width of a row.
-    results: gradients that are summed.
-    copied: tables that a row is copied from for each pair.
+    results: number of gradients.
+    copied: number of tables from which each pair copies a row.
 
   Raises:
     UserError: if not even the smallest blocks fit the chip's memories.
   """
   vmem = chip.vmem_bytes()
-  wanted = next(
+  largest = next(
     latents for least, latents in _LATENTS if expected >= least * n_latents
   )
-  wanted = min(wanted, pl.cdiv(n_latents, _LEAST_LATENTS) * _LEAST_LATENTS)
-  halved = [wanted, wanted // 2, wanted // 4, wanted // 8]
+  largest = min(largest, pl.cdiv(n_latents, _LEAST_LATENTS) * _LEAST_LATENTS)
+  halved = [largest, largest // 2, largest // 4, largest // 8]
   sizes = [n for n in halved if n % _LEAST_LATENTS == 0]
   for share, latents, pairs in itertools.product(
     (_VMEM_SHARE, 1), sizes, _PAIRS
