@@ -72,28 +72,28 @@ def measure(config: TopkVsReluConfig, store: str, workdir: str) -> dict:
 
   rates = tuple(map(float, config.rates))
   weights = tuple(map(float, config.weights))
-  tried = {'topk': topk(rates, 0, 32)}
-  topk_rate = best(tried['topk'])
-  tried['relu'] = relu(rates, 0, weights[0])
+  by_method = {'topk': topk(rates, 0, 32)}
+  topk_rate = best(by_method['topk'])
+  by_method['relu'] = relu(rates, 0, weights[0])
   beside = {
     rate: row['heldout_nmse']
     / topk((topk_rate,), 0, row['heldout_l0'])[topk_rate]['heldout_nmse']
-    for rate, row in tried['relu'].items()
+    for rate, row in by_method['relu'].items()
   }
   relu_rate = min(beside, key=beside.get)
   pairs = []
   for weight in weights:
     for seed in range(config.seeds):
-      one = relu((relu_rate,), seed, weight)[relu_rate]
-      other = topk((topk_rate,), seed, one['heldout_l0'])[topk_rate]
+      of_relu = relu((relu_rate,), seed, weight)[relu_rate]
+      of_topk = topk((topk_rate,), seed, of_relu['heldout_l0'])[topk_rate]
       pairs.append(
         {
           'weight': weight,
           'seed': seed,
-          'relu_l0': one['heldout_l0'],
-          'topk_l0': other['heldout_l0'],
-          'relu_nmse': one['heldout_nmse'],
-          'topk_nmse': other['heldout_nmse'],
+          'relu_l0': of_relu['heldout_l0'],
+          'topk_l0': of_topk['heldout_l0'],
+          'relu_nmse': of_relu['heldout_nmse'],
+          'topk_nmse': of_topk['heldout_nmse'],
         }
       )
   summary = {}
@@ -110,7 +110,7 @@ def measure(config: TopkVsReluConfig, store: str, workdir: str) -> dict:
   return {
     'rates': {
       name: {rate: row['heldout_nmse'] for rate, row in rows.items()}
-      for name, rows in tried.items()
+      for name, rows in by_method.items()
     },
     'relu_over_topk_by_rate': beside,
     'pairs': pairs,

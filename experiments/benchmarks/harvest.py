@@ -52,16 +52,26 @@ except ImportError:
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkConfig(config_lib.Config):
-  """What is harvested."""
+  """A harvest, and how often it is timed."""
 
   subject: str = config_lib.option(
-    'smollm2-135m', 'packaged subject, or .gguf file or folder of one'
+    'smollm2-135m',
+    'language model: a packaged subject, a .gguf file, or a folder as '
+    'transformers saves it',
   )
-  block: int = config_lib.option(14, 'block whose output is read', least=0)
-  n_tokens: int = config_lib.option(20_000, 'activations wanted', least=1)
-  batch_contexts: int = config_lib.option(16, 'contexts of a batch', least=1)
-  context_length: int = config_lib.option(128, 'tokens of a context', least=2)
-  repeats: int = config_lib.option(3, 'turns', least=1)
+  block: int = config_lib.option(
+    14, 'number of the block whose output is stored', least=0
+  )
+  n_tokens: int = config_lib.option(20_000, 'activations to store', least=1)
+  batch_contexts: int = config_lib.option(
+    16, 'contexts in a forward pass', least=1
+  )
+  context_length: int = config_lib.option(
+    128, 'most tokens of a context', least=2
+  )
+  repeats: int = config_lib.option(
+    3, 'times that each way is measured', least=1
+  )
 
 
 class _Stop(Exception):
@@ -81,7 +91,7 @@ def pools_of(
   config: HarvestConfig, subject: subject_lib.Subject
 ) -> list[list[contexts_lib.Context]]:
   """The contexts of a harvest, in pools."""
-  found, rows = [], 0
+  contexts_by_pool, rows = [], 0
   text = source.documents(config)
   with contextlib.closing(
     source.contexts(config, text, subject.tokenizer)
@@ -90,9 +100,9 @@ def pools_of(
       pool = list(itertools.islice(contexts, pools.size(config)))
       if not pool:
         break
-      found.append(pool)
+      contexts_by_pool.append(pool)
       rows += sum(pools.expected(config, context) for context in pool)
-  return found
+  return contexts_by_pool
 
 
 def with_hooks(model, block: int, batches: list, stop: bool) -> list:
@@ -120,18 +130,18 @@ def with_hooks(model, block: int, batches: list, stop: bool) -> list:
 def kept_rows(
   config: HarvestConfig, batches: list, outputs: list
 ) -> np.ndarray:
-  """Activations of the tokens that a mask of places keeps, [R, D]."""
-  found = []
+  """Activations of the tokens whose positions a harvest keeps, [R, D]."""
+  rows = []
   for (pool, batch, _), rows_CTD in zip(batches, outputs):
     for row, i in enumerate(batch):
       keep = pools.allowed(config, pool[i].positions)
-      found.append(rows_CTD[row, : len(keep)][keep])
-  return np.concatenate(found)
+      rows.append(rows_CTD[row, : len(keep)][keep])
+  return np.concatenate(rows)
 
 
 def measure(config: BenchmarkConfig, workdir: pathlib.Path) -> dict:
   """Rates of each way, and how far its activations are from ours."""
-  wanted = HarvestConfig(
+  harvesting = HarvestConfig(
     subject=config.subject,
     sites=(f'blocks.{config.block}.resid_post',),
     n_tokens=config.n_tokens,
@@ -142,25 +152,25 @@ def measure(config: BenchmarkConfig, workdir: pathlib.Path) -> dict:
   )
   subject = subject_lib.load(config.subject)
   model = torch_model(config.subject)
-  site = capture.parse_site(wanted.sites[0], subject.config)
-  forward = pools.Forward(wanted, subject, (site,), mesh.make_mesh())
-  found = pools_of(wanted, subject)
+  site = capture.parse_site(harvesting.sites[0], subject.config)
+  forward = pools.Forward(harvesting, subject, (site,), mesh.make_mesh())
+  pooled = pools_of(harvesting, subject)
   batches = [
     (pool, batch, tokens_CT)
-    for pool in found
-    for batch, tokens_CT in pools.batches(wanted, pool)
+    for pool in pooled
+    for batch, tokens_CT in pools.batches(harvesting, pool)
   ]
   tokens = [tokens_CT for _, _, tokens_CT in batches]
-  rows = sum(pools.expected(wanted, c) for pool in found for c in pool)
+  rows = sum(pools.expected(harvesting, c) for pool in pooled for c in pool)
 
   folder = workdir / 'harvest_store'
 
   def run_harvest():
-    return harvest.harvest(wanted, str(folder), subject).n_rows
+    return harvest.harvest(harvesting, str(folder), subject).n_rows
 
   def run_forward():
     ours = []
-    for pool in found:
+    for pool in pooled:
       for _, outputs in forward.dispatch(pool):
         ours.append(np.asarray(outputs[str(site)][0]))
     return ours
@@ -174,24 +184,24 @@ def measure(config: BenchmarkConfig, workdir: pathlib.Path) -> dict:
   # Once before: compilation, and what the comparison needs.
   shutil.rmtree(folder, ignore_errors=True)
   stored = ways['harvest']()
-  ours_RD = kept_rows(wanted, batches, ways['forward']())
-  theirs_RD = kept_rows(wanted, batches, ways['hooks']())
+  ours_RD = kept_rows(harvesting, batches, ways['forward']())
+  theirs_RD = kept_rows(harvesting, batches, ways['hooks']())
   norm_R = np.linalg.norm(theirs_RD, axis=-1)
   turns = []
   for _ in range(config.repeats):
-    one = {}
+    turn = {}
     for name, run in ways.items():
       shutil.rmtree(folder, ignore_errors=True)
       began = time.perf_counter()
       run()
       # A harvest ends with the context in which it has enough.
       n = stored if name == 'harvest' else rows
-      one[name] = n / (time.perf_counter() - began)
-    turns.append(one)
-    print(json.dumps(one), flush=True)
+      turn[name] = n / (time.perf_counter() - began)
+    turns.append(turn)
+    print(json.dumps(turn), flush=True)
 
   def over(name, other):
-    return statistics.median(one[name] / one[other] for one in turns)
+    return statistics.median(turn[name] / turn[other] for turn in turns)
 
   return (
     dataclasses.asdict(config)
@@ -203,7 +213,7 @@ def measure(config: BenchmarkConfig, workdir: pathlib.Path) -> dict:
       'transformers': transformers.__version__,
     }
     | {
-      f'{name}_tokens_per_s': statistics.median(one[name] for one in turns)
+      f'{name}_tokens_per_s': statistics.median(turn[name] for turn in turns)
       for name in ways
     }
     | {
@@ -227,5 +237,7 @@ def work() -> None:
 
 if __name__ == '__main__':
   flags.define(BenchmarkConfig)
-  flags.define_url('workdir', 'harvest_store/ in it is written anew')
+  flags.define_url(
+    'workdir', 'folder in which harvest_store/ is written, replacing an old one'
+  )
   flags.run(work, __doc__)

@@ -1,11 +1,11 @@
 """Follows a process's memory through a long harvest and an epoch of reading.
 
-Prints one JSON line last: for each of the two the most resident memory, in MiB,
-in every tenth of its rows, and `growth`, by how much the most of the last half
-is above that of the first half without its first tenth, as a share.
+Prints one JSON line last. For each of the two it has the peak of resident
+memory, in MiB, in every tenth of the rows, and `growth`: by what share the peak
+of the second half exceeds that of the first half without its first tenth.
 
-The subject runs no block beyond the first, so that text, store and reading are
-what there is the most of.
+The subject runs only its first block, so that most of the time goes to text,
+store and reading.
 
   python -m experiments.benchmarks.memory --workdir=runs/memory
 """
@@ -33,11 +33,18 @@ _PAGE = os.sysconf('SC_PAGE_SIZE')
 class BenchmarkConfig(config_lib.Config):
   """What is harvested and read."""
 
-  subject: str = config_lib.option('smollm2-135m', 'packaged subject or path')
-  site: str = config_lib.option('blocks.0.resid_post', 'where it is read')
-  n_tokens: int = config_lib.option(2_000_000, 'of the harvest', least=1)
+  subject: str = config_lib.option(
+    'smollm2-135m',
+    'language model: a packaged subject, a .gguf file or a folder',
+  )
+  site: str = config_lib.option(
+    'blocks.0.resid_post', 'site whose activations are stored'
+  )
+  n_tokens: int = config_lib.option(2_000_000, 'activations to store', least=1)
   batch: int = config_lib.option(2048, 'rows of a batch', least=1)
-  seconds: float = config_lib.option(0.5, 'between two looks')
+  seconds: float = config_lib.option(
+    0.5, 'seconds between two looks at the memory'
+  )
 
 
 def resident() -> float:
@@ -51,7 +58,7 @@ class Watch:
 
   def __init__(self, seconds: float, done):
     self._seconds, self._done = seconds, done
-    self._found, self._end = [], threading.Event()
+    self._looks, self._end = [], threading.Event()
 
   def __enter__(self):
     self._thread = threading.Thread(target=self._look, daemon=True)
@@ -64,12 +71,12 @@ class Watch:
 
   def _look(self):
     while not self._end.wait(self._seconds):
-      self._found.append((self._done(), resident()))
+      self._looks.append((self._done(), resident()))
 
-  def told(self) -> dict:
+  def report(self) -> dict:
     """The greatest memory in every tenth, and how it grew."""
     tenths = [0.0] * _TENTHS
-    for done, mib in self._found:
+    for done, mib in self._looks:
       i = min(int(done * _TENTHS), _TENTHS - 1)
       tenths[i] = max(tenths[i], mib)
     first, last = max(tenths[1:5]), max(tenths[5:])
@@ -91,17 +98,17 @@ def rows_there(url: str) -> int:
 
 
 def measure(config: BenchmarkConfig, workdir: pathlib.Path) -> dict:
-  """Harvests and reads; how much memory that took."""
+  """Harvests and reads; the memory of both."""
   url = str(workdir / 'memory_store')
   shutil.rmtree(url, ignore_errors=True)
-  wanted = HarvestConfig(
+  harvesting = HarvestConfig(
     subject=config.subject, sites=(config.site,), n_tokens=config.n_tokens
   )
   began = time.monotonic()
   with Watch(
     config.seconds, lambda: rows_there(url) / config.n_tokens
   ) as harvested:
-    harvest.harvest(wanted, url)
+    harvest.harvest(harvesting, url)
   seconds = time.monotonic() - began
   opened = store.open_store(url)
   order = from_store.train_order(opened, 0, 64)
@@ -113,8 +120,8 @@ def measure(config: BenchmarkConfig, workdir: pathlib.Path) -> dict:
       pass
   return dataclasses.asdict(config) | {
     'rows': opened.manifest.n_rows,
-    'harvest': harvested.told() | {'seconds': round(seconds)},
-    'epoch': read.told(),
+    'harvest': harvested.report() | {'seconds': round(seconds)},
+    'epoch': read.report(),
   }
 
 
@@ -126,5 +133,7 @@ def work() -> None:
 
 if __name__ == '__main__':
   flags.define(BenchmarkConfig)
-  flags.define_url('workdir', 'memory_store/ in it is written anew')
+  flags.define_url(
+    'workdir', 'folder in which memory_store/ is written, replacing an old one'
+  )
   flags.run(work, __doc__)

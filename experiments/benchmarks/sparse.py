@@ -21,7 +21,9 @@ _D = flags.DEFINE_integer('d', 576, 'activation width, D')
 _N = flags.DEFINE_integer('n', 4096, 'latents, N')
 _BATCH = flags.DEFINE_integer('batch', 1024, 'tokens, B')
 _K = flags.DEFINE_list('k', ['512', '256', '128', '64', '32', '16'], 'values')
-_REPEATS = flags.DEFINE_integer('repeats', 5, 'runs of each')
+_REPEATS = flags.DEFINE_integer(
+  'repeats', 5, 'timed runs of each implementation'
+)
 
 # Kernels are for a TPU: `kernels/table.py` has the figures of its compiler.
 _IMPLEMENTATIONS = ('gather', 'dense')

@@ -44,25 +44,31 @@ _SITE = 'blocks.0.resid_post'
 
 @dataclasses.dataclass(frozen=True)
 class BenchmarkConfig(config_lib.Config):
-  """What is read."""
+  """The store that is read, and the run that reads it."""
 
-  gib: float = config_lib.option(4.0, 'activations of the store, in GiB')
+  gib: float = config_lib.option(4.0, 'size of the stored activations, GiB')
   d: int = config_lib.option(576, 'activation width, D', least=1)
   dtype: str = config_lib.option(
-    'float32', 'of the store', ('float32', 'bfloat16')
+    'float32', 'dtype of the stored activations', ('float32', 'bfloat16')
   )
   chunk_rows: int = config_lib.option(1024, 'rows of the smallest read')
   shard_rows: int = config_lib.option(65_536, 'rows of a stored object')
   batch: int = config_lib.option(2048, 'rows of a batch', least=1)
-  window_chunks: int = config_lib.option(64, 'chunks that are mixed', least=1)
-  repeats: int = config_lib.option(5, 'readings of each kind', least=1)
-  n: int = config_lib.option(4096, 'latents of the run', least=1)
-  k: int = config_lib.option(32, 'active latents of a token', least=1)
-  steps: int = config_lib.option(200, 'steps of the run', least=2)
+  window_chunks: int = config_lib.option(
+    64, 'chunks whose rows are mixed', least=1
+  )
+  repeats: int = config_lib.option(
+    5, 'times that each way of reading is measured', least=1
+  )
+  n: int = config_lib.option(
+    4096, 'latents of the autoencoder that is trained, N', least=1
+  )
+  k: int = config_lib.option(32, 'active latents of a token, K', least=1)
+  steps: int = config_lib.option(200, 'training steps', least=2)
 
 
 def make(config: BenchmarkConfig, url: str) -> store.Store:
-  """The store, made if it is not there."""
+  """Opens the store; writes it first if it is absent."""
   plan = manifest.StorePlan(
     subject='none',
     sites=(_SITE,),
@@ -93,13 +99,13 @@ def make(config: BenchmarkConfig, url: str) -> store.Store:
 
     writer.write(url, plan, stretches(), holdout_rows=32 * _CONTEXT)
   opened = store.open_store(url)
-  found = opened.manifest
+  facts = opened.manifest
   for name, want in (('n_rows', n_rows), *dataclasses.asdict(plan).items()):
-    if getattr(found, name) != want and name in (
+    if getattr(facts, name) != want and name in (
       'n_rows', 'd_model', 'dtype', 'chunk_rows', 'shard_rows'
     ):  # fmt: skip
       raise errors.UserError(
-        f'store {url} has {name} {getattr(found, name)}, not {want}: use '
+        f'store {url} has {name} {getattr(facts, name)}, not {want}: use '
         'another workdir, or the flags that it was made with'
       )
   return opened
@@ -108,8 +114,8 @@ def make(config: BenchmarkConfig, url: str) -> store.Store:
 def objects(url: str) -> list[pathlib.Path]:
   """The files that hold the activations, in order."""
   folder = pathlib.Path(url, 'activations')
-  found = [path for path in folder.glob('*/c/*/0') if path.is_file()]
-  return sorted(found, key=lambda path: int(path.parent.name))
+  paths = [path for path in folder.glob('*/c/*/0') if path.is_file()]
+  return sorted(paths, key=lambda path: int(path.parent.name))
 
 
 def forget(paths: list[pathlib.Path]) -> None:
@@ -160,36 +166,36 @@ def rates(opened: store.Store, config: BenchmarkConfig) -> list[dict]:
   """MB/s of each kind, repeat by repeat."""
   paths = objects(opened.url)
   plain(opened)
-  found = []
+  readings = []
   for _ in range(config.repeats):
-    one = {}
+    reading = {}
     for name, read in (
       ('plain', plain),
       ('in_order', in_order),
       ('shuffled', lambda opened: shuffled(opened, config)),
     ):
-      # With nothing that an earlier reading left, caches of ours included.
+      # Opened anew, so that it holds nothing of an earlier reading.
       fresh = store.open_store(opened.url)
       forget(paths)
       began = time.perf_counter()
       total = read(fresh)
-      one[name] = total / 1e6 / (time.perf_counter() - began)
-    found.append(one)
-    print(json.dumps(one), flush=True)
-  return found
+      reading[name] = total / 1e6 / (time.perf_counter() - began)
+    readings.append(reading)
+    print(json.dumps(reading), flush=True)
+  return readings
 
 
 def waiting(opened: store.Store, config: BenchmarkConfig) -> dict[str, float]:
-  """Trains as the demo does; how batches came."""
-  made = TrainConfig(
+  """Trains as the demo does; the share of time spent waiting for batches."""
+  training = TrainConfig(
     sae=autoencoder.SaeConfig(d_model=config.d, n_latents=config.n, k=config.k),
     batch_size=config.batch,
     steps=config.steps,
     window_chunks=config.window_chunks,
   )
   devices = mesh.make_mesh()
-  state = state_lib.init_state(made, devices, opened.read_rows(0, 4096))
-  do = step.make_step(made, devices)
+  state = state_lib.init_state(training, devices, opened.read_rows(0, 4096))
+  do = step.make_step(training, devices)
   order = from_store.train_order(opened, 0, config.window_chunks)
   batches = from_store.StoreFeed(opened, order, config.batch, devices)
   clock = loop.Clock(batches)
@@ -200,19 +206,19 @@ def waiting(opened: store.Store, config: BenchmarkConfig) -> dict[str, float]:
     state, values = do(state, batch_BD)
     jax.block_until_ready(values)
     seconds.append(time.perf_counter() - began)
-  return clock.told() | {'step_s_median': statistics.median(seconds[1:])}
+  return clock.metrics() | {'step_s_median': statistics.median(seconds[1:])}
 
 
 def work() -> None:
   """Measures as the flags say."""
   config = flags.read(BenchmarkConfig)
   opened = make(config, str(pathlib.Path(flags.url('workdir'), 'store')))
-  found = rates(opened, config)
+  readings = rates(opened, config)
   middle = {
-    f'{name}_mb_s': statistics.median(one[name] for one in found)
-    for name in found[0]
+    f'{name}_mb_s': statistics.median(reading[name] for reading in readings)
+    for name in readings[0]
   }
-  ratios = [one['shuffled'] / one['plain'] for one in found]
+  ratios = [reading['shuffled'] / reading['plain'] for reading in readings]
   print(
     json.dumps(
       dataclasses.asdict(config)
@@ -221,7 +227,7 @@ def work() -> None:
         'shuffled_over_plain': statistics.median(ratios),
         'shuffled_over_plain_range': [min(ratios), max(ratios)],
         'shuffled_over_in_order': statistics.median(
-          one['shuffled'] / one['in_order'] for one in found
+          reading['shuffled'] / reading['in_order'] for reading in readings
         ),
       }
       | waiting(opened, config)
@@ -231,5 +237,7 @@ def work() -> None:
 
 if __name__ == '__main__':
   flags.define(BenchmarkConfig)
-  flags.define_url('workdir', 'the store lies in it, and is kept')
+  flags.define_url(
+    'workdir', 'folder in which store/ is written, and reused the next time'
+  )
   flags.run(work, __doc__)

@@ -43,14 +43,14 @@ class BenchmarkConfig(config_lib.Config):
 
 
 def _seconds(run, *args, times: int) -> list[float]:
-  """Seconds of each run, the first of which compiles and is left out."""
+  """Seconds of each run, after one more that compiles."""
   jax.block_until_ready(run(*args))
-  found = []
+  seconds = []
   for _ in range(times):
     began = time.perf_counter()
     jax.block_until_ready(run(*args))
-    found.append(time.perf_counter() - began)
-  return found
+    seconds.append(time.perf_counter() - began)
+  return seconds
 
 
 def _backward(vals_BK, idx_BK, x_BD, g_BD, w_dec_ND):
@@ -80,14 +80,14 @@ def parts(
   pre_BN = product(x_BD, sae.w_enc_ND)
   select = jax.jit(lambda pre_BN: ops.top_k(pre_BN, config.sae.k))
   vals_BK, idx_BK = select(pre_BN)
-  found = {
+  least_s = {
     'encoder_matmul_s': least(product, x_BD, sae.w_enc_ND),
     'topk_s': least(select, pre_BN),
   }
   del pre_BN
   pairs = (vals_BK, idx_BK)
-  found['decode_s'] = least(jax.jit(ops.decode), *pairs, sae.w_dec_ND)
-  found['backward_s'] = least(
+  least_s['decode_s'] = least(jax.jit(ops.decode), *pairs, sae.w_dec_ND)
+  least_s['backward_s'] = least(
     jax.jit(_backward), *pairs, x_BD, x_BD, sae.w_dec_ND
   )
   update = jax.jit(
@@ -104,8 +104,8 @@ def parts(
     began = time.perf_counter()
     *state, _ = jax.block_until_ready(update(tuple(state), grads))
     seconds.append(time.perf_counter() - began)
-  found['optimizer_s'] = min(seconds[1:])
-  return found
+  least_s['optimizer_s'] = min(seconds[1:])
+  return least_s
 
 
 def measure(shape: BenchmarkConfig) -> dict:
@@ -116,17 +116,17 @@ def measure(shape: BenchmarkConfig) -> dict:
     batch_size=batch,
     steps=steps + _WARM_UP,
   )
-  made = mesh.make_mesh(config.mesh_data, config.mesh_latent)
+  devices = mesh.make_mesh(config.mesh_data, config.mesh_latent)
   rows_BD = np.random.default_rng(0).standard_normal((batch, d), np.float32)
-  state = state_lib.init_state(config, made, rows_BD[:1024])
-  raw_BD = jax.device_put(rows_BD, mesh.sharding(made, 'BD'))
-  do = step.make_step(config, made)
+  state = state_lib.init_state(config, devices, rows_BD[:1024])
+  raw_BD = jax.device_put(rows_BD, mesh.sharding(devices, 'BD'))
+  do = step.make_step(config, devices)
   seconds = []
   for _ in range(_WARM_UP + steps):
     began = time.perf_counter()
     state, values = jax.block_until_ready(do(state, raw_BD))
     seconds.append(time.perf_counter() - began)
-  # Of the step alone: what follows holds the pre-activations too.
+  # Of the step alone: the parts below hold all pre-activations.
   peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
   seconds = seconds[_WARM_UP:]
   sae = state.sae

@@ -1,4 +1,4 @@
-"""Costs of the kernels at real shapes, added up from `kernel_probes`.
+"""Costs of the kernels at real shapes, added up from those of `probes`.
 
 The bound of a kernel is the longer of the compiler's cycles at the chip's clock
 and of the bytes that it moves at the bandwidth of HBM. Nothing is measured.
@@ -7,30 +7,31 @@ and of the bytes that it moves at the bandwidth of HBM. Nothing is measured.
 from collections.abc import Callable, Iterator
 import dataclasses
 
-from experiments.kernels.estimate import Found, Job, job
+from experiments.kernels.estimate import Estimate, Job, job
 from sae_jax.ops.chip import LANES
 from sae_jax.ops.encode_topk import exact
 from sae_jax.ops.shapes import Shape
 from sae_jax.tpu.chips import CHIPS
 
-# XLA's own programs are estimated at so many tokens, and scaled.
+# Tokens at which XLA's own programs are estimated; the rest is scaled.
 _TOKENS = 512
 _MATMUL_TOKENS = 2048
-# XLA's sort is estimated up to so many pairs; a larger one is left out.
+# Most pairs at which XLA's sort is estimated; a larger sort is left out.
 _MOST_SORTED = 2**18
-# With more latents a pass for tokens that failed has no estimate; it is scaled.
+# Most latents at which a pass over tokens that failed is estimated; with more
+# latents it is scaled.
 _AGAIN_LATENTS = 2**17
 
-_Results = dict[Job, Found]
+_Results = dict[Job, Estimate]
 
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-  """Of one way to do one operation of a training step.
+  """Cost of one way to do one operation of a training step.
 
   Attributes:
     cycles: by the compiler's estimate, None where it gives none.
-    hbm_bytes: that are read and written.
+    hbm_bytes: bytes of HBM read and written.
     reason: why there are no cycles.
   """
 
@@ -51,16 +52,16 @@ class Operation:
   """An operation of a training step at a shape.
 
   Attributes:
-    name: of it.
-    jobs: whose results the costs need.
+    name: the operation's name.
+    jobs: compilations whose results the costs need.
     kernel: its cost with our kernel.
     xla: its cost as XLA does it.
-    flops: of products that it can't do without.
-    least_bytes: that it must move.
+    flops: of the products that every way must do.
+    least_bytes: bytes of HBM that every way must move.
     whole: compilations at the shape itself, with our kernel and as XLA does
-      it, that say what HBM each needs for a while.
-    copies: cycles to issue the copies of single rows that it can't do without;
-      None where there are none.
+      it, for the temporary HBM of each.
+    copies: cycles to issue the copies of single rows that every way must make;
+      None if there are none.
   """
 
   name: str
@@ -74,16 +75,16 @@ class Operation:
 
 
 def _more(results: _Results, few: Job, many: Job, name: str = '') -> float:
-  """What more of something costs: the difference of two sizes."""
+  """The extra cycles of the larger of two sizes."""
   return results[many].of(name) - results[few].of(name)
 
 
 def _failed(results: _Results, jobs) -> str:
-  return next((results[one].error for one in jobs if results[one].error), '')
+  return next((results[job].error for job in jobs if results[job].error), '')
 
 
 def _cost(jobs, cycles, hbm_bytes):
-  """A cost whose cycles are those of a function, if all jobs succeeded."""
+  """A cost of `cycles(results)` cycles, if all jobs succeeded."""
 
   def cost(results: _Results) -> Cost:
     reason = _failed(results, jobs)
@@ -118,13 +119,13 @@ def _encode(chip, shape):
   few, many = (job(chip, 'encode_bodies', blocks=i, **given) for i in (2, 4))
   # A network's unit is a power of two of at least k, where bins are many.
   unit = 1 << (k - 1).bit_length()
-  one, two = (
+  unit_1, unit_2 = (
     job(chip, 'select_units', k=k, unit=unit, units=i) for i in (1, 2)
   )
   again = job(chip, 'encode_again', d=d, n=min(n, _AGAIN_LATENTS), k=k)
 
   def pass_cycles(results):
-    """Of tokens that are done again: without an estimate, their product."""
+    """A pass over tokens that failed; without an estimate, its product."""
     if results[again].error:
       product = 2 * exact.REDO_TOKENS * n * d / CHIPS[chip].flops
       return product * 1e9 * CHIPS[chip].clock_ghz
@@ -134,8 +135,8 @@ def _encode(chip, shape):
     sizes = results[few].sizes
     body = _more(results, few, many, 'encode_topk') / 2
     body *= sizes['bodies'] / sizes['bodies_of_block']
-    fold = _more(results, one, two, 'select')
-    select = results[one].of('select') + (sizes['select_units'] - 1) * fold
+    fold = _more(results, unit_1, unit_2, 'select')
+    select = results[unit_1].of('select') + (sizes['select_units'] - 1) * fold
     each = -(-n // sizes['rows']) * body + select * sizes['tokens'] / LANES
     each *= -(-b // (sizes['tokens'] * sizes['cores']))
     return each + sizes['passes'] * pass_cycles(results)
@@ -145,7 +146,7 @@ def _encode(chip, shape):
     reads = -(-b // sizes['tokens']) + sizes['passes']
     return 2 * reads * n * d + 2 * b * d + 8 * k * b
 
-  jobs = few, many, one, two
+  jobs = few, many, unit_1, unit_2
   tokens = min(b, _MATMUL_TOKENS)
   half, whole = (
     job(chip, 'xla_matmul', batch=tokens, d=d, n=i) for i in (8192, 16_384)
@@ -178,17 +179,17 @@ def _gather(chip, shape, name):
 
   copies, copies_of = _row_copies(chip, shape)
   rows = 4 * d * (real + b)
-  some, twice = (
+  single, double = (
     job(chip, f'xla_{name}', batch=i, d=d, n=n, k=k)
     for i in (_TOKENS, 2 * _TOKENS)
   )
   return Operation(
     name,
-    (few, many, some, twice, *copies),
+    (few, many, single, double, *copies),
     _cost((few, many), cycles, rows + 12 * b * k),
     _cost(
-      (some, twice),
-      lambda results: _more(results, some, twice) / _TOKENS * b,
+      (single, double),
+      lambda results: _more(results, single, double) / _TOKENS * b,
       # Rows are read, written side by side and read again.
       4 * d * (3 * b * k + b),
     ),
@@ -230,28 +231,28 @@ def _segment_sums(chip, shape):
   real = b * k * shape.active
 
   def cycles(results):
-    found = results[few]
-    packing = found.of() - found.of('segment_sums')
+    estimate = results[few]
+    packing = estimate.of() - estimate.of('segment_sums')
     each = _more(results, few, many, 'segment_sums') / 8
-    return found.sizes['chunks'] * each + packing
+    return estimate.sizes['chunks'] * each + packing
 
   def moved(results):
     packed = results[few].sizes['packed']
     tables = 12 * b * d if packed else 0
     return 4 * d * ((1 if packed else 2) * real + 2 * n) + 16 * b * k + tables
 
-  some, twice = (
+  single, double = (
     job(chip, 'xla_segment_sums', batch=i, d=d, n=n, k=k)
     for i in (_TOKENS // 2, _TOKENS)
   )
   copies, copies_of = _row_copies(chip, shape)
   return Operation(
     'segment_sums',
-    (few, many, some, twice, *copies),
+    (few, many, single, double, *copies),
     _cost((few, many), cycles, moved),
     _cost(
-      (some, twice),
-      lambda results: _more(results, some, twice) / (_TOKENS // 2) * b,
+      (single, double),
+      lambda results: _more(results, single, double) / (_TOKENS // 2) * b,
       # Products are written and read, sums are read and written, zeros filled.
       2 * 4 * d * (4 * b * k + n),
     ),
@@ -260,7 +261,7 @@ def _segment_sums(chip, shape):
     _pair(
       chip, 'segment_sums', ours | {'chunks': 0}, given, 'xla_segment_sums'
     ),
-    # At least one for a pair: both tables' rows may come by it.
+    # At least one per pair: one copy may bring the rows of both tables.
     copies_of,
   )
 
@@ -288,7 +289,7 @@ def _adam_rows(chip, shape):
 
 def sort_job(chip: str, shape: Shape) -> Job | None:
   """The sort of a shape's candidates, if it is not too large to estimate."""
-  # Some twice as many as are real are looked at, see `pairs.slots`.
+  # About twice as many pairs as are real are sorted, see `pairs.slots`.
   if shape.batch * shape.k * min(1, 2 * shape.active) > _MOST_SORTED:
     return None
   return job(
@@ -302,10 +303,10 @@ def sort_job(chip: str, shape: Shape) -> Job | None:
 
 
 def rest_bytes(shape: Shape) -> float:
-  """HBM traffic of a step beside the operations.
+  """HBM traffic of a step beside that of the operations.
 
-  The encoder is rounded to bfloat16 and goes through Adam, where XLA is as
-  good as a kernel; activations are read, and errors written and read.
+  The encoder is rounded to bfloat16 and updated by Adam, where XLA is as good
+  as a kernel; activations are read, and errors written and read.
   """
   weights = shape.n_latents * shape.d_model
   return (6 + 36) * weights + 5 * 4 * shape.batch * shape.d_model

@@ -1,12 +1,12 @@
-"""The cycles that the TPU compiler says of programs that never run.
+"""Cycles of programs by the estimate of the TPU compiler; none of them runs.
 
-With a flag of its own, libtpu writes down its static schedule: how many cycles
-each operation of a program takes if memory never makes it wait, Pallas kernels
-included. It is an estimate, never a measurement. What it can't see through
-must be asked for in other ways: a loop inside of a loop is counted too few
-times, and one whose length is known at run time alone as once or never; see
-`probes`. Some kernels abort the estimate on some chips, and since it
-counts a kernel's VMEM twice, one that needs more than half has none.
+A flag of libtpu makes it write its static schedule: how many cycles each
+operation of a program takes if memory never makes it wait, Pallas kernels
+included. It is an estimate, never a measurement, and loops need care: a loop
+inside of a loop is counted too few times, and one whose length is only known at
+run time once or never; `probes` gets around both. Some kernels abort the
+estimate on some chips, and since it counts a kernel's VMEM twice, a kernel that
+needs more than half has none.
 
 Every program is compiled in a process of its own, since the flag must be set
 before libtpu is loaded, and since an abort ends the process.
@@ -47,7 +47,7 @@ class Job:
     chip: one of `chips.CHIPS`.
     program: a function of `probes`, or of `xla` if it begins so.
     arguments: of that function, by name.
-    estimated: whether cycles are asked for; else the program is compiled as
+    estimated: whether to estimate cycles; if not, the program is compiled as
       it would be for use.
   """
 
@@ -58,13 +58,13 @@ class Job:
 
 
 @dataclasses.dataclass(frozen=True)
-class Found:
-  """What the compiler says.
+class Estimate:
+  """What the compiler says of a program.
 
   Attributes:
     cycles: of each operation by name; empty if there is no estimate.
-    sizes: what the program chose, such as its tiles.
-    error: why there is nothing, else empty.
+    sizes: sizes that the program chose, such as its tiles.
+    error: why there are no cycles; empty if there are.
     temporary: bytes of HBM beside arguments and results.
   """
 
@@ -74,7 +74,7 @@ class Found:
   temporary: int = 0
 
   def of(self, name: str = '') -> int:
-    """Cycles of the operations whose names begin so."""
+    """Cycles of the operations whose names begin with `name`."""
     return sum(c for op, c in self.cycles.items() if op.startswith(name))
 
 
@@ -83,51 +83,53 @@ def job(chip: str, program: str, estimated: bool = True, **arguments) -> Job:
   return Job(chip, program, tuple(sorted(arguments.items())), estimated)
 
 
-def run(jobs: Iterable[Job], workers: int = 2, report=None) -> dict[Job, Found]:
-  """Compiles each, some at a time.
+def run(
+  jobs: Iterable[Job], workers: int = 2, report=None
+) -> dict[Job, Estimate]:
+  """Compiles each job, `workers` at a time.
 
   Args:
-    jobs: programs; the same one is compiled once.
+    jobs: programs; equal ones are compiled once.
     workers: processes at a time.
-    report: is told of each that is done, with its seconds.
+    report: called with each job that is done, its estimate and its seconds.
   """
-  found = {}
+  estimates = {}
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
     futures = {
-      pool.submit(_in_process, one): one for one in dict.fromkeys(jobs)
+      pool.submit(_in_process, job): job for job in dict.fromkeys(jobs)
     }
     for future in concurrent.futures.as_completed(futures):
-      one = futures[future]
-      found[one], seconds = future.result()
+      job = futures[future]
+      estimates[job], seconds = future.result()
       if report:
-        report(one, found[one], seconds)
-  return found
+        report(job, estimates[job], seconds)
+  return estimates
 
 
-def _in_process(one: Job) -> tuple[Found, float]:
+def _in_process(job: Job) -> tuple[Estimate, float]:
   began = time.monotonic()
-  found = _compiled(one)
-  if found.error and one.estimated:
-    again = _compiled(one, f'{_IN_HBM}={CHIPS[one.chip].vmem_mib * 1024}')
-    found = found if again.error else again
-  return found, time.monotonic() - began
+  estimate = _compiled(job)
+  if estimate.error and job.estimated:
+    again = _compiled(job, f'{_IN_HBM}={CHIPS[job.chip].vmem_mib * 1024}')
+    estimate = estimate if again.error else again
+  return estimate, time.monotonic() - began
 
 
-def _compiled(one: Job, flags: str = '') -> Found:
+def _compiled(job: Job, flags: str = '') -> Estimate:
   with tempfile.TemporaryDirectory() as folder:
     environment = dict(
       os.environ,
       JAX_PLATFORMS='cpu',
-      LIBTPU_INIT_ARGS=f'{_PROFILE}={folder} {flags}' if one.estimated else '',
+      LIBTPU_INIT_ARGS=f'{_PROFILE}={folder} {flags}' if job.estimated else '',
     )
-    ran = None
+    process = None
     try:
-      ran = subprocess.run(
+      process = subprocess.run(
         [
           sys.executable,
           '-m',
           __spec__.name,
-          json.dumps([one.chip, one.program, one.arguments]),
+          json.dumps([job.chip, job.program, job.arguments]),
         ],
         env=environment,
         capture_output=True,
@@ -136,13 +138,13 @@ def _compiled(one: Job, flags: str = '') -> Found:
       )
     except subprocess.TimeoutExpired:
       error = f'not done after {_TIMEOUT_S} s'
-    if ran is not None and not ran.returncode:
-      sizes, temporary = json.loads(ran.stdout.splitlines()[-1])
+    if process is not None and not process.returncode:
+      sizes, temporary = json.loads(process.stdout.splitlines()[-1])
       cycles = _cycles(folder)
-      missing = one.estimated and not cycles
+      missing = job.estimated and not cycles
       error = 'no estimate was written' if missing else ''
-      return Found(cycles, sizes, error, temporary)
-    return Found({}, {}, _reason(ran.stderr) if ran else error)
+      return Estimate(cycles, sizes, error, temporary)
+    return Estimate({}, {}, _reason(process.stderr) if process else error)
 
 
 def _reason(text: str) -> str:
@@ -154,8 +156,8 @@ def _reason(text: str) -> str:
 
 
 def _cycles(folder: str) -> dict[str, int]:
-  """From the profiles of all programs that were compiled."""
-  found, name = {}, ''
+  """Cycles of each operation, from the profiles of all programs compiled."""
+  cycles, name = {}, ''
   for path in glob.glob(f'{folder}/*_static_llo_profile.textproto'):
     with open(path, encoding='utf-8') as file:
       for line in file:
@@ -163,12 +165,12 @@ def _cycles(folder: str) -> dict[str, int]:
         if key == 'hlo_op_name':
           name = value.strip('"')
         elif key == 'estimated_cycles':
-          found[name] = found.get(name, 0) + int(value)
-  return found
+          cycles[name] = cycles.get(name, 0) + int(value)
+  return cycles
 
 
 def _compile(chip, program, arguments):
-  """In the process of one program."""
+  """Compiles one program, in the process of that program."""
   # Heavy, and of no use to the process that starts others.
   import jax
   from jax.sharding import NamedSharding, PartitionSpec

@@ -4,10 +4,10 @@ For every chip, named shape and operation of a training step: the cycles that
 the TPU compiler estimates, the bytes of HBM, the bound (the longer of the two
 at the chip's clock and bandwidth), its ratio to the bound of XLA's way and to
 the least that is possible, and the temporary HBM of both. NOTHING IS MEASURED:
-there is no TPU here, and the estimate knows no waiting for HBM. Where there is
-none for tokens that are encoded again, their product at the peak rate stands
-for it. It is good to a tenth for products, and to a factor of some three for
-copies of single rows, so it ranks designs.
+there is no TPU here, and the estimate leaves out waiting for HBM. If it fails
+for tokens that are encoded again, their product at the peak rate takes its
+place. It is good to a tenth for products and to a factor of about three for
+copies of single rows, enough to rank designs.
 
   python -m experiments.kernels.table --chip=v6e --json=kernels.json
 """
@@ -38,14 +38,14 @@ NOTE = (
 )
 
 
-def _temporary(found) -> int | None:
-  """Bytes of HBM for a while, None if it does not compile."""
-  return None if found.error else found.temporary
+def _temporary(estimate) -> int | None:
+  """Bytes of temporary HBM, None if the program does not compile."""
+  return None if estimate.error else estimate.temporary
 
 
 def _row(chip, shape, operation, results) -> dict:
   """One line of the table."""
-  ours, theirs = (results[one] for one in operation.whole)
+  ours, theirs = (results[job] for job in operation.whole)
   kernel, xla = operation.kernel(results), operation.xla(results)
   bound, other = kernel.seconds(chip), xla.seconds(chip)
   peak = CHIPS[chip]
@@ -85,10 +85,9 @@ def _step(chip, shape, rows, results) -> dict:
   parts = {row['operation']: row['bound_s'] for row in rows}
   known = all(parts.values())
   parts['rest'] = costs.rest_bytes(shape) / peak.hbm_bandwidth
-  sort = costs.sort_job(chip, shape)
-  found = results.get(sort)
-  if found and not found.error:
-    parts['sort'] = found.of() / (1e9 * CHIPS[chip].clock_ghz)
+  sort = results.get(costs.sort_job(chip, shape))
+  if sort and not sort.error:
+    parts['sort'] = sort.of() / (1e9 * CHIPS[chip].clock_ghz)
   return {
     'chip': chip,
     'shape': shape.name,
@@ -108,22 +107,22 @@ STEP_BATCH = 8192
 def step_temporaries(chip: str) -> dict:
   """Temporary HBM of a training step on one chip, by implementation."""
   config = TrainConfig(sae=SaeConfig(**STEP), batch_size=STEP_BATCH)
-  mesh, found = aot.one_chip(chip), {}
+  mesh, nbytes = aot.one_chip(chip), {}
   for name in dispatch.IMPLEMENTATIONS:
     compiled = footprint.compile_step(config, mesh, name)
-    found[name] = compiled.footprint.temporaries
-  return {'chip': chip, **STEP, 'batch': STEP_BATCH, 'temporary_bytes': found}
+    nbytes[name] = compiled.footprint.temporaries
+  return {'chip': chip, **STEP, 'batch': STEP_BATCH, 'temporary_bytes': nbytes}
 
 
-# Where dense codes are compared with kernels, which SHAPES have at this k.
+# Two SHAPES of one k at which dense codes are compared with kernels.
 _CROSSING = ('32k', '128k')
 
 
 def dense_seconds(chip: str, shape: Shape) -> float:
-  """Bound of a step with dense codes, but for what the optimiser takes.
+  """Bound of a step with dense codes, without the optimiser.
 
-  Of its products and of its HBM traffic, which the compiled program says; what
-  it takes to select the top k is not in it.
+  It is the bound of its products and of its HBM traffic, by the compiled
+  program, without the selection of the top k.
   """
   config = TrainConfig(
     sae=SaeConfig(d_model=shape.d_model, n_latents=shape.n_latents, k=shape.k),
@@ -138,13 +137,13 @@ def dense_seconds(chip: str, shape: Shape) -> float:
 
 
 def crossing(rows: list[dict], dense_s: float) -> float | None:
-  """N / K from which on kernels are the faster ones, by the bounds.
+  """N / K from which on kernels are faster than dense codes, by the bounds.
 
-  With dense codes time is in proportion to N. The encoder's kernel has a part
-  that is too, and its selection, and what works on pairs does not know N.
+  With dense codes time is in proportion to N, as is a part of the encoder's
+  kernel. Its selection and the work on pairs do not depend on N.
 
   Args:
-    rows: of one chip, of the table.
+    rows: the table's rows of one chip.
     dense_s: `dense_seconds` of the first shape of `_CROSSING`.
 
   Returns:
@@ -169,7 +168,7 @@ def crossing(rows: list[dict], dense_s: float) -> float | None:
 
 
 def crossover(chip: str, rows: list[dict]) -> dict:
-  """`crossing` of a chip, and what it came from."""
+  """`crossing` of a chip, and the figures that it follows from."""
   first = next(shape for shape in SHAPES if shape.name == _CROSSING[0])
   dense_s = dense_seconds(chip, first)
   own = [row for row in rows if row['chip'] == chip]
@@ -185,27 +184,27 @@ def measure(chips, shapes, workers: int, report=None) -> dict:
   """The whole table.
 
   Args:
-    chips: of `tpu.chips`.
-    shapes: of `ops.shapes`.
+    chips: keys of `tpu.chips.CHIPS`.
+    shapes: shapes of a chip's share of a step, as those of `ops.shapes`.
     workers: compilers at a time.
-    report: see `compiler_estimate.run`.
+    report: see `estimate.run`.
   """
-  wanted = {
+  operations = {
     (chip, shape): list(costs.operations(chip, shape))
     for chip in chips
     for shape in shapes
   }
   jobs = [
-    one
-    for each in wanted.values()
-    for operation in each
-    for one in (*operation.jobs, *operation.whole)
+    job
+    for of_shape in operations.values()
+    for operation in of_shape
+    for job in (*operation.jobs, *operation.whole)
   ]
-  jobs += filter(None, (costs.sort_job(*where) for where in wanted))
+  jobs += filter(None, (costs.sort_job(*key) for key in operations))
   results = estimate.run(jobs, workers, report)
   table, steps = [], []
-  for (chip, shape), operations in wanted.items():
-    rows = [_row(chip, shape, one, results) for one in operations]
+  for (chip, shape), of_shape in operations.items():
+    rows = [_row(chip, shape, operation, results) for operation in of_shape]
     table += rows
     steps.append(_step(chip, shape, rows, results))
   return {
@@ -225,9 +224,9 @@ def _mib(nbytes: int | None) -> str:
   return '-' if nbytes is None else f'{nbytes / 2**20:,.0f}'
 
 
-def lines(found: dict):
-  """The table as text."""
-  yield found['note']
+def lines(report: dict):
+  """The lines of the table as text, from the result of `measure`."""
+  yield report['note']
   head = (
     *('chip', 'shape', 'operation', 'cycles'),
     *('bound ms', 'by', 'over least', 'or copies', 'over XLA'),
@@ -235,7 +234,7 @@ def lines(found: dict):
   )
   form = '{:6} {:10} {:17} {:>13} {:>10} {:>7} {:>10} {:>9} {:>8} {:>8} {:>9}'
   yield form.format(*head)
-  for row in found['kernels']:
+  for row in report['kernels']:
     cycles = f'{row["cycles"]:,}' if row['cycles'] else 'none'
     yield form.format(
       row['chip'],
@@ -250,23 +249,23 @@ def lines(found: dict):
       _mib(row['temporary_bytes']),
       _mib(row['xla_temporary_bytes']),
     )
-  for step in found.get('step_temporaries', ()):
-    given = ', '.join(
+  for step in report.get('step_temporaries', ()):
+    figures = ', '.join(
       f'{name} {_mib(nbytes)} MiB'
       for name, nbytes in step['temporary_bytes'].items()
     )
     yield (
       f'{step["chip"]} step of {step["batch"]:,} tokens, '
-      f'{step["n_latents"]:,} latents, temporary HBM: {given}'
+      f'{step["n_latents"]:,} latents, temporary HBM: {figures}'
     )
-  for one in found.get('crossings', ()):
-    ratio = one['from_ratio']
-    yield f'{one["chip"]}: kernels ' + (
+  for crossing in report.get('crossings', ()):
+    ratio = crossing['from_ratio']
+    yield f'{crossing["chip"]}: kernels ' + (
       f'are faster than dense codes from N / K {ratio:,.0f}'
       if ratio
       else 'have no estimate to compare with dense codes'
     )
-  for step in found['steps']:
+  for step in report['steps']:
     where = f'{step["chip"]} {step["shape"]}'
     if step['step_s'] is None:
       yield f'{where}: not added up, some parts have no estimate'
@@ -283,31 +282,31 @@ def main(argv: list[str]) -> None:
   del argv
   values = flags.FLAGS
   chips = list(CHIPS) if values.chip == ['all'] else values.chip
-  named = values.shape
-  shapes = [s for s in SHAPES if named == ['all'] or s.name in named]
+  names = values.shape
+  shapes = [s for s in SHAPES if names == ['all'] or s.name in names]
 
-  def report(one, found, seconds):
+  def log(job, estimate, seconds):
     print(
-      f'{one.chip} {one.program} {dict(one.arguments)}: '
-      f'{found.error or f"{found.of():,} cycles"}, '
-      f'{found.temporary / 2**20:,.1f} MiB, {seconds:.0f} s',
+      f'{job.chip} {job.program} {dict(job.arguments)}: '
+      f'{estimate.error or f"{estimate.of():,} cycles"}, '
+      f'{estimate.temporary / 2**20:,.1f} MiB, {seconds:.0f} s',
       file=sys.stderr,
       flush=True,
     )
 
-  found = measure(chips, shapes, values.workers, report)
-  found['step_temporaries'] = [step_temporaries(chip) for chip in chips]
+  report = measure(chips, shapes, values.workers, log)
+  report['step_temporaries'] = [step_temporaries(chip) for chip in chips]
   if {shape.name for shape in shapes} >= set(_CROSSING):
-    found['crossings'] = [crossover(chip, found['kernels']) for chip in chips]
-  for line in lines(found):
+    report['crossings'] = [crossover(chip, report['kernels']) for chip in chips]
+  for line in lines(report):
     print(line)
   if values.json:
-    epath.Path(values.json).write_text(json.dumps(found, indent=1) + '\n')
+    epath.Path(values.json).write_text(json.dumps(report, indent=1) + '\n')
 
 
 if __name__ == '__main__':
-  flags.DEFINE_list('chip', ['all'], 'chips, or all')
-  flags.DEFINE_list('shape', ['all'], 'names of sparse/shapes.py, or all')
-  flags.DEFINE_integer('workers', 2, 'compilers at a time')
-  flags.DEFINE_string('json', '', 'where the table goes')
+  flags.DEFINE_list('chip', ['all'], 'chips, such as v6e, or all')
+  flags.DEFINE_list('shape', ['all'], 'shapes of ops/shapes.py, or all')
+  flags.DEFINE_integer('workers', 2, 'number of compilers that run at a time')
+  flags.DEFINE_string('json', '', 'file for the table as JSON; empty for none')
   app.run(main)

@@ -1,4 +1,4 @@
-"""What XLA makes of the kernels' work, for `costs` to compare with."""
+"""The work of the kernels as XLA does it, for `costs` to compare with."""
 
 from collections.abc import Callable
 import dataclasses
@@ -15,12 +15,12 @@ ADAM = {'b1': 0.9, 'b2': 0.999, 'eps': 6.25e-10, 'ema_decay': 0.999}
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-  """A program.
+  """A program to compile.
 
   Attributes:
     function: to compile.
     arguments: shape and dtype of each.
-    sizes: what it chose for the chip.
+    sizes: sizes that it chose for the chip, by name.
   """
 
   function: Callable

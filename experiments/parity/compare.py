@@ -34,12 +34,19 @@ try:
 except ImportError:
   torch = transformers = None
 
-_BOUND = flags.DEFINE_float('bound', 1e-4, 'largest absolute difference')
-_ONLY = flags.DEFINE_string('only', '', 'names of models that contain this')
-_GOLDEN = flags.DEFINE_string(
-  'golden', '', 'JSON file to write some numbers of some models to'
+_BOUND = flags.DEFINE_float(
+  'bound', 1e-4, 'largest absolute difference that passes'
 )
-_CONTROL = 100  # bounds, that a wrong switch must differ by
+_ONLY = flags.DEFINE_string(
+  'only', '', 'compare only models whose names contain this; empty for all'
+)
+_GOLDEN = flags.DEFINE_string(
+  'golden',
+  '',
+  'file for the numbers that tests compare with, as JSON; empty for none',
+)
+# A wrong switch must make a difference of at least this many bounds.
+_CONTROL = 100
 _NEW = 8
 
 forward = jax.jit(transformer.forward, static_argnums=0)
@@ -82,7 +89,7 @@ def save(model: models.Model, built, url: str) -> None:
 
 
 def expected(built, tokens_BT: np.ndarray) -> tuple[np.ndarray, dict]:
-  """Logits, and what goes in and out of modules, by site."""
+  """Logits, and the inputs and outputs of modules by site."""
   recorded, handles = {}, []
 
   def keep(name, array):
@@ -98,7 +105,7 @@ def expected(built, tokens_BT: np.ndarray) -> tuple[np.ndarray, dict]:
     )
 
   for name, module in built.named_modules():
-    # Outputs by the very name of the module, inputs by TransformerLens'.
+    # Outputs go by the name of the module, inputs by that of TransformerLens.
     if _is_site(name):
       handles.append(module.register_forward_hook(keep_output(name)))
     hook = _input_site(built, name)
@@ -117,13 +124,13 @@ def _is_site(module: str) -> bool:
   try:
     capture.parse_site(module)
   except errors_lib.UserError:
-    # Its meaning hangs on the family.
+    # What this module is depends on the family.
     return module.endswith('post_attention_layernorm')
   return True
 
 
 def _input_site(built, module: str) -> str | None:
-  """TransformerLens' name of what goes into a module."""
+  """TransformerLens' name of a module's input, None if it has none."""
   parts = module.split('.')
   block = next((p for p in parts if p.isdigit()), None)
   family = built.config.model_type
@@ -153,10 +160,10 @@ def compare(model: models.Model, url: str) -> dict[str, Any]:
   tokens_BT = models.tokens(model)
   logits, sites = expected(built, tokens_BT)
   config, params, _ = folder.load_params(url)
-  got = np.asarray(forward(config, params, tokens_BT))
-  found = capture_many(config, params, tokens_BT, tuple(sites))
+  ours = np.asarray(forward(config, params, tokens_BT))
+  captured = capture_many(config, params, tokens_BT, tuple(sites))
   errors = {
-    name: float(np.abs(np.asarray(found[name]) - value).max())
+    name: float(np.abs(np.asarray(captured[name]) - value).max())
     for name, value in sites.items()
   }
   controls = {}
@@ -176,7 +183,7 @@ def compare(model: models.Model, url: str) -> dict[str, Any]:
     pad_token_id=0,
   ).numpy()[:, tokens_BT.shape[1] :]
   return {
-    'logits': float(np.abs(got - logits).max()),
+    'logits': float(np.abs(ours - logits).max()),
     'largest_logit': float(np.abs(logits).max()),
     'sites': len(errors),
     'worst_site': worst,
@@ -189,7 +196,7 @@ def compare(model: models.Model, url: str) -> dict[str, Any]:
   }
 
 
-# What config.json says beside the shape of the model.
+# Keys of config.json that do not describe the model.
 _BESIDE = {
   *('architectures', 'attention_dropout', 'attn_pdrop', 'bos_token_id'),
   *('classifier_dropout', 'dtype', 'embd_pdrop', 'eos_token_id'),
@@ -200,7 +207,7 @@ _BESIDE = {
 
 
 def golden(built, url: str, logits, sites) -> dict[str, Any]:
-  """What a test needs to write the model, and some numbers of it."""
+  """What a test needs to write the model, and a sample of its numbers."""
   settings = json.loads((pathlib.Path(url) / 'config.json').read_text())
   tensors = {}
   for name, parameter in built.named_parameters():
@@ -217,10 +224,12 @@ def golden(built, url: str, logits, sites) -> dict[str, Any]:
       and not name.startswith(('_', 'summary_'))
     },
     'tensors': tensors,
-    'logits': models.some(logits),
+    'logits': models.sample(logits),
     'sites': {
       # Learned positions come without the sequences.
-      name: models.some(np.broadcast_to(value, (len(logits), *value.shape[1:])))
+      name: models.sample(
+        np.broadcast_to(value, (len(logits), *value.shape[1:]))
+      )
       for name, value in sites.items()
       if _is_kept(name)
     },
@@ -241,14 +250,14 @@ def main(argv):
     f'{"model":<42}{"files":>5}{"|logit|":>8}{"logits":>9}{"sites":>6}'
     f'{"worst":>9}{"control":>9}{"drawn":>7}  worst site, least control'
   )
-  missed, kept = 0, {}
+  missed, golden_numbers = 0, {}
   for model in models.models():
     if _ONLY.value not in model.name:
       continue
     with tempfile.TemporaryDirectory() as url:
       row = compare(model, url)
     if model.golden:
-      kept[model.name] = row['golden']
+      golden_numbers[model.name] = row['golden']
     bad = (
       max(row['logits'], row['site_error']) > _BOUND.value
       or row['control'] < _CONTROL * _BOUND.value
@@ -270,7 +279,7 @@ def main(argv):
       'transformers': transformers.__version__,
       'numpy': np.__version__,
     }
-    record = {'made_with': made_with, 'models': kept}
+    record = {'made_with': made_with, 'models': golden_numbers}
     pathlib.Path(_GOLDEN.value).write_text(
       json.dumps(record, separators=(',', ':')) + '\n'
     )

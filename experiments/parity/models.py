@@ -250,7 +250,7 @@ def tokens(model: Model, n_sequences: int = 2, n_positions: int = 40):
   )
 
 
-def some(x: np.ndarray) -> list[float]:
+def sample(x: np.ndarray) -> list[float]:
   """Six numbers from all over an array."""
   flat = np.asarray(x).reshape(-1)
   places = (np.linspace(0.06, 0.99, 6) * flat.size).astype(int)
@@ -260,37 +260,37 @@ def some(x: np.ndarray) -> list[float]:
 def defects(
   config: transformer.TransformerConfig,
 ) -> dict[str, dict[str, Any]]:
-  """Switches of this model, each set wrong: the controls."""
+  """Changes that each set one switch of this model wrong: the controls."""
   other = {'silu': 'gelu', 'gelu': 'silu', 'gelu_tanh': 'silu', 'relu': 'gelu'}
-  found = {'activation': {'activation': other[config.activation]}}
+  changes = {'activation': {'activation': other[config.activation]}}
   if not config.n_positions:
-    found['rope_base'] = {'rope_base': 1.5 * config.rope_base}
+    changes['rope_base'] = {'rope_base': 1.5 * config.rope_base}
     if config.rotary_dim not in (0, config.d_head):
-      found['rotary_dim'] = {'rotary_dim': 0}
+      changes['rotary_dim'] = {'rotary_dim': 0}
     if config.rope_scaling is not None:
-      found['rope_scaling'] = {'rope_scaling': None}
+      changes['rope_scaling'] = {'rope_scaling': None}
     if config.local_rope_base:
-      found['local_rope_base'] = {'local_rope_base': 0.0}
+      changes['local_rope_base'] = {'local_rope_base': 0.0}
   if config.windows:
-    found['windows'] = {'windows': ()}
+    changes['windows'] = {'windows': ()}
     longer = tuple(w + 1 if w else 0 for w in config.windows)
-    found['windows + 1'] = {'windows': longer}
+    changes['windows + 1'] = {'windows': longer}
   if config.attn_scale:
-    found['attn_scale'] = {'attn_scale': 0.0}
+    changes['attn_scale'] = {'attn_scale': 0.0}
   if config.attn_scale_by_block:
-    found['attn_scale_by_block'] = {'attn_scale_by_block': False}
+    changes['attn_scale_by_block'] = {'attn_scale_by_block': False}
   for name in ('attn_softcap', 'final_softcap'):
     if getattr(config, name):
-      found[name] = {name: 0.0}
+      changes[name] = {name: 0.0}
   if config.embed_scale != 1:
-    found['embed_scale'] = {'embed_scale': 1.0}
+    changes['embed_scale'] = {'embed_scale': 1.0}
   if config.norm == 'layer':
-    found['parallel'] = {'parallel': not config.parallel}
-    found['norm'] = {'norm': 'rms'}
+    changes['parallel'] = {'parallel': not config.parallel}
+    changes['norm'] = {'norm': 'rms'}
   if config.qk_norm:
-    found['qk_norm'] = {'qk_norm': False}
+    changes['qk_norm'] = {'qk_norm': False}
   if config.post_norms:
-    found['post_norms'] = {'post_norms': False}
+    changes['post_norms'] = {'post_norms': False}
   if not config.windows and config.n_kv_heads < config.n_heads:
-    found['windows'] = {'windows': (20,) * config.n_layers}
-  return found
+    changes['windows'] = {'windows': (20,) * config.n_layers}
+  return changes

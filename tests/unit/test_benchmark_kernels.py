@@ -7,7 +7,7 @@ import pytest
 
 from experiments.kernels import costs as costs_lib
 from experiments.kernels import estimate, table
-from experiments.kernels.estimate import Found
+from experiments.kernels.estimate import Estimate
 from sae_jax.ops.shapes import SHAPES
 from sae_jax.tpu.chips import CHIPS
 
@@ -32,7 +32,8 @@ def made_up(jobs, cycles=lambda job: 1000, error=''):
       'select_units': 'select',
       'row_copies': 'gather_sum',
     }.get(name, name)
-    return Found({f'{name}.1': cycles(job)}, SIZES.get(job.program, {}), error)
+    sizes = SIZES.get(job.program, {})
+    return Estimate({f'{name}.1': cycles(job)}, sizes, error)
 
   return {job: one(job) for job in jobs}
 

@@ -44,12 +44,12 @@ def test_logits_and_sites_equal_transformers(name, tmp_path):
     loaded.config, loaded.params, tokens_BT, record['sites']
   )
   np.testing.assert_allclose(
-    models.some(logits_BTV), record['logits'], rtol=0, atol=BOUND
+    models.sample(logits_BTV), record['logits'], rtol=0, atol=BOUND
   )
   assert len(record['sites']) > 12
   for site, expected in record['sites'].items():
     np.testing.assert_allclose(
-      models.some(by_site[site]),
+      models.sample(by_site[site]),
       expected,
       rtol=0,
       atol=BOUND,
@@ -80,7 +80,7 @@ def test_a_wrong_switch_is_seen(name, tmp_path):
     hf_folder.tokens(record),
     (),
   )
-  wrong = np.subtract(models.some(logits_BTV), record['logits'])
+  wrong = np.subtract(models.sample(logits_BTV), record['logits'])
   assert np.abs(wrong).max() > 20 * BOUND
 
 
@@ -101,7 +101,7 @@ def test_a_tensor_read_wrongly_is_seen(defect, tmp_path, monkeypatch):
     )
   config, params, _ = folder.load_params(hf_folder.write(tmp_path, record))
   logits_BTV, _ = run_all(config, params, hf_folder.tokens(record), ())
-  wrong = np.subtract(models.some(logits_BTV), record['logits'])
+  wrong = np.subtract(models.sample(logits_BTV), record['logits'])
   assert np.abs(wrong).max() > 0.1
 
 
