@@ -25,15 +25,26 @@ from sae_jax.training.config import TrainConfig
 class DeadLatentsConfig(config_lib.Config):
   """The budget of the experiment."""
 
-  n_tokens: int = config_lib.option(20_000_000, 'tokens of training', least=1)
-  n_latents: int = config_lib.option(8192, 'latents, N', least=1)
-  k: int = config_lib.option(32, 'active latents per token, K', least=1)
-  batch_size: int = config_lib.option(4096, 'tokens of a step', least=1)
-  window: int = config_lib.option(
-    1_000_000, 'a latent silent for so many tokens counts as dead', least=1
+  n_tokens: int = config_lib.option(
+    20_000_000, 'number of tokens of training', least=1
   )
-  learning_rate: float = config_lib.option(0.0, '0 for 2e-4 sqrt(2^14 / n)')
-  seed: int = config_lib.option(0, 'of weights and order')
+  n_latents: int = config_lib.option(8192, 'number of latents, N', least=1)
+  k: int = config_lib.option(
+    32, 'number of active latents of a token, K', least=1
+  )
+  batch_size: int = config_lib.option(
+    4096, 'number of tokens in a step', least=1
+  )
+  window: int = config_lib.option(
+    1_000_000,
+    'number of tokens after which a latent that was active for none of them '
+    'counts as dead',
+    least=1,
+  )
+  learning_rate: float = config_lib.option(
+    0.0, 'learning rate; 0 for 2e-4 sqrt(2^14 / n_latents)'
+  )
+  seed: int = config_lib.option(0, 'seed of weights and order')
 
 
 def configs(config: DeadLatentsConfig) -> dict[str, TrainConfig]:

@@ -21,17 +21,23 @@ from sae_jax import config as config_lib
 class LearningRateConfig(config_lib.Config):
   """The budget of the experiment."""
 
-  n_tokens: int = config_lib.option(1_000_000, 'tokens of each run', least=1)
+  n_tokens: int = config_lib.option(
+    1_000_000, 'number of tokens of each run', least=1
+  )
   n_latents: tuple[str, ...] = config_lib.option(
-    ('2048', '8192'), 'sizes, each four times the one before'
+    ('2048', '8192'), 'numbers of latents, each four times the one before'
   )
   rates: tuple[str, ...] = config_lib.option(
     ('1.6e-2', '8e-3', '4e-3', '2e-3', '1e-3', '5e-4'),
-    'learning rates, in factors of two',
+    'learning rates to try, in factors of two',
   )
-  k: int = config_lib.option(32, 'active latents per token, K', least=1)
-  batch_size: int = config_lib.option(2048, 'tokens of a step', least=1)
-  seed: int = config_lib.option(0, 'of weights and order')
+  k: int = config_lib.option(
+    32, 'number of active latents of a token, K', least=1
+  )
+  batch_size: int = config_lib.option(
+    2048, 'number of tokens in a step', least=1
+  )
+  seed: int = config_lib.option(0, 'seed of weights and order')
 
 
 def measure(config: LearningRateConfig, store: str, workdir: str) -> dict:

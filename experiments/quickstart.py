@@ -18,16 +18,18 @@ from sae_jax.cli import flags
 class QuickstartConfig(sae_jax.Config):
   """The budget of the demo."""
 
-  n_tokens: int = sae_jax.option(100_000, 'activations to harvest')
-  n_latents: int = sae_jax.option(4096, 'latents of the autoencoder, N')
-  k: int = sae_jax.option(32, 'active latents per token, K')
-  steps: int = sae_jax.option(1000, 'training steps')
-  batch_size: int = sae_jax.option(1024, 'tokens per step')
-  task_prompts: int = sae_jax.option(200, 'prompts of each probe task')
-  downstream_tokens: int = sae_jax.option(
-    4096, 'held-out tokens that reconstructions are spliced into'
+  n_tokens: int = sae_jax.option(100_000, 'number of activations to harvest')
+  n_latents: int = sae_jax.option(4096, 'number of latents, N')
+  k: int = sae_jax.option(32, 'number of active latents of a token, K')
+  steps: int = sae_jax.option(1000, 'number of training steps')
+  batch_size: int = sae_jax.option(1024, 'number of tokens in a training step')
+  task_prompts: int = sae_jax.option(
+    200, 'number of prompts of each probe task'
   )
-  seed: int = sae_jax.option(0, 'of text, weights and order')
+  downstream_tokens: int = sae_jax.option(
+    4096, 'number of held-out tokens on which delta CE and KL are measured'
+  )
+  seed: int = sae_jax.option(0, 'seed of text, weights and order')
 
 
 def stages(
@@ -98,7 +100,9 @@ def quickstart(config: QuickstartConfig, workdir: str) -> dict:
 def main() -> None:
   """Entry point."""
   flags.define(QuickstartConfig)
-  flags.define_url('workdir', 'where everything of the demo goes')
+  flags.define_url(
+    'workdir', 'folder for the store, the run, its evaluation and the page'
+  )
   flags.run(
     lambda: quickstart(flags.read(QuickstartConfig), flags.url('workdir')),
     __doc__,

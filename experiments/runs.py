@@ -28,9 +28,9 @@ def run_experiment(
     description: what --help says first.
   """
   flags.define(kind)
-  flags.define_url('store', 'a finished store of activations')
+  flags.define_url('store', 'finished store of activations to train on')
   flags.define_url(
-    'workdir', 'where the runs go; they resume if they are there'
+    'workdir', 'folder for the runs; runs that are there are resumed'
   )
 
   def work():

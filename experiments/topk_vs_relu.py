@@ -28,16 +28,20 @@ from sae_jax import config as config_lib
 class TopkVsReluConfig(config_lib.Config):
   """The budget of the experiment."""
 
-  n_tokens: int = config_lib.option(500_000, 'tokens of each run', least=1)
-  n_latents: int = config_lib.option(4096, 'latents, N', least=1)
-  seeds: int = config_lib.option(3, 'seeds, from 0 on', least=2)
+  n_tokens: int = config_lib.option(
+    500_000, 'number of tokens of each run', least=1
+  )
+  n_latents: int = config_lib.option(4096, 'number of latents, N', least=1)
+  seeds: int = config_lib.option(3, 'number of seeds, from 0 on', least=2)
   weights: tuple[str, ...] = config_lib.option(
-    ('0.1', '0.15'), "ReLU's L1 penalties"
+    ('0.1', '0.15'), "weights of ReLU's L1 penalty to try"
   )
   rates: tuple[str, ...] = config_lib.option(
     ('4e-3', '2e-3', '1e-3'), 'learning rates to choose from'
   )
-  batch_size: int = config_lib.option(2048, 'tokens of a step', least=1)
+  batch_size: int = config_lib.option(
+    2048, 'number of tokens in a step', least=1
+  )
 
 
 def measure(config: TopkVsReluConfig, store: str, workdir: str) -> dict:

@@ -28,14 +28,14 @@ def option(
   sizes_store: bool = False,
   speed_only: bool = False,
 ) -> Any:
-  """A dataclass field with a default, a help text and what is allowed.
+  """A dataclass field with a default, a help text and allowed values.
 
   Args:
     default: the field's default.
-    help: what the flag's help says.
+    help: the flag's help text, which must be clear without the flag's name.
     choices: all values that are allowed; empty for any.
-    least: the least number allowed.
-    most: the greatest number allowed.
+    least: the least number that is allowed.
+    most: the greatest number that is allowed.
     may_change: role of a training field that may differ when a run is resumed.
     shared: role of a training field that is the same in all runs that are
       trained on one reading of the data.
@@ -62,7 +62,7 @@ class Config:
   """Base of all configs: checks its own values when it is made.
 
   Raises:
-    UserError: where a field's value is not allowed, naming what is.
+    UserError: if a field's value is not allowed; it names those that are.
   """
 
   def __post_init__(self):

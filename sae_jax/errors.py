@@ -11,5 +11,5 @@ class DefectError(ValueError):
 
 def reason(error: BaseException) -> str:
   """The first line of an error, without the dump that TensorStore appends."""
-  said = str(error).partition('\n')[0].partition(' [')[0]
-  return said or type(error).__name__
+  line = str(error).partition('\n')[0].partition(' [')[0]
+  return line or type(error).__name__

@@ -1,4 +1,4 @@
-"""Devices: the mesh ("data", "latent") and where every array lies on it."""
+"""The mesh ("data", "latent") of devices and the sharding of every array."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -42,13 +42,13 @@ def make_mesh(
 ) -> Mesh:
   """A mesh with axes ("data", "latent").
 
-  Over several slices of a pod the data axis goes across them, where links are
-  slow: the latents' exchange, at every token, stays inside a slice.
+  If there are several slices, the data axis goes across them: links between
+  slices are slow, and the latents exchange values for every token.
 
   Args:
-    data: shards of the batch; 0 takes all devices that latent leaves.
-    latent: shards of the latents.
-    devices: to use; None for all.
+    data: number of shards of the batch; 0 for all devices that latent leaves.
+    latent: number of shards of the latents.
+    devices: devices to use; None for all.
 
   Raises:
     UserError: if the product is not the number of devices, or the latents of
@@ -99,16 +99,16 @@ def check_divides(name: str, value: int, mesh: Mesh, axis: str) -> None:
 def start_processes(
   coordinator: str, num_processes: int = 0, process_id: int = -1
 ) -> None:
-  """Joins this process with the others of the run; before any use of JAX.
+  """Joins this process with the others of the run. Call it before using JAX.
 
   Args:
     coordinator: '' for a run of one process, 'auto' where JAX finds the others
       by itself (TPU slices, GKE, Slurm), or the first process's host:port.
-    num_processes: how many there are, with host:port.
-    process_id: which one this is, from 0, with host:port.
+    num_processes: number of processes, with host:port.
+    process_id: number of this process, from 0, with host:port.
 
   Raises:
-    UserError: if the numbers do not fit, or nothing is found by 'auto'.
+    UserError: if the numbers do not fit, or 'auto' finds no cluster.
   """
   if not coordinator:
     return
@@ -130,7 +130,7 @@ def start_processes(
 
 
 def log_devices(workdir: str) -> None:
-  """Logs what this process is: its index, its devices and the workdir."""
+  """Logs this process's index, its devices and the workdir."""
   logging.info(
     'process %d of %d, %d local of %d %s devices, workdir %s',
     jax.process_index(),

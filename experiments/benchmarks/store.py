@@ -47,13 +47,17 @@ class BenchmarkConfig(config_lib.Config):
   """The store that is read, and the run that reads it."""
 
   gib: float = config_lib.option(4.0, 'size of the stored activations, GiB')
-  d: int = config_lib.option(576, 'activation width, D', least=1)
+  d: int = config_lib.option(576, 'width of the activations, D', least=1)
   dtype: str = config_lib.option(
     'float32', 'dtype of the stored activations', ('float32', 'bfloat16')
   )
-  chunk_rows: int = config_lib.option(1024, 'rows of the smallest read')
-  shard_rows: int = config_lib.option(65_536, 'rows of a stored object')
-  batch: int = config_lib.option(2048, 'rows of a batch', least=1)
+  chunk_rows: int = config_lib.option(
+    1024, 'number of rows in a chunk, the smallest piece that is read'
+  )
+  shard_rows: int = config_lib.option(
+    65_536, 'number of rows in a shard, a stored object'
+  )
+  batch: int = config_lib.option(2048, 'number of rows in a batch', least=1)
   window_chunks: int = config_lib.option(
     64, 'chunks whose rows are mixed', least=1
   )
@@ -61,10 +65,12 @@ class BenchmarkConfig(config_lib.Config):
     5, 'times that each way of reading is measured', least=1
   )
   n: int = config_lib.option(
-    4096, 'latents of the autoencoder that is trained, N', least=1
+    4096, 'number of latents of the autoencoder that is trained, N', least=1
   )
-  k: int = config_lib.option(32, 'active latents of a token, K', least=1)
-  steps: int = config_lib.option(200, 'training steps', least=2)
+  k: int = config_lib.option(
+    32, 'number of active latents of a token, K', least=1
+  )
+  steps: int = config_lib.option(200, 'number of training steps', least=2)
 
 
 def make(config: BenchmarkConfig, url: str) -> store.Store:

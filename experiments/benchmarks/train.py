@@ -35,11 +35,13 @@ _WARM_UP = 2
 class BenchmarkConfig(config_lib.Config):
   """The shape that is timed."""
 
-  d: int = config_lib.option(768, 'activation width, D', least=1)
-  n: int = config_lib.option(32_768, 'latents, N', least=1)
-  k: int = config_lib.option(32, 'active latents of a token, K', least=1)
-  batch: int = config_lib.option(4096, 'tokens of a step, B', least=1)
-  steps: int = config_lib.option(8, 'steps that are timed', least=1)
+  d: int = config_lib.option(768, 'width of the activations, D', least=1)
+  n: int = config_lib.option(32_768, 'number of latents, N', least=1)
+  k: int = config_lib.option(
+    32, 'number of active latents of a token, K', least=1
+  )
+  batch: int = config_lib.option(4096, 'number of tokens in a step, B', least=1)
+  steps: int = config_lib.option(8, 'number of steps that are timed', least=1)
 
 
 def _seconds(run, *args, times: int) -> list[float]:

@@ -19,9 +19,13 @@ MATMULS = ('auto', 'float32', 'bfloat16')
 class SaeConfig(config_lib.Config):
   """What an autoencoder is, apart from its weights."""
 
-  d_model: int = config_lib.option(0, 'width of the activations, D', least=0)
+  d_model: int = config_lib.option(
+    0, 'width of the activations, D; 0 for the width of the store', least=0
+  )
   n_latents: int = config_lib.option(4096, 'number of latents, N', least=1)
-  k: int = config_lib.option(32, 'active latents per token, K', least=1)
+  k: int = config_lib.option(
+    32, 'number of active latents of a token, K', least=1
+  )
   activation: str = config_lib.option(
     nonlinearity.NAMES[0],
     "the encoder's nonlinearity. "
@@ -32,21 +36,23 @@ class SaeConfig(config_lib.Config):
   )
   preprocessing: str = config_lib.option(
     'center_unit_norm',
-    'of each activation before encoding: its own mean removed and unit norm '
-    '(center_unit_norm), its own mean and unbiased std (layer_norm), the '
-    "dataset's mean and scale (dataset), or none",
+    'change of each activation before it is encoded: subtract its own mean and'
+    ' scale it to unit norm (center_unit_norm) or to unit standard deviation '
+    "(layer_norm); subtract the dataset's mean and divide by its scale "
+    '(dataset); or none',
     PREPROCESSING,
   )
   matmul: str = config_lib.option(
     'auto',
-    'of dense products: float32, bfloat16 (sums stay float32; parameters and '
-    "Adam's moments are float32 always), or auto: bfloat16 on a TPU",
+    'type that factors of dense products are rounded to: float32, bfloat16, or'
+    ' auto for bfloat16 on a TPU and float32 elsewhere. Sums, parameters and '
+    "Adam's moments are always float32",
     MATMULS,
   )
   encoder_init: str = config_lib.option(
     'transposed',
-    "first encoder: the decoder's transpose, or drawn apart from it "
-    '(independent), which leaves more latents dead',
+    'initial encoder: the transpose of the decoder (transposed), or drawn '
+    'independently of it, which leaves more latents dead',
     ('transposed', 'independent'),
   )
 

@@ -46,25 +46,26 @@ class BrowseConfig(config_lib.Config):
   )
   features_per_shard: int = config_lib.option(
     64,
-    'latents in a data file; the view of a latent fetches one file',
+    "number of latents in a data file; a latent's view fetches one file",
     least=1,
     most=100_000,
   )
   activation_digits: int = config_lib.option(
     4,
-    'significant digits of the activations in examples',
+    'number of significant digits of the activations in examples',
     least=1,
     most=100_000,
   )
   label_tokens: int = config_lib.option(
     5,
-    'top tokens and top votes of each latent in the list and the search',
+    'number of top tokens and of top votes that label a latent in the list and'
+    ' the search',
     least=1,
     most=100_000,
   )
   preview_tokens: int = config_lib.option(
     12,
-    "tokens of each latent's best example in the list",
+    "number of tokens that the list shows of each latent's best example",
     least=1,
     most=100_000,
   )

@@ -1,4 +1,4 @@
-"""Which devices JAX looks for, where it would look for one that isn't there."""
+"""Keeps JAX from looking for a TPU that is not there."""
 
 import glob
 from importlib import metadata, util
@@ -8,7 +8,7 @@ import pathlib
 import jax
 
 _GOOGLE = '0x1ae0'
-# PCI classes of what Google's virtual machines have else: disks, networks.
+# PCI classes of other devices of Google's virtual machines: disks, networks.
 _OTHER_CLASSES = ('0x01', '0x02')
 
 
@@ -24,8 +24,8 @@ def _is_tpu(device: pathlib.Path) -> bool:
 def has_tpu(root: str = '/') -> bool:
   """Whether this machine has a TPU, by its device files or on its PCI bus.
 
-  A chip that is newer than this code counts: it needs no list of chips. In
-  doubt the answer is yes, since JAX then looks for itself.
+  It needs no list of chips, so newer ones count too. In doubt the answer is
+  yes, and JAX looks for itself.
 
   Args:
     root: the folder that holds dev/ and sys/.
@@ -38,7 +38,7 @@ def has_tpu(root: str = '/') -> bool:
 
 
 def _has_plugin() -> bool:
-  """Whether JAX has a plugin, as those for GPUs are."""
+  """Whether JAX has a plugin for other devices, such as GPUs."""
   return (
     util.find_spec('jax_plugins') is not None
     or bool(metadata.entry_points(group='jax_plugins'))
@@ -47,13 +47,13 @@ def _has_plugin() -> bool:
 
 
 def skip_absent_tpu(root: str = '/') -> None:
-  """Has JAX take the CPU where libtpu is installed and no TPU is there.
+  """Makes JAX take the CPU if libtpu is installed but there is no TPU.
 
-  libtpu is `sae-plan`'s compiler, and JAX starts it as a TPU wherever it is
-  installed: that fails in a page of errors, and then JAX takes the CPU. The
-  choice stays JAX's where the user has made one (JAX_PLATFORMS,
-  JAX_FORCE_TPU_INIT), where a TPU is there, and where there is a plugin for
-  other devices. To be called before JAX has its devices.
+  libtpu is `sae-plan`'s compiler. Wherever it is installed JAX tries to start a
+  TPU with it, which fails in a page of errors before JAX takes the CPU. Nothing
+  changes if the user has chosen (JAX_PLATFORMS, JAX_FORCE_TPU_INIT), if there
+  is a TPU, or if JAX has a plugin for other devices. Call it before JAX has its
+  devices.
 
   Args:
     root: see `has_tpu`.

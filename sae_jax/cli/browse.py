@@ -7,8 +7,8 @@ from sae_jax.cli import flags
 def define() -> None:
   """Defines this binary's flags."""
   flags.define(index.BrowseConfig)
-  flags.define_url('probe', 'the workdir of sae-probe')
-  flags.define_url('workdir', 'the folder that the page is written to')
+  flags.define_url('probe', 'workdir of the sae-probe run to show')
+  flags.define_url('workdir', 'folder to which the page is written')
 
 
 def work() -> None:

@@ -18,8 +18,8 @@ from sae_jax.storage import url as url_lib
 _Config = TypeVar('_Config')
 _USER_ERROR = 2
 _urls: list[str] = []
-# What Orbax warns of at every checkpoint that is not in OCDBT, as those in
-# buckets are not; where data is absent, reading raises.
+# Warnings of Orbax at every checkpoint that is not in OCDBT, as in buckets. None
+# is needed: if data is absent, reading raises.
 _FALSE_ALARMS = ('Skipping merge of OCDBT', 'TensorStore data files not found')
 _HELP = {'--help', '-help', '-h', '--helpshort', '--helpfull'}
 
@@ -57,7 +57,7 @@ class _IntegerParser(flags.IntegerParser):
       raise ValueError(
         f'{argument!r} is not an integer: write 131072, 1_000_000 or 10e9'
       )
-    # Before int(), to which 1e999999999 is a billion digits.
+    # Checked before int(), which would write 1e999999999 in a billion digits.
     if not -(2**63) <= value < 2**63:
       raise ValueError(f'{argument!r} does not fit into 64 bits')
     return int(value)
@@ -77,7 +77,7 @@ def define_integer(name: str, default: int, text: str) -> None:
 def define_url(name: str, text: str) -> None:
   """Defines a required flag for a local path or the URL of a bucket."""
   _urls.append(name)
-  flags.DEFINE_string(name, None, f'{text}, {url_lib.kinds()}', required=True)
+  flags.DEFINE_string(name, None, f'{text} ({url_lib.kinds()})', required=True)
 
 
 def define_processes() -> None:
@@ -85,19 +85,28 @@ def define_processes() -> None:
   flags.DEFINE_string(
     'coordinator',
     '',
-    "of a run on many hosts: 'auto' on a TPU slice, or the first process's "
-    'host:port',
+    "how the processes of a run on many hosts find each other: 'auto' on a TPU"
+    ' slice, otherwise host:port of the first process; empty for a run of one '
+    'process',
   )
-  define_integer('num_processes', 0, 'with --coordinator=host:port')
-  define_integer('process_id', -1, 'with --coordinator=host:port')
+  define_integer(
+    'num_processes',
+    0,
+    'number of processes of the run, with --coordinator=host:port',
+  )
+  define_integer(
+    'process_id',
+    -1,
+    'number of this process, from 0, with --coordinator=host:port',
+  )
 
 
 def help_text() -> str:
   """All flags of this program with their help; not those of libraries."""
   values, program = flags.FLAGS, sys.argv[0]
-  for module, found in values.flags_by_module_dict().items():
+  for module, defined in values.flags_by_module_dict().items():
     if module.partition('.')[0] == __name__.partition('.')[0]:
-      for flag in found:
+      for flag in defined:
         values.register_key_flag_for_module(program, flag)
   return values.main_module_help()
 
@@ -192,11 +201,11 @@ def run(main: Callable[[], Any], description: str) -> None:
 
 
 def _own_or_important(record: python_logging.LogRecord) -> bool:
-  """Libraries' INFO lines are left out; ours and all warnings are shown."""
+  """Whether a record is shown: all warnings, but INFO only if it is ours."""
   own = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
   if any(alarm in str(record.msg) for alarm in _FALSE_ALARMS):
     return False
-  # Orbax tells its exceptions, several times, and raises them too.
+  # Orbax logs its exceptions, several times, and raises them too.
   if record.exc_info and 'orbax' in record.pathname and not flags.FLAGS.debug:
     return False
   return record.levelno >= python_logging.WARNING or (

@@ -12,17 +12,23 @@ from sae_jax.store import layout
 def define() -> None:
   """Defines this binary's flags."""
   flags.define(HarvestConfig)
-  flags.define_url('store', 'where the activations are written')
+  flags.define_url('store', 'folder to which the activations are written')
   flags.define_integer(
-    'process_index', 0, 'which of the processes that make this store it is'
+    'process_index',
+    0,
+    'number of this process, from 0, if several processes harvest one store',
   )
   flags.define_integer(
-    'process_count', 1, 'how many there are, each of which makes its shards'
+    'process_count',
+    1,
+    'number of processes that harvest one store, each of which writes its '
+    'share of the shards',
   )
   absl_flags.DEFINE_bool(
     'verify',
     False,
-    'check every byte of a finished store instead, and name what is damaged',
+    'harvest nothing: check every byte of a finished store and name damaged '
+    'files',
   )
 
 

@@ -9,7 +9,7 @@ _MODES = '/sys/kernel/mm/transparent_hugepage/enabled'
 
 
 def _on_request() -> bool:
-  """Whether the kernel gives huge pages to those who ask."""
+  """Whether the kernel gives huge pages to programs that ask for them."""
   try:
     with open(_MODES) as modes:
       return '[madvise]' in modes.read()
@@ -20,10 +20,10 @@ def _on_request() -> bool:
 def use_huge_pages() -> None:
   """Starts this program again with large allocations on huge pages.
 
-  Every step's temporaries are mapped afresh; on pages of 4 KiB the kernel's
-  part is a third of a training step. glibc asks for huge pages only if it is
-  told to before the program starts. Does nothing where that is done already,
-  where the C library is another, or where a TPU computes.
+  Every step's temporaries are mapped anew, and with pages of 4 KiB that takes a
+  third of a training step. glibc asks for huge pages only if its tunable is set
+  before the program starts. Does nothing if it is set already, if the C library
+  is another, or if the kernel does not give huge pages on request.
   """
   tunables = os.environ.get('GLIBC_TUNABLES', '')
   if (

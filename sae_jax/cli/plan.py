@@ -24,39 +24,53 @@ def define() -> None:
   for short, name in _SHORT.items():
     absl_flags.DEFINE_alias(short, name)
   absl_flags.DEFINE_string(
-    'topology', '', 'the TPU slice to plan for, such as v6e:16x16'
+    'topology', '', 'TPU slice to plan for, such as v6e:16x16; required'
   )
-  flags.define_integer('num_slices', 1, 'number of slices of the topology')
+  flags.define_integer('num_slices', 1, 'number of slices of this topology')
   absl_flags.DEFINE_string(
     'mesh',
     '',
-    'shards of batch and latents, such as 4x64, or auto for the best mesh; '
-    'by default mesh_data and mesh_latent where they are given, else auto',
+    'shards of the batch and of the latents, such as 4x64, or auto for the '
+    'best mesh; if empty, mesh_data and mesh_latent if one of them is given, '
+    'otherwise auto',
   )
   absl_flags.DEFINE_enum(
     'implementation',
     None,
     dispatch.IMPLEMENTATIONS,
-    'implementation of the sparse products; by default that of training',
+    'implementation of the sparse products; if left out, the one that training'
+    ' would choose',
   )
   absl_flags.DEFINE_enum(
-    'dead', 'few', DEAD, 'the dead latents that AuxK is assumed to work on'
+    'dead',
+    'few',
+    DEAD,
+    'number of dead latents that the plan assumes for AuxK: none, few or all',
   )
   flags.define_integer(
     'compiles',
     2,
-    'the most meshes that are compiled, the most promising first; and, where '
-    'the run does not fit, about as many changes to it',
+    'most meshes to compile, the most promising first; if the run does not '
+    'fit, also about the number of changes to it that are compiled',
   )
   flags.define_integer(
-    'tokens', 0, 'tokens of the whole run, for its hours and cost'
+    'tokens',
+    0,
+    'number of tokens of the whole run, for its hours and cost; 0 to leave '
+    'them out',
   )
   absl_flags.DEFINE_float(
-    'price_per_chip_hour', 0.0, 'price of a chip for an hour, for the cost'
+    'price_per_chip_hour',
+    0.0,
+    'price of a chip for an hour, for the cost of the run; 0 to leave it out',
   )
-  absl_flags.DEFINE_string('json', '', 'file for all figures as JSON')
   absl_flags.DEFINE_string(
-    'emit_hlo', '', 'file for the text of the compiled program'
+    'json', '', 'file to which all figures are written as JSON; empty for none'
+  )
+  absl_flags.DEFINE_string(
+    'emit_hlo',
+    '',
+    'file to which the text of the compiled program is written; empty for none',
   )
 
 

@@ -7,9 +7,9 @@ from sae_jax.probing import report
 def define() -> None:
   """Defines this binary's flags."""
   flags.define(report.ProbeConfig)
-  flags.define_url('checkpoint', 'the workdir of sae-train')
-  flags.define_url('store', 'the store of activations it was trained on')
-  flags.define_url('workdir', 'the folder that the results are written to')
+  flags.define_url('checkpoint', 'workdir of the sae-train run to evaluate')
+  flags.define_url('store', 'store of activations that the run was trained on')
+  flags.define_url('workdir', 'folder to which the results are written')
 
 
 def work() -> None:

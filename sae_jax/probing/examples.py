@@ -22,26 +22,39 @@ class FeatureConfig(config_lib.Config):
 
   feature_rows: int = config_lib.option(
     1_000_000,
-    'rows of the store that examples and statistics are taken from',
+    "most rows of the store from which latents' examples and statistics are "
+    'taken',
     least=1,
   )
   top_examples: int = config_lib.option(
-    16, 'highest activations kept of each latent, one per document', least=1
+    16,
+    'number of examples of each latent with its highest activations, at most '
+    'one per document',
+    least=1,
   )
   random_examples: int = config_lib.option(
-    8, 'random positive activations kept of each latent', least=1
+    8,
+    'number of examples of each latent drawn at random among its positive '
+    'activations',
+    least=1,
   )
   window_before: int = config_lib.option(
-    24, 'tokens shown before the token of an example', least=0
+    24, 'number of tokens shown before the token of an example', least=0
   )
   window_after: int = config_lib.option(
-    8, 'tokens shown after the token of an example', least=0
+    8, 'number of tokens shown after the token of an example', least=0
   )
   votes: int = config_lib.option(
-    10, 'tokens that each latent pushes up most, and down most', least=1
+    10,
+    'number of tokens listed whose logits each latent raises most, and as many'
+    ' that it lowers most',
+    least=1,
   )
   neighbours: int = config_lib.option(
-    5, 'latents kept as nearest to each latent by decoder cosine', least=1
+    5,
+    'number of latents listed as nearest to each latent, by the cosine of '
+    'decoder rows',
+    least=1,
   )
 
 

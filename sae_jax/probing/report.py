@@ -35,37 +35,53 @@ class ProbeConfig(config_lib.Config):
 
   features: FeatureConfig = dataclasses.field(default_factory=FeatureConfig)
   subject: str = config_lib.option(
-    '', 'the subject model; empty for the one that the store names'
+    '',
+    'language model that the activations come from, by name or path; empty for'
+    ' the one that the store names',
   )
   average: bool = config_lib.option(
-    True, 'evaluate the moving average of the weights, not the last weights'
+    True,
+    "evaluate the moving average of the weights; otherwise the last step's "
+    'weights',
   )
   eval_rows: int = config_lib.option(
-    1_000_000, 'most held-out rows for NMSE, FVU, L0 and density', least=1
+    1_000_000,
+    'most held-out rows on which NMSE, FVU, L0 and density are measured',
+    least=1,
   )
   batch_rows: int = config_lib.option(
-    4096, 'rows of activations that are evaluated at a time', least=1
+    4096, 'number of rows of activations that are encoded at a time', least=1
   )
   downstream_tokens: int = config_lib.option(
-    4096, 'held-out tokens on which delta CE and KL are measured', least=1
+    4096,
+    'number of held-out tokens on which delta CE and KL are measured',
+    least=1,
   )
   task_names: tuple[str, ...] = config_lib.option(
-    (), 'probe tasks by name; empty for the first n_tasks'
+    (), 'names of probe tasks to use; empty for the first n_tasks'
   )
   n_tasks: int = config_lib.option(
-    4, 'number of probe tasks; 0 for all without a known flaw', least=0
+    4,
+    'number of probe tasks if task_names is empty; 0 for all without a known '
+    'flaw',
+    least=0,
   )
   task_prompts: int = config_lib.option(
-    200, 'prompts of each probe task, an even number', least=4
+    200, 'number of prompts of each probe task, an even number', least=4
   )
   task_chars: int = config_lib.option(
-    100, 'most characters of a prompt of a probe task', least=1
+    100,
+    "most characters of a probe task's prompt; longer prompts are not used",
+    least=1,
   )
   task_tokens: int = config_lib.option(
-    64, 'most tokens that are read of a prompt', least=1
+    64, "most tokens that the subject reads of a probe task's prompt", least=1
   )
   pooling: str = config_lib.option(
-    'mean', "how a prompt's tokens become one vector", pooled.POOLING
+    'mean',
+    "how a prompt's activations become one vector: their mean, or the last "
+    "token's",
+    pooled.POOLING,
   )
   seed: int = config_lib.option(
     0, 'seed of train/test splits, controls, examples and intervals', least=0

@@ -1,1 +1,1 @@
-"""Where runs, stores and models lie: what a URL is."""
+"""Local paths and URLs of buckets: reading, writing and claiming them."""

@@ -1,4 +1,4 @@
-"""Folders that one process has at a time."""
+"""Folders that only one process uses at a time."""
 
 from collections.abc import Iterator
 import contextlib
@@ -11,10 +11,10 @@ from sae_jax.storage import url as url_lib
 
 @contextlib.contextmanager
 def claim(folder: str) -> Iterator[None]:
-  """Keeps a local folder for this process while the context is open.
+  """Locks a local folder for this process while the context is open.
 
-  The kernel lets go of it when the process ends, however it ends. Folders in
-  buckets cannot be kept.
+  The kernel unlocks it when the process ends, however it ends. Folders in
+  buckets cannot be locked: there this does nothing.
 
   Raises:
     UserError: if another process has it.
@@ -23,10 +23,10 @@ def claim(folder: str) -> Iterator[None]:
     yield
     return
   os.makedirs(folder, exist_ok=True)
-  held = os.open(folder, os.O_RDONLY)
+  descriptor = os.open(folder, os.O_RDONLY)
   try:
     try:
-      fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
       raise errors.UserError(
         f'{folder} is in use by another process: '
@@ -34,4 +34,4 @@ def claim(folder: str) -> Iterator[None]:
       ) from None
     yield
   finally:
-    os.close(held)
+    os.close(descriptor)

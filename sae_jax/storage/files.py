@@ -1,4 +1,4 @@
-"""Small files under a URL, whole or absent."""
+"""Small files under a URL: each is written whole or not at all."""
 
 import contextlib
 import os
@@ -23,11 +23,10 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
   path = epath.Path(path)
   if url_lib.is_remote(path):
     try:
-      # It needs no folder, and appears in the bucket when its upload is
-      # complete.
+      # An object needs no folder, and appears when its upload is complete.
       path.write_bytes(data)
     except Exception as error:
-      # Clients of buckets raise what they like, and name another URL.
+      # Clients of buckets raise errors of many types, which name other URLs.
       raise OSError(f'cannot write {path}: {errors.reason(error)}') from error
     return
   path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,10 +35,11 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
     partial.write_bytes(data)
     partial.replace(path)
   except OSError as error:
-    # A full disk needs the room; where nothing can be written none is there.
+    # A full disk needs the room. There may be no such file, if it could not
+    # even be opened.
     with contextlib.suppress(OSError):
       partial.unlink(missing_ok=True)
-    # What a write raises names no file.
+    # An error of a write names no file.
     error.filename = os.fspath(path)
     raise
 
@@ -49,12 +49,12 @@ def write_text(path: epath.PathLike, text: str) -> None:
   write_bytes(path, text.encode())
 
 
-# TensorStore's generation of what is not there.
-_NOTHING = b'\x02'
+# TensorStore's generation of an absent object.
+_ABSENT = b'\x02'
 
 
 def create(files: ts.KvStore, name: str, data: bytes) -> bool:
-  """Writes what is not there yet, in one piece.
+  """Writes an object in one piece unless it is there.
 
   Args:
     files: the store's folder.
@@ -62,17 +62,20 @@ def create(files: ts.KvStore, name: str, data: bytes) -> bool:
     data: its bytes.
 
   Returns:
-    Whether the object holds these bytes now: False if it has others, which
-    stay as they are.
+    Whether the object holds these bytes now: False if it held others, which
+    are left as they are.
 
   Raises:
     ValueError: if it cannot be written.
   """
-  if files.write(name, data, if_equal=_NOTHING).result().generation:
+  if files.write(name, data, if_equal=_ABSENT).result().generation:
     return True
-  # Ours, if an answer was lost, or another's who does the same work.
-  there = files.read(name).result()
-  if there.state == 'missing':
-    # TensorStore takes S3's 404 for that of an object.
-    raise ValueError(f'{name} is not written and not there: is the bucket?')
-  return there.value == data
+  # It may be ours, if the server's answer was lost, or that of another process
+  # that does the same work.
+  stored = files.read(name).result()
+  if stored.state == 'missing':
+    # TensorStore takes S3's 404 of a bucket for that of an object.
+    raise ValueError(
+      f'{name} was not written and is not there: check that the bucket exists'
+    )
+  return stored.value == data

@@ -1,4 +1,4 @@
-"""Orbax on every kind of storage: what it must be told of a URL."""
+"""Orbax on every kind of storage: its settings for a URL."""
 
 import functools
 import os
@@ -17,24 +17,24 @@ def context(url: str) -> v1.Context:
   """Orbax's settings for checkpoints under a URL.
 
   Raises:
-    UserError: if the URL is of no kind that is known, or of no bucket.
+    UserError: if the URL's kind is not known, or its bucket does not exist.
   """
   _prepare(url)
-  made = v1.Context()
+  settings = v1.Context()
   if url_lib.is_remote(url):
-    # In a bucket a transaction on OCDBT takes its own write, if the answer was
-    # lost, for another's, and the checkpoint fails with ALREADY_EXISTS.
-    made.array.saving.use_ocdbt = False
-    # Nothing is renamed there: a file that is written last says it is whole.
-    made.atomicity.mode = v1.options.AtomicityMode.COMMIT_FILE
-  return made
+    # If a bucket's answer to a write is lost, a transaction on OCDBT takes its
+    # own write for another's, and the checkpoint fails with ALREADY_EXISTS.
+    settings.array.saving.use_ocdbt = False
+    # Buckets cannot rename: a file that is written last marks it as whole.
+    settings.atomicity.mode = v1.options.AtomicityMode.COMMIT_FILE
+  return settings
 
 
 def standard_checkpointer(url: str) -> ocp.StandardCheckpointer:
   """A checkpointer of single trees under a URL, with the same settings.
 
   Raises:
-    UserError: if the URL is of no kind that is known, or of no bucket.
+    UserError: if the URL's kind is not known, or its bucket does not exist.
   """
   _prepare(url)
   if not url_lib.is_remote(url):
@@ -49,7 +49,7 @@ def standard_checkpointer(url: str) -> ocp.StandardCheckpointer:
 def _prepare(url: str) -> None:
   _add_backends()
   if url_lib.backend(url).makes_buckets:
-    # What is misspelt is no wish for another bucket.
+    # A misspelt URL must not make another bucket.
     bucket = url_lib.bucket(url)
     if not epath.Path(bucket).exists():
       raise errors.UserError(
@@ -62,8 +62,8 @@ def _prepare(url: str) -> None:
 def _add_backends() -> None:
   """Makes Orbax open arrays on storage that it does not know.
 
-  Of `s3://bucket/folder` its own function makes the local file
-  `s3:/bucket/folder`. It has no setting for that.
+  Its own function turns `s3://bucket/folder` into the local path
+  `s3:/bucket/folder`, and no setting changes that.
   """
   plain = tensorstore_utils.build_kvstore_tspec
 

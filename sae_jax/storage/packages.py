@@ -7,15 +7,15 @@ from sae_jax import errors
 
 
 def folder(package: str, requirement: str, user: str) -> pathlib.Path:
-  """Where a package's files lie; the package is not imported.
+  """The folder of a package's files, found without importing the package.
 
-  Those that hold data alone import what is not needed here: one would compile
+  Data packages import modules that are not needed here; one needs a compiled
   llama.cpp.
 
   Args:
     package: its name in Python.
     requirement: its name for pip, with a version.
-    user: what needs it, for the error.
+    user: name of the thing that needs it, for the error message.
 
   Raises:
     UserError: if it is not installed.

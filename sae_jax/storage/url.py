@@ -1,4 +1,4 @@
-"""What a URL is. Each kind of storage is an entry of `BACKENDS`.
+"""URLs and kinds of storage, of which each is an entry of `BACKENDS`.
 
 A URL without a scheme is a local path. Only this file looks at schemes.
 """
@@ -29,21 +29,22 @@ def _s3_spec(place: str) -> dict[str, Any]:
     'driver': 's3',
     'bucket': bucket,
     'path': _as_folder(path),
-    # Else TensorStore asks first and writes then where the server is not
+    # Otherwise TensorStore checks and then writes, if the server is not
     # Amazon's, and of two writers the second one wins.
     'use_conditional_write': True,
   }
   environment = os.environ.get
-  # What botocore reads; TensorStore does not.
+  # Variables that botocore reads and TensorStore does not.
   endpoint = environment('AWS_ENDPOINT_URL_S3') or environment(
     'AWS_ENDPOINT_URL'
   )
   if endpoint:
-    # Amazon's servers say which region a bucket is in.
+    # Only Amazon's servers say which region a bucket is in.
     region = environment('AWS_REGION') or environment('AWS_DEFAULT_REGION')
     spec |= {'endpoint': endpoint, 'aws_region': region or 'us-east-1'}
   if environment('AWS_ACCESS_KEY_ID'):
-    # They come first anyway; this does not complain of files without others.
+    # The environment comes first anyway; so TensorStore does not warn of
+    # missing credential files.
     spec['aws_credentials'] = {'type': 'environment'}
   return spec
 
@@ -57,14 +58,14 @@ class Backend:
   """A kind of storage.
 
   Attributes:
-    scheme: what its URLs begin with, before '://'; '' for paths on disks.
-    spec: TensorStore's kvstore spec of a folder, from the rest of the URL; of
-      a disk from the absolute path.
-    orbax_knows: whether Orbax opens it by itself, see `storage.orbax`.
-    makes_buckets: whether to make a folder there makes its bucket too.
-    package: what must be installed to use it, if this package does not
-      require it.
-    extra: the extra of this package that installs it.
+    scheme: the part of its URLs before '://'; '' for local paths.
+    spec: function from the rest of the URL, or from an absolute local path, to
+      TensorStore's kvstore spec of the folder.
+    orbax_knows: whether Orbax can open it by itself, see `storage.orbax`.
+    makes_buckets: whether making a folder there makes its bucket too.
+    package: package that must be installed to use it; '' if this package
+      requires it anyway.
+    extra: extra of this package that installs `package`.
   """
 
   scheme: str
@@ -114,31 +115,31 @@ def has_scheme(url: str | os.PathLike[str]) -> bool:
 def is_known(url: str | os.PathLike[str]) -> bool:
   """Whether a URL is of one of `BACKENDS`."""
   scheme = _split(os.fspath(url))[0]
-  return any(found.scheme == scheme for found in BACKENDS)
+  return any(b.scheme == scheme for b in BACKENDS)
 
 
 def backend(url: str | os.PathLike[str]) -> Backend:
   """The kind of storage of a URL.
 
   Raises:
-    UserError: if it is of no kind that is known, or needs a package that is
-      not installed.
+    UserError: if its kind is not known, or needs a package that is not
+      installed.
   """
   url = os.fspath(url)
   scheme = _split(url)[0]
-  found = next((found for found in BACKENDS if found.scheme == scheme), None)
-  if found is None:
+  match = next((b for b in BACKENDS if b.scheme == scheme), None)
+  if match is None:
     raise errors.UserError(f'{url} is no URL that is known: use {kinds()}')
-  if found.package and importlib.util.find_spec(found.package) is None:
+  if match.package and importlib.util.find_spec(match.package) is None:
     raise errors.UserError(
-      f'{url} needs {found.package}, which is not installed: '
-      f'pip install "sae_jax[{found.extra}]"'
+      f'{url} needs {match.package}, which is not installed: '
+      f'pip install "sae_jax[{match.extra}]"'
     )
-  return found
+  return match
 
 
 def is_remote(url: str | os.PathLike[str]) -> bool:
-  """Whether a URL is one of a bucket.
+  """Whether a URL is that of a bucket or in one.
 
   Raises:
     UserError: see `backend`.
@@ -148,7 +149,7 @@ def is_remote(url: str | os.PathLike[str]) -> bool:
 
 def remote_schemes() -> list[str]:
   """The schemes of buckets."""
-  return [found.scheme for found in BACKENDS if found.is_remote]
+  return [b.scheme for b in BACKENDS if b.is_remote]
 
 
 def bucket(url: str) -> str:
@@ -161,7 +162,7 @@ def bucket(url: str) -> str:
 
 
 def absolute(url: str | os.PathLike[str]) -> str:
-  """A local path from the root; the URL of a bucket as it is.
+  """A local path made absolute; the URL of a bucket as it is.
 
   Raises:
     UserError: see `backend`.
@@ -186,12 +187,12 @@ def is_web(url: str) -> bool:
 
 
 def without_query(url: str) -> str:
-  """A web server's URL without what it asks the server; others as they are."""
+  """A web server's URL without its query; other URLs as they are."""
   return url.partition('?')[0] if is_web(url) else url
 
 
-# Else etils' file systems take what they listed once for all that is there,
-# while TensorStore and other processes write.
+# Otherwise etils' file systems keep their first listing of a folder, while
+# TensorStore and other processes write to it.
 for _scheme in remote_schemes():
   fsspec.config.conf.setdefault(_scheme, {}).setdefault(
     'use_listings_cache', False

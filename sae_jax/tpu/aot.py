@@ -1,7 +1,7 @@
-"""Compiling for TPUs where there is none: libtpu is the compiler.
+"""Compiling for TPUs on machines without one, by libtpu.
 
-`prepare` must run before anything of this process uses libtpu. What is
-compiled against `mesh` is the program that a pod would run.
+`prepare` must run before anything in this process uses libtpu. A program that
+is compiled for `mesh` is the one that a pod would run.
 """
 
 import os
@@ -16,7 +16,7 @@ from sae_jax import mesh as mesh_lib
 from sae_jax.tpu.chips import CHIPS
 
 _ENVIRONMENT = {
-  # Without it a second process dies on libtpu's lock file.
+  # Without this a second process dies on libtpu's lock file.
   'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
   # Without these it looks for the metadata server of a TPU machine.
   'TPU_SKIP_MDS_QUERY': '1',

@@ -1,4 +1,4 @@
-"""The one table of what is known of each TPU chip.
+"""The one table of figures of TPU chips.
 
 Figures are per chip, from the page of each version under
 https://docs.cloud.google.com/tpu/docs (system architecture), as of 2026, but
@@ -15,21 +15,21 @@ class Chip:
 
   Attributes:
     flops: peak bfloat16 operations a second.
-    hbm_gib: HBM that the compiler lets a program use, which is somewhat less
-      than the page says.
+    hbm_gib: GiB of HBM that the compiler lets a program use, somewhat less than
+      on the page.
     hbm_bandwidth: bytes a second.
-    ici_bandwidth: bytes a second that a chip can send over its links to other
-      chips of the slice, all links together; half of the page's bidirectional
+    ici_bandwidth: bytes a second that a chip can send over all its links to
+      other chips of the slice together; half of the page's bidirectional
       figure.
     dcn_bandwidth: bytes a second of a chip's share in its host's network.
-    dimensions: of the torus that the links make.
-    most_chips: of a slice.
+    dimensions: number of dimensions of the torus that the links make.
+    most_chips: number of chips in the largest slice.
     vmem_mib: MiB of VMEM of each TensorCore, as Pallas knows it.
     clock_ghz: of the TensorCores. Those of v5e and v5p follow from their peak
       rates; tpu7x's is assumed.
     topology: a small slice, to compile one-chip programs for.
-    megacore: whether libtpu must be told that the two cores of a chip work as
-      one device. Those of v5p do by themselves.
+    megacore: whether libtpu needs a setting to treat the two cores of a chip as
+      one device. For v5p it needs none.
   """
 
   flops: float

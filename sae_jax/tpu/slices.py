@@ -1,4 +1,4 @@
-"""Slices of TPU chips: which there are, and what each of their devices has."""
+"""Slices of TPU chips: their shapes, and the figures of their devices."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -78,12 +78,12 @@ def offered(chip: str) -> tuple[tuple[int, ...], ...]:
   """
   if CHIPS[chip].dimensions == 2:
     return _FLAT
-  most = CHIPS[chip].most_chips // 64
+  most_cubes = CHIPS[chip].most_chips // 64
   cubes = [
     (4 * a, 4 * b, 4 * c)
-    for a in range(1, most + 1)
-    for b in range(a, most // a + 1)
-    for c in range(b, most // (a * b) + 1)
+    for a in range(1, most_cubes + 1)
+    for b in range(a, most_cubes // a + 1)
+    for c in range(b, most_cubes // (a * b) + 1)
   ]
   return tuple(
     sorted((*_PARTS_OF_A_CUBE, *cubes), key=lambda s: (math.prod(s), max(s)))
@@ -91,10 +91,10 @@ def offered(chip: str) -> tuple[tuple[int, ...], ...]:
 
 
 def nearest(chip: str, chips: float) -> tuple[int, ...]:
-  """The smallest slice with so many chips, or the largest there is."""
+  """The smallest slice with at least `chips` chips, or the largest there is."""
   largest = math.prod(offered(chip)[-1])
-  wanted = min(chips, largest)
-  return next(s for s in offered(chip) if math.prod(s) >= wanted)
+  least = min(chips, largest)
+  return next(s for s in offered(chip) if math.prod(s) >= least)
 
 
 def find(topology: str, num_slices: int = 1) -> Slices:
@@ -105,7 +105,7 @@ def find(topology: str, num_slices: int = 1) -> Slices:
     num_slices: how many of them.
 
   Raises:
-    UserError: if there is no such slice; it names one that there is.
+    UserError: if there is no such slice; it names the closest one.
   """
   if num_slices < 1:
     raise errors.UserError(f'num_slices {num_slices} must be 1 or more: use 1')
@@ -136,19 +136,18 @@ def _closest(chip: str, shape: Sequence[int]) -> tuple[int, ...]:
   """The slice of at least as many chips whose sides differ least."""
   chips = math.prod(shape)
   size = math.prod(nearest(chip, chips))
-  wanted = sorted(shape)
+  sides = sorted(shape)
 
   def differs(other):
-    return sum(abs(a - b) for a, b in zip(sorted(other), wanted))
+    return sum(abs(a - b) for a, b in zip(sorted(other), sides))
 
   same = [s for s in offered(chip) if math.prod(s) == size]
   return min(same, key=differs)
 
 
 def _several(chip: str, shape: Sequence[int]) -> str:
-  """What to add where one slice is not enough."""
-  most = CHIPS[chip].most_chips
-  count = -(-math.prod(shape) // most)
+  """The flag to add if one slice is not enough, else ''."""
+  count = -(-math.prod(shape) // CHIPS[chip].most_chips)
   return f' --num_slices={count}' if count > 1 else ''
 
 

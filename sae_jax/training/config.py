@@ -23,42 +23,47 @@ class TrainConfig(config_lib.Config):
   )
   site: str = config_lib.option(
     '',
-    'site of the store to train on; optional if the store has only one',
+    'site whose activations to train on; may be left out if the store has only'
+    ' one',
     may_change=True,
     shared=True,
   )
   store_version: int = config_lib.option(
     0,
-    'version of the store to train on, before more was appended; 0 for the '
-    'latest',
+    'version of the store to train on, from before more was appended to it; 0 '
+    'for the latest',
     least=0,
     may_change=True,
     shared=True,
   )
   stream: bool = config_lib.option(
     False,
-    'make activations as they are used, from the text after that of the '
-    'store, which says how and is what the run is scored on',
+    'train on activations that are harvested during training, with the '
+    'settings of the store, from the text that follows that of the store; '
+    'evaluations use the store',
     shared=True,
   )
   tokenizer_workers: int = config_lib.option(
     0,
-    'processes that tokenize for a stream, 0 for this one; the batches do not '
-    'depend on it',
+    'number of processes that tokenize for --stream; 0 to tokenize in the '
+    'training process. It does not change the batches',
     least=0,
     may_change=True,
   )
   batch_size: int = config_lib.option(
-    2048, 'tokens per step', least=1, shared=True
+    2048,
+    'number of tokens in a training step, over all devices',
+    least=1,
+    shared=True,
   )
   micro_batches: int = config_lib.option(
     1,
-    "parts of a device's tokens that are worked on one after another, for "
-    'batches whose codes do not fit its memory',
+    'number of parts in which each device works on its tokens, one after '
+    'another; more than 1 for batches whose codes do not fit its memory',
     least=1,
     may_change=True,
   )
-  steps: int = config_lib.option(1000, 'steps of the run', least=1)
+  steps: int = config_lib.option(1000, 'number of training steps', least=1)
   seed: int = config_lib.option(
     0, 'seed of the initial weights', least=0, most=2**31 - 1
   )
@@ -71,79 +76,90 @@ class TrainConfig(config_lib.Config):
   )
   on_nonfinite: str = config_lib.option(
     'stop',
-    'when a loss or gradient is not finite: stop the run, or skip the step '
-    'and count it',
+    'what to do if the loss or a gradient is not finite: stop the run, or skip'
+    ' the step and count it',
     ('stop', 'skip'),
     may_change=True,
   )
   sample_rows: int = config_lib.option(
     32_768,
-    "rows that the median and NMSE's constant are taken from",
+    'number of rows from the start of the store that set the initial decoder '
+    "bias (their median) and NMSE's constant",
     least=2,
   )
   window_chunks: int = config_lib.option(
     64,
-    'chunks of the store whose rows are mixed',
+    'number of chunks of the store that are read at a time and whose rows are '
+    'shuffled together',
     least=1,
     shared=True,
   )
   lanes: int = config_lib.option(
     0,
-    'parts of the order, of which a process reads those of its devices; they '
-    'divide batch_size; 0 for as many as the store is worth',
+    'number of lanes of the order, which must divide batch_size: each process '
+    'reads only the lanes that its devices need; 0 for as many as suit the '
+    "store's size",
     least=0,
     shared=True,
   )
   log_every: int = config_lib.option(
     10,
-    'steps between lines of metrics, all of which are written at every '
-    'checkpoint: for 100 000 lines and more take a larger number',
+    'number of steps between lines of metrics; all lines are rewritten at '
+    'every checkpoint, so use a larger number for runs of more than 100 000 '
+    'lines',
     least=1,
     may_change=True,
   )
   eval_every: int = config_lib.option(
     0,
-    'steps between evaluations on held-out rows; 0 for the end only',
+    'number of steps between evaluations on held-out rows; 0 to evaluate only '
+    'at the end',
     least=0,
     may_change=True,
   )
   eval_rows: int = config_lib.option(
     65_536,
-    'held-out rows of an evaluation, at most',
+    'most held-out rows in an evaluation',
     least=2,
     may_change=True,
   )
   checkpoint_every: int = config_lib.option(
     500,
-    'steps between checkpoints; 0 for the end only',
+    'number of steps between checkpoints; 0 to save only at the end',
     least=0,
     may_change=True,
   )
   checkpoint_keep: int = config_lib.option(
     2,
-    'checkpoints that are kept',
+    'number of latest checkpoints that are kept',
     least=1,
     may_change=True,
   )
   mesh_data: int = config_lib.option(
     0,
-    'shards of the batch; 0 for the rest',
+    'number of shards of the batch over devices; 0 for all devices that '
+    'mesh_latent leaves',
     least=0,
     may_change=True,
     shared=True,
   )
   mesh_latent: int = config_lib.option(
-    1, 'shards of the latents', least=1, may_change=True, shared=True
+    1,
+    'number of shards of the latents over devices',
+    least=1,
+    may_change=True,
+    shared=True,
   )
   profile_start: int = config_lib.option(
     10,
-    'first step of the profile',
+    'first step of the profile, see profile_steps',
     least=1,
     may_change=True,
   )
   profile_steps: int = config_lib.option(
     0,
-    'steps that are profiled into profile/ (XProf); 0 for none',
+    'number of steps to profile into profile/ of the workdir, for XProf; 0 for'
+    ' no profile',
     least=0,
     may_change=True,
   )

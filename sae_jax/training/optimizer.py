@@ -28,35 +28,44 @@ class OptimizerConfig(config_lib.Config):
 
   learning_rate: float = config_lib.option(
     0.0,
-    'constant learning rate; 0 takes 2e-4 sqrt(2^14 / n_latents)',
+    'learning rate after the warm-up; 0 for 2e-4 sqrt(2^14 / n_latents)',
     least=0,
   )
   warmup_steps: int = config_lib.option(
-    0, 'steps over which the learning rate rises linearly from 0', least=0
+    0,
+    'number of first steps over which the learning rate rises linearly from 0;'
+    ' 0 for no warm-up',
+    least=0,
   )
   decay_steps: int = config_lib.option(
     0,
-    'steps at the end over which the learning rate falls to 0',
+    'number of last steps over which the learning rate falls to 0; 0 for a '
+    'constant rate',
     least=0,
   )
   decay: str = config_lib.option(
-    'linear', 'the way it falls: linear or cosine', DECAYS
+    'linear', 'shape of the fall of the learning rate over decay_steps', DECAYS
   )
   clip_norm: float = config_lib.option(
     0.0,
-    'gradients are scaled to at most this global norm; 0 for never',
+    'global norm to which larger gradients are scaled down; 0 for no clipping',
     least=0,
   )
   adam_b1: float = config_lib.option(
-    0.9, "decay of Adam's first moment", least=0, most=0.999999
+    0.9, "decay per step of Adam's first moment", least=0, most=0.999999
   )
   adam_b2: float = config_lib.option(
-    0.999, "decay of Adam's second moment", least=0, most=0.999999
+    0.999,
+    "decay per step of Adam's second moment",
+    least=0,
+    most=0.999999,
   )
-  adam_eps: float = config_lib.option(6.25e-10, "Adam's epsilon", least=0)
+  adam_eps: float = config_lib.option(
+    6.25e-10, "Adam's epsilon, added to the root of the second moment", least=0
+  )
   ema_decay: float = config_lib.option(
     0.999,
-    'decay of the moving average of the parameters',
+    "decay per step of the parameters' moving average, which evaluations use",
     least=1e-6,
     most=0.999999,
   )

@@ -11,42 +11,47 @@ class ObjectiveConfig(config_lib.Config):
 
   k_aux: int = config_lib.option(
     256,
-    'dead latents that model the error of a token (AuxK); 0 for none. It goes '
-    'with topk and batchtopk, the baselines have none',
+    'number of dead latents that model the error of a token (AuxK), with topk '
+    'and batchtopk; 0 for no AuxK',
     least=0,
   )
-  aux_weight: float = config_lib.option(1 / 32, "AuxK's weight, alpha", least=0)
+  aux_weight: float = config_lib.option(
+    1 / 32, 'weight of AuxK in the loss, alpha', least=0
+  )
   dead_after_tokens: int = config_lib.option(
     10_000_000,
-    'a latent that was silent for so many tokens is dead',
+    'number of tokens after which a latent that was active for none of them '
+    'counts as dead',
     least=1,
     most=2**30,
   )
   multi_topk: int = config_lib.option(
     0,
-    'Multi-TopK: the loss also takes in the reconstruction from so many times '
-    'k latents (the paper: 4); 0 for none',
+    'Multi-TopK: the loss also takes in the reconstruction from this many '
+    'times k latents (4 in the paper); 0 for no Multi-TopK',
     least=0,
   )
-  multi_weight: float = config_lib.option(1 / 8, "Multi-TopK's weight", least=0)
+  multi_weight: float = config_lib.option(
+    1 / 8, 'weight of Multi-TopK in the loss', least=0
+  )
   topk_recall: float = config_lib.option(
     1.0,
-    "of training's top-k with TPU kernels: 1 is exact; below, a share of 1 - "
-    'topk_recall of the active latents may be others than the top ones, which '
-    'is less work. Evaluation is always exact',
+    'least share of the top k that TPU kernels are expected to find in '
+    'training; 1 is exact, less is faster. Evaluation is always exact',
     least=0.5,
     most=1,
   )
   sparsity_weight: float = config_lib.option(
     0.0,
-    "weight of relu's L1 penalty (of z in units of the tokens' RMS distance "
-    "from their mean) or of jumprelu's L0 penalty",
+    'weight of the sparsity penalty of the baselines: the L1 norm of the '
+    "codes, in units of the tokens' RMS distance from their mean, with relu; "
+    'the L0 norm with jumprelu',
     least=0,
   )
   jump_bandwidth: float = config_lib.option(
     1e-3,
-    "width of jumprelu's gradient estimate for thresholds, in units of the "
-    "tokens' RMS distance from their mean",
+    'width of the kernel with which jumprelu estimates the gradient of its '
+    "thresholds, in units of the tokens' RMS distance from their mean",
     least=1e-12,
   )
 
