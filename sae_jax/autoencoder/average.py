@@ -1,4 +1,4 @@
-"""The moving average of the parameters, as it is read."""
+"""Reads the moving average of the parameters."""
 
 import math
 
@@ -16,24 +16,26 @@ def averaged(
   """The moving average, bias-corrected as Adam's moments are.
 
   Args:
-    sae: the current parameters; what is not trained is taken from them.
+    sae: the current parameters, from which untrained ones are taken.
     sums: the undebiased average of each trained parameter, by name.
     count: steps that were averaged; before the first step, or if all were
       skipped, the average is the current parameters.
-    decay: of the average.
+    decay: the decay of the average per step.
   """
-  # optax keeps the decay in the parameters' precision and the weight of a
-  # new value, 1 - decay, in 64 bits. The weights' sum is taken of just those.
-  kept = float(np.asarray(decay, jax.tree.leaves(sums)[0].dtype))
+  # optax has the decay in the parameters' precision and the weight of a new
+  # value, 1 - decay, in 64 bits. The weights' sum is computed from just those.
+  rounded = float(np.asarray(decay, jax.tree.leaves(sums)[0].dtype))
   steps = count.astype(jnp.result_type(float))
-  share = (1 - decay) / (1 - kept)
+  share = (1 - decay) / (1 - rounded)
   any_steps = count > 0
-  seen = jnp.where(any_steps, -share * jnp.expm1(steps * math.log(kept)), 1)
+  weight = jnp.where(
+    any_steps, -share * jnp.expm1(steps * math.log(rounded)), 1
+  )
   current = params.to_dict(sae)
   return params.with_arrays(
     sae,
     {
-      name: jnp.where(any_steps, (a / seen).astype(a.dtype), current[name])
+      name: jnp.where(any_steps, (a / weight).astype(a.dtype), current[name])
       for name, a in sums.items()
     },
   )

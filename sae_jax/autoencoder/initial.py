@@ -1,4 +1,4 @@
-"""First weights, and how they are fitted to their inputs."""
+"""Initial weights, and fitting them to a sample of inputs."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def geometric_median(
     points_BD: the points.
     tolerance: stops when a step is shorter than this times the points' mean
       distance from their mean.
-    max_steps: stops after so many steps.
+    max_steps: most steps of the iteration.
 
   Returns:
     The median, [D].
@@ -34,7 +34,7 @@ def geometric_median(
     median_D, _, count = carry
     away_BD = points_BD - median_D
     distance_B = jnp.linalg.norm(away_BD, axis=-1)
-    # A point this near cannot be told from the iterate in this precision.
+    # In this precision a point this near is the same as the iterate.
     near_B = distance_B <= jnp.finfo(points_BD.dtype).eps * spread
     weight_B = jnp.where(near_B, 0, 1 / jnp.where(near_B, 1, distance_B))
     pull_D = weight_B @ away_BD
@@ -56,9 +56,9 @@ def geometric_median(
 def init_weights(
   config: SaeConfig, key: jax.Array, dtype: jnp.dtype = jnp.float32
 ) -> Sae:
-  """Random unit decoder rows, the encoder as the config says, zero biases.
+  """Random unit decoder rows, the encoder by `encoder_init`, zero biases.
 
-  Under jit with output shardings each device makes its own part only, and
+  Under jit with output shardings each device computes only its own shard, and
   the values do not depend on the mesh.
 
   Args:
@@ -68,7 +68,7 @@ def init_weights(
   """
   shape = (config.n_latents, config.d_model)
   w_dec_ND = rows.unit_rows(jax.random.normal(key, shape, dtype))
-  # A copy: the two are donated apart.
+  # A copy, since the two are donated separately.
   w_enc_ND = jnp.copy(w_dec_ND)
   if config.encoder_init == 'independent':
     other = jax.random.fold_in(key, 1)
@@ -93,8 +93,8 @@ def fit_inputs(
 ) -> tuple[Sae, jax.Array]:
   """Fits a fresh autoencoder to its inputs (Gao et al. 2024, appendix A.1).
 
-  Sets the dataset's statistics, b_pre to the geometric median and what the
-  nonlinearity has of its own, and scales the encoder so that reconstructions
+  Sets the dataset's statistics, b_pre (the geometric median) and the
+  nonlinearity's own parameters, and scales the encoder so that reconstructions
   have the norm of the inputs.
 
   Args:
@@ -128,5 +128,5 @@ def fit_inputs(
   output_BD = model.decode(sae, *codes, axis=axis, dtype=config.matmul_dtype)
   output_norm = jnp.linalg.norm(output_BD - sae.b_pre_D)
   gain = jnp.linalg.norm(gain_BD - sae.b_pre_D) / output_norm
-  # Once more: a threshold may be in units of the pre-activations.
+  # Fitted once more: a threshold may be in units of the pre-activations.
   return fitted(sae.replace(w_enc_ND=gain * sae.w_enc_ND)), mse_of_mean

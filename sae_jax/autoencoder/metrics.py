@@ -53,8 +53,9 @@ def batch_sums(
     vals_BK: values of the latents; positive ones are active.
     idx_BK: their indices.
     n_latents: N.
-    origin_D: subtracted from x before it is summed. Variances do not depend
-      on it; near the mean (b_pre is) it keeps their digits in float32.
+    origin_D: point subtracted from x before it is summed. Variances do not
+      depend on it, but keep their digits in float32 if it is near the mean, as
+      b_pre is.
   """
   active_BK = vals_BK > 0
   shifted_BD = x_BD - origin_D
@@ -66,7 +67,7 @@ def batch_sums(
     x_D=shifted_BD.sum(0),
     square_D=(shifted_BD**2).sum(0),
     cosine=(product_B / jnp.where(norms_B > 0, norms_B, 1)).sum(),
-    # In two sums: of a large batch all pairs together may pass an int32.
+    # Two sums, since the pairs of a large batch may exceed an int32.
     active=active_BK.sum(-1).astype(x_BD.dtype).sum(),
     fired_N=jnp.zeros((n_latents,), jnp.int32)
     .at[idx_BK.reshape(-1)]
@@ -87,7 +88,7 @@ def add_sums(total: Sums | None, batch: Sums) -> Sums:
 
 @dataclasses.dataclass(frozen=True)
 class Metrics:
-  """What `summarise` makes of the sums.
+  """Metrics that follow from `Sums`.
 
   Attributes:
     nmse: mean squared error over a constant: the mean predictor's error on a
@@ -97,7 +98,7 @@ class Metrics:
     cosine: mean cosine between x and x^.
     l0: mean number of active latents per token.
     dead_fraction: share of latents that fired on none of these tokens.
-    tokens: how many tokens these are.
+    tokens: number of these tokens.
     density_N: share of these tokens each latent fired on.
   """
 
@@ -142,7 +143,7 @@ def density_histogram(density_N: np.ndarray) -> tuple[np.ndarray, int]:
     density_N: share of tokens each latent fires on.
 
   Returns:
-    counts, [32], and how many latents have density 0, which no bin holds.
+    counts, [32], and the number of latents of density 0, which are in no bin.
   """
   live = density_N[density_N > 0]
   logs = np.clip(np.log10(live), DENSITY_EDGES[0], DENSITY_EDGES[-1])

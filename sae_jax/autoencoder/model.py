@@ -21,12 +21,12 @@ def encode(
 ) -> tuple[jax.Array, jax.Array]:
   """The active latents of each token as values and indices.
 
-  z = f(W_enc (x - b_pre) + b_lat), f the nonlinearity that the config names:
-  ReLU(TopK(.)), say. Where a token may have any number of active latents
+  z = f(W_enc (x - b_pre) + b_lat), where f is the config's nonlinearity, such
+  as ReLU(TopK(.)). If a token may have any number of active latents
   (`nonlinearity.active_per_token`), K is N.
 
   Args:
-    config: names the nonlinearity, and gives its k.
+    config: gives the nonlinearity and its k.
     sae: the autoencoder, or this shard of it.
     x_BD: preprocessed activations.
     axis: the mesh axis the latents are sharded over, inside shard_map.
@@ -58,7 +58,7 @@ def decode(
 
 
 def reconstruct(config: SaeConfig, sae: Sae, raw_BD: jax.Array) -> jax.Array:
-  """The raw activations as the autoencoder gives them back, [B, D]."""
+  """The autoencoder's reconstruction of raw activations, [B, D]."""
   x_BD, affine = preprocessing.preprocess(config, sae, raw_BD)
   codes = encode(config, sae, x_BD)
   return preprocessing.restore(

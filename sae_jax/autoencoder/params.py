@@ -17,7 +17,7 @@ MATMULS = ('auto', 'float32', 'bfloat16')
 
 @dataclasses.dataclass(frozen=True)
 class SaeConfig(config_lib.Config):
-  """What an autoencoder is, apart from its weights."""
+  """Everything about an autoencoder but its weights."""
 
   d_model: int = config_lib.option(
     0, 'width of the activations, D; 0 for the width of the store', least=0
@@ -58,7 +58,7 @@ class SaeConfig(config_lib.Config):
 
   @property
   def matmul_dtype(self) -> jnp.dtype | None:
-    """What factors of dense products are rounded to, None for nothing."""
+    """The type that factors of dense products are rounded to, or None."""
     rounded = self.matmul == 'bfloat16' or (
       self.matmul == 'auto' and target.platform() == 'tpu'
     )
@@ -74,7 +74,7 @@ class SaeConfig(config_lib.Config):
 
 @flax.struct.dataclass
 class Sae:
-  """Parameters; data_mean_D and data_scale are not trained.
+  """The arrays of an autoencoder; data_mean_D and data_scale are not trained.
 
   Attributes:
     w_enc_ND: encoder, a row per latent.
@@ -110,7 +110,7 @@ def to_dict(sae: Sae) -> dict[str, jax.Array]:
 
 
 def from_dict(arrays: dict[str, jax.Array]) -> Sae:
-  """The inverse of `to_dict`; what is no field of `Sae` is `extra`."""
+  """The inverse of `to_dict`; arrays that are no field of `Sae` are `extra`."""
   fields = {name: arrays[name] for name in _FIELDS}
   extra = {name: a for name, a in arrays.items() if name not in fields}
   return Sae(**fields, extra=extra)

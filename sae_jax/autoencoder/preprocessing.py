@@ -1,4 +1,4 @@
-"""Activations into the space the autoencoder works in, and back."""
+"""Maps activations into the space the autoencoder works in, and back."""
 
 import flax.struct
 import jax
@@ -12,7 +12,7 @@ _LAYER_NORM_EPS = 1e-5
 
 @flax.struct.dataclass
 class Affine:
-  """How a token was preprocessed: x = (raw - shift) / scale."""
+  """The map of preprocessing: x = (raw - shift) / scale."""
 
   shift: jax.Array
   scale: jax.Array
@@ -28,11 +28,11 @@ def preprocess(
     config: names the preprocessing (Gao et al. 2024, section 2; layer_norm as
       in the code released with it).
     sae: holds the dataset's statistics.
-    raw_BD: activations as the subject model has them.
+    raw_BD: activations of the subject.
 
   Returns:
-    x_BD in the parameters' precision or that of `raw_BD`, if more, and what
-    `restore` needs to undo it. A constant token becomes zero.
+    x_BD in the higher of the precisions of the parameters and `raw_BD`, and the
+    map for `restore` to undo it. A constant token becomes zero.
   """
   raw_BD = raw_BD.astype(jnp.result_type(raw_BD, sae.b_pre_D))
   if config.preprocessing == 'none':
@@ -47,7 +47,7 @@ def preprocess(
     centred_BD = raw_BD - shift_B1
     if config.preprocessing == 'center_unit_norm':
       norm_B1 = jnp.linalg.norm(centred_BD, axis=-1, keepdims=True)
-      # Less is what the mean's own rounding leaves of a constant token.
+      # A constant token has a smaller norm, from the rounding of the mean.
       eps = 4 * jnp.finfo(raw_BD.dtype).eps * raw_BD.shape[-1] ** 0.5
       varies_B1 = norm_B1 > eps * jnp.abs(shift_B1)
       affine = Affine(

@@ -1,8 +1,8 @@
 """Encoding and decoding of raw activations, of any leading shape.
 
-Raw activations are those that the subject model has; an autoencoder works on
-preprocessed ones. Tokens go through in blocks, so that the memory needed beside
-the result does not grow with their number.
+Raw activations are those of the subject; an autoencoder works on preprocessed
+ones. Tokens are worked on in blocks, so that the memory needed beside the
+result does not grow with their number.
 """
 
 from collections.abc import Callable
@@ -23,9 +23,9 @@ from sae_jax.ops import dense
 
 Array: TypeAlias = np.ndarray | jax.Array
 
-# These have one affine map for all tokens, others one for each.
+# Preprocessings with one affine map for all tokens; others have one for each.
 _SHARED = ('none', 'dataset')
-# Of a block's pre-activations: 256 MiB in float32.
+# Pre-activations of a block: 256 MiB in float32.
 _BLOCK_ELEMENTS = 2**26
 _MOST_ROWS = 4096
 
@@ -38,12 +38,11 @@ class Codes:
     values: activations of the latents, [..., K]; a 0 is not active.
     indices: which latents these are, 0 to N - 1, [..., K].
     n_latents: N.
-    affine: how the tokens were preprocessed, x = (raw - shift) / scale. Arrays
-      [..., 1] where each token has a map of its own (center_unit_norm,
-      layer_norm), else of one row for all tokens. `encode` sets it. Codes made
-      by hand have None: they stand for preprocessed activations, and these are
-      what `decode` gives. To decode other values into raw activations keep the
-      map: `codes.replace(values=...)`.
+    affine: the map of preprocessing, x = (raw - shift) / scale. `encode` sets
+      it: arrays [..., 1] if each token has its own map (center_unit_norm,
+      layer_norm), else one row for all tokens. With None, as in codes made by
+      hand, `decode` returns preprocessed activations. To decode other values
+      into raw activations keep the map: `codes.replace(values=...)`.
   """
 
   values: Array
@@ -71,11 +70,12 @@ def encode(config: SaeConfig, sae: Sae, raw: Array) -> Codes:
   Args:
     config: the autoencoder's.
     sae: the autoencoder.
-    raw: activations as the subject model has them, [..., D], of any float type.
+    raw: activations of the subject, [..., D], of any float type.
 
   Returns:
-    Codes of the same leading shape, in the autoencoder's precision or that of
-    `raw`, if more. They are numpy arrays if `raw` is one, else jax arrays.
+    Codes of the same leading shape, in the higher of the precisions of the
+    autoencoder and `raw`. They are numpy arrays if `raw` is one, else jax
+    arrays.
 
   Raises:
     UserError: if the width is not D.
@@ -92,8 +92,8 @@ def encode(config: SaeConfig, sae: Sae, raw: Array) -> Codes:
 def decode(config: SaeConfig, sae: Sae, codes: Codes) -> Array:
   """The activations that codes stand for, [..., D].
 
-  They are raw where `codes.affine` is set, as `encode` does, and preprocessed
-  where it is None.
+  They are raw if `codes.affine` is set, as by `encode`, and preprocessed if it
+  is None.
 
   Raises:
     UserError: if values and indices differ in shape, or the latents are not
@@ -116,7 +116,7 @@ def decode(config: SaeConfig, sae: Sae, codes: Codes) -> Array:
 
 
 def reconstruct(config: SaeConfig, sae: Sae, raw: Array) -> Array:
-  """Raw activations as the autoencoder gives them back, [..., D].
+  """The autoencoder's reconstruction of raw activations, [..., D].
 
   Equal to `decode` of `encode`, to the bit, but never holds the codes of more
   than a block of tokens.
@@ -135,7 +135,7 @@ def reconstruct(config: SaeConfig, sae: Sae, raw: Array) -> Array:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(config, sae, raw_BD):
-  """Values, indices, and the affine map of each token where it has its own."""
+  """Values, indices, and each token's affine map; None if all share one."""
   x_BD, affine = preprocessing.preprocess(config, sae, raw_BD)
   vals_BK, idx_BK = model.encode(config, sae, x_BD)
   own = None if config.preprocessing in _SHARED else affine
@@ -170,15 +170,15 @@ def _block_rows(*widths: int) -> int:
 
 
 def _library(*arrays: Array) -> Any:
-  """What makes arrays of the kind of these, numpy or jax.numpy."""
+  """The library of these arrays, numpy or jax.numpy."""
   return np if all(isinstance(a, np.ndarray) for a in arrays) else jnp
 
 
 def _in_blocks(function: Callable, arrays: Any, block_rows: int) -> Any:
   """A function of arrays [B, ...] on arrays of any leading shape.
 
-  A last block that is short is filled up with zeros to a power of two, so that
-  few shapes are compiled.
+  A short last block is padded with zeros to a power of two, so that few shapes
+  are compiled.
 
   Args:
     function: from arrays [B, ...] to a pytree of arrays [B, ...].
@@ -198,7 +198,7 @@ def _in_blocks(function: Callable, arrays: Any, block_rows: int) -> Any:
     )
     return jax.tree.map(lambda a: library.asarray(a[:rows]), function(*block))
 
-  # No rows make one block too, of zeros alone, for the shapes it gives.
+  # Without rows there is one block of zeros, for the shapes of the result.
   return jax.tree.map(
     lambda *a: library.concatenate(a).reshape(*leading, a[0].shape[-1]),
     *map(results, range(0, max(1, n_rows), block_rows)),
@@ -230,9 +230,9 @@ def _check_codes(codes: Codes, n_latents: int) -> None:
     )
   # An array under jit has no values to look at.
   if indices.size and not isinstance(indices, jax.core.Tracer):
-    least, most = int(indices.min()), int(indices.max())
-    if least < 0 or most >= n_latents:
+    low, high = int(indices.min()), int(indices.max())
+    if low < 0 or high >= n_latents:
       raise errors.UserError(
-        f'codes with indices {least} to {most} of {n_latents} latents: give '
+        f'codes with indices {low} to {high} of {n_latents} latents: give '
         f'0 to {n_latents - 1}'
       )

@@ -18,8 +18,8 @@ from sae_jax.storage import url as url_lib
 _Config = TypeVar('_Config')
 _USER_ERROR = 2
 _urls: list[str] = []
-# Warnings of Orbax at every checkpoint that is not in OCDBT, as in buckets. None
-# is needed: if data is absent, reading raises.
+# Warnings of Orbax at every checkpoint that is not in OCDBT, as in buckets.
+# They are needless: if data is absent, reading raises.
 _FALSE_ALARMS = ('Skipping merge of OCDBT', 'TensorStore data files not found')
 _HELP = {'--help', '-help', '-h', '--helpshort', '--helpfull'}
 

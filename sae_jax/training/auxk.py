@@ -12,21 +12,22 @@ from sae_jax.ops import scopes, varying
 from sae_jax.tpu import target
 from sae_jax.training import shards as shards_lib
 
-# The dead latents are worked on as a copy, of the first of these sizes that
-# holds them all, or of all latents. Each size is a branch of the program, and
-# takes the TPU compiler half a minute.
+# The rows of dead latents are copied: to the least size of `_sizes` that holds
+# them all. Each size is a branch of the program and takes the TPU compiler half
+# a minute.
 _LEAST_SIZE = 256
 _GROWTH = {'cpu': 4, 'tpu': 16}
-# Pre-activations and codes of the copy that exist at a time beside kernels.
+# Most bytes of the copy's pre-activations at a time, if the rest of the step
+# uses kernels.
 _MICRO_BATCH_BYTES = 2**28
-# Kernels take over where the dead latents are so many times k_aux. Below, a
-# dense product is less work than moving rows, and a row of its pre-activations
-# is short.
+# Least ratio of the copy's size to k_aux from which kernels are used. Below it
+# a dense product is less work than moving rows, and its pre-activations are
+# few.
 _KERNEL_FROM_RATIO = 64
 
 
 def _sizes(n_latents: int) -> list[int]:
-  """The sizes of copies, the last of all latents."""
+  """The sizes that a copy may have; the last holds all latents."""
   growth = _GROWTH.get(target.platform(), 16)
   sizes = [_LEAST_SIZE]
   while sizes[-1] < n_latents:
@@ -70,7 +71,7 @@ def add_gradient(
   dead_N: jax.Array,
   shards: shards_lib.Shards,
 ) -> tuple[jax.Array, Sae]:
-  """`aux_error` on as many latents as are dead; nothing where none is.
+  """`aux_error` on a copy of the dead latents; nothing if none is dead.
 
   Args:
     aux: k_aux and the weight.
@@ -86,7 +87,7 @@ def add_gradient(
   """
   n_latents = dead_N.shape[0]
   sizes = _sizes(n_latents)
-  # The same branch on every shard, since there are collectives in it.
+  # All shards must take the same branch, since it contains collectives.
   dead = dead_N.sum()
   if shards.latent_axis is not None:
     dead = jax.lax.pmax(dead, shards.latent_axis)
@@ -129,15 +130,16 @@ def aux_error(
     x_BD: preprocessed activations.
     error_BD: e = x - x^, a constant.
     dead_N: which latents are dead; at least one on some shard.
-    size: static; as many latents as are dead on any shard, or more.
+    size: latents of the copy, static; at least as many as are dead on any
+      shard.
     shards: of the batch.
 
   Returns:
-    The ratio, and grads with its gradient added, times the weight. Where it
-    is not finite it counts as 0, and adds nothing.
+    The ratio, and grads with the weight times its gradient added. A ratio that
+    is not finite counts as 0 and adds nothing.
   """
-  # Places past the last dead latent are past all latents, in order too, so that
-  # nothing has to be sorted to add to the gradients.
+  # Unused places of the copy get numbers past all latents, in order too, so
+  # that the scatter into the gradients needs no sort.
   n_latents, number_M = dead_N.shape[0], jnp.arange(size)
   real_M = number_M < dead_N.sum()
   place_M = jnp.nonzero(dead_N, size=size, fill_value=0)[0]

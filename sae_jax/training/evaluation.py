@@ -18,7 +18,7 @@ from sae_jax.training.state import TrainState
 def heldout(
   config: TrainConfig, manifest: store.Manifest, mesh: Mesh
 ) -> tuple[int, int, int]:
-  """The held-out rows that are scored: first, last + 1, and a batch's."""
+  """The held-out rows that are scored: first, last + 1, and rows of a batch."""
   first = manifest.n_rows - manifest.holdout_rows
   last = min(manifest.n_rows, first + config.eval_rows)
   size = min(config.batch_size, last - first)
@@ -52,11 +52,11 @@ def evaluate(
 def scores(
   config: TrainConfig, mesh: Mesh, state: TrainState, data: store.Store
 ) -> tuple[dict[str, float], dict[str, list[int]]]:
-  """What a run logs of its state: metrics on held-out rows by name, and lists.
+  """Metrics of a state on held-out rows by name, and lists by name, to log.
 
-  Metrics are `heldout_` under the averaged weights and `heldout_last_` under
-  the last ones. The list is the histogram of latents by density (averaged
-  weights), its edges `metrics.DENSITY_EDGES`.
+  Names begin with `heldout_` for the averaged weights and with `heldout_last_`
+  for the last ones. The list is the histogram of latents by density under the
+  averaged weights, with edges `metrics.DENSITY_EDGES`.
   """
   average, last = (
     evaluate(
@@ -78,7 +78,7 @@ def make_evaluation(
   Args:
     config: the run.
     mesh: where the state lies.
-    average: whether under the averaged weights or the last ones.
+    average: whether to evaluate the averaged weights, or the last ones.
   """
   return _evaluation(config.sae, config.optimizer.ema_decay, mesh, average)
 

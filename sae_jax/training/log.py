@@ -1,4 +1,4 @@
-"""Where a run's metrics are written: JSON lines and TensorBoard."""
+"""Writes a run's metrics as JSON lines and for TensorBoard."""
 
 import io
 import json
@@ -23,11 +23,11 @@ def _step_of(line: str) -> float:
 
 
 class _BucketEvents:
-  """TensorBoard's file in a bucket, put there whole at every flush.
+  """TensorBoard's file in a bucket, uploaded whole at every flush.
 
-  tensorboardX's own writer uploads on condition of the object's generation.
-  When an answer is lost the upload is sent again and refused; that ends
-  tensorboardX's thread, and the run waits for it for ever.
+  tensorboardX's own writer makes uploads conditional on the object's
+  generation. If an answer is lost it repeats the upload, which is refused; that
+  ends its thread, and the run would wait for it forever.
   """
 
   def __init__(self, path: str):
@@ -41,8 +41,8 @@ class _BucketEvents:
     try:
       files.write_bytes(self._path, self._buffer.getvalue())
     except Exception as error:
-      # Retries are used up. These are copies of what metrics.jsonl has, and
-      # the next flush writes all of it again.
+      # Retries are used up. metrics.jsonl has the same values, and the next
+      # flush writes all of them again.
       logging.warning('cannot write %s: %s', self._path, error)
 
   def close(self) -> None:
@@ -59,8 +59,8 @@ class _BucketEventsFactory:
 class _LocalEvents:
   """TensorBoard's file on a disk.
 
-  An error, as of a full disk, would end tensorboardX's thread, and the run
-  would wait for it for ever.
+  An error, such as a full disk, would end tensorboardX's thread, and the run
+  would wait for it forever.
   """
 
   def __init__(self, path: str):
@@ -100,7 +100,7 @@ class _LocalEventsFactory:
     os.makedirs(path.removeprefix(_LOCAL), exist_ok=True)
 
 
-# tensorboardX asks a factory for paths of its prefix alone.
+# tensorboardX chooses a factory by the prefix of the path.
 _LOCAL = 'local:'
 for _scheme in url_lib.remote_schemes():
   record_writer.register_writer_factory(_scheme, _BucketEventsFactory())
@@ -119,8 +119,8 @@ class Writer:
 
     Args:
       workdir: folder or URL; metrics.jsonl and tensorboard/ lie in it.
-      step: where the run goes on; what was written of later steps is dropped.
-      active: whether this process writes; one of a run does.
+      step: step after which the run goes on; lines of later steps are dropped.
+      active: whether this process writes; only one of a run does.
     """
     self._active = active
     if not active:
@@ -141,14 +141,14 @@ class Writer:
     board_only: dict[str, float] | None = None,
     lists: dict[str, list[int]] | None = None,
   ) -> None:
-    """Takes one step's values.
+    """Adds the values of a step.
 
     Args:
-      step: of the run.
-      values: one number each. What is not finite is null in the lines: JSON
-        has no NaN.
-      board_only: may depend on the clock.
-      lists: written to the lines alone, histograms say.
+      step: the step.
+      values: numbers by name. Those that are not finite are null in the lines,
+        since JSON has no NaN.
+      board_only: numbers for TensorBoard only, which may depend on the clock.
+      lists: lists for the lines only, such as histograms.
     """
     if not self._active:
       return
@@ -159,7 +159,7 @@ class Writer:
       self._board.add_scalar(name, value, step)
 
   def flush(self) -> None:
-    """Puts all lines on disk, whole."""
+    """Writes the whole file of lines anew, and TensorBoard's."""
     if not self._active:
       return
     text = ''.join(line + '\n' for line in self._lines)

@@ -1,4 +1,4 @@
-"""The loop over batches, for one run or many from one reading."""
+"""The loop over batches, for one run or several on the same batches."""
 
 from collections.abc import Callable, Iterator
 import contextlib
@@ -17,7 +17,7 @@ from sae_jax.training.run import Run
 
 @contextlib.contextmanager
 def _profile(config: TrainConfig, workdir: str) -> Iterator[Callable]:
-  """A function to call before each step; it traces those that are asked for."""
+  """A function to call before each step; it profiles the configured steps."""
   first = config.profile_start
   last = first + config.profile_steps
   tracing = False
@@ -42,9 +42,9 @@ def _profile(config: TrainConfig, workdir: str) -> Iterator[Callable]:
 
 
 class Clock:
-  """How long the loop waits for batches, from the second on.
+  """How long the loop waits for batches, from the second batch on.
 
-  Before the second the first window is read, and the step is compiled.
+  Before that the first window is read and the step is compiled.
   """
 
   def __init__(self, batches: Batches):
@@ -53,25 +53,25 @@ class Clock:
     self._waited = 0.0
 
   def timed(self, items: Iterator[jax.Array]) -> Iterator[jax.Array]:
-    """The items, each of which is waited for."""
+    """The items; the time spent waiting for them is added up."""
     while True:
-      asked = time.monotonic()
+      began = time.monotonic()
       item = next(items, None)
       if item is None:
         return
       if self._began is not None:
-        self._waited += time.monotonic() - asked
+        self._waited += time.monotonic() - began
       yield item
       if self._began is None:
         self._began = time.monotonic()
         self._bytes = self._batches.bytes_read
 
   def metrics(self) -> dict[str, float]:
-    """The share of the time that was waited, and bytes read a second.
+    """The share of time spent waiting, and bytes read per second.
 
-    The device works on the step before meanwhile: it was idle no longer.
-    Empty before the second batch, and for a stream, which makes batches where
-    steps are made.
+    While the loop waits the device works on the step before, so it was idle for
+    at most this share. Empty before the second batch, and for streams, whose
+    batches are computed on the same devices.
     """
     if self._began is None or self._batches.bytes_read is None:
       return {}
@@ -85,7 +85,7 @@ class Clock:
 def run_all(runs: list[Run], batches: Batches) -> None:
   """Trains all runs on the same batches, until the last is finished.
 
-  A run that was saved later than the others waits until they have caught up.
+  A run that has done more steps than the others waits for them to catch up.
   On SIGTERM every run is saved and the loop ends.
 
   Args:
@@ -114,7 +114,7 @@ def run_all(runs: list[Run], batches: Batches) -> None:
         run.advance(batch_BD, clock.metrics())
       for run in ready:
         run.due()
-      # None, where one has ended and the next goes on from a later step.
+      # No run is ready after one has ended and before the next goes on.
       shown = ready[0].latest if ready else {}
       bar.set_postfix(
         {

@@ -18,7 +18,7 @@ from sae_jax.ops.adam_rows import api as adam_rows
 _ANCHOR_RATE = 2e-4
 _ANCHOR_LATENTS = 2**14
 DECAYS = ('linear', 'cosine')
-# What has unit rows: its step is an operation of its own, `ops.adam_rows`.
+# The parameter with unit rows, whose step is `ops.adam_rows`.
 _DECODER = 'w_dec_ND'
 
 
@@ -84,7 +84,7 @@ class OptimizerState(NamedTuple):
 
 
 def peak_rate(config: OptimizerConfig, n_latents: int) -> float:
-  """The learning rate that is named, or 2e-4 sqrt(2^14 / n)."""
+  """The configured learning rate, or 2e-4 sqrt(2^14 / n) if it is 0."""
   rule = _ANCHOR_RATE * math.sqrt(_ANCHOR_LATENTS / n_latents)
   return config.learning_rate or rule
 
@@ -93,7 +93,7 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   """The share of the peak rate at each step: warm-up, constant, decay.
 
   Args:
-    config: names the lengths and the way of the decay.
+    config: gives the lengths of warm-up and decay and the decay's shape.
     steps: length of the run.
 
   Raises:
@@ -153,11 +153,11 @@ def update(
     grads: gradients, shaped as `sae`.
     rate: this step's learning rate.
     only_if: a bool; unless it is true and the norm finite, parameters and state
-      come back as they are. None takes the step whatever the numbers.
+      come back unchanged. None takes the step in any case.
     implementation: of the decoder's step, see `ops.adam_rows.api`: 'pallas'
       for one pass over it; another, or None, for plain JAX.
-    mesh: that the latents are sharded over, None for one device; 'pallas' alone
-      asks.
+    mesh: mesh over which the latents are sharded, None for one device; only
+      'pallas' needs it.
 
   Returns:
     The new parameters, decoder rows of unit norm again, the new state, and
@@ -176,10 +176,10 @@ def update(
 
   norm, scale, take = None, 1.0, None
   if config.clip_norm or only_if is not None:
-    # What the step depends on is known before it overwrites anything.
+    # The norm must be known before the step overwrites anything.
     norm = global_norm(adam_rows.squared_norm(decoder[0], decoder[-1], **where))
     if config.clip_norm:
-      # A norm of 0 divides nothing: the quotient is inf and the least is 1.
+      # With a norm of 0 the quotient is inf, and the minimum 1.
       scale = jnp.minimum(1, config.clip_norm / norm)
     if only_if is not None:
       take = only_if & jnp.isfinite(norm)
@@ -204,7 +204,7 @@ def update(
 
 
 def _settings(config):
-  """As `ops.adam` names them."""
+  """Adam's settings by the names of `ops.adam`."""
   return {
     'b1': config.adam_b1,
     'b2': config.adam_b2,
@@ -214,6 +214,6 @@ def _settings(config):
 
 
 def _counted(count, take):
-  """The count of steps after this one, which may not be taken."""
+  """The count of steps after this one, if it is taken."""
   steps = optax.safe_increment(count)
   return steps if take is None else jnp.where(take, steps, count)

@@ -1,4 +1,4 @@
-"""Notices when a run is asked to stop, so that it can save before it does."""
+"""Notices SIGTERM, so that a run can save before it stops."""
 
 import signal
 import threading
@@ -11,8 +11,8 @@ class Notice:
   """Listens for SIGTERM while it is open; a context manager.
 
   In a run of many processes JAX listens, and all of them learn of it at the
-  same step. One process alone listens itself; outside of the main thread it
-  cannot, and is never asked.
+  same step. A single process listens itself, but only from the main thread; in
+  other threads `asked` is always False.
   """
 
   def __init__(self):

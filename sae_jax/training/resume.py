@@ -31,7 +31,7 @@ def _check_same(
   old_config = config_lib.from_dict(TrainConfig, saved.train_config)
   old = config_lib.flat(old_config)
   may_change = set(config_lib.names_with(TrainConfig, 'may_change'))
-  # No step before the end depends on where it is, unless the rate decays.
+  # No step depends on the number of steps, unless the rate decays.
   if not config.optimizer.decay_steps:
     may_change.add('steps')
   changed = [
@@ -61,11 +61,11 @@ class Start:
   """Where a run begins.
 
   Attributes:
-    config: of the run.
-    workdir: of the run, which this process has claimed.
-    state: fresh, or that of the latest checkpoint.
-    cursor: where its next batch comes from, of batches that keep a cursor.
-    saver: has the workdir's checkpoints open.
+    config: the run's config.
+    workdir: the run's workdir, which this process has claimed.
+    state: a fresh state, or that of the latest checkpoint.
+    cursor: place of the next batch, if the batches keep a cursor.
+    saver: the saver of the workdir's checkpoints, opened.
   """
 
   config: TrainConfig
@@ -90,11 +90,11 @@ def start(
   """Claims a workdir and finds out where its run begins.
 
   Args:
-    config: of the run.
-    workdir: of the run.
-    mesh: where the state is put.
-    data: what the run trains on.
-    stack: closes the checkpoints, then gives the workdir up.
+    config: the run's config.
+    workdir: the run's workdir.
+    mesh: mesh on which the state is put.
+    data: store that the run trains on.
+    stack: closes the checkpoints, then releases the workdir.
 
   Raises:
     UserError: if another process has the workdir, or its checkpoint is damaged
@@ -122,9 +122,10 @@ def start(
 
 
 def claim_workdir(workdir: str, stack: contextlib.ExitStack) -> None:
-  """Keeps the workdir for this run: process 0 has it and all of them see it.
+  """Claims the workdir by process 0 and checks that all processes see it.
 
-  Every process returns or every one raises, so that none waits for another.
+  Either every process returns or every one raises, so that none waits for
+  another forever.
   """
   if jax.process_count() == 1:
     stack.enter_context(claim.claim(workdir))
@@ -141,14 +142,14 @@ def claim_workdir(workdir: str, stack: contextlib.ExitStack) -> None:
       error = raised
   if multihost_utils.broadcast_one_to_all(np.array(error is not None)):
     raise error or errors.UserError(
-      f'process 0 cannot use workdir {workdir}: see what it says'
+      f'process 0 cannot use workdir {workdir}: see its error'
     )
-  seen = multihost_utils.process_allgather(np.array(path.exists()))
+  visible = multihost_utils.process_allgather(np.array(path.exists()))
   if jax.process_index() == 0:
     path.unlink()
-  if not seen.all():
+  if not visible.all():
     raise errors.UserError(
-      f'workdir {workdir} is local to a host: {int((~seen).sum())} of '
+      f'workdir {workdir} is local to a host: {int((~visible).sum())} of '
       f'{jax.process_count()} processes do not see what process 0 writes '
       'there; use a bucket or a shared disk'
     )

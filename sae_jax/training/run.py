@@ -20,7 +20,7 @@ from sae_jax.training.step import make_step
 
 
 def contents(state: TrainState) -> checkpoint.Contents:
-  """What a checkpoint holds of a state."""
+  """The parts of a state that a checkpoint holds."""
   return checkpoint.Contents(
     sae=state.sae,
     ema=state.optimizer.ema,
@@ -30,15 +30,15 @@ def contents(state: TrainState) -> checkpoint.Contents:
 
 
 def restore(
-  checkpointer: ocp.training.Checkpointer, wanted: TrainState
+  checkpointer: ocp.training.Checkpointer, abstract: TrainState
 ) -> TrainState:
-  """The latest state, in the shapes and shardings of `wanted`.
+  """The latest state, in the shapes and shardings of `abstract`.
 
   Raises:
     UserError: if it is damaged.
   """
   saved = checkpoint.read(
-    checkpointer, checkpointer.latest.step, contents(wanted)
+    checkpointer, checkpointer.latest.step, contents(abstract)
   )
   return TrainState(
     sae=saved.sae,
@@ -51,8 +51,8 @@ class Run:
   """One autoencoder in training: its state and where it is written.
 
   Attributes:
-    done: steps done.
-    latest: values of the last step that were taken in.
+    done: number of steps that are dispatched.
+    latest: metrics of the last step that were read from the device.
   """
 
   def __init__(
@@ -65,7 +65,7 @@ class Run:
     batches: Batches,
     saver: saver_lib.Saver,
   ):
-    """Takes a state, which it gives away to its steps."""
+    """Takes over a state: the steps donate its arrays."""
     self.config = config
     self.workdir = workdir
     self.state = state
@@ -98,17 +98,17 @@ class Run:
   def advance(
     self, batch_BD: jax.Array, feed_metrics: dict[str, float] | None = None
   ) -> None:
-    """Dispatches a step, then takes in the values of the one before.
+    """Dispatches a step, then reads the metrics of the one before.
 
     Args:
       batch_BD: raw activations, sharded over "data".
-      feed_metrics: how the batches come by now, for TensorBoard alone.
+      feed_metrics: metrics of the feed so far, for TensorBoard only.
     """
     self._feed_metrics = feed_metrics or {}
     debug = jax.config.jax_debug_nans
-    # A transfer nobody meant would make the device wait for the host; a step
-    # that is run again by operations, to find a NaN, makes many. JAX forgets
-    # to look for NaNs after it has traced, unless the thread asks for it.
+    # An unintended transfer would make the device wait for the host, so it is
+    # an error; a step that is run again operation by operation, to find a NaN,
+    # needs many. After tracing JAX only looks for NaNs if the thread sets it.
     with (
       jax.transfer_guard('allow' if debug else 'disallow'),
       jax.debug_nans(debug),
@@ -119,7 +119,7 @@ class Run:
     self._take(1)
 
   def due(self) -> None:
-    """Evaluates and saves where the config asks for it after this step."""
+    """Evaluates and saves if the config says so for this step."""
     if self._falls_on(self.config.eval_every):
       self._score()
     if self._falls_on(self.config.checkpoint_every):
@@ -129,7 +129,7 @@ class Run:
     return self.finished or bool(every and self.done % every == 0)
 
   def save(self) -> None:
-    """Saves the state, unless this step's is saved."""
+    """Saves the state, unless that of this step is saved already."""
     if self._saved == self.done:
       return
     self._take(0)
@@ -140,7 +140,7 @@ class Run:
     self._saved = self.done
 
   def finish(self) -> None:
-    """Waits until the last state that was saved is there.
+    """Waits until the last save is complete.
 
     Raises:
       UserError: if it cannot be written.
@@ -148,7 +148,7 @@ class Run:
     self._saver.finish(self.done, self._begin_save)
 
   def _begin_save(self, checkpointer: ocp.training.Checkpointer):
-    # The log must not lag behind what resume starts from.
+    # The log must not lag behind the state that a resumed run starts from.
     self._writer.flush()
     return checkpoint.save(
       checkpointer, self.done, contents(self.state), self._metadata
@@ -159,7 +159,8 @@ class Run:
     try:
       self._writer.close()
     except Exception as error:
-      # What is saved has its log; why the run ends matters more.
+      # The log is complete up to the last checkpoint, and the error that ended
+      # the run matters more.
       logging.warning(
         'cannot write the log of %s: %s',
         self.workdir,
@@ -174,7 +175,7 @@ class Run:
     self._writer.write(self.done, scalars, lists=lists)
 
   def _take(self, keep: int) -> None:
-    """Takes in the values of all but the latest steps."""
+    """Reads and logs the metrics of all but the latest `keep` steps."""
     while len(self._pending) > keep:
       done, values = self._pending.popleft()
       values = {n: v.item() for n, v in jax.device_get(values).items()}

@@ -9,8 +9,8 @@ import jax
 from sae_jax import checkpoint, errors
 from sae_jax.storage import url as url_lib
 
-# How often a save to a bucket is retried. Clients wait for a minute and more
-# before they give up, so nothing waits here.
+# Number of retries of a save to a bucket. Clients of buckets give up only after
+# a minute or more, so there is no wait between retries.
 _TRIES = 4
 
 
@@ -22,7 +22,7 @@ class Saver:
   collectives.
 
   Attributes:
-    checkpointer: Orbax's, to read what is there.
+    checkpointer: Orbax's checkpointer, for reading.
   """
 
   def __init__(self, workdir: str, keep: int = 2):
@@ -32,14 +32,14 @@ class Saver:
     self.checkpointer = checkpoint.open_checkpointer(workdir, keep)
 
   def save(self, step: int, begin: Callable) -> None:
-    """Begins to save a step, when the one before is saved.
+    """Waits for the save before, then begins to save a step.
 
-    If that one failed, this one takes its place, and is waited for.
+    If the save before failed, this one takes its place and is waited for.
 
     Args:
       step: the step.
-      begin: of a checkpointer; begins to save to it, and returns what has the
-        `result`.
+      begin: function of a checkpointer that begins to save to it and returns a
+        future.
 
     Raises:
       UserError: if a checkpoint cannot be written.
@@ -49,7 +49,7 @@ class Saver:
       self._again(step, begin, error)
 
   def finish(self, step: int, begin: Callable) -> None:
-    """Waits for the last save, of this step; makes it again if it failed.
+    """Waits for the last save, that of this step; retries it if it failed.
 
     Raises:
       UserError: see `save`.
@@ -59,7 +59,7 @@ class Saver:
       self._again(step, begin, error)
 
   def wait(self) -> Exception | None:
-    """Waits for the save that was begun; returns why it failed."""
+    """Waits for the save that was begun; returns its error, if any."""
     saving, self._saving = self._saving, None
     try:
       if saving is not None:
@@ -69,7 +69,7 @@ class Saver:
     return None
 
   def latest(self) -> int | None:
-    """The last step that is saved, when all that was begun has ended."""
+    """The last step that is saved, after waiting for the save in progress."""
     error = self.wait()
     if error is not None:
       self._warn(error, '')
@@ -78,8 +78,8 @@ class Saver:
     return latest.step if latest else None
 
   def _look_again(self) -> None:
-    """Orbax forgets an older step when it begins to save, though it is kept."""
-    # Processes open together or not at all.
+    """Lists checkpoints anew: Orbax forgets an older one as a save begins."""
+    # Several processes must open them together, so none does here.
     if jax.process_count() == 1:
       self._reopen()
 
@@ -95,7 +95,7 @@ class Saver:
     for _ in range(tries if jax.process_count() == 1 else 0):
       self._warn(error, f': saving that of step {step} now')
       error = self._reopen()
-      # What failed may have been no more than to delete an older one.
+      # The step may be saved, if only the deletion of an older one failed.
       saved = {entry.step for entry in self.checkpointer.checkpoints}
       if error is None and step not in saved:
         error = self._begin(begin) or self.wait()
@@ -111,7 +111,7 @@ class Saver:
     ) from error
 
   def _reopen(self) -> Exception | None:
-    """Finds out what is whole; Orbax removes the rest before it saves."""
+    """Opens the checkpoints anew: those that are whole; returns an error."""
     self._close()
     try:
       self.checkpointer = checkpoint.open_checkpointer(
@@ -122,7 +122,7 @@ class Saver:
     return None
 
   def _close(self) -> None:
-    # All has been waited for, and its errors are known; they come again here.
+    # All saves have been waited for; closing raises their errors once more.
     with contextlib.suppress(Exception):
       self.checkpointer.close()
 
@@ -138,7 +138,8 @@ class Saver:
     return self
 
   def __exit__(self, *_):
-    # A run that ended well has waited; another has an error of its own.
+    # A run that ended well has waited already; any other ends with an error
+    # that must not be replaced by this one.
     error = self.wait()
     if error is not None:
       self._warn(error, '')

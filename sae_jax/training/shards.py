@@ -1,4 +1,4 @@
-"""How a batch is spread: over the devices, and in time."""
+"""How a batch is cut: into shards over devices, and into micro-batches."""
 
 from collections.abc import Callable
 import dataclasses
@@ -12,10 +12,10 @@ from sae_jax.ops import micro_batches, varying
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _psum(axis, x):
-  """A sum over an axis whose shards go on with the same computation.
+  """A sum over an axis whose shards then all compute the same.
 
-  So each shard's cotangent is the whole one already. shard_map's types would
-  tell autodiff so, but an interpreted kernel has to do without them.
+  So each shard's cotangent is already the whole one. shard_map's types would
+  say so to autodiff, but interpreted kernels do not work with these types.
   """
   return jax.lax.psum(x, axis)
 
@@ -30,9 +30,9 @@ _psum.defvjp(lambda axis, x: (_psum(axis, x), None), _psum_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _fan_out(axis, x):
-  """An array that all shards of an axis have, where they begin to differ.
+  """Marks an array that is equal on all shards of an axis as varying over it.
 
-  Its cotangents do too, and are summed: the counterpart of `_psum`.
+  The shards' cotangents differ and are summed: the counterpart of `_psum`.
   """
   return jax.lax.pcast(x, axis, to='varying')
 
@@ -50,7 +50,7 @@ class Shards:
   Attributes:
     data_axis: mesh axis of the tokens, inside shard_map; None for one shard.
     latent_axis: mesh axis of the latents, inside shard_map.
-    micro_batches: how many the device's tokens are worked on in.
+    micro_batches: number of parts in which the device's tokens are worked on.
   """
 
   data_axis: str | None = None
@@ -66,7 +66,7 @@ class Shards:
     return _psum(self.latent_axis, x) if self.latent_axis else x
 
   def to_latents(self, x: jax.Array) -> jax.Array:
-    """The same on every shard of the latents; its gradient is summed."""
+    """The array for each shard of the latents; its gradients are summed."""
     return _fan_out(self.latent_axis, x) if self.latent_axis else x
 
   @property
@@ -80,7 +80,7 @@ class Shards:
     return jax.lax.axis_size(self.latent_axis) if self.latent_axis else 1
 
   def with_micro_batches(self, batch: int, least: int) -> 'Shards':
-    """The same with at least so many micro-batches of `batch` tokens."""
+    """The same with at least `least` micro-batches of `batch` tokens."""
     number = micro_batches.number(batch, max(least, self.micro_batches))
     return dataclasses.replace(self, micro_batches=number)
 

@@ -1,4 +1,4 @@
-"""What a training step reads and writes, made on a mesh."""
+"""The state of training, which a step reads and writes, on a mesh."""
 
 import flax.struct
 import jax
@@ -22,8 +22,8 @@ class TrainState:
     optimizer: moments and moving average.
     silent_N: tokens since each latent last fired, over the global batch.
     mse_of_mean: the constant that NMSE divides by.
-    step: steps done.
-    skipped: those of them that were skipped, not being finite.
+    step: number of steps done.
+    skipped: number of those that were skipped as not finite.
   """
 
   sae: autoencoder.Sae

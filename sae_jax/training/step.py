@@ -31,13 +31,13 @@ def make_step(
     implementation: of the sparse products, see `ops.decode`.
 
   Returns:
-    A function of a state, which is donated, and raw_BD sharded over "data",
-    to the new state and a dict of scalars: loss, nmse, aux, l0,
-    dead_fraction, learning_rate, grad_norm, finite, skipped if such steps are,
-    and what the nonlinearity's objective logs: with Multi-TopK multi, with a
-    baseline penalty, with BatchTopK threshold, with kernels redone (the share
-    of tokens that were encoded twice) and, where the top-k is approximate,
-    expected_recall.
+    A function of a state, which is donated, and raw_BD sharded over "data". It
+    returns the new state and a dict of scalars: loss, nmse, aux, l0,
+    dead_fraction, learning_rate, grad_norm, finite, skipped (with
+    on_nonfinite 'skip') and those of the nonlinearity's objective: multi with
+    Multi-TopK, penalty with a baseline, threshold with BatchTopK, redone (the
+    share of tokens that were encoded twice) with kernels, and expected_recall
+    if their top k is approximate.
   """
   peak = optimizer.peak_rate(config.optimizer, config.sae.n_latents)
   rate = jax.make_array_from_callback(
@@ -57,11 +57,12 @@ def make_step(
 def lowered(
   config: TrainConfig, mesh: Mesh, implementation: str | None = None
 ) -> jax.stages.Lowered:
-  """The training step, ready to be compiled; no array is made.
+  """The training step, lowered for compilation; it allocates no array.
 
   Args:
     config: the run, with d_model set.
-    mesh: axes ("data", "latent"); of TPUs that are not here too, see `aot`.
+    mesh: axes ("data", "latent"), also of TPUs that are not here, see
+      `tpu.aot`.
     implementation: of the sparse products, see `ops.decode`.
 
   Returns:
@@ -134,7 +135,7 @@ def _program(config, mesh, implementation, debug_nans):
       mesh=mesh,
     )
     finite = jnp.isfinite(loss) & jnp.isfinite(norm)
-    # Saturates, so that a latent which is silent for long stays dead.
+    # Saturates, so that a latent that is silent for very long stays dead.
     silent_N = jnp.minimum(state.silent_N, 2**31 - 1 - raw_BD.shape[0])
     silent_N = jnp.where(terms.fired_N, 0, silent_N + raw_BD.shape[0])
     extra = nonlinearity.of(config.sae.activation).follow(
@@ -162,7 +163,7 @@ def _program(config, mesh, implementation, debug_nans):
       config.sae, config.objective, implementation, terms
     )
     if skips:
-      # Parameters and optimizer are the old ones already.
+      # The optimizer's update has kept the old parameters already.
       extra, silent_N = jax.tree.map(
         lambda after, before: jnp.where(finite, after, before),
         (new.sae.extra, new.silent_N),
@@ -176,5 +177,5 @@ def _program(config, mesh, implementation, debug_nans):
       values['skipped'] = new.skipped
     return new, values
 
-  # A step that is run again to find its NaN needs its arguments.
+  # A step that is run again to find a NaN needs its arguments, undonated.
   return jax.jit(step, donate_argnums=() if debug_nans else 0)

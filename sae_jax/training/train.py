@@ -23,7 +23,7 @@ from sae_jax.training.state import TrainState
 
 
 def check(config: TrainConfig, manifest: store.Manifest, mesh: Mesh) -> None:
-  """Raises UserError where config, store and mesh do not fit each other."""
+  """Raises UserError if config, store and mesh do not fit each other."""
   if config.sae.d_model != manifest.d_model:
     raise errors.UserError(
       f'd_model {config.sae.d_model} is not the width {manifest.d_model} of '
@@ -46,7 +46,7 @@ def check(config: TrainConfig, manifest: store.Manifest, mesh: Mesh) -> None:
 
 
 def resolve(config: TrainConfig, manifest: store.Manifest) -> TrainConfig:
-  """The config with what it leaves to the store: d_model where it is 0."""
+  """The config with the width of the store for a d_model of 0."""
   d_model = config.sae.d_model or manifest.d_model
   return dataclasses.replace(
     config, sae=dataclasses.replace(config.sae, d_model=d_model)
@@ -59,10 +59,10 @@ def sweep(
   """Runs for every combination of some fields' values.
 
   Args:
-    config: what they have in common.
+    config: the settings that the runs have in common.
     workdir: local path or URL; each run gets a folder in it that is
       named after its values.
-    **values: of fields of the config, nested ones included.
+    **values: values of fields of the config, nested ones included, by name.
 
   Returns:
     The configs by workdir, for `train_many`.
@@ -92,9 +92,9 @@ def train(config: TrainConfig, store_url: str, workdir: str) -> TrainState:
   The workdir gets config.json, metrics.jsonl, tensorboard/ and checkpoints/.
   On SIGTERM the run is saved and this returns before the last step.
 
-  Where it runs, what it tells and how often it is saved may change between a
-  run and its resumption, and so may the number of steps if the rate does not
-  decay; nothing else.
+  Between a run and its resumption only these may change: the devices, what is
+  logged, how often it is saved, and the number of steps if the rate does not
+  decay.
 
   Args:
     config: the run.
@@ -115,11 +115,11 @@ def train(config: TrainConfig, store_url: str, workdir: str) -> TrainState:
 def train_many(
   configs: Mapping[str, TrainConfig], store_url: str
 ) -> dict[str, TrainState]:
-  """Trains many autoencoders, in turn on each batch of one reading.
+  """Trains many autoencoders on the same batches, each batch in turn.
 
-  Each is what `train` makes of its config alone, to the bit, and its workdir
-  can be resumed alone. All states are in memory at once. Runs that differ in
-  seed and learning rate alone share one compiled step.
+  Each result equals that of `train` with its config, to the bit, and each
+  workdir can be resumed alone. All states are in memory at once. Runs that
+  differ only in seed and learning rate share one compiled step.
 
   Args:
     configs: by workdir; batch size, order and mesh are the same in all.
@@ -129,7 +129,7 @@ def train_many(
     The final states by workdir.
 
   Raises:
-    UserError: see `train`; also where runs do not go together.
+    UserError: see `train`; also if runs cannot share batches.
     FloatingPointError: see `train`.
   """
   # 1. Runs on one reading of the data must agree on it: store, order, batch
@@ -171,7 +171,7 @@ def train_many(
 
 
 def _check_shared(configs: Mapping[str, TrainConfig]) -> None:
-  """Raises UserError where runs do not go together."""
+  """Raises UserError if runs cannot share batches."""
   for name in config_lib.names_with(TrainConfig, 'shared'):
     values = {getattr(config, name) for config in configs.values()}
     if len(values) > 1:
@@ -202,7 +202,7 @@ def _run(start, mesh, data, batches, stack) -> run_lib.Run:
 
 
 def _batches(config, data, mesh, cursor) -> batches_lib.Batches:
-  """What runs of this config are trained on."""
+  """The batches that runs of this config are trained on."""
   if config.stream:
     return from_text.TextFeed(
       data,

@@ -1,8 +1,8 @@
-"""What makes codes of pre-activations: a module of this folder each.
+"""Nonlinearities, which turn pre-activations into codes: a module each.
 
-A file here and one of the same name in `training/objective` are all there is
-to a nonlinearity: `SaeConfig.activation` takes the file's name, and its help
-the first line of the file's docstring. `Nonlinearity` says what it defines.
+A nonlinearity is a file here and one of the same name in `training/objective`.
+The name is a value of `SaeConfig.activation`, whose help has the first line of
+the file's docstring. `Nonlinearity` lists what the file defines.
 """
 
 import ast
@@ -25,7 +25,7 @@ NAMES = tuple(
 
 
 class Nonlinearity(Protocol):
-  """What every module of this folder defines.
+  """The functions and constants that every module of this folder defines.
 
   `config` is a `SaeConfig`, `sae` a `Sae` or this shard of it, and `axis` the
   mesh axis of the latents, inside shard_map.
@@ -38,32 +38,32 @@ class Nonlinearity(Protocol):
   TRAINED: tuple[str, ...]
 
   def active_per_token(self, config) -> int | None:
-    """How many latents at most are active, None where any number may be."""
+    """The most active latents of a token, None if any number may be."""
 
   def extra(self, config, dtype: jnp.dtype) -> dict[str, jax.Array]:
-    """Its own parameters before they are fitted; names end in axes."""
+    """Its own parameters before they are fitted; their names end in axes."""
 
   def fit(
     self, config, sae, x_BD: jax.Array, mse_of_mean: jax.Array, axis: str | None
   ) -> dict[str, jax.Array]:
-    """Its parameters for an autoencoder that is otherwise ready.
+    """Its parameters, fitted to an autoencoder that is otherwise ready.
 
     Args:
-      config: the autoencoder's.
+      config: the autoencoder's config.
       sae: the autoencoder.
       x_BD: preprocessed tokens from the start of a run.
       mse_of_mean: squared distance of a token from the mean, on average.
-      axis: of the latents.
+      axis: mesh axis of the latents.
     """
 
   def follow(
     self, extra: dict[str, jax.Array], observed: dict[str, jax.Array]
   ) -> dict[str, jax.Array]:
-    """Its parameters after a step, of those that are not trained.
+    """Its parameters after a step, with the untrained ones updated.
 
     Args:
       extra: its parameters, after the optimizer.
-      observed: what its objective saw of the batch.
+      observed: values that its objective took from the batch.
     """
 
   def codes(
@@ -84,9 +84,10 @@ def trained_names() -> frozenset[str]:
 
 
 def summary(name: str) -> str:
-  """The first line of a module's docstring, in the form of a phrase.
+  """The first line of a module's docstring, without the full stop.
 
-  Read from its source: the modules use the config whose help this is.
+  Read from the source, not imported: the modules import the config whose help
+  needs it.
   """
   loader = importlib.util.find_spec(f'{__name__}.{name}').loader
   text = ast.get_docstring(ast.parse(loader.get_source(f'{__name__}.{name}')))

@@ -16,9 +16,9 @@ from sae_jax.autoencoder.params import Sae, SaeConfig
 from sae_jax.ops import varying
 
 TRAINED = ()
-# Of the threshold. The smallest of thousands of active values hardly varies
-# from batch to batch: a hundred batches are average enough, and a longer memory
-# would lag behind weights that still grow.
+# Decay of the threshold's moving average per step. The smallest of thousands of
+# active values hardly varies from batch to batch: a hundred batches are enough,
+# and a longer average would lag behind weights that still grow.
 _DECAY = 0.99
 _LIMB = 16
 
@@ -50,10 +50,10 @@ def follow(
   extra: dict[str, jax.Array], observed: dict[str, jax.Array]
 ) -> dict[str, jax.Array]:
   """Moves the threshold towards the smallest active value of a batch."""
-  old, seen = extra['threshold'], observed['threshold']
-  moved = old + (1 - _DECAY) * (seen - old)
-  # A batch without any active latent says nothing of it.
-  return {'threshold': jnp.where(jnp.isfinite(seen), moved, old)}
+  old, smallest = extra['threshold'], observed['threshold']
+  moved = old + (1 - _DECAY) * (smallest - old)
+  # A batch without any active latent does not change it.
+  return {'threshold': jnp.where(jnp.isfinite(smallest), moved, old)}
 
 
 def codes(
@@ -75,13 +75,14 @@ def smallest_active(
   the same order, and each bit of the result takes one count over the batch.
 
   Args:
-    pre_BN: this device's pre-activations; what is no number is not counted.
+    pre_BN: this device's pre-activations; a NaN is not counted.
     n_active: rank of the result, over the whole batch.
-    axes: mesh axes that the batch is spread over, inside shard_map.
+    axes: mesh axes over which the batch and latents are sharded, inside
+      shard_map.
 
   Returns:
-    The value, the least positive one if there are fewer, and infinity if there
-    is none; the same on all devices.
+    The value; if fewer are positive, the smallest positive one; if none is,
+    infinity. It is the same on all devices.
 
   Raises:
     UserError: if a device has 2^31 pre-activations or more.
@@ -99,9 +100,9 @@ def smallest_active(
     return jax.lax.bitcast_convert_type(key, pre_BN.dtype)
 
   def count(key):
-    """How many are as large, in two limbs: all may pass an int32."""
-    # An array of keys would be as large as the pre-activations. No comparison
-    # holds of what is no number, be it theirs or the key's.
+    """How many are at least as large, in two limbs: it may pass an int32."""
+    # Compared as floats, since an array of keys would be as large as the
+    # pre-activations. A comparison with NaN, on either side, is false.
     large_BN = (pre_BN > 0) & (pre_BN >= as_float(key))
     own = large_BN.sum(dtype=jnp.int32)
     limbs = own >> _LIMB, own % 2**_LIMB
@@ -112,16 +113,16 @@ def smallest_active(
     return (a[0] > b[0]) | ((a[0] == b[0]) & (a[1] >= b[1]))
 
   positive = count(jnp.zeros((), integer))
-  wanted = n_active >> _LIMB, n_active % 2**_LIMB
-  enough = at_least(positive, wanted)
-  wanted = tuple(jnp.where(enough, w, p) for w, p in zip(wanted, positive))
+  rank = n_active >> _LIMB, n_active % 2**_LIMB
+  enough = at_least(positive, rank)
+  rank = tuple(jnp.where(enough, r, p) for r, p in zip(rank, positive))
 
   def set_bit(i, key):
     # Below the sign, from the highest bit on.
     higher = key | (jnp.ones((), integer) << (bits - 2 - i).astype(integer))
-    return jnp.where(at_least(count(higher), wanted), higher, key)
+    return jnp.where(at_least(count(higher), rank), higher, key)
 
-  nothing = varying.zeros((), integer, *positive)
-  key = jax.lax.fori_loop(0, bits - 1, set_bit, nothing)
+  zero = varying.zeros((), integer, *positive)
+  key = jax.lax.fori_loop(0, bits - 1, set_bit, zero)
   fires = (positive[0] > 0) | (positive[1] > 0)
   return jnp.where(fires, as_float(key), jnp.inf)

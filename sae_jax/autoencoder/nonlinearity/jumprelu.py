@@ -12,7 +12,8 @@ from sae_jax.autoencoder.params import Sae, SaeConfig
 
 # The logarithm of each latent's threshold.
 TRAINED = ('log_threshold_N',)
-# Of the preprocessed tokens' RMS distance from their mean.
+# Initial threshold, in units of the preprocessed tokens' RMS distance from
+# their mean.
 _FIRST_THRESHOLD = 1e-3
 
 follow = nonlinearity.keep
@@ -50,8 +51,8 @@ def codes(
 def jump_relu(pre_BN: jax.Array, log_threshold_N: jax.Array) -> jax.Array:
   """JumpReLU: the pre-activation where it exceeds its latent's threshold.
 
-  Rajamanoharan et al. 2024, equation 4. For a gradient with respect to the
-  threshold, which this function has none of, see `trainable_jump_relu`.
+  Rajamanoharan et al. 2024, equation 4. It has no gradient with respect to the
+  threshold: for that see `trainable_jump_relu`.
   """
   return jnp.where(pre_BN > jnp.exp(log_threshold_N), pre_BN, 0)
 
@@ -95,7 +96,7 @@ def _jump_backward(saved, g_BN):
   pre_BN, log_threshold_N, bandwidth = saved
   threshold_N = jnp.exp(log_threshold_N)
   near_BN = _near(pre_BN, threshold_N, bandwidth)
-  # One more factor of the threshold: the parameter is its logarithm.
+  # A second factor of the threshold, since the parameter is its logarithm.
   slope_BN = -(threshold_N**2) * near_BN
   return (
     jnp.where(pre_BN > threshold_N, g_BN, 0),
@@ -123,7 +124,7 @@ def trainable_count(
     bandwidth: width of the kernel, in units of the pre-activations.
   """
   del bandwidth
-  # In two sums: of a large batch all pairs together may pass an int32.
+  # Two sums, since the pairs of a large batch may exceed an int32.
   open_B = (pre_BN > jnp.exp(log_threshold_N)).sum(-1)
   return open_B.astype(pre_BN.dtype).sum()
 

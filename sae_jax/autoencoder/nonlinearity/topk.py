@@ -13,14 +13,14 @@ follow = nonlinearity.keep
 
 
 def active_per_token(config: SaeConfig) -> int:
-  """K of every token; a winner that is not positive is not active."""
+  """k; fewer are active if some of the top k are not positive."""
   return config.k
 
 
 def codes(
   config: SaeConfig, sae: Sae, x_BD: jax.Array, axis: str | None
 ) -> tuple[jax.Array, jax.Array]:
-  """ReLU of those of all shards' candidates that are in the top k."""
+  """ReLU of this shard's candidates that are in the top k of all shards."""
   vals_BK, idx_BK = ops.encode_topk(
     x_BD,
     sae.w_enc_ND,

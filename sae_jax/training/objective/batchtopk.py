@@ -1,4 +1,4 @@
-"""The loss of BatchTopK: TopK's, of codes that share k among a batch."""
+"""The loss of BatchTopK: that of TopK, with k latents a token on average."""
 
 import jax
 import jax.numpy as jnp
@@ -33,16 +33,16 @@ def prepare(
 ) -> jax.Array | None:
   """The smallest active value of the whole batch.
 
-  With one micro-batch a pass sees the whole batch, and finds it itself: None.
-  With more, a pass without gradients comes first, and the pre-activations of
-  all of this device's tokens exist at once, 4 bytes for each token and latent
-  of its own; of what a gradient needs, only those of a micro-batch.
+  With one micro-batch it is None: `sums` sees the whole batch and finds it.
+  With several, a pass without gradients comes first. It holds the
+  pre-activations of all of this device's tokens at once, 4 bytes for each of
+  its tokens and latents; the gradient's arrays are only those of a micro-batch.
   """
   if setting.shards.micro_batches == 1:
     return None
 
-  # By micro-batches too: products of other shapes may round otherwise, and the
-  # smallest active value would miss itself.
+  # By micro-batches too: products of other shapes may round differently, and
+  # then the smallest active value might not be active.
   def run(x_BD):
     return (), dense.pre_activations(setting, sae, x_BD)
 
@@ -58,14 +58,14 @@ def sums(
   tally_N: jax.Array,
   candidates: None,
 ) -> terms.Pass:
-  """A pass with what is not below the batch's smallest active value."""
+  """A pass whose codes are not below the batch's smallest active value."""
   del tally_N, candidates
   pre_BN = dense.pre_activations(setting, sae, x_BD)
   smallest = prepared
   if smallest is None:
     smallest = _smallest_active(setting, pre_BN)
-  # Asked so, since nothing is below or above what is no number: it stays, and
-  # the loss tells of it.
+  # Compared with `<`, which is false for NaN, so that a NaN stays and shows in
+  # the loss.
   z_BN = jnp.where(pre_BN < smallest, 0, pre_BN)
   observed = {'threshold': smallest[None]}
   return dense.sums(setting, sae, x_BD, z_BN, observed=observed)

@@ -28,7 +28,7 @@ def check_topk_alone(sae_config: SaeConfig, config: ObjectiveConfig) -> None:
 
 
 def check_no_penalty(sae_config: SaeConfig, config: ObjectiveConfig) -> None:
-  """Raises UserError for a penalty, where k sets the sparsity."""
+  """Raises UserError for a penalty, which k makes needless."""
   if config.sparsity_weight:
     raise errors.UserError(
       f'sparsity_weight {config.sparsity_weight} does nothing with '
@@ -38,7 +38,7 @@ def check_no_penalty(sae_config: SaeConfig, config: ObjectiveConfig) -> None:
 
 
 def prepare(setting: terms.Setting, sae: Sae, x_BD: jax.Array) -> None:
-  """Nothing: what tokens activate does not depend on each other."""
+  """Nothing: the codes of a token do not depend on other tokens."""
   del setting, sae, x_BD
 
 
@@ -66,7 +66,8 @@ def sums(
     sae: this device's parameters.
     x_BD: tokens.
     z_BN: their codes, of this shard's latents.
-    penalty: sum over tokens and this shard's latents; None for none.
+    penalty: the penalty, summed over tokens and this shard's latents; None for
+      none.
     observed: see `terms.Pass`.
   """
   shards = setting.shards
@@ -92,11 +93,11 @@ def sums(
 def fold(
   setting: terms.Setting, run: Callable, start: Any, x_BD: jax.Array
 ) -> tuple[Any, Any]:
-  """Runs over the micro-batches that were asked for."""
+  """See `registry.Method`; runs over the configured micro-batches."""
 
   def with_all(x_BD):
-    total, kept, _ = run(x_BD, None)
-    return total, kept
+    total, values, _ = run(x_BD, None)
+    return total, values
 
   return setting.shards.fold(with_all, start, x_BD)
 
@@ -107,6 +108,6 @@ def penalty_logged(
   implementation: str | None,
   values: terms.Terms,
 ) -> dict[str, jax.Array]:
-  """The penalty, of a baseline."""
+  """The penalty of a baseline."""
   del sae_config, config, implementation
   return {'penalty': values.penalty}

@@ -41,8 +41,8 @@ def value_and_grad(
       measured on a sample at the start of training.
     sae_config: the autoencoder's config.
     config: the terms.
-    micro_batches: that the shard's tokens are worked on in, one after another,
-      for less memory; the sums are those of the whole batch.
+    micro_batches: number of parts in which the shard's tokens are worked on,
+      one after another, for less memory; the sums are those of all.
     data_axis: mesh axis of the tokens, inside shard_map.
     latent_axis: mesh axis of the latents, inside shard_map.
     implementation: of the sparse products, see `ops.decode`.
@@ -68,21 +68,21 @@ def value_and_grad(
   own = jax.tree.map(lambda a: varying.match(a, x_BD), sae)
   prepared = method.prepare(setting, own, x_BD)
 
-  # What is added up over the micro-batches starts from zeros of the very types
-  # that a pass gives: a scan takes no others.
+  # A scan over micro-batches must start from zeros of the very types that a
+  # pass returns.
   sums = terms.Sums.zeros(x_BD, dead_N)
-  nothing = (jnp.zeros_like(sums.error), zeros_like(own), sums)
+  zeros = (jnp.zeros_like(sums.error), zeros_like(own), sums)
   none_redone = Diagnostics(sums.active, sums.active)
   run = functools.partial(_run, setting, method, own, prepared)
   (total, diagnostics), (error_BD, observed) = method.fold(
-    setting, run, (nothing, none_redone), x_BD
+    setting, run, (zeros, none_redone), x_BD
   )
   value, grads, sums = total
 
   # AuxK comes after all micro-batches, for two reasons: its norm is the error
   # of the whole batch, and it only reaches dead latents, so that its gradient
   # is computed for their rows alone and scattered into the others'. Its target,
-  # the error, is a constant: no gradient of it has been asked for.
+  # the error, is a constant.
   aux = jnp.zeros((), x_BD.dtype)
   if config.k_aux and method.AUXK:
     aux, grads = auxk.add_gradient(
@@ -98,30 +98,30 @@ def value_and_grad(
 
 
 def _run(setting, method, own, prepared, x_BD, candidates):
-  """A pass over some tokens: what is added up, what is kept, `exhausted`."""
+  """A pass over some tokens: its sums, values of each token, `exhausted`."""
   share = functools.partial(_share, setting, method, prepared, x_BD, candidates)
   tally_N = jnp.zeros_like(own.b_lat_N)
-  (value, seen), (grads, used_N) = jax.value_and_grad(
+  (value, result), (grads, used_N) = jax.value_and_grad(
     share, (0, 1), has_aux=True
   )(own, tally_N)
-  # TopK's backward pass adds up by latent anyway, and so it tells which fired;
-  # the others have counted before, and their tally has no gradient.
-  sums = seen.sums.replace(fired_N=seen.sums.fired_N + (used_N > 0))
+  # TopK's backward pass adds up by latent anyway, so it knows which fired. The
+  # other nonlinearities have counted them, and their tally has no gradient.
+  sums = result.sums.replace(fired_N=result.sums.fired_N + (used_N > 0))
   return (
-    ((value, grads, sums), seen.diagnostics),
-    (seen.error_BD, seen.observed),
-    seen.exhausted,
+    ((value, grads, sums), result.diagnostics),
+    (result.error_BD, result.observed),
+    result.exhausted,
   )
 
 
 def _share(setting, method, prepared, x_BD, candidates, sae, tally_N):
   """These tokens' part of the loss without AuxK, and their `terms.Pass`."""
   config = setting.config
-  seen = method.sums(setting, sae, x_BD, prepared, tally_N, candidates)
-  error = seen.sums.error + config.multi_weight * seen.sums.multi
+  result = method.sums(setting, sae, x_BD, prepared, tally_N, candidates)
+  error = result.sums.error + config.multi_weight * result.sums.multi
   total = error / setting.mse_of_mean
-  total += config.sparsity_weight * seen.sums.penalty
-  return total / setting.tokens, seen
+  total += config.sparsity_weight * result.sums.penalty
+  return total / setting.tokens, result
 
 
 def _aux(setting):
@@ -136,14 +136,14 @@ def _aux(setting):
     k=config.k_aux,
     weight=config.aux_weight,
     dtype=sae_config.matmul_dtype,
-    # Where kernels are chosen for all latents AuxK must know: None would be
-    # chosen again, for the fewer that are dead.
+    # AuxK takes kernels if they are chosen for all latents: None would choose
+    # by the number of dead ones.
     implementation='pallas' if chosen == 'pallas' else setting.implementation,
   )
 
 
 def _terms(setting, sums, diagnostics, aux, observed):
-  """The sums of all devices, per token."""
+  """The terms: sums of all devices, per token."""
   shards, tokens = setting.shards, setting.tokens
   active, diagnostics = shards.over_tokens(
     shards.over_latents((sums.active, diagnostics))
@@ -162,5 +162,5 @@ def _terms(setting, sums, diagnostics, aux, observed):
 
 
 def _fired(shards, fired_N):
-  """Which latents fired for any token: those of all shards count."""
+  """Which latents fired for any token, of all shards."""
   return shards.over_tokens(fired_N) > 0

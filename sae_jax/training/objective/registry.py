@@ -27,7 +27,7 @@ class Method(Protocol):
     """Raises UserError for terms that do not go with the nonlinearity."""
 
   def prepare(self, setting: Setting, sae: Sae, x_BD: jax.Array) -> Any:
-    """What all micro-batches need of the whole batch; no gradient reaches it.
+    """Values of the whole batch for all micro-batches, without a gradient.
 
     Args:
       setting: of the loss.
@@ -52,13 +52,13 @@ class Method(Protocol):
       x_BD: tokens.
       prepared: from `prepare`.
       tally_N: zeros, see `ops.autoencode`.
-      candidates: of each shard, None for all.
+      candidates: number of candidates of each shard, None for all.
     """
 
   def fold(
     self, setting: Setting, run: Callable, start: Any, x_BD: jax.Array
   ) -> tuple[Any, Any]:
-    """Runs over all tokens, as `ops.with_few_candidates` does."""
+    """Runs over all tokens; arguments as in `ops.with_few_candidates`."""
 
   def logged(
     self,
@@ -67,7 +67,7 @@ class Method(Protocol):
     implementation: str | None,
     terms: Terms,
   ) -> dict[str, jax.Array]:
-    """What a step tells beside what every step does, by name."""
+    """Metrics, by name, that a step logs beside those of every step."""
 
 
 def of(name: str) -> Method:
@@ -76,5 +76,5 @@ def of(name: str) -> Method:
 
 
 def check(sae_config: SaeConfig, config: ObjectiveConfig) -> None:
-  """Raises UserError where objective and nonlinearity do not fit."""
+  """Raises UserError if objective and nonlinearity do not fit."""
   of(sae_config.activation).check(sae_config, config)

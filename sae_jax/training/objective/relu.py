@@ -25,6 +25,6 @@ def sums(
   """A pass whose penalty is the sum of z, in units of the tokens' distance."""
   del prepared, tally_N, candidates
   z_BN = jax.nn.relu(dense.pre_activations(setting, sae, x_BD))
-  # Decoder rows have unit norm, so that L1 cannot be had by larger ones.
+  # Decoder rows have unit norm, so larger rows cannot lower the L1 norm.
   penalty = z_BN.sum() / jnp.sqrt(setting.mse_of_mean)
   return dense.sums(setting, sae, x_BD, z_BN, penalty)

@@ -1,4 +1,4 @@
-"""What a loss is made of, and what is summed to have it."""
+"""The terms of a loss, and the sums over tokens that they follow from."""
 
 import dataclasses
 
@@ -14,7 +14,7 @@ from sae_jax.training.shards import Shards
 
 @flax.struct.dataclass
 class Terms:
-  """What the objective saw of the whole batch.
+  """Terms of the loss and counts, of the whole batch.
 
   Attributes:
     nmse: mean squared error over the mean predictor's, which is a constant.
@@ -25,7 +25,7 @@ class Terms:
     fired_N: whether a latent was active for any token of the batch.
     diagnostics: of the search for the top k, per token, a mean over the shards
       of the latents.
-    observed: what the nonlinearity's untrained parameters follow.
+    observed: values that the nonlinearity's untrained parameters follow.
   """
 
   nmse: jax.Array
@@ -59,7 +59,7 @@ class Sums:
 
   @classmethod
   def zeros(cls, x_BD: jax.Array, dead_N: jax.Array) -> 'Sums':
-    """Of no tokens, to start from."""
+    """The sums of no tokens, to start from."""
     zero = varying.zeros((), x_BD.dtype, x_BD)
     fired_N = varying.zeros(dead_N.shape, jnp.int32, dead_N, x_BD)
     active = varying.match(zero, fired_N)
@@ -68,14 +68,14 @@ class Sums:
 
 @flax.struct.dataclass
 class Pass:
-  """What a pass over some tokens gives.
+  """Results of a pass over some tokens.
 
   Attributes:
-    sums: added up over micro-batches.
-    diagnostics: likewise.
+    sums: sums over the tokens; micro-batches' sums are added up.
+    diagnostics: of the search for the top k, added up likewise.
     error_BD: x - x^ of each token.
-    observed: what the nonlinearity saw of the whole batch, arrays [1] that are
-      the same for all of its tokens.
+    observed: values of the whole batch for the nonlinearity's untrained
+      parameters, arrays [1].
     exhausted: whether candidates were too few, see `ops.with_few_candidates`.
   """
 
@@ -88,13 +88,13 @@ class Pass:
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-  """What a loss depends on beside parameters and tokens.
+  """Everything a loss depends on beside parameters and tokens.
 
   Attributes:
     sae_config: the autoencoder's config.
     config: the terms.
     shards: where the tokens and latents are.
-    tokens: of the whole batch, on all devices.
+    tokens: number of tokens of the whole batch, on all devices.
     mse_of_mean: squared error of the mean predictor per token, a constant.
     implementation: of the sparse products, see `ops.decode`.
   """
@@ -108,5 +108,5 @@ class Setting:
 
 
 def count(active_BK: jax.Array) -> jax.Array:
-  """How many are true, as a float: all of a large batch may pass an int32."""
+  """The number of true values as a float: a large batch's may pass an int32."""
   return active_BK.sum(-1).astype(jnp.result_type(float)).sum()

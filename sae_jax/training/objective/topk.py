@@ -20,7 +20,7 @@ prepare = dense.prepare
 
 
 def check(sae_config: SaeConfig, config: ObjectiveConfig) -> None:
-  """Raises UserError for a penalty, or a wider code than there are latents."""
+  """Raises UserError for a penalty, or for a code wider than N."""
   dense.check_no_penalty(sae_config, config)
   if config.widest(sae_config.k) > sae_config.n_latents:
     raise errors.UserError(
@@ -94,7 +94,7 @@ def sums(
 def fold(
   setting: terms.Setting, run: Callable, start: Any, x_BD: jax.Array
 ) -> tuple[Any, Any]:
-  """With kernels, on as few candidates of each shard as will do."""
+  """See `registry.Method`; with kernels on few candidates of each shard."""
   sae_config, config, shards = (
     setting.sae_config,
     setting.config,
@@ -103,8 +103,8 @@ def fold(
   if not _kernels(sae_config, config, setting.implementation):
     return dense.fold(setting, run, start, x_BD)
   batch, k = x_BD.shape[0], config.widest(sae_config.k)
-  # The kernels' lists of pairs lie in a small memory, and are as long as the
-  # candidates are many: that may take more micro-batches than were asked for.
+  # The kernels' lists of pairs must fit a small memory, and their length is the
+  # number of candidates: that may take more micro-batches than configured.
   offered = candidates_lib.width(k, shards.latent_shards, batch)
   shards = shards.with_micro_batches(
     batch, ops.least_micro_batches(batch, offered)
@@ -127,7 +127,7 @@ def logged(
   implementation: str | None,
   values: terms.Terms,
 ) -> dict[str, jax.Array]:
-  """Multi-TopK's error, and how kernels found the top k."""
+  """Multi-TopK's error, and diagnostics of the kernels' search."""
   out = {}
   if config.multi_topk:
     out['multi'] = values.multi
