@@ -1,7 +1,6 @@
 """The same commands with gs:// URLs, on a server of this process."""
 
 import json
-import os
 import subprocess
 import sys
 
@@ -12,7 +11,7 @@ import pytest
 
 from sae_jax import checkpoint
 from sae_jax.training import log
-from tests.support import planted
+from tests.support import planted, processes
 from tests.support.gcs import fake_gcs, gcs_clients, gcs_faults
 
 _TRAIN = """
@@ -24,15 +23,16 @@ train.main()
 
 
 def train(store, workdir, url):
-  environment = os.environ | {
+  """A run whose latents, and so its checkpoints, are over two devices."""
+  devices = '--xla_force_host_platform_device_count=2'
+  environment = processes.environment(devices) | {
     'TENSORSTORE_GCS_HTTP_URL': url,
     'STORAGE_EMULATOR_HOST': url,
     'GOOGLE_AUTH_TOKEN_FOR_TESTING': 'fake',
-    'TF_CPP_MIN_LOG_LEVEL': '3',
   }
   flags = {
     'store': store, 'workdir': workdir, 'n_latents': 64, 'k': 4,
-    'batch_size': 64, 'steps': 20, 'checkpoint_every': 10, 'mesh_latent': 1,
+    'batch_size': 64, 'steps': 20, 'checkpoint_every': 10, 'mesh_latent': 2,
     'sample_rows': 500, 'log_every': 1,
   }  # fmt: skip
   return subprocess.run(
