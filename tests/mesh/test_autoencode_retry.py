@@ -12,6 +12,7 @@ import pytest
 from sae_jax import ops
 from sae_jax.ops import micro_batches
 from sae_jax.ops.autoencode import retry
+from sae_jax.training import shards as shards_lib
 
 SHARDS, BATCH, N, D, K = 2, 8, 64, 128, 16
 
@@ -144,6 +145,10 @@ def test_a_batch_is_cut_into_even_micro_batches():
   assert micro_batches.number(50, 4) == 5
   assert micro_batches.number(96, 1) == 1
   assert micro_batches.number(3, 9) == 3
+  # A second look never works on more tokens at once than the config allows.
+  two = shards_lib.Shards(micro_batches=2)
+  assert two.with_micro_batches(96, 1).micro_batches == 2
+  assert two.with_micro_batches(96, 3).micro_batches == 3
 
 
 def test_a_fold_is_the_pass_over_all_tokens():

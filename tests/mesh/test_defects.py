@@ -28,12 +28,12 @@ def edited(module, name, good, bad):
 
 
 def attached_target(*args):
-  """Part of a loss whose AuxK moves what it is to model."""
+  """Part of a loss whose AuxK moves what it is to model: gradients alone."""
   setting, *_ = args
   value, seen = right_share(*args)
   square = (seen.error_BD**2).sum()
   aux = square / jax.lax.stop_gradient(square)
-  return value + setting.config.aux_weight * aux, seen
+  return value + setting.config.aux_weight * (aux - 1), seen
 
 
 def fired_on_first_shard(shards, fired_N):
