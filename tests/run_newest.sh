@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Runs tests/unit on the newest Python from 3.12 on that is found here.
+# Runs tests/unit, and tests of meshes, on the newest Python from 3.12 on that
+# is found here.
 set -euo pipefail
 venv=${VENV:-.venv-newest}
 
