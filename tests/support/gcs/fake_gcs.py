@@ -15,9 +15,6 @@ from typing import NamedTuple
 from tests.support.gcs import gcs_http
 from tests.support.gcs.gcs_faults import Faults
 
-# What a request is for; requests and bytes are counted by these.
-CLASSES = ('object read', 'range read', 'metadata', 'list', 'write', 'delete')
-
 
 class Count(NamedTuple):
   """Requests, and bytes of their bodies in and out."""
