@@ -5,7 +5,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from sae_jax.ops.adam_rows import kernel
 from tests.support.adam_runs import CONFIG, problem, SMALL
@@ -18,14 +17,6 @@ def strict():
     out_of_bounds_reads='raise',
     num_cores_or_threads=2,
   )
-
-
-@pytest.fixture
-def races():
-  from jax._src.pallas.mosaic.interpret import interpret_pallas_call
-
-  yield lambda: interpret_pallas_call.races.races_found
-  pltpu.reset_tpu_interpret_mode_state()
 
 
 def strict_step(n):

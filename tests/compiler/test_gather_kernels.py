@@ -1,7 +1,6 @@
 """Kernels that move rows: real sizes, races, mistakes that must be seen."""
 
 import jax
-from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
@@ -9,12 +8,12 @@ import pytest
 
 from sae_jax.ops import chip, row_copies
 from sae_jax.ops.weight_grad import kernel as grad_kernel
-from sae_jax.ops.weight_grad import tiles as grad_tiles
 from tests.support.row_sums import (
   BF16,
   chunks_of,
   close,
   is_right,
+  make_small,
   Pairs,
   SLOTS,
   Slots,
@@ -24,13 +23,8 @@ from tests.support.row_sums import (
 
 @pytest.fixture(autouse=True)
 def small_blocks(request, monkeypatch):
-  """Parts and blocks small enough that few rows make many of them."""
-  if 'real_sizes' in request.fixturenames:
-    return
-  monkeypatch.setattr(row_copies, 'PART', 32)
-  monkeypatch.setattr(row_copies, '_GROUP', 8)
-  monkeypatch.setattr(grad_tiles, '_PAIRS', (64,))
-  monkeypatch.setattr(grad_tiles, '_LATENTS', ((0, 16),))
+  if 'real_sizes' not in request.fixturenames:
+    make_small(monkeypatch)
 
 
 @pytest.fixture
@@ -113,12 +107,6 @@ def test_a_weight_that_is_no_number_spoils_its_latent_alone():
   spoiled = np.arange(50) == pairs.latent[40]
   np.testing.assert_array_equal(np.isnan(totals), [spoiled] * 2)
   np.testing.assert_array_equal(np.isnan(grads).any(2), [spoiled] * 2)
-
-
-@pytest.fixture
-def races():
-  yield lambda: interpret_pallas_call.races.races_found
-  pltpu.reset_tpu_interpret_mode_state()
 
 
 def watched(cores=1, **more):

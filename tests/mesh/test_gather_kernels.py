@@ -8,22 +8,14 @@ import numpy as np
 import pytest
 
 from sae_jax import mesh as mesh_lib
-from sae_jax.ops import row_copies
 from sae_jax.ops.decode import kernel as decode_kernel
 from sae_jax.ops.weight_grad import kernel as grad_kernel
-from sae_jax.ops.weight_grad import tiles as grad_tiles
-from tests.support.row_sums import close, Slots
+from tests.support.row_sums import close, make_small, Slots
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(request, monkeypatch):
-  """Parts and blocks small enough that few rows make many of them."""
-  if 'real_sizes' in request.fixturenames:
-    return
-  monkeypatch.setattr(row_copies, 'PART', 32)
-  monkeypatch.setattr(row_copies, '_GROUP', 8)
-  monkeypatch.setattr(grad_tiles, '_PAIRS', (64,))
-  monkeypatch.setattr(grad_tiles, '_LATENTS', ((0, 16),))
+def small_blocks(monkeypatch):
+  make_small(monkeypatch)
 
 
 def test_shards_of_latents_add_up():

@@ -6,13 +6,22 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
-from sae_jax.ops import chip
+from sae_jax.ops import chip, row_copies
 from sae_jax.ops.decode import kernel as decode_kernel
 from sae_jax.ops.decode import tiles as decode_tiles
 from sae_jax.ops.weight_grad import kernel as grad_kernel
+from sae_jax.ops.weight_grad import tiles as grad_tiles
 
 BF16 = jnp.bfloat16
 NOWHERE = 10**9
+
+
+def make_small(monkeypatch):
+  """Parts and blocks small enough that few rows make many of them."""
+  monkeypatch.setattr(row_copies, 'PART', 32)
+  monkeypatch.setattr(row_copies, '_GROUP', 8)
+  monkeypatch.setattr(grad_tiles, '_PAIRS', (64,))
+  monkeypatch.setattr(grad_tiles, '_LATENTS', ((0, 16),))
 
 
 def two_cores(monkeypatch):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sae_jax import errors
-from sae_jax.ops import chip, row_copies
+from sae_jax.ops import chip
 from sae_jax.ops.decode import kernel as decode_kernel
 from sae_jax.ops.decode import tiles as decode_tiles
 from sae_jax.ops.weight_grad import kernel as grad_kernel
@@ -17,6 +17,7 @@ from tests.support.row_sums import (
   close,
   is_right,
   LATENTS,
+  make_small,
   Pairs,
   segment_sums,
   SLOTS,
@@ -26,14 +27,8 @@ from tests.support.row_sums import (
 
 
 @pytest.fixture(autouse=True)
-def small_blocks(request, monkeypatch):
-  """Parts and blocks small enough that few rows make many of them."""
-  if 'real_sizes' in request.fixturenames:
-    return
-  monkeypatch.setattr(row_copies, 'PART', 32)
-  monkeypatch.setattr(row_copies, '_GROUP', 8)
-  monkeypatch.setattr(grad_tiles, '_PAIRS', (64,))
-  monkeypatch.setattr(grad_tiles, '_LATENTS', ((0, 16),))
+def small_blocks(monkeypatch):
+  make_small(monkeypatch)
 
 
 @pytest.mark.parametrize('name', SLOTS)
