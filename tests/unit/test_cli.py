@@ -38,6 +38,8 @@ def test_wrong_flags_exit_with_2_in_one_line(flags, part):
 
 
 def test_missing_and_misfitting_input_exit_with_2(tmp_path):
+  text = tmp_path / 'text.txt'
+  text.write_text('A text.')
   store, workdir = str(tmp_path / 'store'), str(tmp_path / 'run')
   one_line(
     binaries.run('sae-train', f'--store={store}', f'--workdir={workdir}'),
@@ -64,7 +66,12 @@ def test_missing_and_misfitting_input_exit_with_2(tmp_path):
     'has no report.json',
   )
   one_line(
-    binaries.run('sae-harvest', f'--store={store}2', '--subject=gpt-9'),
+    binaries.run(
+      'sae-harvest',
+      f'--store={store}2',
+      f'--sources={text}',
+      '--subject=gpt-9',
+    ),
     2,
     "subject 'gpt-9' is not known",
   )
