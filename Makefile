@@ -3,8 +3,8 @@
 # make test FILES=  these files or folders of tests/
 # make test-all     that and the rest
 # make test-chips   every kernel at every shape, compiled for every chip
-# make test-newest  tests/unit and three of tests/mesh, on Python 3.12 or later
-#                   and the newest jax
+# make test-newest  what new releases can break, on Python 3.12 or later and the
+#                   newest jax
 # make lint         linter and formatter check
 
 PYTHON ?= python3

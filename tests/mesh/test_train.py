@@ -77,21 +77,6 @@ def test_resume_on_another_mesh(finished, store, workdir):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_members_of_a_sweep_are_the_runs_they_would_be_alone(
-  finished, store, tmp_path
-):
-  configs = {
-    str(tmp_path / 'one'): runs.train_config(),
-    str(tmp_path / 'other'): runs.train_config(seed=1),
-  }
-  train.train_many(configs, store)
-  one, other = configs
-  runs.assert_same_run(one, finished[0])
-  # Control: they are different runs.
-  with pytest.raises(AssertionError):
-    runs.assert_same_run(other, finished[0])
-
-
 def test_misfits_are_refused(store, tmp_path):
   def refused(message, **kwargs):
     with pytest.raises(errors.UserError, match=message):

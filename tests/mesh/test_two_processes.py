@@ -58,7 +58,7 @@ def test_processes_that_do_not_share_the_workdir_are_refused(tmp_path):
   with claim.claim(str(tmp_path / '0' / 'run')):
     said = processes.run_two(code, [tmp_path / '0', tmp_path / '0'])
   assert 'run is in use by another process' in said[0]
-  assert 'process 0 cannot use workdir run: see what it says' in said[1]
+  assert 'process 0 cannot use workdir run: see its error' in said[1]
   # Control: the same where both see one folder.
   said = processes.run_two(code, [tmp_path / '0', tmp_path / '0'])
   assert all('trained to 4' in text for text in said)
