@@ -1,6 +1,7 @@
 """The whole evaluation of a checkpoint: report.json, features.npz, plots."""
 
 import dataclasses
+import math
 from typing import Any
 
 from absl import logging
@@ -337,11 +338,15 @@ def lines(report: dict[str, Any]) -> list[str]:
     'NMSE {nmse:.4f}  FVU {fvu:.4f}  (PCA with {pca_components} components '
     '{fvu_pca:.4f}, untrained {fvu_untrained:.4f})',
     'L0 {l0:.2f}  silent on the held-out tokens {dead_fraction:.2%}',
-    'delta CE {delta_ce:.4f} nats [{delta_ce_low:.4f}, {delta_ce_high:.4f}] '
+    'delta CE {delta_ce:.4f} nats {interval} '
     'from {ce:.4f}, recovered {ce_recovered:.3f} of zero-ablation, '
     'KL {kl:.4f}',
   ]
-  out = [line.format(**report) for line in out]
+  low, high = report['delta_ce_low'], report['delta_ce_high']
+  interval = f'[{low:.4f}, {high:.4f}]'
+  if math.isnan(low):
+    interval = '(no interval of one document)'
+  out = [line.format(**report, interval=interval) for line in out]
   for task, scores in report['probes'].items():
     score, controls = scores['latent'], scores['controls']
     out.append(

@@ -372,3 +372,8 @@ def test_lines_say_the_numbers(finished):
     assert f'by latent {scored["latent"]["best_latent"]} ' in line
     for control, score in scored['controls'].items():
       assert f'{control} {score["test_auc"]:.3f}' in line
+  # One document gives no interval, and no line that shows one.
+  none = {'delta_ce_low': np.nan, 'delta_ce_high': np.nan}
+  text = report.lines(figures | none)
+  assert 'nats (no interval of one document) from' in text[2]
+  assert 'nan' not in text[2]
