@@ -154,7 +154,7 @@ def test_a_killed_harvest_goes_on(texts, tmp_path, monkeypatch):
 
 
 def test_a_finished_store_is_left_alone(texts, tmp_path, caplog):
-  caplog.set_level('INFO')
+  caplog.set_level('INFO', 'absl')
   url = str(tmp_path / 'store')
   first = toy.run(toy.config(texts), url)
   # Without a subject: had it run, 'toy' could not have been loaded.
