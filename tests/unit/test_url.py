@@ -83,10 +83,10 @@ def test_a_server_that_is_not_amazon_s_comes_from_the_environment(monkeypatch):
 
 def test_paths_are_made_absolute_and_urls_are_not(monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)
-  monkeypatch.setenv('HOME', '/home/you')
+  monkeypatch.setenv('HOME', f'{tmp_path}/home')
   assert url_lib.absolute('a') == f'{tmp_path}/a'
   assert url_lib.kvstore('a')['path'] == f'{tmp_path}/a/'
-  assert url_lib.kvstore('~/a')['path'] == '/home/you/a/'
+  assert url_lib.kvstore('~/a')['path'] == f'{tmp_path}/home/a/'
   for url in ('gs://b/a', 's3://b/a'):
     assert url_lib.absolute(url) == url
     assert url_lib.is_remote(url) and url_lib.is_known(url)
