@@ -12,18 +12,9 @@ from sae_jax import store as store_lib
 from sae_jax.feed import from_store
 from sae_jax.store import reader
 from sae_jax.training import saver, train
-from tests.support import pipeline, planted, runs, toy
+from tests.support import pipeline, planted, runs
 from tests.support.gcs import gcs_faults
 from tests.support.gcs.served import bucket
-
-
-@pytest.fixture(scope='module')
-def on_disk(tmp_path_factory):
-  """The text, and the folder of every stage on a disk."""
-  root = tmp_path_factory.mktemp('local')
-  texts = toy.write_texts(root)
-  pipeline.run(texts, str(root))
-  return texts, root
 
 
 @pytest.mark.parametrize('rate', [0.0, 0.1])

@@ -26,15 +26,6 @@ def s3():
     yield bucket
 
 
-@pytest.fixture(scope='module')
-def on_disk(tmp_path_factory):
-  """The text, and the folder of every stage on a disk."""
-  root = tmp_path_factory.mktemp('local')
-  texts = toy.write_texts(root)
-  pipeline.run(texts, str(root))
-  return texts, root
-
-
 def test_every_stage_in_s3_is_that_on_disk(on_disk, s3, monkeypatch, tmp_path):
   texts, root = on_disk
   monkeypatch.chdir(tmp_path)

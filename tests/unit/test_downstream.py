@@ -26,16 +26,6 @@ def spliced_logits(tokens_T, new_TD, kept_T):
   )[0]
 
 
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-  return probed.write_store(str(tmp_path_factory.mktemp('made') / 'store'))
-
-
-@pytest.fixture(scope='module')
-def trained(data):
-  return probed.make_trained(data)
-
-
 def slow_contexts(data, n_tokens):
   """Held-out contexts of two tokens or more, found token by token."""
   held_out = set(data.documents()[data.stream_index()[data.n_train :]].tolist())

@@ -23,16 +23,6 @@ CONFIG = examples.FeatureConfig(
 N, W = 24, 7
 
 
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-  return probed.write_store(str(tmp_path_factory.mktemp('made') / 'store'))
-
-
-@pytest.fixture(scope='module')
-def trained(data):
-  return probed.make_trained(data)
-
-
 def build(trained, data, config=CONFIG, batch_rows=50, seed=0):
   subject = probed.make_subject()
   return examples.build(config, trained, subject, data, batch_rows, seed)

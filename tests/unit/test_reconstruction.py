@@ -9,16 +9,6 @@ from sae_jax.probing import reconstruction
 from tests.support import probed
 
 
-@pytest.fixture(scope='module')
-def data(tmp_path_factory):
-  return probed.write_store(str(tmp_path_factory.mktemp('made') / 'store'))
-
-
-@pytest.fixture(scope='module')
-def trained(data):
-  return probed.make_trained(data)
-
-
 def expected(trained, raw_BD):
   """All metrics from their definitions, in float64."""
   x_BD, _ = probed.inputs(trained, raw_BD)
