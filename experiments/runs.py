@@ -9,6 +9,7 @@ from etils import epath
 from sae_jax import config as config_lib
 from sae_jax import errors
 from sae_jax.cli import flags
+from sae_jax.storage import records
 from sae_jax.training import train
 from sae_jax.training.config import TrainConfig
 
@@ -96,7 +97,7 @@ def heldout(workdir: str) -> dict[str, float]:
     UserError: if the run is not finished.
   """
   folder = epath.Path(workdir)
-  steps = config_lib.read_json(folder / 'config.json')['steps']
+  steps = records.read(folder / 'config.json')['steps']
   lines = (folder / 'metrics.jsonl').read_text().splitlines()
   rows = [row for row in map(json.loads, lines) if 'heldout_nmse' in row]
   if not rows or rows[-1]['step'] < steps:

@@ -5,11 +5,12 @@ turns the fields into flags and the resolved config lands as JSON beside the
 stage's output. Library code never reads a flag.
 """
 
+import contextlib
 import dataclasses
 import json
+import types
+import typing
 from typing import Any, TypeVar
-
-from etils import epath
 
 from sae_jax.errors import UserError
 
@@ -93,50 +94,99 @@ def through_json(record: Any) -> Any:
   return json.loads(json.dumps(record))
 
 
-def read_json(path: epath.PathLike) -> Any:
-  """Reads a JSON file.
-
-  Raises:
-    UserError: if the file is not there or not JSON.
-  """
-  path = epath.Path(path)
-  try:
-    return json.loads(path.read_text())
-  except FileNotFoundError:
-    raise UserError(f'{path} is not there') from None
-  except json.JSONDecodeError as error:
-    raise UserError(
-      f'{path} is not JSON ({error}), it is damaged: '
-      'delete it and run its stage again'
-    ) from None
-
-
-def from_dict(kind: type[_Config], values: dict[str, Any]) -> _Config:
+def from_dict(
+  kind: type[_Config], values: dict[str, Any], name: str = ''
+) -> _Config:
   """Rebuilds a config from `dataclasses.asdict` read back from JSON.
 
   Args:
     kind: the dataclass.
     values: a mapping of its field names; JSON lists become tuples and nested
       mappings the dataclasses of their fields.
+    name: the file that they were read from, for the errors.
 
   Raises:
-    UserError: if a field is unknown, naming it (a newer version wrote it).
+    UserError: if a field is unknown (a newer version wrote it), missing, or not
+      of its type; it names the field.
   """
-  known = {field.name for field in dataclasses.fields(kind)}
-  unknown = sorted(set(values) - known)
+  return _converted(kind, values, name or kind.__name__)
+
+
+def _converted(kind: Any, value: Any, name: str) -> Any:
+  """A value from JSON as one of a type; raises UserError if it is not one."""
+  if dataclasses.is_dataclass(kind):
+    return _dataclass(kind, value, name)
+  origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+  if origin in (typing.Union, types.UnionType):
+    for choice in arguments:
+      with contextlib.suppress(UserError):
+        return _converted(choice, value, name)
+  elif kind is Any:
+    return tuple(value) if isinstance(value, list) else value
+  elif origin is tuple and isinstance(value, (list, tuple)):
+    if arguments[-1] is Ellipsis:
+      return tuple(
+        _converted(arguments[0], item, f'an entry of {name}') for item in value
+      )
+    if len(arguments) == len(value):
+      return tuple(map(_converted, arguments, value, [name] * len(value)))
+  elif origin is dict and isinstance(value, dict):
+    if arguments[1] is Any:
+      return value
+    return {
+      key: _converted(arguments[1], item, f'{name}: {key}')
+      for key, item in value.items()
+    }
+  elif isinstance(value, _JSON.get(kind, ())) and (
+    kind is bool or not isinstance(value, bool)
+  ):
+    return value
+  words = getattr(kind, '__name__', kind) if origin is None else kind
+  raise UserError(
+    f'{name} is {value!r}, not of the type {words}: '
+    'it is damaged, or of another version of sae_jax'
+  )
+
+
+# JSON has no NaN, and a float may be written as an integer.
+_JSON = {
+  int: int,
+  float: (int, float),
+  str: str,
+  bool: bool,
+  type(None): type(None),
+}
+
+
+def _dataclass(kind: Any, values: Any, name: str) -> Any:
+  if not isinstance(values, dict):
+    raise UserError(f'{name} is {values!r}, not a mapping: it is damaged')
+  fields = {field.name: field for field in dataclasses.fields(kind)}
+  unknown = sorted(values.keys() - fields.keys())
   if unknown:
     raise UserError(
-      f'{kind.__name__} has no field {", ".join(unknown)}: '
+      f'{name} has no field {", ".join(unknown)}: '
       'it was written by another version of sae_jax'
     )
-  rebuilt = {}
-  for field in dataclasses.fields(kind):
-    if field.name in values:
-      value = values[field.name]
-      if dataclasses.is_dataclass(field.type):
-        value = from_dict(field.type, value)
-      rebuilt[field.name] = tuple(value) if isinstance(value, list) else value
-  return kind(**rebuilt)
+  none = dataclasses.MISSING
+  missing = sorted(
+    field.name
+    for field in fields.values()
+    if field.name not in values
+    and field.default is none
+    and field.default_factory is none
+  )
+  if missing:
+    raise UserError(
+      f'{name} lacks {", ".join(missing)}: '
+      'it is damaged, or of another version of sae_jax'
+    )
+  return kind(
+    **{
+      field: _converted(fields[field].type, value, f'{name}: {field}')
+      for field, value in values.items()
+    }
+  )
 
 
 def leaves(kind: type) -> list[dataclasses.Field]:

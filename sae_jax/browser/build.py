@@ -9,6 +9,7 @@ from sae_jax import config as config_lib
 from sae_jax import errors
 from sae_jax import subject as subject_lib
 from sae_jax.browser import index
+from sae_jax.storage import records
 from sae_jax.subject.formats import tokenizer as tokenizer_lib
 
 
@@ -37,14 +38,14 @@ def browse(config: index.BrowseConfig, probe_url: str, out_url: str) -> str:
       f'{probe_url} has no report.json: give the workdir of a finished '
       'sae-probe'
     )
-  report = config_lib.read_json(report_path)
+  report = records.read(report_path)
   report['browse_config'] = config_lib.through_json(dataclasses.asdict(config))
   # A page of another version is built again.
   report['page'] = index.page_digest()
   meta_path = epath.Path(out_url) / 'data' / 'meta.json'
   if (
     meta_path.exists()
-    and config_lib.read_json(meta_path).get('report') == report
+    and records.read(meta_path).get('report') == report
     and index.is_whole(out_url)
   ):
     logging.info('%s is finished: reused', out_url)

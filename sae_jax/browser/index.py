@@ -30,7 +30,7 @@ from sae_jax import config as config_lib
 from sae_jax import errors, progress
 from sae_jax.features import table
 from sae_jax.features.table import ARRAYS, MOMENTS
-from sae_jax.storage import files
+from sae_jax.storage import files, records
 
 FORMAT_VERSION = 1
 _PAGE = epath.Path(__file__).parent / 'page'
@@ -167,7 +167,7 @@ def page_digest() -> str:
 def is_whole(out_url: epath.PathLike) -> bool:
   """Whether every file of a finished page is there."""
   out = epath.Path(out_url)
-  meta = config_lib.read_json(out / 'data' / 'meta.json')
+  meta = records.read(out / 'data' / 'meta.json')
   shards = -(-meta['n_features'] // meta['features_per_shard'])
   names = [source.name for source in _PAGE.iterdir() if source.is_file()]
   names += [f'data/{n}.json' for n in ('vocabulary', 'columns', 'previews')]

@@ -26,7 +26,7 @@ from sae_jax.probing import (
   tasks,
 )
 from sae_jax.probing.examples import FeatureConfig
-from sae_jax.storage import files
+from sae_jax.storage import files, records
 from sae_jax.store import layout
 
 
@@ -168,7 +168,7 @@ def _finished(workdir: str, made_from: dict[str, Any]) -> dict[str, Any] | None:
   path = epath.Path(workdir) / 'report.json'
   if not (path.exists() and (epath.Path(workdir) / 'features.npz').exists()):
     return None
-  report = config_lib.read_json(path)
+  report = records.read(path)
   return report if report.get('made_from') == made_from else None
 
 

@@ -1,6 +1,5 @@
 """The layout of a store's folder: its objects and arrays, and their specs."""
 
-import json
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -8,6 +7,7 @@ import numpy as np
 import tensorstore as ts
 
 from sae_jax import config, errors
+from sae_jax.storage import records
 from sae_jax.storage import url as url_lib
 from sae_jax.store import manifest as manifest_lib
 from sae_jax.store.manifest import Manifest, Shard, StorePlan
@@ -19,6 +19,7 @@ METADATA = 'zarr.json'
 ACTIVATIONS = 'activations'
 STREAM_INDEX = 'stream_index'
 STREAM = ('tokens', 'documents', 'positions')
+_AGAIN = 'it is damaged: harvest the store again'
 
 
 def manifest_name(version: int) -> str:
@@ -64,12 +65,12 @@ def read_json(url: str, name: str, kind: type[Any]) -> Any:
     file = files.read(name).result()
     if file.state == 'missing':
       return None
-    values = json.loads(file.value)
   except ValueError as error:
     raise errors.UserError(
       f'cannot read {name} in {url}: {errors.reason(error)}: '
       'check the path and your access'
     ) from error
+  values = records.parse(file.value, f'{name} in {url}', _AGAIN)
   known = manifest_lib.FORMAT_VERSION
   version = values.get('format_version', known)
   if version != known:
@@ -77,7 +78,7 @@ def read_json(url: str, name: str, kind: type[Any]) -> Any:
       f'store {url} has format version {version}, this sae_jax reads version '
       f'{known}: harvest it again'
     )
-  return config.from_dict(kind, values)
+  return config.from_dict(kind, values, f'{name} in {url}')
 
 
 def read_records(url: str) -> dict[int, Shard]:
@@ -98,9 +99,7 @@ def read_records(url: str) -> dict[int, Shard]:
       for name in files.list(inside).result()
       if name.endswith(b'.json')
     }
-    records = {
-      name: json.loads(read.result().value) for name, read in reads.items()
-    }
+    contents = {name: read.result().value for name, read in reads.items()}
   except ValueError as error:
     raise errors.UserError(
       f'cannot read the records of shards in {url}: {errors.reason(error)}: '
@@ -108,9 +107,11 @@ def read_records(url: str) -> dict[int, Shard]:
     ) from error
   return {
     int(name.removeprefix(folder).removesuffix('.json')): config.from_dict(
-      Shard, values
+      Shard,
+      records.parse(data, f'{name} in {url}', _AGAIN),
+      f'{name} in {url}',
     )
-    for name, values in records.items()
+    for name, data in contents.items()
   }
 
 

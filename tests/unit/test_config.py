@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from typing import Any
 
 import pytest
 
@@ -55,12 +56,58 @@ def test_bad_configs_are_refused_in_words():
     config.from_dict(Outer, {'colour': 3})
 
 
-def test_reading_json_that_is_absent_or_damaged(tmp_path):
-  with pytest.raises(errors.UserError, match='is not there'):
-    config.read_json(tmp_path / 'none.json')
-  (tmp_path / 'bad.json').write_text('{"a": ')
-  with pytest.raises(errors.UserError, match='is damaged'):
-    config.read_json(tmp_path / 'bad.json')
+@dataclasses.dataclass(frozen=True)
+class Record:
+  rows: int
+  shares: dict[str, tuple[float, ...]]
+  pairs: tuple[tuple[int, int], ...] = ()
+  name: str | None = None
+  whole: bool = False
+  rest: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def test_values_become_those_of_their_types():
+  values = {
+    'rows': 3,
+    'shares': {'a': [1, 0.5]},
+    'pairs': [[1, 2], [3, 4]],
+    'rest': {'x': [1]},
+  }
+  record = config.from_dict(Record, values)
+  assert record.shares == {'a': (1, 0.5)}
+  assert record.pairs == ((1, 2), (3, 4))
+  assert record.rest == {'x': [1]}
+  assert config.from_dict(Record, values | {'name': 'n'}).name == 'n'
+
+
+@pytest.mark.parametrize(
+  ('values', 'words'),
+  [
+    ({'rows': '3'}, "r.json: rows is '3', not of the type int"),
+    ({'rows': True}, 'r.json: rows is True, not of the type int'),
+    ({'rows': 3.5}, r'r.json: rows is 3\.5, not of the type int'),
+    ({'rows': None}, 'r.json: rows is None, not of the type int'),
+    ({'shares': []}, r'r.json: shares is \[\], not of the type dict'),
+    ({'shares': {'a': ['x']}}, "an entry of r.json: shares: a is 'x', not of"),
+    ({'pairs': [[1, 2, 3]]}, r'r.json: pairs is \[1, 2, 3\], not of the type'),
+    ({'name': 3}, 'r.json: name is 3, not of the type'),
+    ({'whole': 1}, 'r.json: whole is 1, not of the type bool'),
+    ({'rest': 'x'}, "r.json: rest is 'x', not of the type dict"),
+  ],
+)
+def test_values_of_other_types_are_refused(values, words):
+  whole = {'rows': 3, 'shares': {}}
+  with pytest.raises(errors.UserError, match=words):
+    config.from_dict(Record, whole | values, 'r.json')
+
+
+def test_what_is_missing_or_no_mapping_is_named():
+  with pytest.raises(errors.UserError, match=r'r\.json lacks rows, shares: '):
+    config.from_dict(Record, {}, 'r.json')
+  with pytest.raises(errors.UserError, match=r'r\.json is \[\], not a mapping'):
+    config.from_dict(Record, [], 'r.json')
+  with pytest.raises(errors.UserError, match='inner is 3, not a mapping'):
+    config.from_dict(Outer, {'inner': 3})
 
 
 def test_every_training_field_has_help_and_a_name_of_its_own():

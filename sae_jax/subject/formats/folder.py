@@ -14,8 +14,8 @@ from etils import epath
 import numpy as np
 import safetensors
 
-from sae_jax import config as config_lib
 from sae_jax import errors
+from sae_jax.storage import records
 from sae_jax.storage import url as url_lib
 from sae_jax.subject import transformer
 from sae_jax.subject.formats import assembly, families
@@ -73,7 +73,7 @@ def read_settings(url: str) -> dict[str, Any]:
       f'{url} has no config.json: give a folder with config.json, '
       '*.safetensors and tokenizer.json'
     )
-  return config_lib.read_json(path)
+  return records.read(path)
 
 
 @contextlib.contextmanager
@@ -126,7 +126,7 @@ def _filenames(url: str) -> list[str]:
   folder = epath.Path(url)
   index = folder / _INDEX
   if index.is_file():
-    return sorted(set(config_lib.read_json(index)['weight_map'].values()))
+    return sorted(set(records.read(index)['weight_map'].values()))
   if (folder / _SINGLE).is_file():
     return [_SINGLE]
   names = sorted(path.name for path in folder.glob('*.safetensors'))

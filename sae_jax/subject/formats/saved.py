@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import tokenizers
 
-from sae_jax import config as config_lib
 from sae_jax import errors
 from sae_jax.storage import orbax as orbax_lib
+from sae_jax.storage import records
 from sae_jax.storage import url as url_lib
 from sae_jax.subject import transformer
 
@@ -80,7 +80,7 @@ def load(
     UserError: if the folder is of another version of this package.
   """
   folder = epath.Path(url)
-  record = config_lib.read_json(folder / _RECORD)
+  record = records.read(folder / _RECORD)
   try:
     config = _config(dict(record['config']))
     digest = record['weights_sha256']
