@@ -9,8 +9,11 @@ from sae_jax import config as config_lib
 from sae_jax import errors
 from sae_jax import subject as subject_lib
 from sae_jax.browser import index
-from sae_jax.storage import records
+from sae_jax.features import table
+from sae_jax.storage import records, workdir
 from sae_jax.subject.formats import tokenizer as tokenizer_lib
+
+STAGE = 'sae-browse'
 
 
 def vocabulary(subject: str) -> list[str]:
@@ -30,7 +33,8 @@ def browse(config: index.BrowseConfig, probe_url: str, out_url: str) -> str:
     The URL of index.html.
 
   Raises:
-    UserError: if the results are absent or unfinished.
+    UserError: if the results are absent or unfinished, or the folder is in
+      use, somebody else's or a page of other results.
   """
   report_path = epath.Path(probe_url) / 'report.json'
   if not report_path.exists():
@@ -39,21 +43,25 @@ def browse(config: index.BrowseConfig, probe_url: str, out_url: str) -> str:
       'sae-probe'
     )
   report = records.read(report_path)
-  report['browse_config'] = config_lib.through_json(dataclasses.asdict(config))
+  browse_config = config_lib.through_json(dataclasses.asdict(config))
+  made_from = {
+    'probe': report.get('made_from'),
+    'browse_config': browse_config,
+  }
+  report['browse_config'] = browse_config
   # A page of another version is built again.
   report['page'] = index.page_digest()
   meta_path = epath.Path(out_url) / 'data' / 'meta.json'
-  if (
-    meta_path.exists()
-    and records.read(meta_path).get('report') == report
-    and index.is_whole(out_url)
-  ):
-    logging.info('%s is finished: reused', out_url)
-    return str(epath.Path(out_url) / 'index.html')
-  return index.build_index(
-    epath.Path(probe_url) / 'features.npz',
-    report,
-    vocabulary(report['subject']),
-    out_url,
-    config,
-  )
+  with workdir.hold(out_url, STAGE, made_from):
+    if (
+      meta_path.exists()
+      and records.read(meta_path).get('report') == report
+      and index.is_whole(out_url)
+    ):
+      logging.info('%s is finished: reused', out_url)
+      return str(epath.Path(out_url) / 'index.html')
+    features = table.read(epath.Path(probe_url) / 'features.npz')
+    words = vocabulary(report['subject'])
+    table.check(features, len(words))
+    workdir.sign(out_url, STAGE, made_from)
+    return index.build_index(features, report, words, out_url, config)

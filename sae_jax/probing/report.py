@@ -27,7 +27,10 @@ from sae_jax.probing import (
 )
 from sae_jax.probing.examples import FeatureConfig
 from sae_jax.storage import files, records
+from sae_jax.storage import workdir as workdir_lib
 from sae_jax.store import layout
+
+STAGE = 'sae-probe'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +117,8 @@ def probe(
     delta_ce, kl and more at its top level, and `probes` by task.
 
   Raises:
-    UserError: if checkpoint, store and subject do not fit each other.
+    UserError: if checkpoint, store and subject do not fit each other, or the
+      workdir is in use, somebody else's or holds results of other inputs.
   """
   trained = checkpoint_lib.load(checkpoint, average=config.average)
   store = _open(store_url, trained.metadata)
@@ -130,14 +134,28 @@ def probe(
   }
   # Through JSON, which turns tuples into lists.
   made_from = config_lib.through_json(made_from)
-  finished = _finished(workdir, made_from)
-  if finished is not None:
-    logging.info('%s is finished: reused', workdir)
-    return finished
-  if subject is None:
-    subject = subject_lib.load(config.subject or store.manifest.subject)
-    store.check_subject(subject.name, subject.weights_sha256)
+  with workdir_lib.hold(workdir, STAGE, made_from):
+    finished = _finished(workdir, made_from)
+    if finished is not None:
+      logging.info('%s is finished: reused', workdir)
+      return finished
+    if subject is None:
+      subject = subject_lib.load(config.subject or store.manifest.subject)
+      store.check_subject(subject.name, subject.weights_sha256)
+    report, table = _results(config, trained, subject, store, made_from)
+    workdir_lib.sign(workdir, STAGE, made_from)
+    _write(workdir, report, table)
+  return report
 
+
+def _results(
+  config: ProbeConfig,
+  trained: checkpoint_lib.Trained,
+  subject: subject_lib.Subject,
+  store: store_lib.Store,
+  made_from: dict[str, Any],
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+  """The report and the feature table."""
   report = scores(config, trained, subject, store)
   table = examples.build(
     config.features, trained, subject, store, config.batch_rows, config.seed
@@ -159,8 +177,7 @@ def probe(
       'made_from': made_from,
     }
   )
-  _write(workdir, report, table)
-  return report
+  return report, table
 
 
 def _finished(workdir: str, made_from: dict[str, Any]) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ import tensorstore as ts
 from sae_jax import config, errors
 from sae_jax.storage import files as files_lib
 from sae_jax.storage import url as url_lib
+from sae_jax.storage import workdir
 from sae_jax.store import layout
 from sae_jax.store import manifest as manifest_lib
 from sae_jax.store.manifest import Manifest, Shard, StorePlan
@@ -35,8 +36,8 @@ class StoreWriter:
       plan: what all shards have in common.
 
     Raises:
-      UserError: if sizes do not fit, or the folder can't be written or holds
-        shards of another plan.
+      UserError: if sizes do not fit, or the folder can't be written, is
+        somebody else's or holds shards of another plan.
     """
     if plan.chunk_rows < 1 or plan.shard_rows % plan.chunk_rows:
       raise errors.UserError(
@@ -49,6 +50,7 @@ class StoreWriter:
         f'{" or ".join(layout.DTYPES)}'
       )
     self.url, self.plan = url, plan
+    workdir.check_own(url, 'sae-harvest', {layout.PLAN: ()})
     try:
       self._files = ts.KvStore.open(url_lib.kvstore(url)).result()
       text = config.to_json(plan).encode()

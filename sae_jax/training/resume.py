@@ -15,10 +15,14 @@ from sae_jax import checkpoint, errors, store
 from sae_jax import config as config_lib
 from sae_jax import mesh as mesh_lib
 from sae_jax.storage import claim, files
+from sae_jax.storage import workdir as workdir_lib
 from sae_jax.training import run
 from sae_jax.training import saver as saver_lib
 from sae_jax.training.config import TrainConfig
 from sae_jax.training.state import abstract_state, init_state, TrainState
+
+# What a workdir of training has: one of them at least, however it ended.
+_MARKS = {'checkpoints': (), 'config.json': ('sae', 'optimizer')}
 
 
 def _check_same(
@@ -124,11 +128,13 @@ def start(
 def claim_workdir(workdir: str, stack: contextlib.ExitStack) -> None:
   """Claims the workdir by process 0 and checks that all processes see it.
 
+  A folder that is somebody else's is refused.
+
   Either every process returns or every one raises, so that none waits for
   another forever.
   """
   if jax.process_count() == 1:
-    stack.enter_context(claim.claim(workdir))
+    _claim_own(workdir, stack)
     return
   seed = np.random.default_rng().integers(2**31)
   number = int(multihost_utils.broadcast_one_to_all(seed))
@@ -136,7 +142,7 @@ def claim_workdir(workdir: str, stack: contextlib.ExitStack) -> None:
   error = None
   if jax.process_index() == 0:
     try:
-      stack.enter_context(claim.claim(workdir))
+      _claim_own(workdir, stack)
       files.write_text(path, '')
     except (errors.UserError, OSError) as raised:
       error = raised
@@ -153,3 +159,8 @@ def claim_workdir(workdir: str, stack: contextlib.ExitStack) -> None:
       f'{jax.process_count()} processes do not see what process 0 writes '
       'there; use a bucket or a shared disk'
     )
+
+
+def _claim_own(workdir: str, stack: contextlib.ExitStack) -> None:
+  stack.enter_context(claim.claim(workdir))
+  workdir_lib.check_own(workdir, 'sae-train', _MARKS)

@@ -249,32 +249,44 @@ def test_finished_work_is_reused_and_other_work_is_not(
   before = (workdir / 'features.npz').stat().st_mtime_ns
   assert probe(run, store_url, workdir) == figures
   assert (workdir / 'features.npz').stat().st_mtime_ns == before
-  # Control: anything else is made anew.
-  for change in ({'seed': 1}, {'average': False}, {'pooling': 'last'}):
-    with pytest.raises(Called):
-      probe(run, store_url, workdir, dataclasses.replace(CONFIG, **change))
+  # Control: what is not finished is made anew.
   (workdir / 'report.json').rename(workdir / 'away')
   with pytest.raises(Called):
     probe(run, store_url, workdir)
   (workdir / 'away').rename(workdir / 'report.json')
+  # Results of other inputs stay as they are.
+  for change, said in (
+    ({'seed': 1}, r'seed: 0 -> 1\)'),
+    ({'average': False}, r'average: True -> False\)'),
+    ({'pooling': 'last'}, r"pooling: 'mean' -> 'last'\): use another folder"),
+  ):
+    with pytest.raises(errors.UserError, match=said):
+      probe(run, store_url, workdir, dataclasses.replace(CONFIG, **change))
+  assert probe(run, store_url, workdir) == figures
 
 
-def test_no_report_vouches_for_files_of_another_config(
+def test_a_folder_of_somebody_else_is_refused(run, store_url, tmp_path):
+  (tmp_path / 'report.json').write_text('{}')
+  with pytest.raises(errors.UserError, match=r'report\.json and is not'):
+    probe(run, store_url, tmp_path)
+  assert (tmp_path / 'report.json').read_text() == '{}'
+
+
+def test_results_that_were_stopped_are_made_again(
   finished, run, store_url, tmp_path, monkeypatch
 ):
-  """Stopped while it overwrites an older probing, it leaves no report."""
-  workdir, figures = finished
-  (tmp_path / 'report.json').write_text((workdir / 'report.json').read_text())
-  assert probe(run, store_url, tmp_path) == figures
+  """Stopped while it writes, it leaves no report."""
 
   def stops(*args):
     raise KeyboardInterrupt
 
-  monkeypatch.setattr(report.plots, 'save', stops)
-  with pytest.raises(KeyboardInterrupt):
-    probe(run, store_url, tmp_path, dataclasses.replace(CONFIG, seed=5))
+  with monkeypatch.context() as patch:
+    patch.setattr(report.plots, 'save', stops)
+    with pytest.raises(KeyboardInterrupt):
+      probe(run, store_url, tmp_path)
   assert (tmp_path / 'features.npz').exists()
   assert not (tmp_path / 'report.json').exists()
+  assert probe(run, store_url, tmp_path) == finished[1]
 
 
 def test_misfits_are_refused(finished, run, tmp_path, store_url):

@@ -1,0 +1,127 @@
+"""A folder of somebody else, or of other inputs, is left as it is."""
+
+import json
+
+import pytest
+
+from sae_jax import errors
+from sae_jax.browser import build
+from sae_jax.harvesting import harvest
+from sae_jax.storage import workdir
+from sae_jax.training import train
+from tests.support import planted, toy
+
+FIRST = {'step': 40, 'config': {'seed': 0, 'rows': [1, 2]}}
+SECOND = {'step': 20, 'config': {'seed': 1, 'rows': [1, 2]}}
+
+
+def begin(folder, made_from):
+  with workdir.hold(str(folder), 'sae-probe', made_from):
+    workdir.sign(str(folder), 'sae-probe', made_from)
+
+
+def test_results_of_other_inputs_are_refused(tmp_path):
+  folder = tmp_path / 'deep' / 'probe'
+  begin(folder, FIRST)
+  begin(folder, FIRST)
+  with pytest.raises(errors.UserError) as raised:
+    begin(folder, SECOND)
+  assert str(raised.value) == (
+    f'{folder} holds results of other inputs (config.seed: 0 -> 1; step: 40 '
+    '-> 20): use another folder, or delete this one to make them anew'
+  )
+  # Those of another stage are somebody else's inputs too.
+  with (
+    pytest.raises(errors.UserError, match="stage: 'sae-probe' -> 'sae-browse'"),
+    workdir.hold(str(folder), 'sae-browse', FIRST),
+  ):
+    pass
+  assert json.loads((folder / workdir.MADE_FROM).read_text()) == {
+    'stage': 'sae-probe',
+    'made_from': FIRST,
+  }
+
+
+def test_of_two_on_one_bucket_only_one_can_sign(tmp_path):
+  folder = str(tmp_path)
+  # As where no folder can be claimed: both find it empty.
+  with workdir.hold(folder, 'sae-probe', SECOND):
+    workdir.sign(folder, 'sae-probe', FIRST)
+    workdir.sign(folder, 'sae-probe', FIRST)
+    with pytest.raises(errors.UserError, match='step: 40 -> 20'):
+      workdir.sign(folder, 'sae-probe', SECOND)
+
+
+@pytest.mark.parametrize(
+  ('files', 'own'),
+  [
+    ({}, True),
+    ({'.DS_Store': ''}, True),
+    ({'.plan.json.12.partial': ''}, True),
+    ({'plan.json.__lock': ''}, True),
+    ({'plan.json': '{"rows": 1}', 'notes.txt': ''}, True),
+    ({'plan.json': '{"other": 1}'}, False),
+    ({'plan.json': '[' * 100_000}, False),
+    ({'plan.json': '\xff'}, False),
+    ({'notes.txt': ''}, False),
+  ],
+)
+def test_a_folder_is_told_by_its_marks(files, own, tmp_path):
+  for name, text in files.items():
+    (tmp_path / name).write_text(text, encoding='latin-1')
+  if own:
+    workdir.check_own(tmp_path, 'sae-x', {'plan.json': ('rows',)})
+    return
+  with pytest.raises(errors.UserError, match='and is not of sae-x'):
+    workdir.check_own(tmp_path, 'sae-x', {'plan.json': ('rows',)})
+
+
+def test_a_file_is_no_folder(tmp_path):
+  (tmp_path / 'a').write_text('')
+  with pytest.raises(errors.UserError, match='is a file: give a folder'):
+    workdir.check_own(tmp_path / 'a', 'sae-x', {})
+
+
+THEIRS = {
+  'index.html': '<h1>my own page</h1>',
+  'style.css': 'body { color: red }',
+  'config.json': '{"model_type": "llama"}',
+  'data/features/by_hand.json': '{}',
+}
+
+
+def harvests(tmp_path, texts, folder):
+  harvest.harvest(toy.config(texts), folder, toy.subject())
+
+
+def trains(tmp_path, texts, folder):
+  planted.write_store(str(tmp_path / 'store'))
+  train.train(planted.train_config(), str(tmp_path / 'store'), folder)
+
+
+def browses(tmp_path, texts, folder):
+  (tmp_path / 'report.json').write_text('{}')
+  build.browse(build.index.BrowseConfig(), str(tmp_path), folder)
+
+
+@pytest.mark.parametrize(
+  ('stage', 'command'),
+  [(harvests, 'sae-harvest'), (trains, 'sae-train'), (browses, 'sae-browse')],
+)
+def test_a_folder_of_somebody_else_stays_as_it_is(
+  stage, command, texts, tmp_path
+):
+  folder = tmp_path / 'theirs'
+  for name, text in THEIRS.items():
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    (folder / name).write_text(text)
+  with pytest.raises(errors.UserError) as raised:
+    stage(tmp_path, texts, str(folder))
+  assert str(raised.value).startswith(
+    f'{folder} holds config.json, data, index.html, ... and is not of {command}'
+  )
+  assert {
+    str(path.relative_to(folder)): path.read_text()
+    for path in folder.rglob('*')
+    if path.is_file()
+  } == THEIRS
