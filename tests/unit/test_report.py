@@ -22,6 +22,7 @@ from sae_jax.probing import (
   tasks,
 )
 from sae_jax.probing.examples import FeatureConfig
+from sae_jax.storage import claim
 from sae_jax.training import train
 from sae_jax.training.objective import ObjectiveConfig
 from tests.support import planted, probed
@@ -270,6 +271,15 @@ def test_a_folder_of_somebody_else_is_refused(run, store_url, tmp_path):
   with pytest.raises(errors.UserError, match=r'report\.json and is not'):
     probe(run, store_url, tmp_path)
   assert (tmp_path / 'report.json').read_text() == '{}'
+
+
+def test_of_two_users_the_second_is_refused(run, store_url, tmp_path):
+  with (
+    claim.claim(str(tmp_path)),
+    pytest.raises(errors.UserError, match='is in use by another process: wait'),
+  ):
+    probe(run, store_url, tmp_path)
+  assert not list(tmp_path.iterdir())
 
 
 def test_results_that_were_stopped_are_made_again(

@@ -7,7 +7,7 @@ import pytest
 from sae_jax import errors
 from sae_jax.browser import build
 from sae_jax.harvesting import harvest
-from sae_jax.storage import workdir
+from sae_jax.storage import claim, workdir
 from sae_jax.training import train
 from tests.support import planted, toy
 
@@ -104,19 +104,30 @@ def browses(tmp_path, texts, folder):
   build.browse(build.index.BrowseConfig(), str(tmp_path), folder)
 
 
-@pytest.mark.parametrize(
-  ('stage', 'command'),
-  [(harvests, 'sae-harvest'), (trains, 'sae-train'), (browses, 'sae-browse')],
-)
-def test_a_folder_of_somebody_else_stays_as_it_is(
-  stage, command, texts, tmp_path
-):
+ONE_USER = {'sae-train': trains, 'sae-browse': browses}
+STAGES = ONE_USER | {'sae-harvest': harvests}
+
+
+@pytest.mark.parametrize('command', ONE_USER)
+def test_of_two_users_the_second_is_refused(command, texts, tmp_path):
+  folder = str(tmp_path / 'shared')
+  # A lock is of an open file: this process stands for another.
+  with (
+    claim.claim(folder),
+    pytest.raises(errors.UserError, match=r'shared is in use by another proc'),
+  ):
+    ONE_USER[command](tmp_path, texts, folder)
+  assert not list((tmp_path / 'shared').iterdir())
+
+
+@pytest.mark.parametrize('command', STAGES)
+def test_a_folder_of_somebody_else_stays_as_it_is(command, texts, tmp_path):
   folder = tmp_path / 'theirs'
   for name, text in THEIRS.items():
     (folder / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / name).write_text(text)
   with pytest.raises(errors.UserError) as raised:
-    stage(tmp_path, texts, str(folder))
+    STAGES[command](tmp_path, texts, str(folder))
   assert str(raised.value).startswith(
     f'{folder} holds config.json, data, index.html, ... and is not of {command}'
   )
