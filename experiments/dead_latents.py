@@ -17,6 +17,7 @@ import numpy as np
 
 from experiments import runs as runs_lib
 from sae_jax import config as config_lib
+from sae_jax.cli import huge_pages
 from sae_jax.training import train
 from sae_jax.training.config import TrainConfig
 
@@ -98,4 +99,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
+  huge_pages.use_huge_pages()
   main()

@@ -15,6 +15,7 @@ import os
 
 from experiments import runs
 from sae_jax import config as config_lib
+from sae_jax.cli import huge_pages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,4 +82,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
+  huge_pages.use_huge_pages()
   main()

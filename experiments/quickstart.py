@@ -11,7 +11,7 @@ import os
 import time
 
 import sae_jax
-from sae_jax.cli import flags
+from sae_jax.cli import flags, huge_pages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,4 +110,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
+  huge_pages.use_huge_pages()
   main()

@@ -22,6 +22,7 @@ from scipy import stats
 
 from experiments import runs
 from sae_jax import config as config_lib
+from sae_jax.cli import huge_pages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,4 +129,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
+  huge_pages.use_huge_pages()
   main()

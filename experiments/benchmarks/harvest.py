@@ -37,7 +37,7 @@ import numpy as np
 from sae_jax import config as config_lib
 from sae_jax import errors, mesh
 from sae_jax import subject as subject_lib
-from sae_jax.cli import flags
+from sae_jax.cli import flags, huge_pages
 from sae_jax.harvesting import harvest, pools, source
 from sae_jax.harvesting.config import HarvestConfig
 from sae_jax.subject import capture
@@ -236,6 +236,7 @@ def work() -> None:
 
 
 if __name__ == '__main__':
+  huge_pages.use_huge_pages()
   flags.define(BenchmarkConfig)
   flags.define_url(
     'workdir', 'folder in which harvest_store/ is written, replacing an old one'

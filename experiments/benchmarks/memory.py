@@ -20,7 +20,7 @@ import time
 
 from sae_jax import config as config_lib
 from sae_jax import store
-from sae_jax.cli import flags
+from sae_jax.cli import flags, huge_pages
 from sae_jax.feed import from_store
 from sae_jax.harvesting import harvest
 from sae_jax.harvesting.config import HarvestConfig
@@ -132,6 +132,7 @@ def work() -> None:
 
 
 if __name__ == '__main__':
+  huge_pages.use_huge_pages()
   flags.define(BenchmarkConfig)
   flags.define_url(
     'workdir', 'folder in which memory_store/ is written, replacing an old one'

@@ -30,7 +30,7 @@ import numpy as np
 
 from sae_jax import autoencoder, errors, mesh, store
 from sae_jax import config as config_lib
-from sae_jax.cli import flags
+from sae_jax.cli import flags, huge_pages
 from sae_jax.feed import from_store
 from sae_jax.store import layout, manifest, writer
 from sae_jax.training import loop, step
@@ -242,6 +242,7 @@ def work() -> None:
 
 
 if __name__ == '__main__':
+  huge_pages.use_huge_pages()
   flags.define(BenchmarkConfig)
   flags.define_url(
     'workdir', 'folder in which store/ is written, and reused the next time'

@@ -23,7 +23,7 @@ import numpy as np
 
 from sae_jax import autoencoder, mesh, ops
 from sae_jax import config as config_lib
-from sae_jax.cli import flags
+from sae_jax.cli import flags, huge_pages
 from sae_jax.training import optimizer, step
 from sae_jax.training import state as state_lib
 from sae_jax.training.config import TrainConfig
@@ -161,4 +161,5 @@ def main() -> None:
 
 
 if __name__ == '__main__':
+  huge_pages.use_huge_pages()
   main()

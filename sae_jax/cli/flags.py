@@ -1,9 +1,12 @@
 """Config dataclasses as absl flags, and the frame of every binary."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import decimal
 import logging as python_logging
 import os
+import select
+import signal
 import sys
 from typing import Any, TypeVar
 
@@ -12,11 +15,12 @@ import jax
 
 from sae_jax import config as config_lib
 from sae_jax import errors
-from sae_jax.cli import backend, huge_pages
+from sae_jax.cli import backend
 from sae_jax.storage import url as url_lib
 
 _Config = TypeVar('_Config')
 _USER_ERROR = 2
+_OUTPUTS = (1, 2)
 _urls: list[str] = []
 # Warnings of Orbax at every checkpoint that is not in OCDBT, as in buckets.
 # They are needless: if data is absent, reading raises.
@@ -153,8 +157,6 @@ def run(main: Callable[[], Any], description: str) -> None:
     description: what --help says first.
   """
 
-  huge_pages.use_huge_pages()
-
   def parse(argv: list[str]) -> list[str]:
     # absl's own --help exits with 1 and lists the flags of __main__ alone.
     if _HELP & set(argv[1:]):
@@ -181,7 +183,7 @@ def run(main: Callable[[], Any], description: str) -> None:
         raise
       _fail(str(error), _USER_ERROR)
     except OSError as error:
-      if flags.FLAGS.debug:
+      if flags.FLAGS.debug or _unread():
         raise
       _fail(f'{error}: check the path, free space and your access', _USER_ERROR)
     except (
@@ -197,7 +199,38 @@ def run(main: Callable[[], Any], description: str) -> None:
         raise
       _fail('interrupted; the same command goes on or starts over', 130)
 
-  app.run(guarded, flags_parser=parse)
+  with _quiet_where_unread():
+    app.run(guarded, flags_parser=parse)
+
+
+@contextlib.contextmanager
+def _quiet_where_unread() -> Iterator[None]:
+  """Ends the process as SIGPIPE would where nobody reads its output any more.
+
+  SIGPIPE itself stays ignored, as it would also come of sockets.
+  """
+  try:
+    try:
+      yield
+    finally:
+      # Not at exit, where Python would complain.
+      if sys.stdout is not None:
+        sys.stdout.flush()
+  except BrokenPipeError:
+    if not _unread():
+      raise
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for number in _OUTPUTS:
+      os.dup2(nowhere, number)
+    sys.exit(128 + signal.SIGPIPE)
+
+
+def _unread() -> bool:
+  """Whether the output or the errors go to a pipe that nobody reads."""
+  poll = select.poll()
+  for number in _OUTPUTS:
+    poll.register(number, 0)
+  return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _own_or_important(record: python_logging.LogRecord) -> bool:

@@ -1,80 +1,12 @@
-"""sae-train: a store of activations -> a trained autoencoder."""
+"""sae-train as a process of its own."""
 
-from absl import flags as absl_flags
-import jax
-
-from sae_jax import errors, mesh
-from sae_jax.cli import flags
-from sae_jax.training import train as train_lib
-from sae_jax.training.config import TrainConfig
-
-
-def define() -> None:
-  """Defines this binary's flags."""
-  flags.define(TrainConfig)
-  flags.define_processes()
-  absl_flags.DEFINE_multi_string(
-    'sweep',
-    [],
-    'a field and its values: trains one run for each combination of the '
-    'values, all on one reading of the data, each in a folder of the workdir. '
-    '--sweep=k=16,32 --sweep=seed=0,1 trains four runs',
-  )
-  absl_flags.DEFINE_bool(
-    'debug_nans', False, 'stop at the operation that produces a NaN; slow'
-  )
-  flags.define_url('store', 'finished store of activations to train on')
-  flags.define_url(
-    'workdir',
-    'folder for the config, metrics and checkpoints of the run; a run that is '
-    'there is resumed',
-  )
-
-
-def _swept(texts: list[str]) -> dict[str, tuple]:
-  """The values of each swept field, read as its flag reads them."""
-  values = {}
-  for text in texts:
-    name, _, listed = text.partition('=')
-    if name not in absl_flags.FLAGS or not listed or name in values:
-      raise errors.UserError(
-        f'--sweep={text} is not a field of its own and its values: '
-        'write --sweep=k=16,32, once for each field'
-      )
-    parser = absl_flags.FLAGS[name].parser
-    try:
-      values[name] = tuple(parser.parse(value) for value in listed.split(','))
-    except ValueError as error:
-      raise errors.UserError(f'--sweep={text}: {error}') from error
-  return values
-
-
-def work() -> None:
-  """Trains as the flags say."""
-  values = absl_flags.FLAGS
-  mesh.start_processes(
-    values.coordinator, values.num_processes, values.process_id
-  )
-  jax.config.update('jax_debug_nans', values.debug_nans)
-  configs = train_lib.sweep(
-    flags.read(TrainConfig), flags.url('workdir'), **_swept(values.sweep)
-  )
-  states = train_lib.train_many(configs, flags.url('store'))
-  for workdir, state in states.items():
-    step = int(state.step)
-    left = configs[workdir].steps - step
-    print(
-      f'{workdir}: stopped by SIGTERM and saved after step {step}, the same '
-      f'command does the {left} that are left'
-      if left > 0
-      else f'{workdir}: trained to step {step}'
-    )
+from sae_jax.cli import process
+from sae_jax.training import preemption
 
 
 def main() -> None:
   """Entry point of the console script."""
-  define()
-  flags.run(work, __doc__)
+  process.run('train', preemption.listen)
 
 
 if __name__ == '__main__':

@@ -1,10 +1,58 @@
-"""Notices SIGTERM, so that a run can save before it stops."""
+"""Notices SIGTERM, so that a run can save before it stops.
 
+Without JAX until a run trains: a process listens before it imports anything.
+"""
+
+import contextlib
+import os
 import signal
+import sys
 import threading
 
-import jax
-from jax.experimental import multihost_utils
+_NOTHING = b'SIGTERM: nothing to save yet; the same command starts or goes on\n'
+# This process has others to join, which it must not leave alone.
+_joining = threading.Event()
+# SIGTERM came meanwhile.
+_asked_early = threading.Event()
+# A loop has ended: all is saved, and the process is about to end.
+_trained = threading.Event()
+
+
+def listen() -> None:
+  """From now on SIGTERM ends this process with 0, as nothing is to be saved.
+
+  While a run trains, its `Notice` listens instead. A process of several goes on
+  until they are `joined`.
+  """
+  # There are no flags yet.
+  words = (word.lstrip('-') for word in sys.argv[1:])
+  if any(word.startswith('coordinator=') for word in words):
+    _joining.set()
+  signal.signal(signal.SIGTERM, _end)
+
+
+def _end(*_) -> None:
+  if _joining.is_set():
+    _asked_early.set()
+  elif not _trained.is_set():
+    # Not by an exception, which imports and callbacks may lose.
+    with contextlib.suppress(OSError):
+      os.write(2, _NOTHING)
+    os._exit(0)
+
+
+def joined() -> None:
+  """Passes on a SIGTERM that came before the processes were joined."""
+  import jax
+
+  if not _joining.is_set():
+    return
+  _joining.clear()
+  if jax.process_count() == 1:
+    # JAX has begun to listen, which is of use among several.
+    signal.signal(signal.SIGTERM, _end)
+  if _asked_early.is_set():
+    signal.raise_signal(signal.SIGTERM)
 
 
 class Notice:
@@ -16,6 +64,8 @@ class Notice:
   """
 
   def __init__(self):
+    import jax
+
     self._asked = False
     self._before = None
     self._many = jax.process_count() > 1
@@ -28,6 +78,8 @@ class Notice:
   def asked(self, step: int) -> bool:
     """Whether to save and stop after this step; every process calls it."""
     if self._many:
+      from jax.experimental import multihost_utils
+
       return multihost_utils.reached_preemption_sync_point(step)
     return self._asked
 
@@ -35,5 +87,6 @@ class Notice:
     return self
 
   def __exit__(self, *_):
+    _trained.set()
     if self._before is not None:
       signal.signal(signal.SIGTERM, self._before)

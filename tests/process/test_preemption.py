@@ -113,15 +113,14 @@ def test_sigterm_saves_and_the_same_command_goes_on(store, whole, tmp_path):
   runs.assert_same_run(workdir, whole)
 
 
-def test_an_interrupt_is_one_line_and_the_run_goes_on(store, tmp_path):
+def test_an_interrupt_is_silent_and_the_run_goes_on(store, tmp_path):
   workdir = str(tmp_path / 'run')
   interrupted = command(store, workdir)
   process = runs.start(interrupted, devices=2)
   runs.wait_until(lambda: runs.saved_steps(workdir), process)
   process.send_signal(signal.SIGINT)
-  _, said = runs.ended(process, 130)
-  assert 'Traceback' not in said
-  assert said.splitlines()[-1].startswith('error: interrupted')
+  _, said = runs.ended(process, -signal.SIGINT)
+  assert 'Traceback' not in said and 'error' not in said
   # What it saved is whole: it goes on from there.
   done = checkpoint.load(workdir).step
   assert EVERY <= done < STEPS

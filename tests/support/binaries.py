@@ -11,7 +11,8 @@ from absl import flags as absl_flags
 import jax
 import pytest
 
-from sae_jax.cli import browse, flags, harvest, plan, probe, train
+from sae_jax.cli import flags
+from sae_jax.cli.stages import browse, harvest, plan, probe, train
 
 MODULES = {
   'sae-harvest': harvest,
@@ -84,8 +85,6 @@ def run(name, *arguments):
     contextlib.redirect_stderr(err),
   ):
     patch.setattr(sys, 'argv', [name, *arguments])
-    # Else this process would start again.
-    patch.setattr(flags.huge_pages, 'use_huge_pages', lambda: None)
     try:
       flags.run(module.work, module.__doc__)
     except SystemExit as ended:

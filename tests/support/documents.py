@@ -92,7 +92,7 @@ def _command(command, whole):
   program, *arguments = command
   name = pathlib.Path(program).name
   if name in binaries.MODULES:
-    return _flags(binaries.MODULES[name], command, arguments, whole)
+    return _flags(binaries.MODULES[name].define, command, arguments, whole)
   if re.fullmatch(r'python[\d.]*', name):
     return _python(command, arguments, whole)
   if name == 'make':
@@ -106,7 +106,7 @@ def _command(command, whole):
   return []
 
 
-def _flags(module, command, arguments, whole):
+def _flags(define_all, command, arguments, whole):
   """What the parser of a program and its configs say of the arguments."""
   kinds = []
   define = flags.define
@@ -118,7 +118,7 @@ def _flags(module, command, arguments, whole):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(flags, 'define', recording)
     patch.setattr(flags, 'run', lambda *_: None)
-    with binaries.defined(module.main) as values:
+    with binaries.defined(define_all) as values:
       if not whole:
         given = {argument.partition('=')[0] for argument in arguments}
         arguments = arguments + [
@@ -152,7 +152,7 @@ def _python(command, arguments, whole):
   ):
     return [f'{shlex.join(command)}: its flags cannot be read by a test']
   module = importlib.import_module(module)
-  return _flags(module, command, arguments, whole)
+  return _flags(module.main, command, arguments, whole)
 
 
 def _make(command, arguments):

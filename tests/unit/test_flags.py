@@ -1,13 +1,17 @@
 """What flags take, in process; `test_cli` runs the binaries."""
 
+import importlib
+import os
+import signal
 import sys
+import types
 
 from absl import flags as absl_flags
 import pytest
 
 from sae_jax import config, errors
 from sae_jax.browser.index import BrowseConfig
-from sae_jax.cli import flags
+from sae_jax.cli import flags, huge_pages
 from sae_jax.harvesting.config import HarvestConfig
 from sae_jax.probing.report import ProbeConfig
 from sae_jax.training.config import TrainConfig
@@ -171,6 +175,60 @@ def run_failing(monkeypatch, error):
     raise error
 
   monkeypatch.setattr(sys, 'argv', ['binary'])
-  monkeypatch.setattr(flags.huge_pages, 'use_huge_pages', lambda: None)
   with binaries.defined(lambda: None):
     flags.run(work, '')
+
+
+def closed_pipe():
+  """A file that writes to a pipe whose other end is closed."""
+  read, write = os.pipe()
+  os.close(read)
+  return open(write, 'w')
+
+
+@pytest.mark.parametrize('name', binaries.MODULES)
+def test_output_that_nobody_reads_is_no_error(name, monkeypatch, capsys):
+  module, output = binaries.MODULES[name], closed_pipe()
+  monkeypatch.setattr(flags, '_OUTPUTS', (output.fileno(),))
+  monkeypatch.setattr(sys, 'stdout', output)
+  monkeypatch.setattr(sys, 'argv', [name, '--help'])
+  with binaries.defined(module.define), pytest.raises(SystemExit) as ended:
+    flags.run(module.work, module.__doc__)
+  # As a shell tells the end by SIGPIPE.
+  assert ended.value.code == 141
+  assert capsys.readouterr().err == ''
+  # What is left in the buffer goes nowhere, and is no error at exit.
+  output.close()
+
+
+def test_control_another_pipe_that_breaks_is_an_error(monkeypatch, capsys):
+  """Such as a connection of the work itself, while its output is read."""
+  with pytest.raises(SystemExit) as ended:
+    run_failing(monkeypatch, BrokenPipeError(32, 'Broken pipe', '/a/b'))
+  assert ended.value.code == 2
+  assert "Broken pipe: '/a/b': check the path" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('name', binaries.MODULES)
+def test_a_program_that_calls_a_stage_begins_once(name, monkeypatch, capsys):
+  def starts_again():
+    raise AssertionError
+
+  handlers = [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)]
+  monkeypatch.setattr(huge_pages, 'use_huge_pages', starts_again)
+  monkeypatch.setattr(sys, 'argv', [name, '--help'])
+  main = importlib.import_module(f'sae_jax.cli.{name[4:]}').main
+  with binaries.defined(lambda: None), pytest.raises(SystemExit) as ended:
+    main()
+  assert ended.value.code == 0
+  assert capsys.readouterr().out.startswith(f'{name}: ')
+  # Its signals stay its own.
+  assert handlers == [
+    signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)
+  ]
+  # Control: as the console script of the same name would.
+  script = types.SimpleNamespace(__file__=f'/bin/{name}', __spec__=None)
+  monkeypatch.setitem(sys.modules, '__main__', script)
+  with pytest.raises(AssertionError):
+    main()
+  signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})

@@ -1,0 +1,1 @@
+"""Each stage's flags, and its work as they say."""

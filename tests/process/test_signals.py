@@ -1,0 +1,185 @@
+"""Signals at any moment of a stage: how it ends, and what it says.
+
+`SAE_JAX_SIGNALS=50` sends each signal at so many moments of each stage, from
+its first to its last, and prints how they ended.
+"""
+
+import collections
+import json
+import os
+import pathlib
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from sae_jax.cli import huge_pages
+from tests.support import binaries, gguf_models, processes
+
+MOMENTS = int(os.environ.get('SAE_JAX_SIGNALS', '0'))
+STAGES = ('harvest', 'train', 'probe', 'browse', 'plan')
+
+
+@pytest.fixture(scope='module')
+def commands(tmp_path_factory):
+  """The flags of each stage, whose inputs are there."""
+  root = tmp_path_factory.mktemp('stages')
+  text = root / 'texts.jsonl'
+  text.write_text(
+    ''.join(
+      json.dumps({'text': f'In chapter {i} the {word} was left at sea. ' * 4})
+      + '\n'
+      for i, word in enumerate(('ship', 'captain', 'whale', 'harpoon') * 8)
+    )
+  )
+  values = {
+    'harvest': {
+      'store': root / 'store', 'sources': text, 'n_tokens': 900,
+      'subject': gguf_models.write(root / 'm.gguf', gguf_models.of_bytes()),
+      'sites': 'blocks.1.resid_post', 'context_length': 32,
+    },
+    'train': {
+      'store': root / 'store', 'workdir': root / 'train', 'n_latents': 64,
+      'k': 8, 'batch_size': 64, 'steps': 300, 'checkpoint_every': 50,
+      'sample_rows': 500,
+    },
+    'probe': {
+      'store': root / 'store', 'checkpoint': root / 'train',
+      'workdir': root / 'probe', 'n_tasks': 1, 'task_prompts': 16,
+      'downstream_tokens': 64,
+    },
+    'browse': {'probe': root / 'probe', 'workdir': root / 'page'},
+    'plan': {
+      'topology': 'v5e:2x2', 'd': 256, 'n': 8192, 'k': 8, 'batch': 1024,
+      'mesh': '1x4',
+    },
+  }  # fmt: skip
+  flags = {
+    stage: [f'--{flag}={value}' for flag, value in named.items()]
+    for stage, named in values.items()
+  }
+  for stage in STAGES[:-1] if MOMENTS else ():
+    made = binaries.run(f'sae-{stage}', *flags[stage])
+    assert made.returncode == 0, made.stderr
+  outputs = {'harvest': 'store', 'train': 'train', 'probe': 'probe'}
+  return flags, {s: root / n for s, n in (outputs | {'browse': 'page'}).items()}
+
+
+def start(stage, flags):
+  return subprocess.Popen(
+    [sys.executable, '-m', f'sae_jax.cli.{stage}', *flags],
+    env=processes.environment(''),
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def has_begun(process):
+  """Whether a process is past the first line of `main`.
+
+  There it blocks signals until it has seen to them; later it holds NumPy.
+  """
+  folder = pathlib.Path('/proc', str(process.pid))
+  try:
+    status = (folder / 'status').read_text()
+    maps = (folder / 'maps').read_text()
+  except OSError:
+    return True
+  blocked = int(status.partition('SigBlk:')[2].split()[0], 16)
+  return bool(blocked >> signal.SIGTERM - 1 & 1) or 'numpy' in maps
+
+
+def interrupted(stage, flags, number, seconds):
+  """Sends a signal so long after `main` has begun; code, output and errors."""
+  process = start(stage, flags)
+  while not has_begun(process):
+    time.sleep(0.0005)
+  time.sleep(seconds)
+  process.send_signal(number)
+  out, said = process.communicate(timeout=120)
+  return process.returncode, out, said
+
+
+def assert_well_ended(stage, number, code, out, said):
+  """How it ended, in a word."""
+  assert 'Traceback' not in said and 'Exception ignored' not in said, said
+  if stage == 'train' and number == signal.SIGTERM:
+    assert code == 0, said
+    for words in ('nothing to save yet', 'saved after step', 'trained to step'):
+      if words in out + said:
+        return words
+    raise AssertionError((out, said))
+  if code == 0:
+    return 'had ended'
+  assert code == -number, (code, said)
+  assert not [line for line in said.splitlines() if 'rror' in line], said
+  return f'by {signal.Signals(number).name}'
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('stage', STAGES)
+def test_a_signal_while_a_stage_is_imported_is_no_traceback(
+  stage, number, commands
+):
+  flags, _ = commands
+  seconds = random.Random(f'{stage}{number}').uniform(0, 0.6)
+  ended = interrupted(stage, flags[stage], number, seconds)
+  how = assert_well_ended(stage, number, *ended)
+  assert how in ('nothing to save yet', f'by {number.name}')
+
+
+def test_a_background_job_goes_on_ignoring_an_interrupt(commands):
+  """As a shell's `&` starts it, whose Ctrl-C is for the job in front."""
+  flags, _ = commands
+  before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+  process = start('plan', flags['plan'])
+  signal.signal(signal.SIGINT, before)
+  while not has_begun(process):
+    time.sleep(0.0005)
+  process.send_signal(signal.SIGINT)
+  with pytest.raises(subprocess.TimeoutExpired):
+    process.wait(0.5)
+  # It has begun again, once, on huge pages.
+  if huge_pages.on_request():
+    environment = pathlib.Path(f'/proc/{process.pid}/environ').read_bytes()
+    assert environment.count(b'glibc.malloc.hugetlb=1') == 1
+  process.kill()
+  process.communicate()
+
+
+@pytest.mark.skipif(not MOMENTS, reason='SAE_JAX_SIGNALS is not set')
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize('stage', STAGES)
+def test_a_signal_at_any_moment(stage, number, commands, capsys):
+  flags, outputs = commands
+  folder = outputs.get(stage)
+  kept = folder and folder.with_name(f'{folder.name}_kept')
+  if folder:
+    folder.rename(kept)
+  began = time.monotonic()
+  whole = start(stage, flags[stage])
+  whole.communicate()
+  assert whole.returncode == 0
+  seconds, rng = time.monotonic() - began, random.Random(0)
+  ends = collections.Counter()
+  for _ in range(MOMENTS):
+    if folder:
+      shutil.rmtree(folder)
+    moment = rng.uniform(0, seconds)
+    ended = interrupted(stage, flags[stage], number, moment)
+    ends[assert_well_ended(stage, number, *ended)] += 1
+    if folder:
+      folder.mkdir(exist_ok=True)
+  last = start(stage, flags[stage])
+  _, said = last.communicate()
+  assert last.returncode == 0, said
+  if folder:
+    shutil.rmtree(folder)
+    kept.rename(folder)
+  with capsys.disabled():
+    print(f'\n{stage}, {number.name}, {seconds:.1f} s: {dict(ends)}')
