@@ -15,6 +15,27 @@ from sae_jax.tpu.chips import Chip, CHIPS
 
 _FLAT = ((1, 1), (2, 2), (2, 4), (4, 4), (4, 8), (8, 8), (8, 16), (16, 16))
 _PARTS_OF_A_CUBE = ((2, 2, 1), (2, 2, 2), (2, 2, 4), (2, 4, 4))
+_LONGEST = 40
+# Accelerator types, such as 'v5p-16': the chip, and what the number counts for
+# each, its TensorCores or itself.
+_TYPES = {
+  'v2': ('v2', 2),
+  'v3': ('v3', 2),
+  'v4': ('v4', 2),
+  'v5e': ('v5e', 1),
+  'v5litepod': ('v5e', 1),
+  'v5p': ('v5p', 2),
+  'v6e': ('v6e', 1),
+  'tpu7x': ('tpu7x', 2),
+}
+# Types of machines, such as 'ct6e-standard-4t': hosts of so many chips.
+_MACHINES = {
+  'ct4p-hightpu': 'v4',
+  'ct5lp-hightpu': 'v5e',
+  'ct5p-hightpu': 'v5p',
+  'ct6e-standard': 'v6e',
+  'tpu7x-standard': 'tpu7x',
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +122,9 @@ def find(topology: str, num_slices: int = 1) -> Slices:
   """The slices of a name such as 'v6e:16x16'.
 
   Args:
-    topology: chip and shape of a slice.
+    topology: chip and shape of a slice; also as Google Cloud names it, by
+      accelerator type ('v5litepod-16') or by the machine of a host
+      ('ct6e-standard-4t'), of which the most compact slice is taken.
     num_slices: how many of them.
 
   Raises:
@@ -109,7 +132,11 @@ def find(topology: str, num_slices: int = 1) -> Slices:
   """
   if num_slices < 1:
     raise errors.UserError(f'num_slices {num_slices} must be 1 or more: use 1')
-  chip, _, dims = topology.partition(':')
+  if len(topology) > _LONGEST:
+    raise errors.UserError(
+      f'topology {topology!r} is too long for a name: write v6e:16x16'
+    )
+  chip, dims = _parts(topology)
   if chip not in CHIPS:
     near = difflib.get_close_matches(chip, CHIPS, 1, 0)[0]
     raise errors.UserError(
@@ -126,6 +153,35 @@ def find(topology: str, num_slices: int = 1) -> Slices:
       f'{name(chip, _closest(chip, shape))}{_several(chip, shape)}'
     )
   return Slices(chip, shape, num_slices, _devices(chip, shape, num_slices))
+
+
+def _parts(topology: str) -> tuple[str, str]:
+  """Chip and dimensions of a name, '4x4', or the number of chips if none fits.
+
+  Raises:
+    UserError: if it is of a part of a chip.
+  """
+  machine = re.fullmatch(r'(.+)-(\d+)t', topology)
+  if machine and machine[1] in _MACHINES:
+    return _of_chips(_MACHINES[machine[1]], int(machine[2]))
+  kind, *rest = re.split('([:-])', topology, maxsplit=1)
+  separator, rest = rest or ('', '')
+  chip, counted = _TYPES.get(kind, (kind, 1))
+  if separator != '-' or not rest.isdecimal():
+    return chip, rest
+  number = int(rest)
+  if number % counted:
+    raise errors.UserError(
+      f'topology {topology!r}: the number counts TensorCores, two a chip: use '
+      f'{kind}-{number + 1}'
+    )
+  return _of_chips(chip, number // counted)
+
+
+def _of_chips(chip: str, chips: int) -> tuple[str, str]:
+  if chip not in CHIPS or math.prod(nearest(chip, chips)) != chips:
+    return chip, str(chips)
+  return chip, 'x'.join(map(str, nearest(chip, chips)))
 
 
 def _numbers(dims: str) -> tuple[int, ...]:

@@ -24,7 +24,10 @@ def define() -> None:
   for short, name in _SHORT.items():
     absl_flags.DEFINE_alias(short, name)
   absl_flags.DEFINE_string(
-    'topology', '', 'TPU slice to plan for, such as v6e:16x16; required'
+    'topology',
+    '',
+    'TPU slice to plan for, such as v6e:16x16, or as gcloud names it, such as '
+    'v5litepod-16; required',
   )
   flags.define_integer('num_slices', 1, 'number of slices of this topology')
   absl_flags.DEFINE_string(
