@@ -70,6 +70,7 @@ def test_slices_are_known_by_the_names_of_google_cloud(
     ('v6e-many', 'no such slice of v6e: use v6e:1x1'),
     ('-', "chip '' is not known"),
     ('v6e-0', 'no such slice of v6e: use v6e:1x1'),
+    ('v6e-' + '9' * 5000, 'is too long for a name: write v6e:16x16'),
     ('v6e:4x4\n', 'no such slice of v6e: use v6e:4x4'),
   ],
 )
