@@ -8,7 +8,13 @@ from typing import Any, TypeVar
 from absl import logging
 import jax
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+  AbstractMesh,
+  AxisType,
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+)
 
 from sae_jax import errors
 
@@ -85,14 +91,29 @@ def make_mesh(
   return Mesh(grid, AXES, axis_types=auto)
 
 
-def check_divides(name: str, value: int, mesh: Mesh, axis: str) -> None:
-  """Raises UserError with the next value that the mesh axis divides."""
-  size = mesh.shape[axis]
-  if value % size:
-    better = -(-value // size) * size
+def check_divides(
+  name: str,
+  value: int,
+  mesh: Mesh | AbstractMesh,
+  axis: str,
+  micro_batches: int = 1,
+) -> None:
+  """Raises UserError, with the nearest value that fits, unless shards are even.
+
+  Args:
+    name: the option.
+    value: its value.
+    mesh: the mesh.
+    axis: the axis over which it is sharded.
+    micro_batches: parts into which each shard is cut.
+  """
+  parts = mesh.shape[axis] * micro_batches
+  if value % parts:
+    times = f' times micro_batches ({micro_batches})' * (micro_batches > 1)
+    near = max(1, (value + parts // 2) // parts) * parts
     raise errors.UserError(
-      f'{name} {value} must be a multiple of the {axis} axis ({size}): '
-      f'use {better}'
+      f'{name} {value} must be a multiple of the {axis} axis '
+      f'({mesh.shape[axis]}){times}: use --{name}={near}'
     )
 
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from sae_jax import errors
 from sae_jax import mesh as mesh_lib
@@ -13,7 +13,7 @@ from sae_jax.ops.encode_topk.reference import BLOCK_BYTES
 from sae_jax.plan import footprint, roofline
 from sae_jax.plan.footprint import Footprint
 from sae_jax.tpu.slices import Slices
-from sae_jax.training.config import TrainConfig
+from sae_jax.training.config import check_mesh, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,27 +78,12 @@ def _is_possible(slices: Slices, data: int, latent: int) -> bool:
   return True
 
 
-def check(config: TrainConfig, mesh: Mesh) -> None:
-  """Raises UserError unless the mesh divides the batch and the latents."""
-  data, latent = mesh.shape['data'], mesh.shape['latent']
-  if config.sae.n_latents % latent:
-    near = _multiple(config.sae.n_latents, latent)
-    raise errors.UserError(
-      f'n_latents {config.sae.n_latents:,} can not be split evenly over '
-      f'{latent} shards: use --n={near}'
-    )
-  pieces = data * config.micro_batches
-  if config.batch_size % pieces:
-    near = _multiple(config.batch_size, pieces)
-    raise errors.UserError(
-      f'batch_size {config.batch_size:,} can not be split evenly over {data} '
-      f'shards and {config.micro_batches} micro-batches: use --batch={near}'
-    )
-
-
-def _multiple(value: int, of: int) -> int:
-  """The nearest multiple that is not 0; of two, the larger."""
-  return max(of, (value + of // 2) // of * of)
+def _divides(config: TrainConfig, data: int, latent: int) -> bool:
+  try:
+    check_mesh(config, AbstractMesh((data, latent), mesh_lib.AXES))
+  except errors.UserError:
+    return False
+  return True
 
 
 def allowed(config: TrainConfig, slices: Slices) -> list[tuple[int, int]]:
@@ -109,8 +94,7 @@ def allowed(config: TrainConfig, slices: Slices) -> list[tuple[int, int]]:
     if (
       count % latent == 0
       and data % slices.count == 0
-      and config.sae.n_latents % latent == 0
-      and config.batch_size % (data * config.micro_batches) == 0
+      and _divides(config, data, latent)
       and _is_possible(slices, data, latent)
     ):
       shapes.append((data, latent))

@@ -16,7 +16,7 @@ from sae_jax.plan.program.text import Module
 from sae_jax.plan.record import MeshChoice, Plan
 from sae_jax.tpu import slices as slices_lib
 from sae_jax.tpu.slices import Slices
-from sae_jax.training.config import TrainConfig
+from sae_jax.training.config import check_mesh, TrainConfig
 
 DEAD = ('none', 'few', 'all')
 # The most meshes that a plan lists.
@@ -95,13 +95,12 @@ def _guesses(config, slices, mesh, implementation) -> list[meshes.Guess]:
   """Guesses about the given mesh, or about all, the most promising first."""
   if mesh != 'auto':
     given = meshes.make_mesh(slices, *mesh)
-    meshes.check(config, given)
+    check_mesh(config, given)
     return [meshes.guess(config, slices, given, implementation)]
   shapes = meshes.allowed(config, slices)
   if not shapes:
     # Raises with the nearest sizes that the devices divide.
-    over_data = meshes.make_mesh(slices, len(slices.devices), 1)
-    meshes.check(config, over_data)
+    check_mesh(config, meshes.make_mesh(slices, len(slices.devices), 1))
     raise errors.UserError(
       f'no mesh of {slices.name} divides batch_size {config.batch_size:,} and '
       f'n_latents {config.sae.n_latents:,}: use multiples of '

@@ -2,7 +2,10 @@
 
 import dataclasses
 
+from jax.sharding import AbstractMesh, Mesh
+
 from sae_jax import config as config_lib
+from sae_jax import mesh as mesh_lib
 from sae_jax.autoencoder import SaeConfig
 from sae_jax.training import objective as objective_lib
 from sae_jax.training import optimizer as optimizer_lib
@@ -169,3 +172,11 @@ class TrainConfig(config_lib.Config):
     objective_lib.check(self.sae, self.objective)
     # Refuses a schedule that does not fit the run.
     optimizer_lib.schedule(self.optimizer, self.steps)
+
+
+def check_mesh(config: TrainConfig, mesh: Mesh | AbstractMesh) -> None:
+  """Raises UserError unless a mesh divides the latents and the batch."""
+  mesh_lib.check_divides('n_latents', config.sae.n_latents, mesh, 'latent')
+  mesh_lib.check_divides(
+    'batch_size', config.batch_size, mesh, 'data', config.micro_batches
+  )

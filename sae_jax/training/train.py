@@ -18,7 +18,7 @@ from sae_jax.feed import from_store, from_text
 from sae_jax.storage import files
 from sae_jax.training import evaluation, loop, resume
 from sae_jax.training import run as run_lib
-from sae_jax.training.config import TrainConfig
+from sae_jax.training.config import check_mesh, TrainConfig
 from sae_jax.training.state import TrainState
 
 
@@ -30,14 +30,7 @@ def check(config: TrainConfig, manifest: store.Manifest, mesh: Mesh) -> None:
       f'the store: use --d_model={manifest.d_model}, or 0 to take the '
       "store's"
     )
-  parts = mesh.shape['data'] * config.micro_batches
-  if config.batch_size % parts:
-    raise errors.UserError(
-      f'batch_size {config.batch_size} must be a multiple of the data axis '
-      f'({mesh.shape["data"]}) times micro_batches ({config.micro_batches}): '
-      f'use {-(-config.batch_size // parts) * parts}'
-    )
-  mesh_lib.check_divides('n_latents', config.sae.n_latents, mesh, 'latent')
+  check_mesh(config, mesh)
   if evaluation.heldout(config, manifest, mesh)[2] < 2:
     raise errors.UserError(
       f'the store holds {manifest.holdout_rows} rows out, an evaluation needs '

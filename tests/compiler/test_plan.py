@@ -270,15 +270,16 @@ def test_fewer_tokens_at_a_time_are_proposed_where_they_help(v5e, line):
   [
     (
       train_config(sae=SaeConfig(d_model=D, n_latents=4097, k=8)), (1, 4),
-      'n_latents 4,097 can not be split evenly over 4 shards: use --n=4096',
+      'n_latents 4097 must be a multiple of the latent axis (4): use '
+      '--n_latents=4096',
     ),
     (
       train_config(batch_size=1023), (4, 1),
-      'use --batch=1024',
+      'use --batch_size=1024',
     ),
     (
       train_config(batch_size=1000, micro_batches=3), (2, 2),
-      'over 2 shards and 3 micro-batches: use --batch=1002',
+      'data axis (2) times micro_batches (3): use --batch_size=1002',
     ),
     (train_config(), (1, 5), 'mesh 1x5 needs 5 devices, there are 4: use'),
     (train_config(sae=SaeConfig(k=8)), (1, 4), 'd_model 0'),
@@ -287,7 +288,7 @@ def test_fewer_tokens_at_a_time_are_proposed_where_they_help(v5e, line):
         batch_size=511, sae=SaeConfig(d_model=D, n_latents=4097, k=8)
       ),
       'auto',
-      'use --batch=512',
+      'use --batch_size=512',
     ),
   ],
 )  # fmt: skip

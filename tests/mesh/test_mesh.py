@@ -120,12 +120,12 @@ def test_processes_that_do_not_fit_are_refused():
       mesh.start_processes('localhost:1', of, number)
 
 
-def test_sizes_that_do_not_divide_name_the_next_one():
+def test_sizes_that_do_not_divide_name_the_nearest():
   made = mesh.make_mesh(1, 8)
   mesh.check_divides('n_latents', 64, made, 'latent')
   with pytest.raises(
     errors.UserError,
     match=r'n_latents 1001 must be a multiple of the latent axis \(8\): '
-    'use 1008',
+    'use --n_latents=1000',
   ):
     mesh.check_divides('n_latents', 1001, made, 'latent')

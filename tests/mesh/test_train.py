@@ -88,13 +88,14 @@ def test_misfits_are_refused(store, tmp_path):
     sae=dataclasses.replace(sae, d_model=24),
   )
   refused(
-    r'n_latents 60 must be a multiple of the latent axis \(8\): use 64',
+    r'n_latents 60 must be a multiple of the latent axis \(8\): use '
+    '--n_latents=64',
     sae=dataclasses.replace(sae, n_latents=60),
   )
   refused(
-    r'batch_size 63 must be a multiple of the data axis \(2\) times '
-    r'micro_batches \(1\): use 64',
-    batch_size=63, mesh_data=2, mesh_latent=4,
+    r'batch_size 64 must be a multiple of the data axis \(2\) times '
+    r'micro_batches \(3\): use --batch_size=66',
+    batch_size=64, micro_batches=3, mesh_data=2, mesh_latent=4,
   )  # fmt: skip
   refused(r'warmup_steps 50 \+ decay_steps 0 exceed the 30 steps',
     optimizer=dataclasses.replace(
