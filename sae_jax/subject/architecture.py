@@ -71,6 +71,7 @@ class TransformerConfig:
       are never stretched (Gemma 3); 0 for the same as in the other blocks.
     n_positions: rows of a table of learned positions (GPT-2); 0 for rotary
       positions.
+    context_length: positions that the model was made for; 0 if not known.
     norm: 'rms' scales, 'layer' centres, scales and adds a bias.
     post_norms: whether the outputs of attention and feed-forward are normed
       before they are added to the residual stream (Gemma 2 and 3).
@@ -107,6 +108,7 @@ class TransformerConfig:
   rope_scaling: RopeScaling | None = None
   local_rope_base: float = 0.0
   n_positions: int = 0
+  context_length: int = 0
   norm: str = 'rms'
   post_norms: bool = False
   parallel: bool = False

@@ -4,6 +4,7 @@ from collections.abc import Callable
 import functools
 from typing import NamedTuple
 
+from absl import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,6 +93,16 @@ class Queries(NamedTuple):
   sin: np.ndarray | None
 
 
+@functools.cache
+def _warn_of_length(n_positions: int, context_length: int) -> None:
+  logging.warning(
+    'contexts of %d positions are longer than the %d that the subject was made '
+    'for: activations of the later ones are of no use',
+    n_positions,
+    context_length,
+  )
+
+
 def queries_of(
   config: TransformerConfig,
   n_positions: int,
@@ -107,6 +118,8 @@ def queries_of(
     first_B: with a cache, the position of each sequence's first token.
   """
   n_keys = n_positions if cache is None else cache.key_LBUGE.shape[2]
+  if 0 < config.context_length < n_keys:
+    _warn_of_length(n_keys, config.context_length)
   cos, sin = (
     (None, None) if config.n_positions else positions.tables(config, n_keys)
   )

@@ -131,7 +131,7 @@ def metadata(record):
     'block_count': config['num_hidden_layers'],
     'embedding_length': config['hidden_size'],
     'feed_forward_length': config['intermediate_size'],
-    'context_length': 64,
+    'context_length': config['max_position_embeddings'],
     'attention.head_count': config['num_attention_heads'],
     'rope.freq_base': float(rope['rope_theta']),
   }

@@ -213,22 +213,22 @@ def test_older_files_say_the_same(tmp_path):
   [
     (
       {'model_type': 'mamba'},
-      "model_type 'mamba' is not supported: use a model of one of gpt2, "
-      'gpt_neox, llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text',
+      "model_type 'mamba' of {url}/config.json is not supported: use a model "
+      'of one of gpt2, gpt_neox, llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text',
     ),
     (
       {'hidden_size': None},
-      'config.json does not say hidden_size: download the model again',
+      '{url}/config.json does not say hidden_size: download the model again',
     ),
     (
       {'hidden_act': 'mish'},
-      "activation 'mish' is not supported: use a model with one of silu, "
-      'swish, gelu, gelu_new, gelu_fast, gelu_pytorch_tanh, relu',
+      "activation 'mish' of {url}/config.json is not supported: use a model "
+      'with one of silu, swish, gelu, gelu_new, gelu_fast, gelu_pytorch_tanh, relu',
     ),
     (
       {'rope_parameters': {'rope_type': 'yarn', 'factor': 4.0}},
-      "rotary scaling 'yarn' is not supported: use a model with default, "
-      'linear or llama3 positions',
+      "{url}/config.json: rope_parameters: rotary scaling 'yarn' is not "
+      'supported: use a model with default, linear or llama3 positions',
     ),
     (
       {'intermediate_size': 81},

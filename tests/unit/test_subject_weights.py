@@ -232,18 +232,18 @@ def without(name):
     (
       random_tensors(),
       {'architecture': 'mamba'},
-      "architecture 'mamba' is not supported: use a GGUF file of one of "
-      'llama, gpt2, gptneox, qwen2, qwen3, gemma, gemma2, gemma3',
+      "architecture 'mamba' of {path} is not supported: use a GGUF file of "
+      'one of llama, gpt2, gptneox, qwen2, qwen3, gemma, gemma2, gemma3',
     ),
     (
       random_tensors(),
       {'settings': {'block_count': None}},
-      'the GGUF file does not say llama.block_count: convert the model again',
+      '{path}: llama does not say block_count: convert the model again',
     ),
     (
       random_tensors(),
       {'settings': {'rope.scaling.type': 'yarn'}},
-      "rotary scaling 'yarn' is not supported: "
+      "{path}: llama: rotary scaling 'yarn' is not supported: "
       'use a model whose positions are not scaled, or linearly',
     ),
     (

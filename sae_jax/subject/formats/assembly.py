@@ -4,6 +4,7 @@ from collections.abc import Callable
 import dataclasses
 import functools
 
+from absl import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -88,7 +89,8 @@ def assemble(
       in host memory is a parameter ever whole.
 
   Raises:
-    UserError: if a tensor does not have the shape the config asks for.
+    UserError: if a tensor does not have the shape the config asks for, or is
+      not of real numbers.
   """
   load = functools.partial(_load, read, url)
 
@@ -96,9 +98,13 @@ def assemble(
     return np.asarray(load(sources[name], '', shape), jnp.dtype(dtype))
 
   def stacked(name, shape):
+    source = sources[f'blocks.{name}']
+    # Before memory for all is asked for.
+    first = load(source, 0, shape[1:])
     values = np.empty(shape, jnp.dtype(dtype))
-    for block in range(config.n_layers):
-      values[block] = load(sources[f'blocks.{name}'], block, shape[1:])
+    values[0] = first
+    for block in range(1, config.n_layers):
+      values[block] = load(source, block, shape[1:])
     return values
 
   shapes, shardings = transformer.param_shapes(config), shardings or {}
@@ -119,16 +125,33 @@ def _load(read, url, source, block, shape) -> np.ndarray:
   """A parameter of a block, or of none where block is ''."""
   name = source.tensor.format(block)
   tensor = read(name)
+  if not jnp.issubdtype(tensor.dtype, jnp.floating):
+    raise errors.UserError(
+      f'tensor {name} of {url} is of the type {tensor.dtype}, and not of real '
+      'numbers: use a model that is not quantised, or a GGUF file'
+    )
   try:
     values = source.read(tensor)
     fits = values.shape == shape
-  except ValueError:
+  except (IndexError, ValueError):
     fits = False
   if not fits:
     raise errors.UserError(
       f'tensor {name} of {url} has shape {tensor.shape}, which does not give '
       f'the {shape} that the config asks for: convert the model again'
     )
+  # A sum is several times faster than looking at each value.
+  if not np.isfinite(np.sum(values, dtype=np.float32)):
+    bad = values.size - np.count_nonzero(np.isfinite(values))
+    if bad:
+      logging.warning(
+        '%d of %d values of tensor %s of %s are no finite numbers: activations '
+        'that they reach are not either',
+        bad,
+        values.size,
+        name,
+        url,
+      )
   return values
 
 
@@ -140,13 +163,22 @@ def _put(values, sharding) -> jax.Array:
   )
 
 
-def check_all_used(
+def check_names(
   config: transformer.TransformerConfig,
   sources: dict[str, Source],
   names: set[str],
   url: str,
 ) -> None:
-  """Raises UserError where the family does not use a tensor of the file."""
+  """Compares the tensors of a file with those that the family uses.
+
+  Raises:
+    UserError: if there are too few for the blocks, or one that is not used.
+  """
+  if config.n_layers > len(names):
+    raise errors.UserError(
+      f'{url} has {len(names)} tensors, too few for the {config.n_layers:,} '
+      'blocks that its config asks for: download the model again'
+    )
   used = {
     source.tensor.format(block)
     for source in sources.values()

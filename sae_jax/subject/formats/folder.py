@@ -15,11 +15,12 @@ import numpy as np
 import safetensors
 
 from sae_jax import errors
-from sae_jax.storage import records
+from sae_jax.storage import names, records
 from sae_jax.storage import url as url_lib
 from sae_jax.subject import transformer
 from sae_jax.subject.formats import assembly, families
 
+_AGAIN = 'download it again'
 _INDEX = 'model.safetensors.index.json'
 _SINGLE = 'model.safetensors'
 _PREFIX = re.compile(r'(?:(?:model|language_model|transformer|gpt_neox)\.)+')
@@ -50,7 +51,8 @@ class SafetensorsFiles:
     """A tensor's values.
 
     Raises:
-      UserError: if there is no such tensor.
+      UserError: if there is no such tensor, or it is of a type that numpy
+        does not have.
     """
     if name not in self.tensors:
       raise errors.UserError(
@@ -58,7 +60,13 @@ class SafetensorsFiles:
         'download or convert the model again'
       )
     file, stored = self.tensors[name]
-    return file.get_tensor(stored)
+    try:
+      return file.get_tensor(stored)
+    except Exception as error:  # Of several libraries, as the type is.
+      raise errors.UserError(
+        f'tensor {stored} of {self.url} cannot be read '
+        f'({errors.reason(error)}): use a model of float32, float16 or bfloat16'
+      ) from error
 
 
 def read_settings(url: str) -> dict[str, Any]:
@@ -73,7 +81,7 @@ def read_settings(url: str) -> dict[str, Any]:
       f'{url} has no config.json: give a folder with config.json, '
       '*.safetensors and tokenizer.json'
     )
-  return records.read(path)
+  return records.read(path, _AGAIN)
 
 
 @contextlib.contextmanager
@@ -89,33 +97,38 @@ def open_files(url: str) -> Iterator[SafetensorsFiles]:
     copies = None
     if url_lib.is_remote(url):
       copies = stack.enter_context(tempfile.TemporaryDirectory())
-    names = _filenames(url)
+    files = _filenames(url)
     tensors, digests = {}, []
-    for name in names:
-      path = _local(url, name, copies)
+    for number, name in enumerate(files):
+      path = _local(url, name, copies and f'{copies}/{number}')
       file = stack.enter_context(_open(path, f'{url}/{name}'))
       with open(path, 'rb') as data:
         digests.append(hashlib.file_digest(data, 'sha256').hexdigest())
       for stored in list(file.keys()):
-        tensors[_PREFIX.sub('', stored, count=1)] = (file, stored)
+        plain = _PREFIX.sub('', stored, count=1)
+        if plain in tensors:
+          raise errors.UserError(
+            f'{url} has the tensor {plain} twice, as {stored} and '
+            f'{tensors[plain][1]}: download the model again'
+          )
+        tensors[plain] = (file, stored)
     digest = digests[0]
     if len(digests) > 1:
-      lines = ''.join(f'{d}  {n}\n' for d, n in zip(digests, names))
+      lines = ''.join(f'{d}  {n}\n' for d, n in zip(digests, files))
       digest = hashlib.sha256(lines.encode()).hexdigest()
     tensors = {k: v for k, v in tensors.items() if not _UNUSED.fullmatch(k)}
     yield SafetensorsFiles(url, tensors, digest)
 
 
-def _local(url: str, name: str, copies: str | None) -> str:
-  """The path of a file, copied to the folder `copies` if there is one."""
+def _local(url: str, name: str, copy: str | None) -> str:
+  """The path of a file, copied to `copy` if that is not None."""
   path = epath.Path(url) / name
   if not path.is_file():
     raise errors.UserError(
       f'{url} has no {name}, which its index names: download it again'
     )
-  if copies is None:
+  if copy is None:
     return os.fspath(path)
-  copy = os.path.join(copies, name)
   with path.open('rb') as source, open(copy, 'wb') as target:
     shutil.copyfileobj(source, target, 1 << 24)
   return copy
@@ -126,16 +139,21 @@ def _filenames(url: str) -> list[str]:
   folder = epath.Path(url)
   index = folder / _INDEX
   if index.is_file():
-    return sorted(set(records.read(index)['weight_map'].values()))
+    named = records.read(index, _AGAIN).get('weight_map')
+    if not isinstance(named, dict) or not named:
+      raise errors.UserError(
+        f'{index} has no weight_map of tensors to files: {_AGAIN}'
+      )
+    return sorted({names.plain(name, str(index)) for name in named.values()})
   if (folder / _SINGLE).is_file():
     return [_SINGLE]
-  names = sorted(path.name for path in folder.glob('*.safetensors'))
-  if len(names) != 1:
+  files = sorted(path.name for path in folder.glob('*.safetensors'))
+  if len(files) != 1:
     raise errors.UserError(
-      f'{url} has {len(names)} .safetensors files and no {_INDEX}: download '
+      f'{url} has {len(files)} .safetensors files and no {_INDEX}: download '
       'the whole model'
     )
-  return names
+  return files
 
 
 def _open(local: str, url: str):
@@ -165,13 +183,15 @@ def load_params(
     UserError: if the family is not supported, or a file or tensor is missing,
       misshapen or not used by the family.
   """
-  config, sources = families.transformer_config(read_settings(url))
+  config, sources = families.transformer_config(
+    read_settings(url), f'{url}/config.json'
+  )
   with open_files(url) as files:
     # A tied model may store the embedding under both names.
-    names = set(files.tensors)
+    stored = set(files.tensors)
     if config.tied:
-      names -= {'lm_head.weight', 'embed_out.weight'}
-    assembly.check_all_used(config, sources, names, url)
+      stored -= {'lm_head.weight', 'embed_out.weight'}
+    assembly.check_names(config, sources, stored, url)
     params = assembly.assemble(
       config,
       sources,
