@@ -1,6 +1,7 @@
 """The models of `hf_folder` as GGUF's converter writes them."""
 
 import math
+import pathlib
 
 import gguf
 import numpy as np
@@ -111,6 +112,13 @@ def _factors(rope, config):
   return np.array(factors, np.float32)
 
 
+_OF_GEMMA = {
+  'sliding_window': 'attention.sliding_window',
+  'attn_logit_softcapping': 'attn_logit_softcapping',
+  'final_logit_softcapping': 'final_logit_softcapping',
+}
+
+
 def metadata(record):
   """Key -> value, without the architecture's prefix."""
   config = record['config']
@@ -135,6 +143,9 @@ def metadata(record):
     'attention.head_count': config['num_attention_heads'],
     'rope.freq_base': float(rope['rope_theta']),
   }
+  if rope.get('rope_type') == 'linear':
+    values['rope.scaling.type'] = 'linear'
+    values['rope.scaling.factor'] = float(rope['factor'])
   if kind == 'gpt_neox':
     return values | {
       'rope.dimension_count': int(d_head * rope['partial_rotary_factor']),
@@ -148,25 +159,37 @@ def metadata(record):
     'attention.value_length': config.get('head_dim', d_head),
   }
   if kind.startswith('gemma'):
-    values['attention.sliding_window'] = config['sliding_window']
-    for name in ('attn_logit_softcapping', 'final_logit_softcapping'):
-      if config.get(name):
-        values[name] = float(config[name])
+    for name, key in _OF_GEMMA.items():
+      # What is off has no null here.
+      if name in config:
+        values[key] = config[name] or 0
   return values
 
 
-def write(path, record):
-  """Writes a whole GGUF file with a small tokenizer; returns its path."""
+def write(path, record, *, more=None, split=0):
+  """Writes a whole GGUF file with a small tokenizer; returns its path.
+
+  Args:
+    path: the file.
+    record: a model of `hf_folder.golden`.
+    more: metadata to add or replace, without the architecture's prefix; None
+      removes a key.
+    split: tensors of a part, if it is written in parts; the path of the first
+      is returned.
+  """
   architecture = _ARCHITECTURES[record['config']['model_type']]
-  writer = gguf.GGUFWriter(path, architecture)
+  writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split)
   adders = {
     bool: writer.add_bool,
     int: writer.add_uint32,
     float: writer.add_float32,
+    str: writer.add_string,
+    list: writer.add_array,
   }
   values = metadata(record) | {'vocab_size': record['config']['vocab_size']}
-  for key, value in values.items():
-    adders[type(value)](f'{architecture}.{key}', value)
+  for key, value in (values | (more or {})).items():
+    if value is not None:
+      adders[type(value)](f'{architecture}.{key}', value)
   writer.add_tokenizer_model('gpt2')
   writer.add_tokenizer_pre('gpt-2')
   letters = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -175,12 +198,14 @@ def write(path, record):
   writer.add_token_types([1] * n_tokens)
   # Empty lists are not written.
   writer.add_token_merges(['a b'])
-  for name, values in tensors(record).items():
-    writer.add_tensor(name, values)
+  for name, array in tensors(record).items():
+    writer.add_tensor(name, array)
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_tensors_to_file()
   writer.close()
+  if split:
+    path = min(pathlib.Path(path).parent.glob(f'{path.stem}-*.gguf'))
   return str(path)
 
 

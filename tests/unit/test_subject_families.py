@@ -214,7 +214,8 @@ def test_older_files_say_the_same(tmp_path):
     (
       {'model_type': 'mamba'},
       "model_type 'mamba' of {url}/config.json is not supported: use a model "
-      'of one of gpt2, gpt_neox, llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text',
+      'of one of gpt2, gpt_neox, llama, mistral, qwen2, qwen3, gemma, gemma2, '
+      'gemma3_text',
     ),
     (
       {'hidden_size': None},
@@ -223,7 +224,8 @@ def test_older_files_say_the_same(tmp_path):
     (
       {'hidden_act': 'mish'},
       "activation 'mish' of {url}/config.json is not supported: use a model "
-      'with one of silu, swish, gelu, gelu_new, gelu_fast, gelu_pytorch_tanh, relu',
+      'with one of silu, swish, gelu, gelu_new, gelu_fast, gelu_pytorch_tanh, '
+      'relu',
     ),
     (
       {'rope_parameters': {'rope_type': 'yarn', 'factor': 4.0}},
