@@ -7,7 +7,7 @@ import numpy as np
 import tensorstore as ts
 
 from sae_jax import config, errors
-from sae_jax.storage import records
+from sae_jax.storage import names, records
 from sae_jax.storage import url as url_lib
 from sae_jax.store import manifest as manifest_lib
 from sae_jax.store.manifest import Manifest, Shard, StorePlan
@@ -116,8 +116,8 @@ def read_records(url: str) -> dict[int, Shard]:
 
 
 def array_name(site: str) -> str:
-  """The folder of a site's activations."""
-  return f'{ACTIVATIONS}/{site}'
+  """The folder of a site's activations; UserError if it may be another's."""
+  return f'{ACTIVATIONS}/' + names.plain(site, 'the manifest')
 
 
 class Kind(NamedTuple):
