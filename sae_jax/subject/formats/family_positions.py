@@ -98,7 +98,7 @@ def _base(
 ) -> float:
   """The base of the wavelengths, in the group or beside it."""
   said = {
-    f'{place.where}: {key}': place.number(key, least=1)
+    f'{place.where}: {key}': place.number(key, least=1, most=1e15)
     for place, names in ((group, ('rope_theta',)), (settings, keys))
     for key in dict.fromkeys(names)
     if place and place.says(key)

@@ -195,7 +195,7 @@ def transformer_config(
     d_head=d_head,
     d_ff=settings.whole('feed_forward_length'),
     vocab_size=vocab_size,
-    context_length=settings.whole('context_length', null=0),
+    context_length=_context_length(settings),
     norm_eps=settings.number(
       'attention.layer_norm_epsilon'
       if layer_norm
@@ -273,8 +273,7 @@ def _windows(settings, family, n_layers) -> dict[str, Any]:
   )
   if not family.window_period:
     # No longer than any context, it changes nothing.
-    length = settings.whole('context_length', null=0)
-    if window and not 0 < length <= window:
+    if window and not 0 < _context_length(settings) <= window:
       raise errors.UserError(
         f'{settings.where}: sliding windows of {window} are not supported in '
         'this family: use the model as safetensors'
@@ -287,9 +286,9 @@ def _windows(settings, family, n_layers) -> dict[str, Any]:
     period = settings.whole(key, family.window_period, least=0)
     slides = [not period or (i + 1) % period for i in range(n_layers)]
   windows = tuple(window if slide else 0 for slide in slides)
-  base = settings.number('rope.freq_base', _BASE, least=1)
+  base = settings.number('rope.freq_base', _BASE, least=1, most=1e15)
   local = settings.number(
-    'rope.freq_base_swa', family.local_rope_base or base, least=1
+    'rope.freq_base_swa', family.local_rope_base or base, least=1, most=1e15
   )
   fields = {}
   if family.local_rope_base or local != base:
@@ -321,10 +320,15 @@ def _rope(settings, d_head, factors) -> dict[str, Any]:
   elif factor != 1:
     scaling = transformer.RopeScaling('linear', factor)
   return {
-    'rope_base': settings.number('rope.freq_base', _BASE, least=1),
+    'rope_base': settings.number('rope.freq_base', _BASE, least=1, most=1e15),
     'rotary_dim': 0 if rotary == d_head else rotary,
     'rope_scaling': scaling,
   }
+
+
+def _context_length(settings) -> int:
+  key = 'context_length'
+  return settings.whole(key) if settings.says(key) else 0
 
 
 def _factor(settings) -> float:
