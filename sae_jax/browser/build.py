@@ -1,6 +1,7 @@
 """The last stage: builds the page from the results of probing."""
 
 import dataclasses
+from typing import Any
 
 from absl import logging
 from etils import epath
@@ -16,9 +17,20 @@ from sae_jax.subject.formats import tokenizer as tokenizer_lib
 STAGE = 'sae-browse'
 
 
-def vocabulary(subject: str) -> list[str]:
-  """The text of each token of a subject, without loading its weights."""
-  return tokenizer_lib.token_strings(subject_lib.load_tokenizer(subject))
+def vocabulary(report: dict[str, Any], subject: str = '') -> list[str]:
+  """The text of each token of the subject that a report is about.
+
+  Args:
+    report: of sae-probe.
+    subject: where the subject is now; '' for where it was.
+
+  Raises:
+    UserError: if it is not there, or is another model.
+  """
+  tokenizer = subject_lib.load_recorded_tokenizer(
+    report['subject'], report.get('weights_sha256', ''), subject
+  )
+  return tokenizer_lib.token_strings(tokenizer)
 
 
 def browse(config: index.BrowseConfig, probe_url: str, out_url: str) -> str:
@@ -43,7 +55,10 @@ def browse(config: index.BrowseConfig, probe_url: str, out_url: str) -> str:
       'sae-probe'
     )
   report = records.read(report_path)
-  browse_config = config_lib.through_json(dataclasses.asdict(config))
+  # The same model, wherever it is.
+  browse_config = config_lib.through_json(
+    dataclasses.asdict(dataclasses.replace(config, subject=''))
+  )
   made_from = {
     'probe': report.get('made_from'),
     'browse_config': browse_config,
@@ -61,7 +76,7 @@ def browse(config: index.BrowseConfig, probe_url: str, out_url: str) -> str:
       logging.info('%s is finished: reused', out_url)
       return str(epath.Path(out_url) / 'index.html')
     features = table.read(epath.Path(probe_url) / 'features.npz')
-    words = vocabulary(report['subject'])
+    words = vocabulary(report, config.subject)
     table.check(features, len(words))
     workdir.sign(out_url, STAGE, made_from)
     return index.build_index(features, report, words, out_url, config)

@@ -28,6 +28,7 @@ import numpy as np
 
 from sae_jax import config as config_lib
 from sae_jax import errors, progress
+from sae_jax import subject as subject_lib
 from sae_jax.features import table
 from sae_jax.features.table import ARRAYS, MOMENTS
 from sae_jax.storage import files, records
@@ -41,6 +42,7 @@ _WRITERS = 8  # threads: a bucket's latency, not its bandwidth, is the bound
 class BrowseConfig(config_lib.Config):
   """How the feature page is built."""
 
+  subject: str = config_lib.option('', subject_lib.MOVED)
   title: str = config_lib.option(
     'Sparse autoencoder features', 'title of the page'
   )

@@ -92,6 +92,7 @@ class TextFeed:
     cursor: dict[str, Any] | None = None,
     subject: subject_lib.Subject | None = None,
     workers: int = 0,
+    moved_to: str = '',
   ):
     """Without a cursor, reads the store's text to find its end.
 
@@ -104,6 +105,7 @@ class TextFeed:
       cursor: the cursor of a run that is resumed; None for a new run.
       subject: the subject, if it is loaded already.
       workers: processes that tokenize; 0 tokenizes in this process.
+      moved_to: where the subject is now; '' for where it was.
 
     Raises:
       UserError: if the store was not harvested, its text or subject changed, or
@@ -114,7 +116,7 @@ class TextFeed:
       config_lib.from_dict(HarvestConfig, store.manifest.config),
       tokenizer_workers=workers,
     )
-    subject = _subject(store, subject, mesh)
+    subject = _subject(store, subject, mesh, moved_to)
     sites = [
       capture.parse_site(site, subject.config) for site in store.manifest.sites
     ]
@@ -264,10 +266,14 @@ def _subject(
   store: store_lib.Store,
   subject: subject_lib.Subject | None,
   mesh: jax.sharding.Mesh,
+  moved_to: str,
 ) -> subject_lib.Subject:
   """The subject of a store, loaded if it is not given."""
   if subject is None:
-    subject = subject_lib.load(store.manifest.subject, mesh=mesh)
+    manifest = store.manifest
+    return subject_lib.load_recorded(
+      manifest.subject, manifest.weights_sha256, moved_to, mesh
+    )
   store.check_subject(subject.name, subject.weights_sha256)
   return subject
 

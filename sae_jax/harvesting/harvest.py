@@ -59,6 +59,10 @@ def harvest(
       it cannot be written.
   """
   harvesting_config.check(config)
+  # Other processes find it by what is recorded, from other folders too.
+  config = dataclasses.replace(
+    config, subject=subject_lib.recorded_name(config.subject)
+  )
   index, count = process
   if not 0 <= index < count:
     raise errors.UserError(
@@ -75,7 +79,7 @@ def harvest(
   text = source_lib.documents(config)
   if subject is None:
     subject = subject_lib.load(config.subject, mesh=mesh)
-  if subject.name != config.subject:
+  if subject_lib.recorded_name(subject.name) != config.subject:
     raise errors.UserError(
       f'the subject given is {subject.name}, the config says '
       f'{config.subject}: make them the same'
@@ -295,6 +299,8 @@ def _more(config, store_url, finished, subject) -> bool:
     UserError: if it is another store.
   """
   old = config_lib.from_dict(HarvestConfig, finished.config)
+  # Older stores may hold a relative path.
+  old = dataclasses.replace(old, subject=subject_lib.recorded_name(old.subject))
   longer = config.n_tokens > old.n_tokens
   same = {
     name: getattr(config, name)

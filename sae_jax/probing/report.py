@@ -38,11 +38,7 @@ class ProbeConfig(config_lib.Config):
   """Options of the evaluation of a checkpoint."""
 
   features: FeatureConfig = dataclasses.field(default_factory=FeatureConfig)
-  subject: str = config_lib.option(
-    '',
-    'language model that the activations come from, by name or path; empty for'
-    ' the one that the store names',
-  )
+  subject: str = config_lib.option('', subject_lib.MOVED)
   average: bool = config_lib.option(
     True,
     "evaluate the moving average of the weights; otherwise the last step's "
@@ -130,7 +126,8 @@ def probe(
     'checkpoint_dataset': trained.metadata.dataset['identity'],
     'train_config': trained.metadata.train_config,
     'store': store.manifest.identity,
-    'probe_config': dataclasses.asdict(config),
+    # The same model, wherever it is.
+    'probe_config': dataclasses.asdict(dataclasses.replace(config, subject='')),
   }
   # Through JSON, which turns tuples into lists.
   made_from = config_lib.through_json(made_from)
@@ -140,8 +137,9 @@ def probe(
       logging.info('%s is finished: reused', workdir)
       return finished
     if subject is None:
-      subject = subject_lib.load(config.subject or store.manifest.subject)
-      store.check_subject(subject.name, subject.weights_sha256)
+      subject = subject_lib.load_recorded(
+        store.manifest.subject, store.manifest.weights_sha256, config.subject
+      )
     report, table = _results(config, trained, subject, store, made_from)
     workdir_lib.sign(workdir, STAGE, made_from)
     _write(workdir, report, table)
@@ -164,6 +162,7 @@ def _results(
     report
     | {
       'subject': store.manifest.subject,
+      'weights_sha256': store.manifest.weights_sha256,
       'site': store.site,
       'n_latents': trained.config.n_latents,
       'activation': trained.config.activation,

@@ -24,6 +24,13 @@ _PACKAGED = {
 }
 
 
+# Help of the option that says where a recorded subject is now.
+MOVED = (
+  'language model, by name or path, if it is not where it was; empty for where'
+  ' it was. Its digest must be the same'
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class Subject:
   """A language model, ready to run.
@@ -103,6 +110,94 @@ def load(
     read = saved.load if saved.is_saved(path) else folder.load_params
     config, params, digest = read(path, dtype, shardings)
   return Subject(name, config, params, tokenizer, digest)
+
+
+def recorded_name(name: str) -> str:
+  """The name to record of a subject, by which any other process finds it.
+
+  Args:
+    name: of a packaged subject, or a path; one of a local file or folder is
+      made absolute.
+  """
+  if name in _PACKAGED or not os.path.exists(name):
+    return name
+  return url_lib.absolute(name)
+
+
+def load_recorded(
+  recorded: str,
+  weights_sha256: str,
+  given: str = '',
+  mesh: jax.sharding.Mesh | None = None,
+) -> Subject:
+  """Loads the subject that results were made of, as `load` does.
+
+  Args:
+    recorded: its name or path as it was recorded.
+    weights_sha256: its digest as it was recorded.
+    given: where it is now; '' for where it was.
+    mesh: devices to lay the parameters over; None for one device.
+
+  Raises:
+    UserError: if it is not there, or is another model.
+  """
+  subject = load(_place(recorded, given), mesh=mesh)
+  _check_digest(subject.name, recorded, subject.weights_sha256, weights_sha256)
+  return subject
+
+
+def load_recorded_tokenizer(
+  recorded: str, weights_sha256: str, given: str = ''
+) -> tokenizers.Tokenizer:
+  """The tokenizer of the subject that results were made of.
+
+  Args:
+    recorded: its name or path as it was recorded.
+    weights_sha256: its digest as it was recorded; '' if none was.
+    given: where it is now; '' for where it was.
+
+  Raises:
+    UserError: if it is not there, or is another model.
+  """
+  name = _place(recorded, given)
+  if weights_sha256:
+    _check_digest(name, recorded, digest(name), weights_sha256)
+  return load_tokenizer(name)
+
+
+def _place(recorded: str, given: str) -> str:
+  """Where a recorded subject is."""
+  if given:
+    return given
+  if recorded not in _PACKAGED and not epath.Path(recorded).exists():
+    raise errors.UserError(
+      f'subject {recorded!r}, of which this was made, is not there: say with '
+      '--subject where it is now'
+    )
+  return recorded
+
+
+def _check_digest(name: str, recorded: str, found: str, wanted: str) -> None:
+  if found != wanted:
+    raise errors.UserError(
+      f'subject {name} ({found[:8]}) is not the model that this was made of '
+      f'({recorded}, {wanted[:8]}): say with --subject where that one is'
+    )
+
+
+def digest(name_or_path: str) -> str:
+  """The `weights_sha256` of a subject, without its weights in memory.
+
+  Raises:
+    UserError: if it does not exist, or its files are not whole.
+  """
+  path = find(name_or_path)
+  if path.endswith('.gguf'):
+    return gguf.open_gguf(path).sha256
+  if saved.is_saved(path):
+    return saved.digest(path)
+  with folder.open_files(path) as files:
+    return files.sha256
 
 
 def load_tokenizer(

@@ -46,6 +46,13 @@ class TrainConfig(config_lib.Config):
     'evaluations use the store',
     shared=True,
   )
+  subject: str = config_lib.option(
+    '',
+    'language model for --stream, by name or path, if it is not where the '
+    'store was harvested from; empty for there. Its digest must be the same',
+    may_change=True,
+    shared=True,
+  )
   tokenizer_workers: int = config_lib.option(
     0,
     'number of processes that tokenize for --stream; 0 to tokenize in the '

@@ -205,6 +205,7 @@ def _batches(config, data, mesh, cursor) -> batches_lib.Batches:
       mesh,
       cursor,
       workers=config.tokenizer_workers,
+      moved_to=config.subject,
     )
   lanes = config.lanes or from_store.lanes_for(data, config.batch_size)
   order = from_store.train_order(

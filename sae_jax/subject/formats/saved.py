@@ -2,13 +2,13 @@
 
 import dataclasses
 import json
-from typing import Any
 
 from etils import epath
 import jax
 import jax.numpy as jnp
 import tokenizers
 
+from sae_jax import config as config_lib
 from sae_jax import errors
 from sae_jax.storage import orbax as orbax_lib
 from sae_jax.storage import records
@@ -77,18 +77,10 @@ def load(
     The transformer's shape, its parameters and the digest of their files.
 
   Raises:
-    UserError: if the folder is of another version of this package.
+    UserError: if the folder is damaged, or of another version of this package.
   """
-  folder = epath.Path(url)
-  record = records.read(folder / _RECORD)
-  try:
-    config = _config(dict(record['config']))
-    digest = record['weights_sha256']
-  except (KeyError, TypeError) as error:
-    raise errors.UserError(
-      f'{folder / _RECORD} is of another version ({error}): save the subject '
-      'again'
-    ) from error
+  record = _read(url)
+  config = record.config
   shapes = transformer.param_shapes(config)
   if shardings is None:
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -108,14 +100,23 @@ def load(
   with orbax_lib.standard_checkpointer(url) as checkpointer:
     place = epath.Path(url_lib.absolute(url)) / _PARAMS
     params = checkpointer.restore(place, target)
-  return config, params, digest
+  return config, params, record.weights_sha256
 
 
-def _config(fields: dict[str, Any]) -> transformer.TransformerConfig:
-  """The config from its fields as JSON has them."""
-  if fields['rope_scaling'] is not None:
-    scaling = dict(fields['rope_scaling'])
-    scaling['factors'] = tuple(scaling['factors'])
-    fields['rope_scaling'] = transformer.RopeScaling(**scaling)
-  fields['windows'] = tuple(fields['windows'])
-  return transformer.TransformerConfig(**fields)
+def digest(url: str) -> str:
+  """The digest of the files that a subject's parameters came from."""
+  return _read(url).weights_sha256
+
+
+@dataclasses.dataclass(frozen=True)
+class _Record:
+  """What subject.json holds."""
+
+  weights_sha256: str
+  config: transformer.TransformerConfig
+
+
+def _read(url: str) -> _Record:
+  path = epath.Path(url) / _RECORD
+  again = 'save the subject again'
+  return config_lib.from_dict(_Record, records.read(path, again), str(path))
