@@ -47,6 +47,12 @@ class RopeScaling:
     _check_one_of('rope scaling', self.kind, ('linear', 'llama3', 'factors'))
 
 
+_SIZES = (
+  'n_layers', 'd_model', 'n_heads', 'n_kv_heads', 'd_head', 'd_ff',
+  'vocab_size',
+)  # fmt: skip
+
+
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
   """Shape of a transformer; hashable, so it can be a static jit argument.
@@ -127,6 +133,11 @@ class TransformerConfig:
   tied: bool = True
 
   def __post_init__(self):
+    for name in _SIZES:
+      if not 1 <= getattr(self, name) < 2**31:
+        raise errors.UserError(
+          f'{name} {getattr(self, name)} must be from 1 to {2**31 - 1}'
+        )
     if self.n_heads % self.n_kv_heads:
       raise errors.UserError(
         f'n_heads {self.n_heads} must be a multiple of '

@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -22,7 +23,8 @@ def test_the_binaries_walk_the_same_path(tmp_path):
   commands = {
     'harvest': {
       'store': place['store'], 'sources': text, 'n_tokens': 900,
-      'subject': model, 'sites': 'blocks.1.resid_post', 'context_length': 32,
+      # Relative to where it is harvested.
+      'subject': 'm.gguf', 'sites': 'blocks.1.resid_post', 'context_length': 32,
     },
     'train': {
       'store': place['store'], 'workdir': place['train'], 'n_latents': 64,
@@ -44,6 +46,7 @@ def test_the_binaries_walk_the_same_path(tmp_path):
       ],
       capture_output=True,
       text=True,
+      cwd=tmp_path,
     )
     assert found.returncode == 0, found.stderr
     said[name] = found.stdout
@@ -59,12 +62,18 @@ def test_the_binaries_walk_the_same_path(tmp_path):
     (tmp_path / 'page' / 'data' / 'columns.json').read_text()
   )
   assert len(columns['latent']) == 64
-  # What is lost is made again, and nothing else.
+  assert manifest['subject'] == model
+  # What is lost is made again, and nothing else, by a model that was moved.
+  moved = shutil.move(model, tmp_path / 'moved.gguf')
   lost = (tmp_path / 'probe/features.npz', tmp_path / 'page/data/columns.json')
   before = [path.read_bytes() for path in lost]
   for path in lost:
     path.unlink()
   for name in ('probe', 'browse'):
     flags = [f'--{flag}={value}' for flag, value in commands[name].items()]
+    refused = binaries.run(f'sae-{name}', *flags)
+    assert refused.returncode == 2
+    assert 'is not there: say with --subject where it is' in refused.stderr
+    flags.append(f'--subject={moved}')
     assert binaries.run(f'sae-{name}', *flags).returncode == 0
   assert [path.read_bytes() for path in lost] == before

@@ -22,7 +22,7 @@ _ROPE_FACTORS = 'rope_freqs.weight'
 # As gguf-split calls the parts of a model.
 _PART = re.compile(r'(.*)-(\d{5})-of-(\d{5})\.gguf')
 # Entries of an array: the largest vocabularies have 262,144 tokens.
-_LONGEST_ARRAY = 4 * 2**20
+_LONGEST_ARRAY = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +55,16 @@ class _Reader(gguf.GGUFReader):
 
   def _get_field_parts(self, orig_offs, raw_type):
     if raw_type == gguf.GGUFValueType.ARRAY:
-      kind = self._get(orig_offs, np.uint32)[0]
+      kind = gguf.GGUFValueType(self._get(orig_offs, np.uint32)[0])
       length = int(self._get(orig_offs + 4, np.uint64)[0])
       if kind == gguf.GGUFValueType.ARRAY or length > _LONGEST_ARRAY:
         raise ValueError(
           f'it has an array of arrays, or of {length:,} values, of which at '
           f'most {_LONGEST_ARRAY:,} are read'
         )
+      # A text has its length before it.
+      number = self.gguf_scalar_to_np.get(kind, np.uint64)
+      self._get(orig_offs + 12, number, length)
     return super()._get_field_parts(orig_offs, raw_type)
 
 

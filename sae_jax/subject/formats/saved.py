@@ -1,6 +1,7 @@
 """Folders that this package writes: a subject with Orbax parameters."""
 
 import dataclasses
+import hashlib
 import json
 
 from etils import epath
@@ -17,6 +18,7 @@ from sae_jax.subject import transformer
 
 _RECORD = 'subject.json'
 _PARAMS = 'params'
+_AGAIN = 'save the subject again'
 
 
 def is_saved(url: str) -> bool:
@@ -54,13 +56,10 @@ def save(
     place = epath.Path(url_lib.absolute(url)) / _PARAMS
     checkpointer.save(place, params)
   if jax.process_index() == 0:
-    record = {
-      'weights_sha256': weights_sha256,
-      'config': dataclasses.asdict(config),
-    }
+    record = _Record(weights_sha256, config, _identity(config, weights_sha256))
     (folder / 'tokenizer.json').write_text(tokenizer.to_str())
     # Last: a folder without it is not finished.
-    (folder / _RECORD).write_text(json.dumps(record, indent=2))
+    (folder / _RECORD).write_text(config_lib.to_json(record))
 
 
 def load(
@@ -99,7 +98,13 @@ def load(
   )
   with orbax_lib.standard_checkpointer(url) as checkpointer:
     place = epath.Path(url_lib.absolute(url)) / _PARAMS
-    params = checkpointer.restore(place, target)
+    try:
+      params = checkpointer.restore(place, target)
+    except ValueError as error:
+      raise errors.UserError(
+        f'{place} does not hold what {_RECORD} says ({errors.reason(error)}): '
+        f'{_AGAIN}'
+      ) from error
   return config, params, record.weights_sha256
 
 
@@ -110,13 +115,26 @@ def digest(url: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class _Record:
-  """What subject.json holds."""
+  """What subject.json holds; `sha256` is the digest of the rest."""
 
   weights_sha256: str
   config: transformer.TransformerConfig
+  sha256: str
+
+
+def _identity(
+  config: transformer.TransformerConfig, weights_sha256: str
+) -> str:
+  said = [weights_sha256, dataclasses.asdict(config)]
+  return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
 
 
 def _read(url: str) -> _Record:
+  """Reads subject.json; UserError unless it is as it was written."""
   path = epath.Path(url) / _RECORD
-  again = 'save the subject again'
-  return config_lib.from_dict(_Record, records.read(path, again), str(path))
+  record = config_lib.from_dict(_Record, records.read(path, _AGAIN), str(path))
+  if record.sha256 != _identity(record.config, record.weights_sha256):
+    raise errors.UserError(
+      f'{path} is not as it was written, its sha256 is another: {_AGAIN}'
+    )
+  return record
