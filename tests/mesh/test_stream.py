@@ -26,7 +26,7 @@ def test_a_mesh_changes_nothing(opened, data, latent):
 
 def test_a_run_is_stopped_and_goes_on_to_the_bit(opened, tmp_path, monkeypatch):
   subject = toy.subject()
-  monkeypatch.setattr(subject_lib, 'load', lambda *args, **kwargs: subject)
+  monkeypatch.setattr(subject_lib, 'load_recorded', lambda *args: subject)
   config = planted.train_config(
     sae=autoencoder.SaeConfig(d_model=16, n_latents=64, k=4),
     stream=True, batch_size=32, eval_rows=24, mesh_data=4, mesh_latent=2,

@@ -120,13 +120,13 @@ def test_every_training_field_has_help_and_a_name_of_its_own():
 # Written out: who gives a field a role, or takes one away, says so here too.
 ROLES = {
   (TrainConfig, 'may_change'): {
-    'site', 'store_version', 'tokenizer_workers', 'mesh_data', 'mesh_latent',
-    'micro_batches', 'log_every', 'eval_every', 'eval_rows',
+    'site', 'store_version', 'subject', 'tokenizer_workers', 'mesh_data',
+    'mesh_latent', 'micro_batches', 'log_every', 'eval_every', 'eval_rows',
     'checkpoint_every', 'checkpoint_keep', 'on_nonfinite', 'profile_start',
     'profile_steps',
   },
   (TrainConfig, 'shared'): {
-    'site', 'store_version', 'stream', 'batch_size', 'order_seed',
+    'site', 'store_version', 'stream', 'subject', 'batch_size', 'order_seed',
     'window_chunks', 'lanes', 'mesh_data', 'mesh_latent',
   },
   (HarvestConfig, 'sizes_store'): {'n_tokens', 'holdout_fraction'},

@@ -344,21 +344,22 @@ def test_a_store_that_was_not_trained_on_is_warned_of(
   assert 'may have been trained on' in warnings[0]
 
 
-def test_the_subject_is_the_stores_or_the_configs(
+def test_the_subject_is_the_stores_or_where_the_config_says(
   run, store_url, tmp_path, monkeypatch
 ):
   asked = []
 
-  def load(name):
-    asked.append(name)
-    return dataclasses.replace(probed.make_subject(), weights_sha256='c' * 64)
+  def load_recorded(*where):
+    asked.append(where)
+    raise errors.UserError('not the model')
 
-  monkeypatch.setattr(report.subject_lib, 'load', load)
+  monkeypatch.setattr(report.subject_lib, 'load_recorded', load_recorded)
   for name in ('', 'else.gguf'):
     config = dataclasses.replace(CONFIG, subject=name)
     with pytest.raises(errors.UserError, match='not the model'):
       report.probe(config, run, store_url, str(tmp_path / 'none'))
-  assert asked == ['made', 'else.gguf']
+  sha256 = probed.make_subject().weights_sha256
+  assert asked == [('made', sha256, ''), ('made', sha256, 'else.gguf')]
 
 
 def test_options_out_of_range_are_refused():

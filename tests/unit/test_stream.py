@@ -143,7 +143,7 @@ def test_a_sweep_goes_on_from_the_run_that_did_least(
   opened, tmp_path, monkeypatch
 ):
   subject = toy.subject()
-  monkeypatch.setattr(subject_lib, 'load', lambda *args, **kwargs: subject)
+  monkeypatch.setattr(subject_lib, 'load_recorded', lambda *args: subject)
   config = planted.train_config(
     sae=autoencoder.SaeConfig(d_model=16, n_latents=64, k=4),
     stream=True, batch_size=32, eval_rows=24,
