@@ -1,12 +1,16 @@
 """What a config.json says and leaves out, beside transformers' own defaults."""
 
+import dataclasses
 import json
+import logging
 import pathlib
 
 import pytest
 
 from sae_jax import errors
+from sae_jax.subject import block
 from sae_jax.subject.formats import families, family_defaults
+from tests.support import subject_models
 
 # Made by `python -m experiments.parity.defaults`.
 _FILE = pathlib.Path(__file__).parent.parent / 'data' / 'family_defaults.json'
@@ -230,3 +234,14 @@ def test_keys_that_are_off_and_aliases_are_accepted():
   assert config_of('llama', **sizes_of('llama') | off) == config
   eight = config_of('gpt2', num_attention_heads=8)
   assert eight.n_heads == 8
+
+
+def test_a_context_longer_than_the_model_was_made_for_is_warned_of(caplog):
+  config = dataclasses.replace(subject_models.LLAMA, context_length=1234)
+  with caplog.at_level(logging.WARNING, logger='absl'):
+    block.queries_of(config, 1234, None, None)
+    assert not caplog.text
+    for _ in range(2):
+      block.queries_of(config, 1235, None, None)
+  assert len(caplog.records) == 1
+  assert 'of 1235 positions are longer than the 1234 that' in caplog.text
