@@ -66,7 +66,10 @@ def _votes(way: str) -> dict[str, Array]:
   axes = ('N', f'V {way}')
   return {
     f'vote_{way}_ids': Array(
-      axes, 'int32', f'token that the decoder row pushes {way} most', True
+      axes,
+      'int32',
+      f'token that the decoder row pushes {way} most; -1: no vote',
+      True,
     ),
     f'vote_{way}_logits': Array(
       axes, 'float32', "that token's logit, less the mean over all tokens"

@@ -56,26 +56,32 @@ def _losses(
   subject_config, site, sae_config, params, sae, mean_D, tokens_BT, kept_BT
 ):
   """Cross-entropies [variant, B, T-1] and KL [B, T-1] of a batch."""
-  resid_BTD = capture.capture(subject_config, params, tokens_BT, site)
-  flat_BD = resid_BTD.reshape(-1, resid_BTD.shape[-1])
+  raw_BTD = capture.capture(subject_config, params, tokens_BT, site)
+  flat_BD = raw_BTD.reshape(-1, raw_BTD.shape[-1])
   spliced_BTD = autoencoder.reconstruct(sae_config, sae, flat_BD).reshape(
-    resid_BTD.shape
+    raw_BTD.shape
   )
 
   def log_probs(replacement_BTD):
-    mixed_BTD = jnp.where(kept_BT[:, :, None], replacement_BTD, resid_BTD)
-    logits = splice.resume(subject_config, params, mixed_BTD, site)
+    mixed_BTD = jnp.where(kept_BT[:, :, None], replacement_BTD, raw_BTD)
+    if site.name == 'resid_post':
+      # All that follows reads the stream alone: half of the work.
+      logits = splice.resume(subject_config, params, mixed_BTD, site)
+    else:
+      logits = splice.splice(
+        subject_config, params, tokens_BT, site, lambda _: mixed_BTD
+      )
     return jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
 
   def cross_entropy(log_p):
     return -jnp.take_along_axis(log_p, tokens_BT[:, 1:, None], axis=2)[..., 0]
 
-  original = log_probs(resid_BTD)
+  original = log_probs(raw_BTD)
   spliced = log_probs(spliced_BTD)
   kl = (jnp.exp(original) * (original - spliced)).sum(-1)
   ce = [cross_entropy(original), cross_entropy(spliced)]
-  ce.append(cross_entropy(log_probs(jnp.zeros_like(resid_BTD))))
-  mean_BTD = jnp.broadcast_to(mean_D, resid_BTD.shape)
+  ce.append(cross_entropy(log_probs(jnp.zeros_like(raw_BTD))))
+  mean_BTD = jnp.broadcast_to(mean_D, raw_BTD.shape)
   ce.append(cross_entropy(log_probs(mean_BTD)))
   return jnp.stack(ce), kl
 

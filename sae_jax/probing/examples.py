@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from absl import logging
 import numpy as np
 
 from sae_jax import config as config_lib
@@ -10,7 +11,7 @@ from sae_jax.checkpoint import Trained
 from sae_jax.features import table as table_lib
 from sae_jax.probing import codes as codes_lib
 from sae_jax.probing import lens, reducers
-from sae_jax.subject import Subject
+from sae_jax.subject import capture, Subject
 
 # Latents that are compared with those of examples, at a time.
 _COMPARED = 2**25
@@ -100,7 +101,9 @@ def build(
     chance = reducers.random_scores(rows, latents, seed)
     random.update(latents, chance, rows, rows)
 
-  arrays = _statistics(stats) | _directions(config, trained, subject)
+  arrays = _statistics(stats) | _directions(
+    config, trained, subject, store.site
+  )
   for kind, rows_NM in (('top', top.row_NM), ('random', random.row_NM)):
     examples = windows(
       codes, store, rows_NM, config.window_before, config.window_after
@@ -128,13 +131,14 @@ def _statistics(stats: reducers.LatentStats) -> dict[str, np.ndarray]:
 
 
 def _directions(
-  config: FeatureConfig, trained: Trained, subject: Subject
+  config: FeatureConfig, trained: Trained, subject: Subject, site_name: str
 ) -> dict[str, np.ndarray]:
   """Votes and neighbours, which follow from the decoder alone."""
+  site = capture.parse_site(site_name)
+  if not lens.has_votes(site):
+    logging.info('latents at %s have no votes: it is not in the stream', site)
   w_dec_ND = np.asarray(trained.sae.w_dec_ND)
-  up_ids, up, down_ids, down = lens.votes(
-    subject, w_dec_ND, min(config.votes, subject.config.vocab_size)
-  )
+  up_ids, up, down_ids, down = lens.votes(subject, site, w_dec_ND, config.votes)
   near_ids, cosines = lens.neighbours(
     w_dec_ND, min(config.neighbours, len(w_dec_ND) - 1)
   )

@@ -20,10 +20,10 @@ _WIDTH_STEP = 16
 def _pool(
   subject_config, site, sae_config, pooling, params, sae, tokens_BT, length_B
 ):
-  resid_BTD = capture.capture(subject_config, params, tokens_BT, site)
-  shape = resid_BTD.shape
+  raw_BTD = capture.capture(subject_config, params, tokens_BT, site)
+  shape = raw_BTD.shape
   x_BTD, _ = autoencoder.preprocess(
-    sae_config, sae, resid_BTD.reshape(-1, shape[-1])
+    sae_config, sae, raw_BTD.reshape(-1, shape[-1])
   )
   x_BTD = x_BTD.reshape(shape)
   place_T = jnp.arange(shape[1])
@@ -70,7 +70,7 @@ def pooled_inputs(
     tokenizer_lib.encode(subject.tokenizer, prompt)[:max_tokens] or [0]
     for prompt in prompts
   ]
-  out_PD = np.zeros((len(ids), subject.config.d_model), np.float32)
+  out_PD = np.zeros((len(ids), trained.config.d_model), np.float32)
   # Prompts of like length share a batch, so that little of it is padding.
   order = np.argsort([len(i) for i in ids], kind='stable')
   with progress.bar(total=len(ids), unit='prompt', desc=desc) as bar:
