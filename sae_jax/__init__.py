@@ -32,8 +32,8 @@ if typing.TYPE_CHECKING:
   from sae_jax.harvesting.config import HarvestConfig
   from sae_jax.harvesting.harvest import harvest
   from sae_jax.probing.examples import FeatureConfig
-  from sae_jax.probing.report import lines as report_lines
   from sae_jax.probing.report import probe, ProbeConfig
+  from sae_jax.probing.summary import lines as report_lines
   from sae_jax.store.reader import open_store, Store
   from sae_jax.subject import load as load_subject
   from sae_jax.training.config import TrainConfig
@@ -88,7 +88,7 @@ _PLACES = {
   'open_store': 'store.reader:open_store',
   'option': 'config:option',
   'probe': 'probing.report:probe',
-  'report_lines': 'probing.report:lines',
+  'report_lines': 'probing.summary:lines',
   'sweep': 'training.train:sweep',
   'train': 'training.train:train',
   'train_many': 'training.train:train_many',

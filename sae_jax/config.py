@@ -8,6 +8,7 @@ stage's output. Library code never reads a flag.
 import contextlib
 import dataclasses
 import json
+import math
 import types
 import typing
 from typing import Any, TypeVar
@@ -80,18 +81,32 @@ class Config:
         raise UserError(f'{field.name} {value} must be {least} or more')
       if most is not None and not value <= most:
         raise UserError(f'{field.name} {value} must be {most} or less')
+      if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f'{field.name} {value} must be a finite number')
 
 
 def to_json(record: Any) -> str:
-  """A config or a mapping as indented JSON with a final newline."""
+  """A config or a mapping as indented JSON with a final newline.
+
+  JSON has no number that is not finite: it becomes null.
+  """
   if dataclasses.is_dataclass(record):
     record = dataclasses.asdict(record)
-  return json.dumps(record, indent=2) + '\n'
+  return json.dumps(_finite(record), indent=2, allow_nan=False) + '\n'
+
+
+def _finite(value: Any) -> Any:
+  if isinstance(value, dict):
+    return {key: _finite(item) for key, item in value.items()}
+  if isinstance(value, (list, tuple)):
+    return [_finite(item) for item in value]
+  is_odd = isinstance(value, float) and not math.isfinite(value)
+  return None if is_odd else value
 
 
 def through_json(record: Any) -> Any:
-  """The record as it reads back from JSON: tuples as lists."""
-  return json.loads(json.dumps(record))
+  """The record as it reads back from `to_json`: tuples as lists."""
+  return json.loads(to_json(record))
 
 
 def from_dict(

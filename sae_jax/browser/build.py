@@ -7,10 +7,9 @@ from absl import logging
 from etils import epath
 
 from sae_jax import config as config_lib
-from sae_jax import errors
 from sae_jax import subject as subject_lib
 from sae_jax.browser import index
-from sae_jax.features import table
+from sae_jax.features import results, table
 from sae_jax.storage import records, workdir
 from sae_jax.subject.formats import tokenizer as tokenizer_lib
 
@@ -48,13 +47,7 @@ def browse(config: index.BrowseConfig, probe_url: str, out_url: str) -> str:
     UserError: if the results are absent or unfinished, or the folder is in
       use, somebody else's or a page of other results.
   """
-  report_path = epath.Path(probe_url) / 'report.json'
-  if not report_path.exists():
-    raise errors.UserError(
-      f'{probe_url} has no report.json: give the workdir of a finished '
-      'sae-probe'
-    )
-  report = records.read(report_path)
+  report = results.read_report(probe_url)
   # The same model, wherever it is.
   browse_config = config_lib.through_json(
     dataclasses.asdict(dataclasses.replace(config, subject=''))
@@ -75,7 +68,7 @@ def browse(config: index.BrowseConfig, probe_url: str, out_url: str) -> str:
     ):
       logging.info('%s is finished: reused', out_url)
       return str(epath.Path(out_url) / 'index.html')
-    features = table.read(epath.Path(probe_url) / 'features.npz')
+    features = results.read_features(probe_url, report)
     words = vocabulary(report, config.subject)
     table.check(features, len(words))
     workdir.sign(out_url, STAGE, made_from)

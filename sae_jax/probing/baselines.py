@@ -167,7 +167,6 @@ def controls(
   test_feature_PN,
   test_resid_PD,
   test_labels_P,
-  n_resamples: int = 1000,
   seed: int = 0,
 ) -> dict[str, probes.TaskScore]:
   """Scores a task by `probes.score_task` on features that are not learnt.
@@ -180,8 +179,7 @@ def controls(
     train_resid_PD, test_resid_PD: the activations it read, on the same
       prompts and preprocessed as it does.
     train_labels_P, test_labels_P: 0 or 1.
-    n_resamples, seed: as in `probes.score_task`; the seed also decides the
-      permutations and directions.
+    seed: seed of the permutations and directions.
 
   Returns:
     Scores by the names of `CONTROL_DEFINITIONS`: `permuted` (the same latents,
@@ -212,7 +210,5 @@ def controls(
     train, test = train_labels_P, test_labels_P
     if name == 'permuted':
       train, test = label_rng.permutation(train), label_rng.permutation(test)
-    scores[name] = probes.score_task(
-      train_PN, train, test_PN, test, n_resamples, seed
-    )
+    scores[name] = probes.score_task(train_PN, train, test_PN, test)
   return scores

@@ -23,6 +23,11 @@ def _write(path: epath.PathLike, figure: Figure) -> None:
   files.write_bytes(path, buffer.getvalue())
 
 
+def _number(value: float | None) -> float:
+  """A number of a report, where null stands for none."""
+  return np.nan if value is None else value
+
+
 def density(density_N: np.ndarray) -> Figure:
   """Histogram of log10 density; silent latents are named, not drawn."""
   counts, silent = metrics.density_histogram(density_N)
@@ -40,13 +45,15 @@ def reconstruction(report: dict[str, Any]) -> Figure:
   """FVU of the autoencoder beside its two controls."""
   pca = f'PCA, {report["pca_components"]} components'
   names = ['autoencoder', pca, 'untrained']
-  values = [report['fvu'], report['fvu_pca'], report['fvu_untrained']]
+  values = [
+    _number(report[name]) for name in ('fvu', 'fvu_pca', 'fvu_untrained')
+  ]
   figure = Figure(figsize=(6, 2.2))
   axes = figure.subplots()
   bars = axes.barh(names, values, color=['#4669a8', '#b9bec8', '#b9bec8'])
   axes.bar_label(bars, fmt='%.3f', padding=3)
   axes.invert_yaxis()
-  axes.set_xlim(0, 1.15 * max(values))
+  axes.set_xlim(0, 1.15 * max(filter(np.isfinite, values), default=1))
   axes.set_xlabel('fraction of held-out variance unexplained')
   return figure
 
@@ -64,19 +71,18 @@ def probe_aucs(report: dict[str, Any]) -> Figure:
   for place, task in enumerate(tasks):
     scores = report['probes'][task]
     score = scores['latent']
-    # A percentile interval need not hold the estimate; matplotlib wants it to.
-    spread = [
-      [max(0.0, score['test_auc'] - score['test_auc_low'])],
-      [max(0.0, score['test_auc_high'] - score['test_auc'])],
-    ]
+    auc, low, high = (
+      _number(score[f'test_auc{end}']) for end in ('', '_low', '_high')
+    )
+    spread = [[auc - low], [high - auc]]
     label = 'best latent' if place == 0 else None
     axes.errorbar(
-      score['test_auc'], place, xerr=spread, fmt='o', color='#4669a8',
+      auc, place, xerr=spread, fmt='o', color='#4669a8',
       capsize=3, label=label,
     )  # fmt: skip
     for name, control in scores['controls'].items():
       axes.plot(
-        control['test_auc'], place, markers[name], color='#8a909c',
+        _number(control['test_auc']), place, markers[name], color='#8a909c',
         label=name if name in unnamed else None,
       )  # fmt: skip
       unnamed.discard(name)

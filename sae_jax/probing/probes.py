@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sae_jax import errors
+from sae_jax.probing import intervals
 
 _HESSIAN_FLOOR = 1e-4
 _MAX_STEPS = 64
@@ -51,8 +52,8 @@ class TaskScore(NamedTuple):
     train_ce: that training cross-entropy (nats): the least of N, biased low.
     test_ce: the same probe's cross-entropy on held-out prompts (nats).
     test_auc: area under the held-out ROC curve of the probe's logit.
-    test_auc_low, test_auc_high: bootstrap interval of `test_auc` over
-      the held-out prompts, for this latent as chosen.
+    test_auc_low, test_auc_high: 95 % interval of `test_auc` over the held-out
+      prompts, for this latent as chosen.
     prevalence_ce: held-out cross-entropy (nats) of always predicting the
       training share of label 1.
   """
@@ -172,48 +173,11 @@ def auc(
   return np.concatenate(aucs)
 
 
-def bootstrap_auc(
-  score_P,
-  labels_P,
-  n_resamples: int = 1000,
-  confidence: float = 0.95,
-  seed: int = 0,
-) -> tuple[float, float]:
-  """Percentile bootstrap interval of an AUC over prompts.
-
-  Prompts are drawn with replacement within each class, so no resample lacks
-  one. The interval holds for a score fixed beforehand.
-
-  Args:
-    score_P: one score for each prompt.
-    labels_P: 0 or 1, both present.
-    n_resamples: number of resamples.
-    confidence: probability covered, 0.95 for the 2.5th to 97.5th percentile.
-    seed: seed of the resamples.
-
-  Returns:
-    The interval's lower and upper end.
-  """
-  score_P = np.asarray(score_P)
-  labels_P = _checked_labels(score_P[:, None], labels_P)
-  rng = np.random.default_rng(seed)
-  zeros, ones = (
-    rng.choice(score_P[labels_P == label], (count, n_resamples))
-    for label, count in enumerate(np.bincount(labels_P))
-  )
-  auc_R = auc(np.concatenate([zeros, ones]), np.sort(labels_P))
-  tail = (1 - confidence) / 2
-  low, high = np.quantile(auc_R, [tail, 1 - tail])
-  return float(low), float(high)
-
-
 def score_task(
   train_feature_PN,
   train_labels_P,
   test_feature_PN,
   test_labels_P,
-  n_resamples: int = 1000,
-  seed: int = 0,
 ) -> TaskScore:
   """Picks the best latent on the training prompts, scores it on held-out ones.
 
@@ -222,8 +186,6 @@ def score_task(
     train_labels_P: 0 or 1, both present.
     test_feature_PN: the same latents on other prompts.
     test_labels_P: 0 or 1, both present.
-    n_resamples: bootstrap resamples for the AUC's interval.
-    seed: seed of the resamples.
 
   Raises:
     UserError: if shapes do not match or a class is missing.
@@ -241,7 +203,7 @@ def score_task(
   # A probe with negative weight ranks by the feature's opposite; without
   # weight it ranks nothing.
   score_P = np.sign(chosen.weight_N[0]) * feature_P1[:, 0]
-  low, high = bootstrap_auc(score_P, test_labels_P, n_resamples, seed=seed)
+  low, high = intervals.auc_interval(score_P, test_labels_P)
   share = np.mean(train_labels_P, dtype=np.float64)
   test_share = np.mean(test_labels_P, dtype=np.float64)
   return TaskScore(

@@ -1,20 +1,20 @@
 """The whole evaluation of a checkpoint: report.json, features.npz, plots."""
 
 import dataclasses
-import math
 from typing import Any
 
 from absl import logging
 from etils import epath
 import numpy as np
 
+import sae_jax
 from sae_jax import checkpoint as checkpoint_lib
 from sae_jax import config as config_lib
 from sae_jax import errors
 from sae_jax import store as store_lib
 from sae_jax import subject as subject_lib
 from sae_jax.autoencoder import metrics
-from sae_jax.features import table as table_lib
+from sae_jax.features import results
 from sae_jax.probing import (
   baselines,
   downstream,
@@ -26,11 +26,12 @@ from sae_jax.probing import (
   tasks,
 )
 from sae_jax.probing.examples import FeatureConfig
-from sae_jax.storage import files, records
+from sae_jax.storage import finished
 from sae_jax.storage import workdir as workdir_lib
 from sae_jax.store import layout
 
-STAGE = 'sae-probe'
+# Raised with every change after which the same inputs give other results.
+RESULTS_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +85,7 @@ class ProbeConfig(config_lib.Config):
     pooled.POOLING,
   )
   seed: int = config_lib.option(
-    0, 'seed of train/test splits, controls, examples and intervals', least=0
+    0, 'seed of train/test splits, controls and examples', least=0
   )
 
 
@@ -97,9 +98,10 @@ def probe(
 ) -> dict[str, Any]:
   """Evaluates an autoencoder and writes a report, a feature table and plots.
 
-  The workdir gets features.npz (see `features.table`), plots/ and, last,
-  report.json. A finished workdir of the same checkpoint, store and config is
-  reused.
+  The workdir gets plots/, features.npz (see `features.table`), report.json
+  and, last, finished.json (`storage.finished`). Finished results of the same
+  checkpoint, store, config and version of this code are reused if they are
+  undamaged, and made again if not.
 
   Args:
     config: options of the evaluation.
@@ -131,17 +133,20 @@ def probe(
   }
   # Through JSON, which turns tuples into lists.
   made_from = config_lib.through_json(made_from)
-  with workdir_lib.hold(workdir, STAGE, made_from):
-    finished = _finished(workdir, made_from)
-    if finished is not None:
+  with workdir_lib.hold(workdir, results.STAGE, made_from):
+    if results.are_finished(workdir, _vouched(made_from)):
       logging.info('%s is finished: reused', workdir)
-      return finished
+      return results.read_report(workdir)
+    if (epath.Path(workdir) / finished.NAME).exists():
+      logging.warning(
+        '%s is damaged or of another version of sae_jax: made again', workdir
+      )
     if subject is None:
       subject = subject_lib.load_recorded(
         store.manifest.subject, store.manifest.weights_sha256, config.subject
       )
     report, table = _results(config, trained, subject, store, made_from)
-    workdir_lib.sign(workdir, STAGE, made_from)
+    workdir_lib.sign(workdir, results.STAGE, made_from)
     _write(workdir, report, table)
   return report
 
@@ -174,30 +179,28 @@ def _results(
       'metric_definitions': metrics.METRIC_DEFINITIONS,
       'control_definitions': baselines.CONTROL_DEFINITIONS,
       'made_from': made_from,
+      'versions': versions(),
     }
   )
   return report, table
 
 
-def _finished(workdir: str, made_from: dict[str, Any]) -> dict[str, Any] | None:
-  """The report of a finished workdir, or None if it is of other inputs."""
-  path = epath.Path(workdir) / 'report.json'
-  if not (path.exists() and (epath.Path(workdir) / 'features.npz').exists()):
-    return None
-  report = records.read(path)
-  return report if report.get('made_from') == made_from else None
+def versions() -> dict[str, Any]:
+  """What the results depend on beside the inputs: versions of this code."""
+  return {'sae_jax': sae_jax.__version__, 'results': RESULTS_VERSION}
+
+
+def _vouched(made_from: dict[str, Any]) -> dict[str, Any]:
+  return {'inputs': made_from, 'versions': versions()}
 
 
 def _write(
   workdir: str, report: dict[str, Any], table: dict[str, np.ndarray]
 ) -> None:
-  """Writes the results, the report last: it makes the workdir finished."""
-  path = epath.Path(workdir) / 'report.json'
-  # An older report must not vouch for the files that now change.
-  path.unlink(missing_ok=True)
-  table_lib.save(epath.Path(workdir) / 'features.npz', table)
+  """Writes the results, and last what makes the workdir finished."""
+  finished.remove(workdir)
   plots.save(epath.Path(workdir) / 'plots', report, table)
-  files.write_text(path, config_lib.to_json(report))
+  results.write(workdir, _vouched(report['made_from']), report, table)
 
 
 def _open(url: str, saved: checkpoint_lib.Metadata) -> store_lib.Store:
@@ -276,7 +279,6 @@ def scores(
     store,
     config.downstream_tokens,
     sample_BD.mean(0),
-    seed=config.seed,
   )
   return {
     **quality.scalars(),
@@ -329,7 +331,7 @@ def _probe_task(config, trained, subject, site, task) -> dict[str, Any]:
   train, test = tasks.split(task, config.seed)
   labels = np.asarray(task.labels_P)
   score = probes.score_task(
-    pre_PN[train], labels[train], pre_PN[test], labels[test], seed=config.seed
+    pre_PN[train], labels[train], pre_PN[test], labels[test]
   )
   controls = baselines.controls(
     pre_PN[train],
@@ -346,30 +348,3 @@ def _probe_task(config, trained, subject, site, task) -> dict[str, Any]:
     'latent': score._asdict(),
     'controls': {name: s._asdict() for name, s in controls.items()},
   }
-
-
-def lines(report: dict[str, Any]) -> list[str]:
-  """A summary of the report in a few lines of text."""
-  out = [
-    'NMSE {nmse:.4f}  FVU {fvu:.4f}  (PCA with {pca_components} components '
-    '{fvu_pca:.4f}, untrained {fvu_untrained:.4f})',
-    'L0 {l0:.2f}  silent on the held-out tokens {dead_fraction:.2%}',
-    'delta CE {delta_ce:.4f} nats {interval} '
-    'from {ce:.4f}, recovered {ce_recovered:.3f} of zero-ablation, '
-    'KL {kl:.4f}',
-  ]
-  low, high = report['delta_ce_low'], report['delta_ce_high']
-  interval = f'[{low:.4f}, {high:.4f}]'
-  if math.isnan(low):
-    interval = '(no interval of one document)'
-  out = [line.format(**report, interval=interval) for line in out]
-  for task, scores in report['probes'].items():
-    score, controls = scores['latent'], scores['controls']
-    out.append(
-      f'{task}: AUC {score["test_auc"]:.3f} '
-      f'[{score["test_auc_low"]:.3f}, {score["test_auc_high"]:.3f}] '
-      f'by latent {score["best_latent"]}  ('
-      + ', '.join(f'{n} {c["test_auc"]:.3f}' for n, c in controls.items())
-      + ')'
-    )
-  return out

@@ -131,15 +131,15 @@ def _task(seed=0, n_prompts=300, n_latents=40, width=16):
 def test_controls_know_less_than_the_latent_that_knows():
   sides = _task()
   train_PN, train_PD, train_P, test_PN, test_PD, test_P = sides
-  score = probes.score_task(train_PN, train_P, test_PN, test_P, 50)
-  scores = baselines.controls(*sides, n_resamples=50)
+  score = probes.score_task(train_PN, train_P, test_PN, test_P)
+  scores = baselines.controls(*sides)
   assert list(scores) == list(baselines.CONTROL_DEFINITIONS)
   assert score.best_latent == 7 and score.test_auc > 0.9
   for name, control in scores.items():
     assert control.test_auc < score.test_auc - 0.05, name
     assert control.test_ce > score.test_ce + 0.05, name
   assert scores['channel'] == probes.score_task(
-    train_PD, train_P, test_PD, test_P, 50
+    train_PD, train_P, test_PD, test_P
   )
 
 
@@ -147,7 +147,7 @@ def test_permuted_labels_leave_nothing_to_find():
   # Labels permuted afresh for each seed score as often above chance as below.
   sides = _task(n_prompts=150)
   auc = [
-    baselines.controls(*sides, n_resamples=10, seed=seed)['permuted'].test_auc
+    baselines.controls(*sides, seed=seed)['permuted'].test_auc
     for seed in range(16)
   ]
   assert abs(np.mean(auc) - 0.5) < 0.07
@@ -163,7 +163,7 @@ def test_the_principal_direction_is_found_where_it_is_the_label():
   feature_PN = rng.standard_normal((200, 5))
   sides = feature_PN, resid_PD, y_P
   scores = baselines.controls(
-    *(a[:120] for a in sides), *(a[120:] for a in sides), n_resamples=10
+    *(a[:120] for a in sides), *(a[120:] for a in sides)
   )
   assert scores['pca'].best_latent == 0
   assert scores['pca'].test_auc > 0.99
@@ -171,9 +171,7 @@ def test_the_principal_direction_is_found_where_it_is_the_label():
 
 def test_controls_are_seeded():
   sides = _task(n_prompts=90)
-  one, again, other = (
-    baselines.controls(*sides, n_resamples=10, seed=s) for s in (0, 0, 1)
-  )
+  one, again, other = (baselines.controls(*sides, seed=s) for s in (0, 0, 1))
   assert one == again
   assert one['random'] != other['random']
   assert one['permuted'].train_ce != other['permuted'].train_ce

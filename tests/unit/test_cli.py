@@ -63,7 +63,7 @@ def test_missing_and_misfitting_input_exit_with_2(tmp_path):
   one_line(
     binaries.run('sae-browse', f'--probe={workdir}', f'--workdir={workdir}'),
     2,
-    'has no report.json',
+    'has no finished.json',
   )
   one_line(
     binaries.run(

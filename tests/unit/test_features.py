@@ -147,7 +147,7 @@ def test_the_batch_does_not_matter(table, trained, data):
 
 def test_votes_and_neighbours_are_the_decoders(table, trained):
   w_dec_ND = np.asarray(trained.sae.w_dec_ND)
-  want = lens.votes(probed.make_subject(), w_dec_ND, 6)
+  want = lens.votes(probed.make_subject(), probed.SITE, w_dec_ND, 6)
   for name, array in zip(('up_ids', 'up_logits', 'down_ids'), want):
     np.testing.assert_array_equal(table[f'vote_{name}'], array)
   ids, cosines = lens.neighbours(w_dec_ND, 4)
@@ -236,8 +236,8 @@ def test_a_window_ends_where_the_encoded_rows_do(trained, data):
 
 def test_the_page_takes_the_table_and_its_file(table, tmp_path):
   table_lib.check(table, probed.VOCABULARY)
-  table_lib.save(tmp_path / 'deep' / 'features.npz', table)
-  read = table_lib.read(tmp_path / 'deep' / 'features.npz')
+  (tmp_path / 'features.npz').write_bytes(table_lib.to_bytes(table))
+  read = table_lib.read(tmp_path / 'features.npz')
   assert read.keys() == table.keys()
   for name, array in table.items():
     np.testing.assert_array_equal(read[name], array)

@@ -37,7 +37,7 @@ def all_votes(subject, w_ND, norm=True):
 @pytest.mark.parametrize('n_votes', [4, probed.VOCABULARY])
 def test_votes_equal_a_full_sort(untied, n_votes):
   subject = make_subject(untied)
-  strongest = lens.votes(subject, ROWS, n_votes, chunk=8)
+  strongest = lens.votes(subject, probed.SITE, ROWS, n_votes, chunk=8)
   up_ids, up, down_ids, down = strongest
   logits_NV = all_votes(subject, ROWS)
   order_NV = np.argsort(-logits_NV, axis=1, kind='stable')
@@ -59,7 +59,8 @@ def test_votes_equal_a_full_sort(untied, n_votes):
 def test_the_chunk_does_not_matter():
   subject = make_subject(False)
   for one, other in zip(
-    lens.votes(subject, ROWS, 4, chunk=5), lens.votes(subject, ROWS, 4)
+    lens.votes(subject, probed.SITE, ROWS, 4, chunk=5),
+    lens.votes(subject, probed.SITE, ROWS, 4),
   ):
     np.testing.assert_allclose(one, other, rtol=1e-5)
   for one, other in zip(

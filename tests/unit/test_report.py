@@ -19,10 +19,12 @@ from sae_jax.probing import (
   probes,
   reconstruction,
   report,
+  summary,
   tasks,
 )
 from sae_jax.probing.examples import FeatureConfig
 from sae_jax.storage import claim
+from sae_jax.storage import finished as storage_finished
 from sae_jax.training import train
 from sae_jax.training.objective import ObjectiveConfig
 from tests.support import planted, probed
@@ -282,17 +284,17 @@ def test_a_folder_of_another_is_refused(run, store_url, tmp_path):
 def test_results_that_were_stopped_are_made_again(
   finished, run, store_url, tmp_path, monkeypatch
 ):
-  """Stopped while it writes, it leaves no report."""
+  """Stopped while it writes, it leaves no record."""
 
   def stops(*args):
     raise KeyboardInterrupt
 
   with monkeypatch.context() as patch:
-    patch.setattr(report.plots, 'save', stops)
+    patch.setattr(storage_finished, 'write', stops)
     with pytest.raises(KeyboardInterrupt):
       probe(run, store_url, tmp_path)
   assert (tmp_path / 'features.npz').exists()
-  assert not (tmp_path / 'report.json').exists()
+  assert not (tmp_path / storage_finished.NAME).exists()
   assert probe(run, store_url, tmp_path) == finished[1]
 
 
@@ -379,7 +381,7 @@ def test_options_out_of_range_are_refused():
 
 def test_lines_say_the_numbers(finished):
   figures = finished[1]
-  text = report.lines(figures)
+  text = summary.lines(figures)
   assert len(text) == 5
   for name in ('nmse', 'fvu', 'fvu_pca', 'fvu_untrained'):
     assert f'{figures[name]:.4f}' in text[0]
@@ -393,7 +395,7 @@ def test_lines_say_the_numbers(finished):
     for control, score in scored['controls'].items():
       assert f'{control} {score["test_auc"]:.3f}' in line
   # One document gives no interval, and no line that shows one.
-  none = {'delta_ce_low': np.nan, 'delta_ce_high': np.nan}
-  text = report.lines(figures | none)
+  none = {'delta_ce_low': None, 'delta_ce_high': None}
+  text = summary.lines(figures | none)
   assert 'nats (no interval of one document) from' in text[2]
-  assert 'nan' not in text[2]
+  assert 'None' not in text[2]

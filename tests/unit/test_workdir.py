@@ -6,6 +6,7 @@ import pytest
 
 from sae_jax import errors
 from sae_jax.browser import build
+from sae_jax.features import results
 from sae_jax.harvesting import harvest
 from sae_jax.storage import claim, workdir
 from sae_jax.training import train
@@ -100,7 +101,7 @@ def trains(tmp_path, texts, folder):
 
 
 def browses(tmp_path, texts, folder):
-  (tmp_path / 'report.json').write_text('{}')
+  results.write(tmp_path, {}, {'n_latents': 1}, {})
   build.browse(build.index.BrowseConfig(), str(tmp_path), folder)
 
 

@@ -1,7 +1,7 @@
 """sae-probe: a checkpoint and a store -> report.json, features.npz, plots."""
 
 from sae_jax.cli import flags
-from sae_jax.probing import report
+from sae_jax.probing import report, summary
 
 
 def define() -> None:
@@ -20,5 +20,5 @@ def work() -> None:
     flags.url('store'),
     flags.url('workdir'),
   )
-  for line in report.lines(figures):
+  for line in summary.lines(figures):
     print(line)
