@@ -60,7 +60,7 @@ def kept(
   """
   keep = allowed(config, positions).copy()
   for norm, limit in zip(norms, mask.norm_limit):
-    keep &= np.isfinite(norm) & (norm <= limit)
+    keep &= np.isfinite(norm) & (limit is None or norm <= limit)
   return keep
 
 
@@ -198,7 +198,7 @@ class Forward:
     dispatched = self.dispatch(pool)
     medians = [self._median_norm(pool, dispatched, name) for name in self.names]
     times = self.config.mask_norm_multiple
-    limits = [times * median if times else math.inf for median in medians]
+    limits = [times * median if times else None for median in medians]
     mask = writer.agree(MASK, Mask(tuple(medians), tuple(limits)))
     return mask, dispatched
 

@@ -233,8 +233,8 @@ class Mask:
 
   Attributes:
     median_norm: median norm of each site's activations, in the sites' order.
-    norm_limit: largest norm that is kept, of each site; infinity for no limit.
+    norm_limit: largest norm that is kept, of each site; None for no limit.
   """
 
   median_norm: tuple[float, ...]
-  norm_limit: tuple[float, ...]
+  norm_limit: tuple[float | None, ...]

@@ -54,12 +54,12 @@ def make_subject():
   return subject.Subject('made', CONFIG, params, tokenizer, 'a' * 64)
 
 
-def residuals(tokens):
+def residuals(tokens, site=SITE):
   """Activations of one context, by itself."""
   padded_BT = np.zeros((1, CONTEXT), np.int32)
   padded_BT[0, : len(tokens)] = tokens
   params = make_subject().params
-  return np.asarray(run_capture(CONFIG, params, padded_BT, SITE))[
+  return np.asarray(run_capture(CONFIG, params, padded_BT, site))[
     0, : len(tokens)
   ]
 
@@ -67,7 +67,8 @@ def residuals(tokens):
 def write_store(
   url, lengths=LENGTHS, heldout=HELDOUT, share_kept=0.8, site=SITE, **kwargs
 ):
-  """A finished store with the subject's residuals; opened."""
+  """A finished store with the subject's activations; opened."""
+  site = capture.parse_site(str(site))
   rng = np.random.default_rng(0)
   stretches = []
   for document, contexts in enumerate(lengths):
@@ -81,14 +82,14 @@ def write_store(
           np.full(length, document),
           np.arange(length),
           keep,
-          {str(site): residuals(tokens)[keep]},
+          {str(site): residuals(tokens, site)[keep]},
         )
       )
   plan = StorePlan(
     **{
       'subject': 'made',
       'sites': (str(site),),
-      'd_model': D_MODEL,
+      'd_model': capture.width(CONFIG, site),
       'weights_sha256': make_subject().weights_sha256,
       'chunk_rows': 16,
       'shard_rows': 64,
@@ -118,7 +119,7 @@ def make_trained(
 ):
   """An autoencoder with biases of many sizes; the latents DEAD never fire."""
   config = SaeConfig(
-    d_model=D_MODEL,
+    d_model=data.manifest.d_model,
     n_latents=n_latents,
     k=k,
     preprocessing=preprocessing,
@@ -129,7 +130,7 @@ def make_trained(
   rng = np.random.default_rng(1)
   bias_N = rng.normal(-0.3, 0.2, n_latents).astype(np.float32)
   bias_N[list(DEAD)] = -100
-  w_dec_ND = rng.standard_normal((n_latents, D_MODEL)).astype(np.float32)
+  w_dec_ND = rng.standard_normal((n_latents, config.d_model)).astype(np.float32)
   w_dec_ND /= np.linalg.norm(w_dec_ND, axis=1, keepdims=True)
   # Of all latents, or for each of them another.
   thresholds = {
