@@ -4,7 +4,6 @@ The store has what a harvest of real text has: contexts of every length, some
 of one token, masked tokens anywhere, documents of several contexts.
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -150,7 +149,7 @@ def make_trained(
     checkpoint.Metadata(
       train_config={'sample_rows': data.n_train},
       mse_of_mean=fresh.mse_of_mean,
-      dataset=dataclasses.asdict(data.manifest),
+      dataset=data.about,
       metric_definitions={},
     ),
   )

@@ -10,7 +10,7 @@ import pytest
 from sae_jax import autoencoder, errors
 from sae_jax import store as store_lib
 from sae_jax.probing import downstream
-from sae_jax.subject import splice
+from sae_jax.subject import capture, splice
 from tests.support import probed
 
 
@@ -174,6 +174,43 @@ def test_the_batch_does_not_matter(data, trained):
   one, other = (measure(trained, data, 60, batch_contexts=n) for n in (1, 4))
   for name, value in dataclasses.asdict(one).items():
     np.testing.assert_allclose(getattr(other, name), value, rtol=1e-4)
+
+
+# Kinds that reach the logits in unlike ways, and are of unlike widths.
+@pytest.mark.parametrize('name', ['resid_pre', 'v', 'mlp_act', 'final_norm'])
+def test_the_loss_is_spliced_at_any_site(name):
+  subject = probed.make_subject()
+  site = capture.Site(None if name == 'final_norm' else 1, name)
+  width = capture.width(subject.config, site)
+  tokens_BT = np.random.default_rng(0).integers(0, 50, (2, 9)).astype(np.int32)
+  kept_BT = np.ones((2, 9), bool)
+  kept_BT[:, :2] = False
+  both_ND = np.concatenate([np.eye(width), -np.eye(width)]).astype(np.float32)
+  config = autoencoder.SaeConfig(width, 2 * width, width, preprocessing='none')
+  sae = jax.tree.map(
+    jnp.zeros_like, autoencoder.init_weights(config, jax.random.key(0))
+  ).replace(w_enc_ND=both_ND, w_dec_ND=both_ND)
+  exact, kl = downstream._losses(
+    subject.config, site, config, subject.params, sae, np.zeros(width),
+    tokens_BT, kept_BT,
+  )  # fmt: skip
+  original, spliced, zero, mean = np.asarray(exact)
+  # The identity changes nothing; zeros do, from where they first stand.
+  np.testing.assert_allclose(spliced, original, rtol=1e-5)
+  np.testing.assert_allclose(kl, 0, atol=1e-5)
+  np.testing.assert_array_equal(zero, mean)
+  logits_BTV = jax.jit(splice.splice, static_argnums=(0, 3, 4))(
+    subject.config,
+    subject.params,
+    tokens_BT,
+    site,
+    lambda x: jnp.where(jnp.arange(9)[:, None] < 2, x, 0),
+  )
+  for row in range(2):
+    want_T = -log_probs(logits_BTV[row])[np.arange(8), tokens_BT[row, 1:]]
+    np.testing.assert_allclose(zero[row], want_T, rtol=1e-4)
+  assert np.allclose(zero[:, :2], original[:, :2])
+  assert (np.abs(zero - original)[:, 2:] > 1e-3).any(1).all()
 
 
 def by_hand(trained, k, w_enc_ND, w_dec_ND, b_pre_D):

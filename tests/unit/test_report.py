@@ -23,20 +23,10 @@ from sae_jax.probing import (
   tasks,
 )
 from sae_jax.probing.examples import FeatureConfig
-from sae_jax.storage import claim
-from sae_jax.storage import finished as storage_finished
 from sae_jax.training import train
 from sae_jax.training.objective import ObjectiveConfig
 from tests.support import planted, probed
-
-CONFIG = report.ProbeConfig(
-  features=FeatureConfig(1000, 4, 2, 4, 2, 5, 3),
-  eval_rows=40,
-  batch_rows=16,
-  downstream_tokens=30,
-  n_tasks=2,
-  task_prompts=24,
-)
+from tests.support.reports import CONFIG, made_tasks, probe
 
 
 @pytest.fixture(scope='module')
@@ -60,30 +50,9 @@ def run(store_url, tmp_path_factory):
   return workdir
 
 
-def made_tasks(names, n_tasks, n_prompts, max_chars, seed):
-  """Prompts with w1 or w2 somewhere; stands in for the package's files."""
-  assert (names, n_tasks, n_prompts, max_chars) == (None, 2, 24, 100)
-  rng = np.random.default_rng(seed)
-  labels_P = np.arange(n_prompts, dtype=np.int32) % 2
-  out = []
-  for name in ('1_which', '2_again')[:n_tasks]:
-    prompts = []
-    for label in labels_P:
-      words = rng.integers(3, probed.VOCABULARY, rng.integers(3, 9))
-      words[rng.integers(1, len(words))] = 1 + label
-      prompts.append(' '.join(f'w{i}' for i in words))
-    out.append(tasks.Task(name, tuple(prompts), labels_P, ('one', 'two')))
-  return out
-
-
 @pytest.fixture(autouse=True)
 def without_the_package(monkeypatch):
   monkeypatch.setattr(tasks, 'load_tasks', made_tasks)
-
-
-def probe(run, store_url, workdir, config=CONFIG, subject=None):
-  subject = subject or probed.make_subject()
-  return report.probe(config, run, store_url, str(workdir), subject)
 
 
 @pytest.fixture(scope='module')
@@ -236,66 +205,6 @@ def test_every_nonlinearity_is_probed_and_browsed(
   )
   meta = json.loads((tmp_path / 'page' / 'data' / 'meta.json').read_text())
   assert meta['report']['l0'] == found['l0'] and meta['n_features'] == 24
-
-
-def test_finished_work_is_reused_and_other_work_is_not(
-  finished, run, store_url, monkeypatch
-):
-  class Called(Exception):
-    pass
-
-  def scores(*args):
-    raise Called
-
-  monkeypatch.setattr(report, 'scores', scores)
-  workdir, figures = finished
-  before = (workdir / 'features.npz').stat().st_mtime_ns
-  assert probe(run, store_url, workdir) == figures
-  assert (workdir / 'features.npz').stat().st_mtime_ns == before
-  # Control: what is not finished is made anew.
-  (workdir / 'report.json').rename(workdir / 'away')
-  with pytest.raises(Called):
-    probe(run, store_url, workdir)
-  (workdir / 'away').rename(workdir / 'report.json')
-  # Results of other inputs stay as they are.
-  for change, said in (
-    ({'seed': 1}, r'seed: 0 -> 1\)'),
-    ({'average': False}, r'average: True -> False\)'),
-    ({'pooling': 'last'}, r"pooling: 'mean' -> 'last'\): use another folder"),
-  ):
-    with pytest.raises(errors.UserError, match=said):
-      probe(run, store_url, workdir, dataclasses.replace(CONFIG, **change))
-  assert probe(run, store_url, workdir) == figures
-
-
-def test_a_folder_of_another_is_refused(run, store_url, tmp_path):
-  used = str(tmp_path / 'used')
-  with (
-    claim.claim(used),
-    pytest.raises(errors.UserError, match='used is in use by another process'),
-  ):
-    probe(run, store_url, used)
-  (tmp_path / 'report.json').write_text('{}')
-  with pytest.raises(errors.UserError, match=r'report\.json, used and is not'):
-    probe(run, store_url, tmp_path)
-  assert (tmp_path / 'report.json').read_text() == '{}'
-
-
-def test_results_that_were_stopped_are_made_again(
-  finished, run, store_url, tmp_path, monkeypatch
-):
-  """Stopped while it writes, it leaves no record."""
-
-  def stops(*args):
-    raise KeyboardInterrupt
-
-  with monkeypatch.context() as patch:
-    patch.setattr(storage_finished, 'write', stops)
-    with pytest.raises(KeyboardInterrupt):
-      probe(run, store_url, tmp_path)
-  assert (tmp_path / 'features.npz').exists()
-  assert not (tmp_path / storage_finished.NAME).exists()
-  assert probe(run, store_url, tmp_path) == finished[1]
 
 
 def test_misfits_are_refused(finished, run, tmp_path, store_url):
