@@ -12,7 +12,7 @@ from typing import Any
 from etils import epath
 import tensorstore as ts
 
-from sae_jax import errors
+from sae_jax import config, errors
 from sae_jax.storage import claim, files, records
 from sae_jax.storage import url as url_lib
 
@@ -123,7 +123,7 @@ def sign(folder: str, stage: str, made_from: Mapping[str, Any]) -> None:
 
 def _record(stage: str, made_from: Mapping[str, Any]) -> bytes:
   record = {'stage': stage, 'made_from': made_from}
-  return (json.dumps(record, indent=2) + '\n').encode()
+  return config.to_json(record).encode()
 
 
 def _check_same(folder: str, record: bytes) -> None:

@@ -154,7 +154,8 @@ class Writer:
       return
     row = {name: float(value) for name, value in values.items()}
     plain = {n: v if math.isfinite(v) else None for n, v in row.items()}
-    self._lines.append(json.dumps({'step': step, **plain, **(lists or {})}))
+    line = {'step': step, **plain, **(lists or {})}
+    self._lines.append(json.dumps(line, allow_nan=False))
     for name, value in (row | (board_only or {})).items():
       self._board.add_scalar(name, value, step)
 

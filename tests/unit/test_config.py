@@ -1,20 +1,28 @@
 """Configs: nesting, JSON and what is said of bad ones."""
 
+import ast
 import dataclasses
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from sae_jax import config, errors
 from sae_jax.harvesting.config import HarvestConfig
 from sae_jax.training.config import TrainConfig
+from tests.support import documents
 
 
 @dataclasses.dataclass(frozen=True)
 class Inner(config.Config):
   rate: float = config.option(0.5, 'a rate', least=0.1, most=4)
   names: tuple[str, ...] = config.option(('a',), 'some names')
+
+
+@dataclasses.dataclass(frozen=True)
+class Free(config.Config):
+  size: float = config.option(1.0, 'a size')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +49,46 @@ def test_flat_round_trip():
 def test_differences_name_nested_fields():
   assert config.differences(Outer(), Outer(Inner(2.0))) == ['rate: 0.5 -> 2.0']
   assert config.differences(Outer(), Outer()) == []
+
+
+def refuse(constant):
+  raise AssertionError(f'{constant} is no JSON')
+
+
+def test_json_that_is_written_is_strict():
+  odd = {'a': np.nan, 'b': [1.5, (np.inf, {'c': -np.inf})], 'd': np.float64(2)}
+  read = {'a': None, 'b': [1.5, [None, {'c': None}]], 'd': 2.0}
+  text = config.to_json(odd)
+  assert json.loads(text, parse_constant=refuse) == read
+  assert config.through_json(odd) == read
+  # A config holds none, since it could not be read back.
+  with pytest.raises(errors.UserError, match='size inf must be a finite'):
+    Free(size=float('inf'))
+  # Control: what the package had written is seen.
+  with pytest.raises(AssertionError, match='NaN is no JSON'):
+    json.loads(json.dumps(odd), parse_constant=refuse)
+
+
+def lax_calls(source):
+  """Calls of json.dumps that may give NaN; of sorted keys none is written."""
+  return [
+    node.lineno
+    for node in ast.walk(ast.parse(source))
+    if isinstance(node, ast.Call)
+    and ast.unparse(node.func) in ('json.dumps', 'json.dump')
+    and not {'allow_nan', 'sort_keys'} & {word.arg for word in node.keywords}
+  ]
+
+
+def test_no_other_writer_of_json_lets_nan_through():
+  # It is looked at, not written.
+  but = 'tokenizer.py'
+  files = list((documents.ROOT / 'sae_jax').rglob('*.py'))
+  lax = {f.name: lax_calls(f.read_text()) for f in files if f.name != but}
+  assert len(lax) > 50
+  assert {name: lines for name, lines in lax.items() if lines} == {}
+  # Control.
+  assert lax_calls('import json\njson.dumps({}, indent=2)\n') == [2]
 
 
 def test_bad_configs_are_refused_in_words():
