@@ -50,11 +50,18 @@ def read_report(workdir: epath.PathLike) -> dict[str, Any]:
   """The report of finished results.
 
   Raises:
-    UserError: if they are not finished, or it is damaged.
+    UserError: if they are not finished, or it is damaged or does not say of
+      which subject and of how many latents it is.
   """
   data = finished.read(workdir, REPORT, STAGE)
   name = str(epath.Path(workdir) / REPORT)
-  return records.parse(data, name, f'run {STAGE} again')
+  report = records.parse(data, name, f'run {STAGE} again')
+  for key, kind in (('subject', str), ('n_latents', int)):
+    if type(report.get(key)) is not kind:
+      raise errors.UserError(
+        f'{name} gives {report.get(key)!r} as {key}: run {STAGE} again'
+      )
+  return report
 
 
 def read_features(
@@ -64,16 +71,11 @@ def read_features(
 
   Args:
     workdir: local path or URL.
-    report: their report, which says how many latents there are.
+    report: their report, from `read_report`.
 
   Raises:
     UserError: if they are not finished, or it is damaged or not as declared.
   """
-  n_latents = report.get('n_latents')
-  if not isinstance(n_latents, int) or isinstance(n_latents, bool):
-    raise errors.UserError(
-      f'{epath.Path(workdir) / REPORT} gives {n_latents!r} as number of '
-      f'latents: run {STAGE} again'
-    )
   data = finished.read(workdir, FEATURES, STAGE)
-  return table_lib.parse(data, str(epath.Path(workdir) / FEATURES), n_latents)
+  name = str(epath.Path(workdir) / FEATURES)
+  return table_lib.parse(data, name, report['n_latents'])

@@ -128,7 +128,12 @@ ARRAYS = {
     least=-1,
   ),
   'neighbour_cosines': Array(
-    ('N', 'neighbours'), 'float32', 'cosine of the two decoder rows'
+    ('N', 'neighbours'),
+    'float32',
+    'cosine of the two decoder rows',
+    # Rounding reaches beyond one.
+    least=-1.001,
+    most=1.001,
   ),
 }
 

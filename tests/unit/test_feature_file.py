@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from sae_jax import errors
-from sae_jax.features import table
+from sae_jax.features import results, table
 from tests.support import synthetic_features
 
 N = 12
@@ -156,6 +156,11 @@ def test_sizes_are_compared_before_anything_is_unpacked(features):
     ('random_document', -(2**31), 'random_document holds numbers from -214'),
     ('hist_edges', 1e9, 'hist_edges do not rise'),
     ('neighbour_cosines', np.nan, 'neighbour_cosines holds'),
+    (
+      'neighbour_cosines',
+      1.5,
+      'neighbour_cosines holds numbers from .* to 1.5',
+    ),
   ],
 )
 def test_numbers_that_cannot_be_are_refused(features, name, value, message):
@@ -173,6 +178,23 @@ def test_a_peak_is_on_a_token(features):
   tokens[latent, 0, arrays['top_peak'][latent, 0]] = -1
   with pytest.raises(errors.UserError, match='top_peak names places without'):
     table.check(arrays | {'top_tokens': tokens}, vocabulary_size)
+
+
+@pytest.mark.parametrize(
+  'odd',
+  [{'subject': 3}, {'n_latents': '12'}, {'n_latents': True}, {'n_latents': {}}],
+)
+def test_a_report_says_what_its_features_are(features, tmp_path, odd):
+  arrays, _ = features
+  report = {'subject': 'made', 'n_latents': N}
+  results.write(tmp_path, {}, report, arrays)
+  read = results.read_report(tmp_path)
+  assert read == report
+  assert results.read_features(tmp_path, read).keys() == arrays.keys()
+  results.write(tmp_path, {}, report | odd, arrays)
+  key = next(iter(odd))
+  with pytest.raises(errors.UserError, match=f'as {key}: run sae-probe again'):
+    results.read_report(tmp_path)
 
 
 def test_latents_are_those_of_the_report(features):

@@ -101,3 +101,17 @@ def test_saved_figures_are_images(tmp_path):
   # Nothing to draw, nothing drawn.
   plots.save(tmp_path / 'none', make_report() | {'probes': {}}, table)
   assert not (tmp_path / 'none' / 'probes.png').exists()
+
+
+def test_a_number_that_is_null_is_not_drawn():
+  report = make_report()
+  report['fvu'] = None
+  score = report['probes']['place']['latent']
+  score.update(dict.fromkeys(score))
+  axes = plots.reconstruction(report).axes[0]
+  assert [text.get_text() for text in axes.texts[1:]] == ['0.500', '1.250']
+  assert axes.get_xlim()[1] > 1.25
+  for name in ('fvu_pca', 'fvu_untrained'):
+    report[name] = None
+  assert plots.reconstruction(report).axes[0].get_xlim()[1] > 1
+  assert len(plots.probe_aucs(report).axes[0].containers) == 2

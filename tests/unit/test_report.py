@@ -308,3 +308,6 @@ def test_lines_say_the_numbers(finished):
   text = summary.lines(figures | none)
   assert 'nats (no interval of one document) from' in text[2]
   assert 'None' not in text[2]
+  # Nor is a number shown that there is none of.
+  text = summary.lines(figures | {'nmse': None, 'kl': None})
+  assert text[0].startswith('NMSE none  FVU ') and text[2].endswith('KL none')

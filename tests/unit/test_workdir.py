@@ -101,7 +101,7 @@ def trains(tmp_path, texts, folder):
 
 
 def browses(tmp_path, texts, folder):
-  results.write(tmp_path, {}, {'n_latents': 1}, {})
+  results.write(tmp_path, {}, {'subject': 'a', 'n_latents': 1}, {})
   build.browse(build.index.BrowseConfig(), str(tmp_path), folder)
 
 
