@@ -159,7 +159,7 @@ def test_sizes_are_compared_before_anything_is_unpacked(features):
     (
       'neighbour_cosines',
       1.5,
-      'neighbour_cosines holds numbers from .* to 1.5',
+      'cosines holds numbers from .* to 1.5',
     ),
   ],
 )
