@@ -10,6 +10,7 @@ from sae_jax.checkpoint.format import (
   save,
 )
 from sae_jax.checkpoint.trained import load, Trained
+from sae_jax.checkpoint.verify import look, verify
 
 __all__ = [
   'PROGRESS',
@@ -17,8 +18,10 @@ __all__ = [
   'Metadata',
   'Trained',
   'load',
+  'look',
   'open_checkpointer',
   'read',
   'read_metadata',
   'save',
+  'verify',
 ]

@@ -3,22 +3,35 @@
 A checkpoint is an Orbax bundle of the arrays in `Contents`, a part for each
 field, and `Metadata` as JSON. Whoever wants one part reads no other, and no
 reader needs what made them: names, shapes and dtypes are in the checkpoint.
+
+It vouches for itself: a checksum lies beside each chunk of an array, and the
+JSON holds the shapes and dtypes of all arrays and a digest of itself. All of it
+is compared whenever it is read. Checkpoints that are older have neither.
 """
 
 import dataclasses
+import hashlib
+import json
+import math
+import os
 from typing import Any
 
 from etils import epath
 import jax
+from orbax.checkpoint import path as paths
 from orbax.checkpoint import v1 as ocp
 
 from sae_jax import autoencoder, errors
 from sae_jax import config as config_lib
 from sae_jax.storage import orbax as orbax_lib
+from sae_jax.storage import records, saved_arrays
 from sae_jax.storage import url as url_lib
 
 # What a run has counted, scalars but for `silent_N`.
 PROGRESS = ('silent_N', 'mse_of_mean', 'step', 'skipped')
+
+# Where Orbax keeps what it is told of a checkpoint.
+_RECORD = '_CHECKPOINT_METADATA'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +54,9 @@ class Contents:
     """The parts of the bundle by name."""
     parts = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
     return parts | {'sae': autoencoder.to_dict(self.sae)}
+
+
+PARTS = tuple(field.name for field in dataclasses.fields(Contents))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,20 +97,58 @@ class Metadata:
     """The store's version; checkpoints older than versions name none."""
     return self.dataset.get('version', 1)
 
+  def check(self) -> None:
+    """Raises KeyError, TypeError or UserError where a property would."""
+    _ = self.sae_config, math.isnan(self.ema_decay), range(self.sample_rows)
+    _ = range(self.dataset_version)
 
-def open_checkpointer(workdir: str, keep: int = 2) -> ocp.training.Checkpointer:
+
+def open_checkpointer(
+  workdir: str, keep: int | None = 2
+) -> ocp.training.Checkpointer:
   """Opens a run's checkpoints; close it, or use it as a context manager.
 
   Args:
     workdir: the run's folder or URL.
-    keep: how many of the latest are kept.
+    keep: how many of the latest are kept. None to read alone: all are kept, and
+      nothing is cleaned up after a run that was killed, which may be alive.
+
+  Raises:
+    UserError: if the JSON of one of them is damaged.
   """
-  return ocp.training.Checkpointer(
-    folder(workdir),
-    context=orbax_lib.context(workdir),
-    preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-    cleanup_tmp_directories=True,
-  )
+  context = orbax_lib.context(workdir)
+  place = folder(workdir)
+  for step in steps(place):
+    path = place / str(step) / _RECORD
+    # Orbax logs what it cannot parse, all of it.
+    if path.exists():
+      records.read(path, _remedy(place, step))
+  policies = ocp.training.preservation_policies
+  try:
+    return ocp.training.Checkpointer(
+      place,
+      context=context,
+      preservation_policy=policies.LatestN(keep) if keep else None,
+      cleanup_tmp_directories=keep is not None,
+    )
+  except (TypeError, ValueError, OverflowError):
+    # It does this to each of them, and does not say to which it could not.
+    names = paths.step.standard_name_format()
+    for step in steps(place):
+      try:
+        _ = names.find_step(place, step).commit_timestamp
+      except Exception as error:
+        raise orbax_lib.unreadable(
+          place / str(step), [], error, _remedy(place, step)
+        ) from error
+    raise
+
+
+def steps(place: epath.Path) -> list[int]:
+  """The steps that have a folder, whole or not."""
+  if not place.exists():
+    return []
+  return sorted(int(p.name) for p in place.iterdir() if p.name.isdecimal())
 
 
 def folder(workdir: str) -> epath.Path:
@@ -110,12 +164,32 @@ def save(
   metadata: Metadata,
 ) -> ocp.AsyncResponse:
   """Begins to save a checkpoint; its `result` waits until it is there."""
+  parts = contents.parts()
+  values = dataclasses.asdict(metadata) | {'arrays': _described(parts)}
+  values = config_lib.through_json(values)
   return checkpointer.save_checkpointables_async(
     step,
-    contents.parts(),
+    parts,
     force=True,
-    custom_metadata=dataclasses.asdict(metadata),
+    custom_metadata=values | {'sha256': _sha256(values)},
   )
+
+
+def _described(parts: dict[str, Any]) -> dict[str, list[Any]]:
+  """Dtype and shape of each array by name, as Orbax names it in a part."""
+  return {
+    f'{part}/' + jax.tree_util.keystr(path, simple=True, separator='.'): [
+      str(jax.numpy.dtype(array.dtype)),
+      list(array.shape),
+    ]
+    for part, tree in parts.items()
+    for path, array in jax.tree_util.tree_leaves_with_path(tree)
+  }
+
+
+def _sha256(values: dict[str, Any]) -> str:
+  text = json.dumps(values, sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_metadata(
@@ -126,14 +200,50 @@ def read_metadata(
   Raises:
     UserError: if it is damaged, or another version of sae_jax wrote it.
   """
+  return read_record(checkpointer.directory, step)[0]
+
+
+def read_record(
+  place: epath.Path, step: int
+) -> tuple[Metadata, dict[str, list[Any]] | None]:
+  """The metadata of a checkpoint, and what its arrays are.
+
+  Args:
+    place: the folder of the run's checkpoints, from `folder`.
+    step: of the checkpoint.
+
+  Returns:
+    The metadata; dtype and shape of each array by name, None if the checkpoint
+    is older than digests.
+
+  Raises:
+    UserError: see `read_metadata`.
+  """
+  path = place / str(step) / _RECORD
+  remedy = _remedy(place, step)
+  values = records.read(path, remedy).get('custom_metadata')
+  values = values if isinstance(values, dict) else {}
+  absent = {'train_config', 'mse_of_mean', 'dataset'} - set(values)
+  if absent:
+    raise errors.UserError(
+      f'{path} is damaged (no {", ".join(sorted(absent))}): {remedy}'
+    )
+  digest, arrays = values.pop('sha256', None), None
+  if digest is not None:
+    if digest != _sha256(values):
+      raise errors.UserError(
+        f'{path} is damaged (its digest is another): {remedy}'
+      )
+    arrays = values.pop('arrays')
+  values = {'metric_definitions': {}} | values
+  metadata = config_lib.from_dict(Metadata, values, name=str(path))
   try:
-    values = checkpointer.metadata(step).custom_metadata or {}
-    absent = {'train_config', 'mse_of_mean', 'dataset'} - set(values)
-    if absent:
-      raise KeyError(f'no {", ".join(sorted(absent))}')
-  except (KeyError, ValueError, OSError) as error:
-    raise _damaged(checkpointer, step, error) from error
-  return config_lib.from_dict(Metadata, {'metric_definitions': {}} | values)
+    metadata.check()
+  except (KeyError, TypeError) as error:
+    raise errors.UserError(
+      f'{path} is damaged ({type(error).__name__}: {error}): {remedy}'
+    ) from error
+  return metadata, arrays
 
 
 def read(
@@ -149,7 +259,8 @@ def read(
   Raises:
     UserError: if a part is missing, damaged or of another shape.
   """
-  parts = _read_parts(checkpointer, step, lambda _: wanted.parts())
+  names = tuple(wanted.parts())
+  parts = _read_parts(checkpointer, step, names, lambda _: wanted.parts())
   return Contents(**parts | {'sae': autoencoder.from_dict(parts['sae'])})
 
 
@@ -171,37 +282,66 @@ def read_parameters(
   Raises:
     UserError: if they are missing or damaged.
   """
+  names = ('sae', 'ema')
 
   def wanted(saved):
     return jax.tree.map(
       lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
-      {name: saved[name] for name in ('sae', 'ema')},
+      {name: saved[name] for name in names},
     )
 
-  parts = _read_parts(checkpointer, step, wanted)
+  parts = _read_parts(checkpointer, step, names, wanted)
   return autoencoder.from_dict(parts['sae']), parts['ema']
 
 
-def _read_parts(checkpointer, step, wanted) -> dict[str, Any]:
+def _read_parts(checkpointer, step, names, wanted) -> dict[str, Any]:
   """Parts by name; `wanted` gives arrays to read, from those that are saved."""
+  place = checkpointer.directory
+  path = place / str(step)
+  folders = [path / name for name in names]
+  _, declared = read_record(place, step)
   try:
+    for part in folders:
+      saved_arrays.check_json(os.fspath(part))
     saved = checkpointer.checkpointables_metadata(step).metadata
     parts = wanted(saved)
+    if declared is not None:
+      _check_declared(declared, {name: saved[name] for name in names})
+      _check_declared(declared, parts)
     # Once a parameter that an activation has not was saved as None. Orbax asks
     # for the very names that were saved.
     nothing = {name: None for name, a in saved['sae'].items() if a is None}
     parts = parts | {'sae': nothing | parts['sae']}
     parts = checkpointer.load_checkpointables(step, parts)
-  except (KeyError, ValueError, OSError) as error:
-    raise _damaged(checkpointer, step, error) from error
-  arrays = {n: a for n, a in parts['sae'].items() if a is not None}
+    arrays = {n: a for n, a in parts['sae'].items() if a is not None}
+  except Exception as error:
+    remedy = _remedy(place, step)
+    raise orbax_lib.unreadable(path, folders, error, remedy) from error
   return parts | {'sae': arrays}
 
 
-def _damaged(checkpointer, step: int, error: Exception) -> errors.UserError:
-  path = epath.Path(checkpointer.directory) / str(step)
-  return errors.UserError(
-    f'checkpoint {path} cannot be read ({type(error).__name__}: '
-    f'{errors.reason(error)}): check your access; if it is damaged, delete '
-    'that folder to go on from the one before'
-  )
+def _check_declared(declared, parts) -> None:
+  """Raises ValueError if arrays are not those that the checkpoint declares."""
+  described = _described(parts)
+  right = {n: a for n, a in declared.items() if n.partition('/')[0] in parts}
+  for name in sorted(right.keys() | described.keys()):
+    if right.get(name) != described.get(name):
+      raise ValueError(
+        f'array {name} is {_words(described.get(name))}, and was saved as '
+        f'{_words(right.get(name))}'
+      )
+
+
+def _words(described: list[Any] | None) -> str:
+  return 'absent' if described is None else f'{described[0]} {described[1]}'
+
+
+def _remedy(place: epath.Path, step: int) -> str:
+  """How to go on without a checkpoint."""
+  others = [other for other in steps(place) if other != step]
+  if others:
+    return (
+      f'delete {place / str(step)}, and the same command goes on from the '
+      f'checkpoint of step {others[-1]}'
+    )
+  return f'there is no other: delete {place / str(step)} and train again'

@@ -4,11 +4,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from orbax.checkpoint import v1 as ocp
 
 from sae_jax import autoencoder, errors
 from sae_jax.checkpoint import format
-from sae_jax.storage import orbax as orbax_lib
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +65,7 @@ def load(url: str, *, average: bool = True, step: int | None = None) -> Trained:
     raise errors.UserError(
       f'no checkpoints under {url}: give the workdir of sae-train'
     )
-  # Not `open_checkpointer`, which cleans up after a run that was killed: the
-  # run may be alive.
-  with ocp.training.Checkpointer(
-    folder, context=orbax_lib.context(url)
-  ) as checkpointer:
+  with format.open_checkpointer(url, keep=None) as checkpointer:
     steps = [saved.step for saved in checkpointer.checkpoints]
     if not steps or step not in (None, *steps):
       raise errors.UserError(

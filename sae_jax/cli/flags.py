@@ -22,9 +22,6 @@ _Config = TypeVar('_Config')
 _USER_ERROR = 2
 _OUTPUTS = (1, 2)
 _urls: list[str] = []
-# Warnings of Orbax at every checkpoint that is not in OCDBT, as in buckets.
-# They are needless: if data is absent, reading raises.
-_FALSE_ALARMS = ('Skipping merge of OCDBT', 'TensorStore data files not found')
 _HELP = {'--help', '-help', '-h', '--helpshort', '--helpfull'}
 
 
@@ -78,10 +75,13 @@ def define_integer(name: str, default: int, text: str) -> None:
   )
 
 
-def define_url(name: str, text: str) -> None:
-  """Defines a required flag for a local path or the URL of a bucket."""
-  _urls.append(name)
-  flags.DEFINE_string(name, None, f'{text} ({url_lib.kinds()})', required=True)
+def define_url(name: str, text: str, required: bool = True) -> None:
+  """Defines a flag for a local path or the URL of a bucket."""
+  if required:
+    _urls.append(name)
+  flags.DEFINE_string(
+    name, None, f'{text} ({url_lib.kinds()})', required=required
+  )
 
 
 def define_processes() -> None:
@@ -138,6 +138,8 @@ def url(name: str) -> str:
     UserError: if it is empty or of a kind of storage that is not supported.
   """
   value = flags.FLAGS[name].value
+  if value is None:
+    raise errors.UserError(f'--{name} is required; --help lists the flags')
   if not value:
     raise errors.UserError(f'{name} is empty: give {url_lib.kinds()}')
   try:
@@ -236,8 +238,6 @@ def _unread() -> bool:
 def _own_or_important(record: python_logging.LogRecord) -> bool:
   """Whether a record is shown: all warnings, but INFO only if it is ours."""
   own = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-  if any(alarm in str(record.msg) for alarm in _FALSE_ALARMS):
-    return False
   # Orbax logs its exceptions, several times, and raises them too.
   if record.exc_info and 'orbax' in record.pathname and not flags.FLAGS.debug:
     return False

@@ -1,26 +1,47 @@
 """Orbax on every kind of storage: its settings for a URL."""
 
 import functools
+import logging
 import os
 from typing import Any
 
 from etils import epath
-from orbax import checkpoint as ocp
+import jax
 from orbax.checkpoint import v1
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from sae_jax import errors
+from sae_jax.storage import saved_arrays
 from sae_jax.storage import url as url_lib
+
+# Warnings at every checkpoint that is not in OCDBT, as in buckets, where they
+# are needless. Elsewhere they say that nothing can be read again.
+_ALARMS = ('Skipping merge of OCDBT', 'TensorStore data files not found')
+
+# The folder of a tree's arrays in that of the tree.
+_TREE = 'arrays'
 
 
 def context(url: str) -> v1.Context:
   """Orbax's settings for checkpoints under a URL.
 
+  A checksum is saved with each chunk of an array, and compared by whoever reads
+  the chunk.
+
   Raises:
     UserError: if the URL's kind is not known, or its bucket does not exist.
   """
-  _prepare(url)
+  _mend_orbax()
+  if url_lib.backend(url).makes_buckets:
+    # A misspelt URL must not make another bucket.
+    bucket = url_lib.bucket(url)
+    if not epath.Path(bucket).exists():
+      raise errors.UserError(
+        f'{url} cannot be used, there is no bucket {bucket}: make it, or check '
+        'the URL and your access'
+      )
   settings = v1.Context()
+  settings.array.saving.use_zarr3 = True
   if url_lib.is_remote(url):
     # If a bucket's answer to a write is lost, a transaction on OCDBT takes its
     # own write for another's, and the checkpoint fails with ALREADY_EXISTS.
@@ -30,41 +51,90 @@ def context(url: str) -> v1.Context:
   return settings
 
 
-def standard_checkpointer(url: str) -> ocp.StandardCheckpointer:
-  """A checkpointer of single trees under a URL, with the same settings.
+def save_tree(url: str, tree: Any) -> None:
+  """Saves a tree of arrays; every process saves its own shards.
+
+  Args:
+    url: the folder, which must not be there.
+    tree: the arrays.
 
   Raises:
-    UserError: if the URL's kind is not known, or its bucket does not exist.
+    UserError: see `context`.
   """
-  _prepare(url)
-  if not url_lib.is_remote(url):
-    return ocp.StandardCheckpointer()
-  mode = ocp.options.AtomicityMode.COMMIT_FILE
-  return ocp.StandardCheckpointer(
-    use_ocdbt=False,
-    atomicity_options=ocp.options.AtomicityOptions(mode=mode),
+  with context(url):
+    # Orbax writes to no relative path.
+    folder = epath.Path(url_lib.absolute(url))
+    v1.save(folder, tree, checkpointable_name=_TREE)
+
+
+def load_tree(url: str, wanted: Any, remedy: str) -> Any:
+  """Reads a tree of arrays; every process reads its own shards.
+
+  Args:
+    url: the folder, from `save_tree` or Orbax's StandardCheckpointer.
+    wanted: shapes, dtypes and shardings of its arrays.
+    remedy: what the user can do if it is damaged.
+
+  Raises:
+    UserError: if it cannot be read, naming the first array that is damaged; see
+      also `context`.
+  """
+  with context(url):
+    folder = epath.Path(url_lib.absolute(url))
+    # Of StandardCheckpointer they lie in the folder itself.
+    name = _TREE if (folder / _TREE).exists() else None
+    arrays = folder / (name or '')
+    try:
+      saved_arrays.check_json(os.fspath(arrays))
+      return v1.load(folder, wanted, checkpointable_name=name)
+    except Exception as error:
+      raise unreadable(folder, [arrays], error, remedy) from error
+
+
+def unreadable(
+  url: epath.Path, folders: list[epath.Path], error: Exception, remedy: str
+) -> Exception:
+  """The error that says what of a checkpoint cannot be read.
+
+  Args:
+    url: the checkpoint.
+    folders: those in it whose arrays were to be read.
+    error: what Orbax raised.
+    remedy: what the user can do if it is damaged.
+
+  Returns:
+    A UserError; the error's own cause, if that is not in the checkpoint.
+  """
+  cause = error
+  # Orbax wraps what TensorStore says into a dump of all that was wanted.
+  while cause.__cause__ is not None:
+    cause = cause.__cause__
+  if isinstance(cause, (MemoryError, jax.errors.JaxRuntimeError)):
+    return cause
+  if isinstance(cause, errors.UserError):
+    return cause
+  for folder in folders:
+    try:
+      saved_arrays.check_json(os.fspath(folder))
+      damaged = saved_arrays.first_damaged(os.fspath(folder))
+    except ValueError:
+      continue
+    if damaged:
+      name = os.path.join(os.path.relpath(folder, url), damaged[0])
+      return errors.UserError(
+        f'array {os.path.normpath(name)} of {url} is damaged ({damaged[1]}): '
+        f'{remedy}'
+      )
+  return errors.UserError(
+    f'{url} cannot be read ({type(cause).__name__}: {errors.reason(cause)}): '
+    f'check your access; if it is damaged, {remedy}'
   )
 
 
-def _prepare(url: str) -> None:
-  _add_backends()
-  if url_lib.backend(url).makes_buckets:
-    # A misspelt URL must not make another bucket.
-    bucket = url_lib.bucket(url)
-    if not epath.Path(bucket).exists():
-      raise errors.UserError(
-        f'{url} cannot be used, there is no bucket {bucket}: make it, or check '
-        'the URL and your access'
-      )
-
-
 @functools.cache
-def _add_backends() -> None:
-  """Makes Orbax open arrays on storage that it does not know.
-
-  Its own function turns `s3://bucket/folder` into the local path
-  `s3:/bucket/folder`, and no setting changes that.
-  """
+def _mend_orbax() -> None:
+  """Makes Orbax do what no setting of it does."""
+  # It turns `s3://bucket/folder` into the local path `s3:/bucket/folder`.
   plain = tensorstore_utils.build_kvstore_tspec
 
   @functools.wraps(plain)
@@ -79,3 +149,25 @@ def _add_backends() -> None:
     return url_lib.kvstore(os.path.join(directory, name or ''))
 
   tensorstore_utils.build_kvstore_tspec = build_kvstore_tspec
+
+  # It stores no checksum of arrays, and has no setting for codecs.
+  plain_write = tensorstore_utils.build_array_write_spec
+
+  @functools.wraps(plain_write)
+  def build_array_write_spec(*args, **options):
+    spec = plain_write(*args, **options)
+    saved_arrays.add_digests(spec.json)
+    return spec
+
+  tensorstore_utils.build_array_write_spec = build_array_write_spec
+
+  for name in ('absl', None):
+    logging.getLogger(name).addFilter(_matters)
+
+
+def _matters(record: logging.LogRecord) -> bool:
+  """Whether a warning is none of those that say nothing of buckets."""
+  if not any(alarm in str(record.msg) for alarm in _ALARMS):
+    return True
+  arguments = record.args if isinstance(record.args, tuple) else ()
+  return not any(url_lib.has_scheme(str(argument)) for argument in arguments)

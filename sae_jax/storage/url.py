@@ -5,10 +5,12 @@ A URL without a scheme is a local path. Only this file looks at schemes.
 
 from collections.abc import Callable
 import dataclasses
+import glob
 import importlib.util
 import os
 from typing import Any
 
+from etils import epath
 import fsspec.config
 
 from sae_jax import errors
@@ -165,10 +167,17 @@ def absolute(url: str | os.PathLike[str]) -> str:
   """A local path made absolute; the URL of a bucket as it is.
 
   Raises:
-    UserError: see `backend`.
+    UserError: if a bucket's clients take it for a pattern; see also `backend`.
   """
   url = os.fspath(url)
-  return url if is_remote(url) else os.path.abspath(url)
+  if not is_remote(url):
+    return os.path.abspath(url)
+  if glob.escape(url) != url:
+    # A deletion of `run[1]/10` would delete `run1/10`.
+    raise errors.UserError(
+      f'{url} is a pattern to clients of buckets: use a name without *, ? and ['
+    )
+  return url
 
 
 def kvstore(url: str | os.PathLike[str]) -> dict[str, Any]:
@@ -197,3 +206,15 @@ for _scheme in remote_schemes():
   fsspec.config.conf.setdefault(_scheme, {}).setdefault(
     'use_listings_cache', False
   )
+
+# Otherwise etils takes a folder for a part of the pattern, and in one that is
+# named `run[1]` neither we nor Orbax would find what is there.
+_Path = type(epath.Path())
+_glob_of_a_pattern = _Path.glob
+
+
+def _glob(self, pattern):
+  return _glob_of_a_pattern(_Path(glob.escape(os.fspath(self))), pattern)
+
+
+_Path.glob = _glob

@@ -44,9 +44,9 @@ def _check_same(
     if old[name] != value and name not in may_change
   ]
   changed += [
-    f'{name} of the data: {saved.dataset[name]} -> {dataset[name]}'
+    f'{name} of the data: {saved.dataset.get(name)} -> {dataset[name]}'
     for name in ('site', 'identity')
-    if saved.dataset[name] != dataset[name]
+    if saved.dataset.get(name) != dataset[name]
   ]
   if saved.dataset_version < dataset['version']:
     changed.append(
@@ -115,6 +115,11 @@ def start(
   saved = checkpoint.read_metadata(saver.checkpointer, latest.step)
   _check_same(config, workdir, data.about, saved)
   state = run.restore(saver.checkpointer, abstract_state(config, mesh))
+  if int(state.step) != latest.step:
+    raise errors.UserError(
+      f'{saver.checkpointer.directory}/{latest.step} holds the checkpoint of '
+      f'step {int(state.step)}: give the folder that name'
+    )
   resumed = Start(config, workdir, state, saved.feed, saver)
   logging.info(
     '%s %s step %d',

@@ -21,6 +21,9 @@ class Saver:
   many processes never retry: their processes would wait in different
   collectives.
 
+  The first checkpoint is looked at once it is there: what cannot be read again
+  must not be believed until the end of the run.
+
   Attributes:
     checkpointer: Orbax's checkpointer, for reading.
   """
@@ -29,6 +32,7 @@ class Saver:
     """Opens a run's checkpoints, see `open_checkpointer`."""
     self._workdir, self._keep = workdir, keep
     self._saving = None
+    self._new = self._looked = False
     self.checkpointer = checkpoint.open_checkpointer(workdir, keep)
 
   def save(self, step: int, begin: Callable) -> None:
@@ -42,9 +46,13 @@ class Saver:
         future.
 
     Raises:
-      UserError: if a checkpoint cannot be written.
+      UserError: if a checkpoint cannot be written, or the first one not be read
+        again.
     """
-    error = self.wait() or self._begin(begin)
+    error = self.wait()
+    if error is None:
+      self._look()
+      error = self._begin(begin)
     if error is not None:
       self._again(step, begin, error)
 
@@ -57,6 +65,16 @@ class Saver:
     error = self.wait()
     if error is not None:
       self._again(step, begin, error)
+    self._look()
+
+  def _look(self) -> None:
+    """Looks once whether what was saved can be read again."""
+    if not self._new or self._looked:
+      return
+    self._looked = True
+    if jax.process_index() == 0:
+      latest = self.checkpointer.latest
+      checkpoint.look(self.checkpointer.directory, latest.step)
 
   def wait(self) -> Exception | None:
     """Waits for the save that was begun; returns its error, if any."""
@@ -86,6 +104,7 @@ class Saver:
   def _begin(self, begin) -> Exception | None:
     try:
       self._saving = begin(self.checkpointer)
+      self._new = True
     except Exception as error:
       return error
     return None

@@ -73,7 +73,7 @@ def test_metadata_that_is_damaged_or_newer_is_refused(tmp_path):
   for number, (change, message) in enumerate(
     (
       (lambda values: values.pop('train_config'), 'no train_config'),
-      (lambda values: values.update(colour=1), 'Metadata has no field colour'),
+      (lambda values: values.update(colour=1), 'has no field colour'),
     )
   ):
     workdir = str(tmp_path / str(number))

@@ -3,7 +3,7 @@
 from absl import flags as absl_flags
 import jax
 
-from sae_jax import errors, mesh
+from sae_jax import checkpoint, errors, mesh
 from sae_jax.cli import flags
 from sae_jax.training import preemption
 from sae_jax.training import train as train_lib
@@ -24,7 +24,15 @@ def define() -> None:
   absl_flags.DEFINE_bool(
     'debug_nans', False, 'stop at the operation that produces a NaN; slow'
   )
-  flags.define_url('store', 'finished store of activations to train on')
+  absl_flags.DEFINE_bool(
+    'verify',
+    False,
+    'read every array of the checkpoints in the workdir, compare it with its '
+    'checksums, print a line each, and train nothing; needs no --store',
+  )
+  flags.define_url(
+    'store', 'finished store of activations to train on', required=False
+  )
   flags.define_url(
     'workdir',
     'folder for the config, metrics and checkpoints of the run; a run that is '
@@ -50,9 +58,29 @@ def _swept(texts: list[str]) -> dict[str, tuple]:
   return values
 
 
+def _verify(workdir: str) -> None:
+  """Prints a line for each array of a workdir's checkpoints.
+
+  Raises:
+    UserError: if one is damaged.
+  """
+  damaged = 0
+  for report in checkpoint.verify(workdir):
+    damaged += not report.sound
+    print(f'{report.place}: {report.text}')
+  if damaged:
+    raise errors.UserError(
+      f'{damaged} of the lines above name damage: delete the folder of such a '
+      'step, and the same command goes on from the checkpoint before it'
+    )
+
+
 def work() -> None:
   """Trains as the flags say."""
   values = absl_flags.FLAGS
+  if values.verify:
+    _verify(flags.url('workdir'))
+    return
   mesh.start_processes(
     values.coordinator, values.num_processes, values.process_id
   )

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import os
 
 from etils import epath
 import jax
@@ -13,7 +14,6 @@ from sae_jax import config as config_lib
 from sae_jax import errors
 from sae_jax.storage import orbax as orbax_lib
 from sae_jax.storage import records
-from sae_jax.storage import url as url_lib
 from sae_jax.subject import transformer
 
 _RECORD = 'subject.json'
@@ -51,10 +51,7 @@ def save(
     raise errors.UserError(
       f'{url} holds a subject already: use another folder or delete this one'
     )
-  with orbax_lib.standard_checkpointer(url) as checkpointer:
-    # Orbax writes to no relative path.
-    place = epath.Path(url_lib.absolute(url)) / _PARAMS
-    checkpointer.save(place, params)
+  orbax_lib.save_tree(os.fspath(folder / _PARAMS), params)
   if jax.process_index() == 0:
     record = _Record(weights_sha256, config, _identity(config, weights_sha256))
     (folder / 'tokenizer.json').write_text(tokenizer.to_str())
@@ -96,15 +93,9 @@ def load(
     param_shardings,
     is_leaf=lambda x: isinstance(x, tuple),
   )
-  with orbax_lib.standard_checkpointer(url) as checkpointer:
-    place = epath.Path(url_lib.absolute(url)) / _PARAMS
-    try:
-      params = checkpointer.restore(place, target)
-    except ValueError as error:
-      raise errors.UserError(
-        f'{place} does not hold what {_RECORD} says ({errors.reason(error)}): '
-        f'{_AGAIN}'
-      ) from error
+  params = orbax_lib.load_tree(
+    os.fspath(epath.Path(url) / _PARAMS), target, _AGAIN
+  )
   return config, params, record.weights_sha256
 
 

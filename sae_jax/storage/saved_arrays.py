@@ -1,0 +1,153 @@
+"""The arrays in a folder that Orbax wrote, read and checked without Orbax."""
+
+import collections
+import itertools
+from typing import Any
+
+import tensorstore as ts
+
+from sae_jax import errors
+from sae_jax.storage import records
+from sae_jax.storage import url as url_lib
+
+# Files that TensorStore parses. Its parser crashes on JSON that is nested
+# deeply, and looks at no size.
+_ZARR = ('zarr.json', '.zarray')
+_PARSED = (*_ZARR, '_sharding')
+# Chunks that are in memory at once.
+_AHEAD = 4
+
+
+def add_digests(spec: dict[str, Any]) -> None:
+  """Has a checksum stored with each chunk, which every reader compares.
+
+  The last codec of each chunk becomes crc32c: it covers the bytes as they lie
+  on disk, so that a process of another mesh checks what it reads and no more.
+
+  Args:
+    spec: TensorStore's spec of an array in zarr's format 3 that is to be
+      written, changed in place.
+  """
+  codecs = spec.get('base', spec)['metadata'].get('codecs')
+  if codecs:
+    _chunk_codecs(codecs).append({'name': 'crc32c'})
+
+
+def has_digests(array: ts.TensorStore) -> bool:
+  """Whether a checksum is stored with each chunk of an array."""
+  metadata = array.spec().to_json()['metadata']
+  codecs = _chunk_codecs(metadata.get('codecs', []))
+  return {'name': 'crc32c'} in codecs
+
+
+def _chunk_codecs(codecs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+  """The codecs of what is read at once: of shards those of the parts."""
+  if codecs and codecs[0]['name'] == 'sharding_indexed':
+    return codecs[0]['configuration']['codecs']
+  return codecs
+
+
+def names(folder: str) -> list[str]:
+  """The names of all arrays of a folder, local path or URL.
+
+  Raises:
+    ValueError: if it cannot be read.
+  """
+  return sorted(
+    key.rpartition('/')[0]
+    for key in _keys(_arrays(folder))
+    if key.rpartition('/')[2] in _ZARR
+  )
+
+
+def open_array(folder: str, name: str) -> ts.TensorStore:
+  """Opens an array for reading.
+
+  Raises:
+    ValueError: if it cannot be read.
+  """
+  files = _arrays(folder)
+  driver = {'zarr.json': 'zarr3', '.zarray': 'zarr'}
+  for file in _ZARR:
+    stored = files.read(f'{name}/{file}').result()
+    if stored.state == 'value':
+      records.check(stored.value)
+      spec = files.spec().to_json()
+      spec['path'] = f'{spec.get("path", "")}{name}/'
+      return ts.open(
+        {
+          'driver': driver[file],
+          'kvstore': spec,
+          # As Orbax does; otherwise what is lost reads as zeros.
+          'fill_missing_data_reads': False,
+        }
+      ).result()
+  raise ValueError(f'{name} is not there')
+
+
+def read_through(array: ts.TensorStore, chunks: int | None = None) -> int:
+  """Reads an array a few chunks at a time and keeps none; returns its bytes.
+
+  Args:
+    array: from `open_array`.
+    chunks: how many of the first to read; None for all.
+
+  Raises:
+    ValueError: if a chunk is absent or not as it was saved.
+  """
+  shape = array.chunk_layout.read_chunk.shape or ()
+  grid = itertools.product(
+    *(range(0, n, step) for n, step in zip(array.shape, shape))
+  )
+  reading, n_bytes = collections.deque(), 0
+  for corner in itertools.islice(grid, chunks):
+    if len(reading) == _AHEAD:
+      n_bytes += reading.popleft().result().nbytes
+    reading.append(
+      array[
+        tuple(
+          slice(at, min(at + step, n))
+          for at, step, n in zip(corner, shape, array.shape)
+        )
+      ].read()
+    )
+  return n_bytes + sum(chunk.result().nbytes for chunk in reading)
+
+
+def first_damaged(folder: str) -> tuple[str, str] | None:
+  """The first array of a folder that cannot be read, and why."""
+  for name in names(folder):
+    try:
+      read_through(open_array(folder, name))
+    except ValueError as error:
+      return name, errors.reason(error)
+  return None
+
+
+def check_json(folder: str) -> None:
+  """Raises ValueError if TensorStore's parser could crash on a file."""
+  files = _open(url_lib.kvstore(folder))
+  for place in (files, _arrays(folder)):
+    for key in _keys(place):
+      if key.rpartition('/')[2] in _PARSED:
+        try:
+          records.check(place.read(key).result().value)
+        except ValueError as error:
+          raise ValueError(f'{key} of {folder}: {error}') from None
+
+
+def _arrays(folder: str) -> ts.KvStore:
+  """The files of the arrays, which may be inside of an OCDBT database."""
+  base = url_lib.kvstore(folder)
+  manifest = _open(base).read('manifest.ocdbt').result()
+  if manifest.state == 'value':
+    return _open({'driver': 'ocdbt', 'base': base})
+  return _open(base)
+
+
+def _open(spec: dict[str, Any]) -> ts.KvStore:
+  return ts.KvStore.open(spec).result()
+
+
+def _keys(files: ts.KvStore) -> list[str]:
+  return [key.decode(errors='replace') for key in files.list().result()]
