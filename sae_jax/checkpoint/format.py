@@ -304,6 +304,9 @@ def _read_parts(checkpointer, step, names, wanted) -> dict[str, Any]:
     for part in folders:
       saved_arrays.check_json(os.fspath(part))
     saved = checkpointer.checkpointables_metadata(step).metadata
+    for name in names:
+      if saved.get(name) is None:
+        raise ValueError(f'{name} is absent, or not as Orbax wrote it')
     parts = wanted(saved)
     if declared is not None:
       _check_declared(declared, {name: saved[name] for name in names})

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from sae_jax import autoencoder, checkpoint
+from sae_jax.storage import orbax as orbax_lib
 
 CONFIG = autoencoder.SaeConfig(d_model=4, n_latents=8, k=2)
 METADATA = checkpoint.Metadata(
@@ -21,9 +22,9 @@ METADATA = checkpoint.Metadata(
 )
 
 
-def contents(activation='topk'):
+def contents(activation='topk', **sizes):
   """Arrays of all parts, each with numbers of its own."""
-  config = dataclasses.replace(CONFIG, activation=activation)
+  config = dataclasses.replace(CONFIG, activation=activation, **sizes)
   sae = autoencoder.init_weights(config, jax.random.key(0))
   trained = autoencoder.trained(sae)
 
@@ -46,3 +47,15 @@ def contents(activation='topk'):
 def save(workdir, saved, metadata=METADATA):
   with checkpoint.open_checkpointer(workdir) as checkpointer:
     checkpoint.save(checkpointer, 7, saved, metadata).result()
+
+
+def as_in_a_bucket(monkeypatch):
+  """Checkpoints on disk are laid out as in a bucket: a file for each chunk."""
+  on_disk = orbax_lib.context
+
+  def context(url):
+    settings = on_disk(url)
+    settings.array.saving.use_ocdbt = False
+    return settings
+
+  monkeypatch.setattr(orbax_lib, 'context', context)
