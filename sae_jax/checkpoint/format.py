@@ -122,7 +122,7 @@ def open_checkpointer(
     path = place / str(step) / _RECORD
     # Orbax logs what it cannot parse, all of it.
     if path.exists():
-      records.read(path, _remedy(place, step))
+      records.read(path, remedy_of(place, step))
   policies = ocp.training.preservation_policies
   try:
     return ocp.training.Checkpointer(
@@ -139,7 +139,7 @@ def open_checkpointer(
         _ = names.find_step(place, step).commit_timestamp
       except Exception as error:
         raise orbax_lib.unreadable(
-          place / str(step), [], error, _remedy(place, step)
+          place / str(step), [], error, remedy_of(place, step)
         ) from error
     raise
 
@@ -220,7 +220,7 @@ def read_record(
     UserError: see `read_metadata`.
   """
   path = place / str(step) / _RECORD
-  remedy = _remedy(place, step)
+  remedy = remedy_of(place, step)
   values = records.read(path, remedy).get('custom_metadata')
   values = values if isinstance(values, dict) else {}
   absent = {'train_config', 'mse_of_mean', 'dataset'} - set(values)
@@ -299,10 +299,11 @@ def _read_parts(checkpointer, step, names, wanted) -> dict[str, Any]:
   place = checkpointer.directory
   path = place / str(step)
   folders = [path / name for name in names]
+  remedy = remedy_of(place, step)
   _, declared = read_record(place, step)
   try:
     for part in folders:
-      saved_arrays.check_json(os.fspath(part))
+      saved_arrays.check_json(os.fspath(part), remedy)
     saved = checkpointer.checkpointables_metadata(step).metadata
     for name in names:
       if saved.get(name) is None:
@@ -318,7 +319,6 @@ def _read_parts(checkpointer, step, names, wanted) -> dict[str, Any]:
     parts = checkpointer.load_checkpointables(step, parts)
     arrays = {n: a for n, a in parts['sae'].items() if a is not None}
   except Exception as error:
-    remedy = _remedy(place, step)
     raise orbax_lib.unreadable(path, folders, error, remedy) from error
   return parts | {'sae': arrays}
 
@@ -339,7 +339,7 @@ def _words(described: list[Any] | None) -> str:
   return 'absent' if described is None else f'{described[0]} {described[1]}'
 
 
-def _remedy(place: epath.Path, step: int) -> str:
+def remedy_of(place: epath.Path, step: int) -> str:
   """How to go on without a checkpoint."""
   others = [other for other in steps(place) if other != step]
   if others:

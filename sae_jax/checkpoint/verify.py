@@ -58,20 +58,20 @@ def _runs(url: str) -> list[str]:
 
 
 def _verify_step(place: epath.Path, step: int) -> Iterator[Report]:
-  path = os.fspath(place / str(step))
+  path, remedy = os.fspath(place / str(step)), format.remedy_of(place, step)
   try:
     _, declared = format.read_record(place, step)
   except errors.UserError as error:
     yield Report(path, str(error), False)
     return
   for part in format.PARTS:
-    yield from _verify_part(path, part, declared)
+    yield from _verify_part(path, part, declared, remedy)
 
 
-def _verify_part(path, part, declared) -> Iterator[Report]:
+def _verify_part(path, part, declared, remedy) -> Iterator[Report]:
   folder = os.path.join(path, part)
   try:
-    saved_arrays.check_json(folder)
+    saved_arrays.check_json(folder, remedy)
     names = set(saved_arrays.names(folder))
   except ValueError as error:
     yield Report(folder, f'damaged: {errors.reason(error)}', False)

@@ -85,7 +85,7 @@ def load_tree(url: str, wanted: Any, remedy: str) -> Any:
     name = _TREE if (folder / _TREE).exists() else None
     arrays = folder / (name or '')
     try:
-      saved_arrays.check_json(os.fspath(arrays))
+      saved_arrays.check_json(os.fspath(arrays), remedy)
       return v1.load(folder, wanted, checkpointable_name=name)
     except Exception as error:
       raise unreadable(folder, [arrays], error, remedy) from error
@@ -115,7 +115,6 @@ def unreadable(
     return cause
   for folder in folders:
     try:
-      saved_arrays.check_json(os.fspath(folder))
       damaged = saved_arrays.first_damaged(os.fspath(folder))
     except ValueError:
       continue

@@ -10,10 +10,9 @@ from sae_jax import errors
 from sae_jax.storage import records
 from sae_jax.storage import url as url_lib
 
-# Files that TensorStore parses. Its parser crashes on JSON that is nested
-# deeply, and looks at no size.
+# What zarr's two formats call the description of an array.
 _ZARR = ('zarr.json', '.zarray')
-_PARSED = (*_ZARR, '_sharding')
+_JSON = (*_ZARR, '_METADATA', '_sharding')
 # Chunks that are in memory at once.
 _AHEAD = 4
 
@@ -71,6 +70,7 @@ def open_array(folder: str, name: str) -> ts.TensorStore:
   for file in _ZARR:
     stored = files.read(f'{name}/{file}').result()
     if stored.state == 'value':
+      # TensorStore's parser crashes on JSON that is nested deeply.
       records.check(stored.value)
       spec = files.spec().to_json()
       spec['path'] = f'{spec.get("path", "")}{name}/'
@@ -124,16 +124,25 @@ def first_damaged(folder: str) -> tuple[str, str] | None:
   return None
 
 
-def check_json(folder: str) -> None:
-  """Raises ValueError if TensorStore's parser could crash on a file."""
-  files = _open(url_lib.kvstore(folder))
-  for place in (files, _arrays(folder)):
-    for key in _keys(place):
-      if key.rpartition('/')[2] in _PARSED:
-        try:
-          records.check(place.read(key).result().value)
-        except ValueError as error:
-          raise ValueError(f'{key} of {folder}: {error}') from None
+def check_json(folder: str, remedy: str) -> None:
+  """Reads all JSON of a folder, before TensorStore's parser or Orbax do.
+
+  Args:
+    folder: local path or URL.
+    remedy: what the user can do if a file is damaged.
+
+  Raises:
+    UserError: if one is damaged; it names the file.
+    ValueError: if the folder cannot be read.
+  """
+  for files in (_open(url_lib.kvstore(folder)), _arrays(folder)):
+    reading = {
+      key: files.read(key)
+      for key in _keys(files)
+      if key.rpartition('/')[2] in _JSON or key.startswith('array_metadatas/')
+    }
+    for key, read in reading.items():
+      records.parse(read.result().value, f'{folder}/{key}', remedy)
 
 
 def _arrays(folder: str) -> ts.KvStore:
