@@ -302,8 +302,9 @@ def _read_parts(checkpointer, step, names, wanted) -> dict[str, Any]:
   remedy = remedy_of(place, step)
   _, declared = read_record(place, step)
   try:
-    for part in folders:
-      saved_arrays.check_json(os.fspath(part), remedy)
+    # Orbax opens the arrays of all parts to list them.
+    for part in PARTS:
+      saved_arrays.check_json(os.fspath(path / part), remedy)
     saved = checkpointer.checkpointables_metadata(step).metadata
     for name in names:
       if saved.get(name) is None:

@@ -98,8 +98,11 @@ def _read(folder: str, name: str, declared: list | None) -> str:
   if declared not in (None, described):
     raise ValueError(f'it is {described}, and was saved as {declared}')
   n_bytes = saved_arrays.read_through(array)
+  digests = saved_arrays.has_digests(array)
+  if declared and not digests:
+    raise ValueError('its description lacks the checksums of its chunks')
   text = f'{array.dtype.name} {list(array.shape)}, {n_bytes:,} bytes'
-  if saved_arrays.has_digests(array):
+  if digests:
     return f'{text}, as saved'
   return f'{text}, can be read; it carries no digest, an older version saved it'
 
