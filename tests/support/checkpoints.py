@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from sae_jax import autoencoder, checkpoint
 from sae_jax.storage import orbax as orbax_lib
+from sae_jax.storage import saved_arrays
 
 CONFIG = autoencoder.SaeConfig(d_model=4, n_latents=8, k=2)
 METADATA = checkpoint.Metadata(
@@ -44,9 +45,9 @@ def contents(activation='topk', **sizes):
   )
 
 
-def save(workdir, saved, metadata=METADATA):
+def save(workdir, saved, metadata=METADATA, step=7):
   with checkpoint.open_checkpointer(workdir) as checkpointer:
-    checkpoint.save(checkpointer, 7, saved, metadata).result()
+    checkpoint.save(checkpointer, step, saved, metadata).result()
 
 
 def as_in_a_bucket(monkeypatch):
@@ -59,3 +60,18 @@ def as_in_a_bucket(monkeypatch):
     return settings
 
   monkeypatch.setattr(orbax_lib, 'context', context)
+
+
+def without_digests(monkeypatch):
+  """Checkpoints are saved as versions before 0.2.0 saved them."""
+  monkeypatch.setattr(saved_arrays, 'add_digests', lambda spec: None)
+
+  def save(checkpointer, step, saved, metadata):
+    return checkpointer.save_checkpointables_async(
+      step,
+      saved.parts(),
+      force=True,
+      custom_metadata=dataclasses.asdict(metadata),
+    )
+
+  monkeypatch.setattr(checkpoint, 'save', save)

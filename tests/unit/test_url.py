@@ -5,6 +5,7 @@ import importlib.util
 import pathlib
 import re
 
+from etils import epath
 import fsspec
 import pytest
 from tensorboardX import record_writer
@@ -79,6 +80,16 @@ def test_a_server_that_is_not_amazon_s_comes_from_the_environment(monkeypatch):
   assert found['aws_region'] == 'us-east-1'
   monkeypatch.setenv('AWS_DEFAULT_REGION', 'eu-north-1')
   assert url_lib.kvstore('s3://abc/x')['aws_region'] == 'eu-north-1'
+
+
+def test_a_folder_is_no_pattern(tmp_path):
+  folder = epath.Path(tmp_path) / 'k=[1,2] *?'
+  folder.mkdir()
+  (folder / 'a.json').touch()
+  assert [path.name for path in folder.glob('*.json')] == ['a.json']
+  for url in ('gs://b/run[1]', 's3://b/a*'):
+    with pytest.raises(errors.UserError, match='is a pattern to clients of'):
+      url_lib.absolute(url)
 
 
 def test_paths_are_made_absolute_and_urls_are_not(monkeypatch, tmp_path):
