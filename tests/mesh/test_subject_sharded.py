@@ -6,10 +6,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from orbax import checkpoint as ocp
 import pytest
 
 from sae_jax import errors, subject
 from sae_jax import mesh as mesh_lib
+from sae_jax.storage import orbax as orbax_lib
 from sae_jax.subject import capture, generate, sharding
 from sae_jax.subject.formats import saved
 from tests.support import hf_folder
@@ -132,11 +134,37 @@ def test_a_saved_subject_comes_back(name, tmp_path):
   np.testing.assert_array_equal(
     narrow.params['embed'], loaded.params['embed'].astype(jnp.bfloat16)
   )
+  _flip_a_bit(tmp_path / 'saved/params')
+  with pytest.raises(errors.UserError, match=r'array .*params is damaged \('):
+    subject.load(url)
   with pytest.raises(errors.UserError) as error:
     subject.save(loaded, url)
   assert str(error.value) == (
     f'{url} holds a subject already: use another folder or delete this one'
   )
+
+
+def _flip_a_bit(folder):
+  """In the middle of the largest file, which holds the largest arrays."""
+  path = max(
+    (path for path in folder.rglob('*') if path.is_file()),
+    key=lambda path: path.stat().st_size,
+  )
+  data = bytearray(path.read_bytes())
+  data[len(data) // 2] ^= 1
+  path.write_bytes(data)
+
+
+def test_a_subject_saved_by_an_older_version_is_read(tmp_path):
+  arrays = {'blocks': [{'up': jnp.arange(6.0)}], 'embed': jnp.ones((2, 3))}
+  with ocp.StandardCheckpointer() as checkpointer:
+    checkpointer.save(tmp_path / 'params', arrays)
+  wanted = jax.tree.map(
+    lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding),
+    arrays,
+  )
+  got = orbax_lib.load_tree(str(tmp_path / 'params'), wanted, '')
+  jax.tree.map(np.testing.assert_array_equal, got, arrays)
 
 
 def test_a_saved_subject_of_another_version_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 """The binaries in this process: flags, errors of one line, sweeps."""
 
 import os
+import shutil
 
 import pytest
 
@@ -168,6 +169,35 @@ def test_a_run_that_is_longer_than_asked_is_left_alone(swept):
   one = str(workdir / 'k=4_activation=topk')
   found = binaries.run('sae-train', *runs.flags(store, one, k=4, steps=20))
   assert found.stdout == f'{one}: trained to step 30\n'
+
+
+def test_verify_prints_a_line_for_each_array(swept, tmp_path):
+  _, workdir, _ = swept
+  ended = binaries.run('sae-train', '--verify', f'--workdir={workdir}')
+  assert ended.returncode == 0, ended.stderr
+  lines = ended.stdout.splitlines()
+  assert all(line.endswith(' bytes, as saved') for line in lines)
+  places = {line.rpartition(': ')[0] for line in lines}
+  assert len(places) == len(lines)
+  for name in ('k=2_activation=topk', 'k=4_activation=relu'):
+    assert f'{workdir / name}/checkpoints/30/sae/w_enc_ND' in places
+  run = tmp_path / 'run'
+  shutil.copytree(workdir / 'k=2_activation=topk', run)
+  (run / 'checkpoints/30/adam/manifest.ocdbt').unlink()
+  ended = binaries.run('sae-train', '--verify', f'--workdir={run}')
+  assert ended.returncode == 2
+  assert f'{run}/checkpoints/30/adam/count: damaged: ' in ended.stdout
+  assert f'{run}/checkpoints/30/ema/count: int32 [], 4 bytes' in ended.stdout
+  last = ended.stderr.splitlines()[-1]
+  assert last.startswith('error: ') and 'delete the folder of such a' in last
+  one_line(
+    binaries.run('sae-train', '--verify', f'--workdir={tmp_path / "none"}'),
+    2,
+    'no checkpoints under',
+  )
+  one_line(
+    binaries.run('sae-train', f'--workdir={run}'), 2, '--store is required'
+  )
 
 
 def test_debug_nans_stops_where_one_is_made(tmp_path):

@@ -153,6 +153,18 @@ def test_a_damaged_checkpoint_is_named(finished, store, tmp_path, part):
   )
 
 
+def test_a_checkpoint_under_the_name_of_another_is_refused(
+  finished, store, tmp_path
+):
+  shutil.copytree(finished[0], tmp_path / 'run')
+  steps = tmp_path / 'run/checkpoints'
+  (steps / '30').rename(steps / '40')
+  with pytest.raises(
+    errors.UserError, match=r'40 holds the .* of step 30: give'
+  ):
+    train.train(runs.train_config(steps=50), store, str(tmp_path / 'run'))
+
+
 def test_load_says_what_is_missing(finished, tmp_path):
   with pytest.raises(errors.UserError, match='no checkpoints under'):
     checkpoint.load(str(tmp_path))
