@@ -135,12 +135,12 @@ def open_checkpointer(
     # It does this to each of them, and does not say to which it could not.
     names = paths.step.standard_name_format()
     for step in steps(place):
-      try:
-        _ = names.find_step(place, step).commit_timestamp
-      except Exception as error:
-        raise orbax_lib.unreadable(
-          place / str(step), [], error, remedy_of(place, step)
-        ) from error
+      _ = orbax_lib.explained(
+        lambda step=step: names.find_step(place, step).commit_timestamp,
+        place / str(step),
+        [],
+        remedy_of(place, step),
+      )
     raise
 
 
@@ -297,11 +297,10 @@ def read_parameters(
 def _read_parts(checkpointer, step, names, wanted) -> dict[str, Any]:
   """Parts by name; `wanted` gives arrays to read, from those that are saved."""
   place = checkpointer.directory
-  path = place / str(step)
-  folders = [path / name for name in names]
-  remedy = remedy_of(place, step)
+  path, remedy = place / str(step), remedy_of(place, step)
   _, declared = read_record(place, step)
-  try:
+
+  def load():
     # Orbax opens the arrays of all parts to list them.
     for part in PARTS:
       saved_arrays.check_json(os.fspath(path / part), remedy)
@@ -319,9 +318,10 @@ def _read_parts(checkpointer, step, names, wanted) -> dict[str, Any]:
     parts = parts | {'sae': nothing | parts['sae']}
     parts = checkpointer.load_checkpointables(step, parts)
     arrays = {n: a for n, a in parts['sae'].items() if a is not None}
-  except Exception as error:
-    raise orbax_lib.unreadable(path, folders, error, remedy) from error
-  return parts | {'sae': arrays}
+    return parts | {'sae': arrays}
+
+  folders = [path / name for name in names]
+  return orbax_lib.explained(load, path, folders, remedy)
 
 
 def _check_declared(declared, parts) -> None:

@@ -1,9 +1,13 @@
 """Orbax on every kind of storage: its settings for a URL."""
 
+from collections.abc import Callable
 import functools
+import gc
 import logging
 import os
-from typing import Any
+import sys
+from typing import Any, TypeVar
+import warnings
 
 from etils import epath
 import jax
@@ -13,6 +17,8 @@ from orbax.checkpoint._src.serialization import tensorstore_utils
 from sae_jax import errors
 from sae_jax.storage import saved_arrays
 from sae_jax.storage import url as url_lib
+
+_Loaded = TypeVar('_Loaded')
 
 # Warnings at every checkpoint that is not in OCDBT, as in buckets, where they
 # are needless. Elsewhere they say that nothing can be read again.
@@ -84,35 +90,58 @@ def load_tree(url: str, wanted: Any, remedy: str) -> Any:
     # Of StandardCheckpointer they lie in the folder itself.
     name = _TREE if (folder / _TREE).exists() else None
     arrays = folder / (name or '')
-    try:
+
+    def load():
       saved_arrays.check_json(os.fspath(arrays), remedy)
       return v1.load(folder, wanted, checkpointable_name=name)
-    except Exception as error:
-      raise unreadable(folder, [arrays], error, remedy) from error
+
+    return explained(load, folder, [arrays], remedy)
 
 
-def unreadable(
-  url: epath.Path, folders: list[epath.Path], error: Exception, remedy: str
-) -> Exception:
-  """The error that says what of a checkpoint cannot be read.
+def explained(
+  load: Callable[[], _Loaded],
+  url: epath.Path,
+  folders: list[epath.Path],
+  remedy: str,
+) -> _Loaded:
+  """What a function loads with Orbax, or what of it is damaged.
 
   Args:
+    load: the function.
     url: the checkpoint.
-    folders: those in it whose arrays were to be read.
-    error: what Orbax raised.
-    remedy: what the user can do if it is damaged.
+    folders: those in it whose arrays it loads.
+    remedy: what the user can do if they are damaged.
 
-  Returns:
-    A UserError; the error's own cause, if that is not in the checkpoint.
+  Raises:
+    UserError: if the checkpoint cannot be read, naming the first array that is
+      damaged.
   """
+  try:
+    return load()
+  except Exception as error:
+    failure = _failure(error, url, folders, remedy)
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+  try:
+    # The reading of other arrays, which Orbax leaves half done, complains as it
+    # is thrown away.
+    with warnings.catch_warnings():
+      warnings.simplefilter('ignore', RuntimeWarning)
+      gc.collect()
+  finally:
+    sys.unraisablehook = hook
+  raise failure
+
+
+def _failure(error, url, folders, remedy) -> Exception:
+  """A UserError; the error's cause, if that is not in the checkpoint."""
   cause = error
   # Orbax wraps what TensorStore says into a dump of all that was wanted.
   while cause.__cause__ is not None:
     cause = cause.__cause__
-  if isinstance(cause, (MemoryError, jax.errors.JaxRuntimeError)):
-    return cause
-  if isinstance(cause, errors.UserError):
-    return cause
+  if isinstance(
+    cause, (errors.UserError, MemoryError, jax.errors.JaxRuntimeError)
+  ):
+    return cause.with_traceback(None)
   for folder in folders:
     try:
       damaged = saved_arrays.first_damaged(os.fspath(folder))
