@@ -54,7 +54,7 @@ def names(folder: str) -> list[str]:
   """
   return sorted(
     key.rpartition('/')[0]
-    for key in _keys(_arrays(folder))
+    for key in _keys(_open(_arrays(folder)))
     if key.rpartition('/')[2] in _ZARR
   )
 
@@ -65,19 +65,19 @@ def open_array(folder: str, name: str) -> ts.TensorStore:
   Raises:
     ValueError: if it cannot be read.
   """
-  files = _arrays(folder)
+  spec = _arrays(folder)
+  files = _open(spec)
   driver = {'zarr.json': 'zarr3', '.zarray': 'zarr'}
   for file in _ZARR:
     stored = files.read(f'{name}/{file}').result()
     if stored.state == 'value':
       # TensorStore's parser crashes on JSON that is nested deeply.
       records.check(stored.value)
-      spec = files.spec().to_json()
-      spec['path'] = f'{spec.get("path", "")}{name}/'
+      place = spec | {'path': f'{spec.get("path", "")}{name}/'}
       return ts.open(
         {
           'driver': driver[file],
-          'kvstore': spec,
+          'kvstore': place,
           # As Orbax does; otherwise what is lost reads as zeros.
           'fill_missing_data_reads': False,
         }
@@ -135,7 +135,8 @@ def check_json(folder: str, remedy: str) -> None:
     UserError: if one is damaged; it names the file.
     ValueError: if the folder cannot be read.
   """
-  for files in (_open(url_lib.kvstore(folder)), _arrays(folder)):
+  for spec in (url_lib.kvstore(folder), _arrays(folder)):
+    files = _open(spec)
     reading = {
       key: files.read(key)
       for key in _keys(files)
@@ -145,13 +146,13 @@ def check_json(folder: str, remedy: str) -> None:
       records.parse(read.result().value, f'{folder}/{key}', remedy)
 
 
-def _arrays(folder: str) -> ts.KvStore:
-  """The files of the arrays, which may be inside of an OCDBT database."""
+def _arrays(folder: str) -> dict[str, Any]:
+  """The spec of the arrays' files, which may be in an OCDBT database."""
   base = url_lib.kvstore(folder)
   manifest = _open(base).read('manifest.ocdbt').result()
   if manifest.state == 'value':
-    return _open({'driver': 'ocdbt', 'base': base})
-  return _open(base)
+    return {'driver': 'ocdbt', 'base': base}
+  return base
 
 
 def _open(spec: dict[str, Any]) -> ts.KvStore:
