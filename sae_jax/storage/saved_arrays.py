@@ -135,7 +135,8 @@ def check_json(folder: str, remedy: str) -> None:
     UserError: if one is damaged; it names the file.
     ValueError: if the folder cannot be read.
   """
-  for spec in (url_lib.kvstore(folder), _arrays(folder)):
+  base, arrays = url_lib.kvstore(folder), _arrays(folder)
+  for spec in [base] if arrays == base else [base, arrays]:
     files = _open(spec)
     reading = {
       key: files.read(key)
