@@ -20,23 +20,26 @@ _AHEAD = 4
 def add_digests(spec: dict[str, Any]) -> None:
   """Has a checksum stored with each chunk, which every reader compares.
 
-  The last codec of each chunk becomes crc32c: it covers the bytes as they lie
-  on disk, so that a process of another mesh checks what it reads and no more.
+  It is the XXH64 in zstd's frame of a chunk, so that a process of another mesh
+  checks what it reads and no more, and any reader of zarr does.
 
   Args:
     spec: TensorStore's spec of an array in zarr's format 3 that is to be
       written, changed in place.
   """
-  codecs = spec.get('base', spec)['metadata'].get('codecs')
-  if codecs:
-    _chunk_codecs(codecs).append({'name': 'crc32c'})
+  codecs = spec.get('base', spec)['metadata'].get('codecs', [])
+  for codec in _chunk_codecs(codecs):
+    if codec['name'] == 'zstd':
+      codec['configuration']['checksum'] = True
 
 
 def has_digests(array: ts.TensorStore) -> bool:
   """Whether a checksum is stored with each chunk of an array."""
   metadata = array.spec().to_json()['metadata']
-  codecs = _chunk_codecs(metadata.get('codecs', []))
-  return {'name': 'crc32c'} in codecs
+  return any(
+    codec['name'] == 'zstd' and codec['configuration'].get('checksum', False)
+    for codec in _chunk_codecs(metadata.get('codecs', []))
+  )
 
 
 def _chunk_codecs(codecs: list[dict[str, Any]]) -> list[dict[str, Any]]:

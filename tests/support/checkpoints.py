@@ -63,7 +63,7 @@ def as_in_a_bucket(monkeypatch):
 
 
 def without_digests(monkeypatch):
-  """Checkpoints are saved as versions before 0.2.0 saved them."""
+  """Checkpoints are saved as older versions saved them."""
   monkeypatch.setattr(saved_arrays, 'add_digests', lambda spec: None)
 
   def save(checkpointer, step, saved, metadata):
