@@ -155,7 +155,7 @@ def _failure(error, url, folders, remedy) -> Exception:
       )
   return errors.UserError(
     f'{url} cannot be read ({type(cause).__name__}: {errors.reason(cause)}): '
-    f'check your access; if it is damaged, {remedy}'
+    f'check your access; if it is damaged: {remedy}'
   )
 
 

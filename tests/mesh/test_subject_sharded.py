@@ -170,5 +170,5 @@ def test_a_subject_saved_by_an_older_version_is_read(tmp_path):
 def test_a_saved_subject_of_another_version_is_refused(tmp_path):
   assert not saved.is_saved(str(tmp_path))
   (tmp_path / 'subject.json').write_text('{"config": {"n_layers": 3}}')
-  with pytest.raises(errors.UserError, match='is of another version'):
+  with pytest.raises(errors.UserError, match='of another version'):
     saved.load(str(tmp_path))
