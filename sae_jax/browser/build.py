@@ -1,23 +1,21 @@
 """The last stage: builds the page from the results of probing."""
 
-import dataclasses
 from typing import Any
 
 from absl import logging
 from etils import epath
 
-from sae_jax import config as config_lib
 from sae_jax import subject as subject_lib
-from sae_jax.browser import index
+from sae_jax.browser import index, record
 from sae_jax.features import results, table
-from sae_jax.storage import records, workdir
+from sae_jax.storage import workdir
 from sae_jax.subject.formats import tokenizer as tokenizer_lib
 
 STAGE = 'sae-browse'
 
 
-def vocabulary(report: dict[str, Any], subject: str = '') -> list[str]:
-  """The text of each token of the subject that a report is about.
+def vocabulary(report: dict[str, Any], subject: str = '') -> list[str | bytes]:
+  """The text or bytes of each token of the subject that a report is about.
 
   Args:
     report: of sae-probe.
@@ -29,7 +27,7 @@ def vocabulary(report: dict[str, Any], subject: str = '') -> list[str]:
   tokenizer = subject_lib.load_recorded_tokenizer(
     report['subject'], report.get('weights_sha256', ''), subject
   )
-  return tokenizer_lib.token_strings(tokenizer)
+  return tokenizer_lib.token_texts(tokenizer)
 
 
 def browse(config: index.BrowseConfig, probe_url: str, out_url: str) -> str:
@@ -48,24 +46,13 @@ def browse(config: index.BrowseConfig, probe_url: str, out_url: str) -> str:
       use, somebody else's or a page of other results.
   """
   report = results.read_report(probe_url)
-  # The same model, wherever it is.
-  browse_config = config_lib.through_json(
-    dataclasses.asdict(dataclasses.replace(config, subject=''))
-  )
+  inputs = index.inputs(report, config)
   made_from = {
     'probe': report.get('made_from'),
-    'browse_config': browse_config,
+    'browse_config': inputs['browse_config'],
   }
-  report['browse_config'] = browse_config
-  # A page of another version is built again.
-  report['page'] = index.page_digest()
-  meta_path = epath.Path(out_url) / 'data' / 'meta.json'
   with workdir.hold(out_url, STAGE, made_from):
-    if (
-      meta_path.exists()
-      and records.read(meta_path).get('report') == report
-      and index.is_whole(out_url)
-    ):
+    if record.vouches(out_url, inputs):
       logging.info('%s is finished: reused', out_url)
       return str(epath.Path(out_url) / 'index.html')
     features = results.read_features(probe_url, report)

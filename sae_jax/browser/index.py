@@ -2,13 +2,15 @@
 
 Any server of static files can serve a built folder:
 
-  index.html *.js style.css    the page, copied from `page/`
-  data/meta.json               numbers of the whole; written last, so a folder
-                               without it is not finished
+  index.html *.js style.css    the page, see `static`
+  data/record.json             what all is made from, digests of all files;
+                               written last: without it a page is not finished
+  data/meta.json               numbers of the whole
   data/columns.json            a list per column, one entry per latent, for
                                sorting, filtering and searching
   data/previews.json           a few tokens of each latent's best example
-  data/vocabulary.json         token id -> text; other files hold ids alone
+  data/vocabulary.json         token id -> its text, or its bytes where they are
+                               not whole characters; other files hold ids alone
   data/features/00000.json     a shard of `features_per_shard` latents
 
 Numbers that are not finite become null; absent examples, votes and
@@ -16,25 +18,30 @@ neighbours (-1 in the arrays) are left out.
 """
 
 import collections
+from collections.abc import Sequence
 from concurrent import futures
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import math
+import re
 from typing import Any
 
 from etils import epath
 import numpy as np
 
+import sae_jax
 from sae_jax import config as config_lib
 from sae_jax import errors, progress
 from sae_jax import subject as subject_lib
+from sae_jax.browser import record, static
 from sae_jax.features import table
 from sae_jax.features.table import ARRAYS, MOMENTS
-from sae_jax.storage import files, records
+from sae_jax.storage import files
 
-FORMAT_VERSION = 1
-_PAGE = epath.Path(__file__).parent / 'page'
+FORMAT_VERSION = 2
+_SHARD = re.compile(r'\d{5,}\.json')
 _WRITERS = 8  # threads: a bucket's latency, not its bandwidth, is the bound
 
 
@@ -73,10 +80,28 @@ class BrowseConfig(config_lib.Config):
   )
 
 
+def inputs(report: dict[str, Any], config: BrowseConfig) -> dict[str, Any]:
+  """Everything that a page depends on, as it reads back from JSON."""
+  # The same model, wherever it is.
+  config = dataclasses.replace(config, subject='')
+  return config_lib.through_json(
+    {
+      'report': _plain(report, 'report'),
+      'browse_config': dataclasses.asdict(config),
+      'page': static.digest(),
+      'versions': {
+        'sae_jax': sae_jax.__version__,
+        'numpy': np.__version__,
+        'tokenizers': importlib.metadata.version('tokenizers'),
+      },
+    }
+  )
+
+
 def build_index(
   features: dict[str, np.ndarray] | epath.PathLike,
   report: dict[str, Any],
-  vocabulary: list[str],
+  vocabulary: Sequence[str | bytes],
   out_url: epath.PathLike,
   config: BrowseConfig | None = None,
 ) -> str:
@@ -85,7 +110,8 @@ def build_index(
   Args:
     features: the feature table (`features.table`), or its path or URL.
     report: the metrics of the autoencoder, as in `report.json`.
-    vocabulary: the readable text of each token id.
+    vocabulary: the text of each token id, or its bytes where they are not whole
+      characters.
     out_url: folder to write, or its URL; an older index in it is replaced.
     config: options of the page; the defaults if None.
 
@@ -100,41 +126,54 @@ def build_index(
   if not isinstance(features, dict):
     features = table.read(features)
   table.check(features, len(vocabulary))
-  report = _plain(report, 'report')
+  depends = inputs(report, config)
   out = epath.Path(out_url)
-  _write_page(out)
-  build = _write_data(features, vocabulary, config, out / 'data')
-  # Last, as it makes the folder a finished one.
-  meta = _meta(features, report, len(vocabulary), config, build)
-  _write(out / 'data' / 'meta.json', meta)
+  _clear(out)
+  # Name -> digest of each file that is written.
+  digests = {}
+  for name, content in static.contents().items():
+    files.write_bytes(out / name, content)
+    digests[name] = record.sha256(content)
+  _write_data(features, vocabulary, config, out, digests)
+  build = _identity(digests)
+  meta = _meta(features, depends['report'], len(vocabulary), config, build)
+  _write(out, 'data/meta.json', meta, digests)
+  # Last, as it makes the page a finished one.
+  record.write(out, depends, digests)
   return str(out / 'index.html')
 
 
-def _write_page(out: epath.Path) -> None:
-  """Writes the page's own files, without the data of an older index."""
-  data = out / 'data'
-  (data / 'meta.json').unlink(missing_ok=True)
-  (data / 'features').mkdir(parents=True, exist_ok=True)
-  for stale in (data / 'features').glob('*.json'):
-    stale.unlink()
-  for source in _PAGE.iterdir():
-    if source.is_file():
-      files.write_text(out / source.name, source.read_text())
+def _clear(out: epath.Path) -> None:
+  """Removes an older index's record and data, and what a killed build left."""
+  record.remove(out)
+  (out / 'data' / 'meta.json').unlink(missing_ok=True)
+  shards = out / 'data' / 'features'
+  if shards.exists():
+    for stale in shards.iterdir():
+      if _SHARD.fullmatch(stale.name):
+        stale.unlink()
+  for folder in (out, out / 'data', shards):
+    files.remove_partial(folder)
 
 
-def _write_data(features, vocabulary, config, data: epath.Path) -> str:
-  """Writes all data but meta.json; returns a name of the content."""
-  identity = hashlib.sha256()
+def _identity(digests: dict[str, str]) -> str:
+  """A name of the content of all files."""
+  lines = [f'{name} {digest}\n' for name, digest in sorted(digests.items())]
+  return hashlib.sha256(''.join(lines).encode()).hexdigest()[:16]
+
+
+def _write_data(features, vocabulary, config, out, digests) -> None:
+  """Writes all data but meta.json."""
   lists = {
-    'vocabulary': vocabulary,
+    'vocabulary': [
+      list(token) if isinstance(token, bytes) else token for token in vocabulary
+    ],
     'columns': _columns(features, config),
     'previews': _previews(features, config),
   }
   for name, values in lists.items():
-    identity.update(_write(data / f'{name}.json', values))
-  for digest in _write_shards(features, config, data / 'features'):
-    identity.update(digest)
-  return identity.hexdigest()[:16]
+    _write(out, f'data/{name}.json', values, digests)
+  _write_shards(features, config, out, digests)
 
 
 def _meta(features, report, vocabulary_size, config, build) -> dict[str, Any]:
@@ -143,6 +182,7 @@ def _meta(features, report, vocabulary_size, config, build) -> dict[str, Any]:
   in_use = np.flatnonzero(features['hist_counts'].sum(axis=0))
   return {
     'format_version': FORMAT_VERSION,
+    'page': static.digest(),
     'title': config.title,
     'build': build,
     'n_features': len(alive),
@@ -154,28 +194,6 @@ def _meta(features, report, vocabulary_size, config, build) -> dict[str, Any]:
       [int(in_use[0]), int(in_use[-1]) + 1] if in_use.size else [0, 0]
     ),
     'report': report,
-  }
-
-
-def page_digest() -> str:
-  """A hex digest of the page's own files: their version."""
-  digest = hashlib.sha256()
-  for source in sorted(_PAGE.iterdir()):
-    if source.is_file():
-      digest.update(source.name.encode() + source.read_bytes())
-  return digest.hexdigest()
-
-
-def is_whole(out_url: epath.PathLike) -> bool:
-  """Whether every file of a finished page is there."""
-  out = epath.Path(out_url)
-  meta = records.read(out / 'data' / 'meta.json')
-  shards = -(-meta['n_features'] // meta['features_per_shard'])
-  names = [source.name for source in _PAGE.iterdir() if source.is_file()]
-  names += [f'data/{n}.json' for n in ('vocabulary', 'columns', 'previews')]
-  present = {path.name for path in (out / 'data' / 'features').glob('*.json')}
-  return all((out / name).exists() for name in names) and present >= {
-    f'{shard:05d}.json' for shard in range(shards)
   }
 
 
@@ -215,8 +233,8 @@ def _previews(features, config):
   return {'tokens': tokens, 'percents': percents}
 
 
-def _write_shards(features, config, folder):
-  """Writes all shards; returns their digests in order."""
+def _write_shards(features, config, out, digests) -> None:
+  """Writes all shards."""
   n_features, size = len(features['latent_ids']), config.features_per_shard
 
   def write(first):
@@ -224,17 +242,14 @@ def _write_shards(features, config, folder):
       _feature(features, row, config.activation_digits)
       for row in range(first, min(first + size, n_features))
     ]
-    return _write(folder / f'{first // size:05d}.json', shard)
+    _write(out, f'data/features/{first // size:05d}.json', shard, digests)
 
-  digests = []
   with (
     progress.bar(total=n_features, unit='latent', desc='index') as bar,
     futures.ThreadPoolExecutor(_WRITERS) as pool,
   ):
-    for digest in pool.map(write, range(0, n_features, size)):
-      digests.append(digest)
+    for _ in pool.map(write, range(0, n_features, size)):
       bar.update(min(size, n_features - bar.n))
-  return digests
 
 
 def _feature(features, row, digits):
@@ -336,8 +351,8 @@ def _plain(value, name):
   )
 
 
-def _write(path, values):
-  """Writes compact ASCII JSON; returns its digest."""
-  text = json.dumps(values, separators=(',', ':'), allow_nan=False)
-  files.write_text(path, text)
-  return hashlib.sha256(text.encode()).digest()
+def _write(out, name, values, digests) -> None:
+  """Writes compact ASCII JSON and notes its digest."""
+  text = json.dumps(values, separators=(',', ':'), allow_nan=False).encode()
+  files.write_bytes(out / name, text)
+  digests[name] = record.sha256(text)

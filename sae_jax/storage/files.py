@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 
 from etils import epath
 import tensorstore as ts
@@ -42,6 +43,24 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
     # An error of a write names no file.
     error.filename = os.fspath(path)
     raise
+
+
+_PARTIAL = re.compile(r'\..+\.\d+\.partial')
+
+
+def remove_partial(folder: epath.PathLike) -> None:
+  """Removes what killed processes left of files that they wrote to a folder.
+
+  Args:
+    folder: local path or URL; no other process may write there now.
+  """
+  folder = epath.Path(folder)
+  # In buckets there are none.
+  if url_lib.is_remote(folder) or not folder.exists():
+    return
+  for path in folder.iterdir():
+    if _PARTIAL.fullmatch(path.name):
+      path.unlink(missing_ok=True)
 
 
 def write_text(path: epath.PathLike, text: str) -> None:

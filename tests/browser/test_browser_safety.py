@@ -55,7 +55,7 @@ def test_hostile_check_sees_an_injection(folder, tmp_path, chromium, policy):
     text = (out / name).read_text()
     planted = text.replace('.textContent = ', '.innerHTML = ')
     (out / name).write_text(planted)
-  assert '.innerHTML = visible(text)' in (out / 'tokens.js').read_text()
+  assert '.innerHTML = unit.lines[0]' in (out / 'tokens.js').read_text()
   html = (out / 'index.html').read_text()
   if not policy:
     html = re.sub(r'<meta http-equiv="Content-Security[^>]*>', '', html)
@@ -93,9 +93,9 @@ def test_requests_to_elsewhere_are_refused_and_seen(chromium, url):
     ('meta.json', None, 'data/meta.json is missing (HTTP 404)'),
     ('columns.json', None, 'data/columns.json is missing'),
     ('columns.json', '{"latent": [1, 2', 'data/columns.json is not valid JSON'),
-    ('columns.json', '{"latent": [1]}', '1 entries of latent, not 120'),
-    ('columns.json', '{}', 'not what this page expects'),
-    ('vocabulary.json', '[]', 'has 0 tokens, not'),
+    ('columns.json', '{"latent": [1]}', 'latent has 1 entries, not 120'),
+    ('columns.json', '{}', 'columns.json: latent is missing, not a list'),
+    ('vocabulary.json', '[]', 'has 0 entries, not'),
     ('meta.json', '{"format_version": 99}', 'has format 99'),
     ('meta.json', 'null', 'has format undefined'),
   ],

@@ -3,7 +3,6 @@
 import collections
 import json
 
-from etils import epath
 import numpy as np
 import pytest
 
@@ -305,30 +304,3 @@ def test_page_asks_for_nothing_from_elsewhere(folder):
     assert '://' not in rest, name
     for word in ('innerHTML', 'outerHTML', 'insertAdjacentHTML', 'eval('):
       assert word not in text, f'{name} uses {word}'
-
-
-def test_the_page_digest_changes_with_the_page(tmp_path, monkeypatch):
-  before = index.page_digest()
-  assert before == index.page_digest()
-  copy = epath.Path(tmp_path)
-  for source in index._PAGE.iterdir():
-    if source.is_file():
-      (copy / source.name).write_text(source.read_text())
-  monkeypatch.setattr(index, '_PAGE', copy)
-  assert index.page_digest() == before
-  (copy / 'app.js').write_text('changed')
-  assert index.page_digest() != before
-
-
-def test_a_page_is_whole_until_a_file_is_lost(made, tmp_path):
-  features, report, vocabulary = made
-  index.build_index(features, report, vocabulary, tmp_path)
-  assert index.is_whole(tmp_path)
-  names = ['index.html', 'data/columns.json', 'data/features/00000.json']
-  for name in names:
-    path = tmp_path / name
-    kept = path.read_bytes()
-    path.unlink()
-    assert not index.is_whole(tmp_path), name
-    path.write_bytes(kept)
-  assert index.is_whole(tmp_path)

@@ -1,6 +1,6 @@
 // Starts the page, follows the address, listens to the keyboard.
 
-import { DataError, load } from './data.js';
+import { DataError, load, StalePage } from './data.js';
 import { announce, byId, el, hideTip, watchTips } from './dom.js';
 import { featureView, recentre, restoreWrap, toggleWrap } from './feature.js';
 import { createList } from './list.js';
@@ -11,6 +11,7 @@ let data;
 let list;
 let current = null; // place of the latent in view, null on the overview
 let listScroll = 0;
+const RELOADED = 'sae-browser-reloaded';
 
 const open = (place) => {
   if (place !== null) location.hash = `#/latent/${data.columns.latent[place]}`;
@@ -134,22 +135,37 @@ function onKey(event) {
   KEYS[event.key]();
 }
 
+// Reloads once. A reload asks the server for the page again; its scripts have new addresses.
+function renew(version) {
+  let before = version;
+  try {
+    before = sessionStorage.getItem(RELOADED);
+    sessionStorage.setItem(RELOADED, version);
+  } catch { /* private windows may refuse: no reload then, which could repeat */ }
+  if (before === version) {
+    notice('This page is older than its data', 'The browser, or a cache ' +
+      'between it and the server, keeps an older page at this address. ' +
+      'Clear the browser’s cache and load the page again.');
+  } else location.reload();
+}
+
 async function start() {
   byId('boot').remove();
   document.body.dataset.view = 'loading';
   main.append(el('p', { class: 'notice' }, 'Reading the index …'));
   try {
-    data = await load();
+    data = await load([import.meta.url]);
+    byId('home').textContent = data.meta.title;
+    watchTips();
+    restoreWrap();
+    list = createList(data);
+    list.update();
+    route();
   } catch (error) {
-    notice('The features could not be read', explain(error));
+    if (error instanceof StalePage) renew(error.message);
+    else notice('The features could not be read', explain(error));
     return;
   }
-  byId('home').textContent = data.meta.title;
-  watchTips();
-  restoreWrap();
-  list = createList(data);
-  list.update();
-  route();
   window.addEventListener('hashchange', route);
   window.addEventListener('resize', recentre);
   document.addEventListener('keydown', onKey);
@@ -164,7 +180,8 @@ async function start() {
   try {
     list.setPreviews(await data.previews());
   } catch (error) {
-    announce(explain(error));
+    byId('trouble').textContent = explain(error);
+    byId('trouble').hidden = false;
   }
 }
 

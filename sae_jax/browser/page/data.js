@@ -1,9 +1,18 @@
 // Fetches the index. Whatever is wrong with it becomes one readable sentence.
 
-const FORMAT_VERSION = 1;
+import { checkColumns, checkFeature, checkMeta, checkPreviews, checkVocabulary,
+  DataError } from './checks.js';
+
+const FORMAT_VERSION = 2;
 const KEPT_SHARDS = 24;
 
-export class DataError extends Error {}
+export { DataError };
+
+// The scripts came out of a browser's cache, the data did not.
+export class StalePage extends Error {}
+
+// The digest that a build adds to the address of a script.
+export const versionOf = (address) => new URL(address).search.slice(1);
 
 async function fetchJson(name, build) {
   const query = build ? `?${build}` : '';
@@ -28,28 +37,31 @@ async function fetchJson(name, build) {
   }
 }
 
-export async function load() {
+// `scripts` are the addresses of scripts that have to be of the data's version.
+export async function load(scripts) {
   const meta = await fetchJson('meta.json');
+  if (typeof meta?.page === 'string'
+    && [import.meta.url, ...scripts].map(versionOf)
+      .some((version) => version && version !== meta.page)) {
+    throw new StalePage(meta.page);
+  }
   if (meta?.format_version !== FORMAT_VERSION) {
     throw new DataError(`data/meta.json has format ` +
       `${meta?.format_version}, this page reads ${FORMAT_VERSION}. ` +
       'Run sae-browse again.');
   }
+  checkMeta(meta);
   const [columns, vocabulary] = await Promise.all([
     fetchJson('columns.json', meta.build),
     fetchJson('vocabulary.json', meta.build),
   ]);
-  for (const [name, column] of Object.entries(columns)) {
-    if (column?.length !== meta.n_features) {
-      throw new DataError(`data/columns.json has ${column?.length} entries ` +
-        `of ${name}, not ${meta.n_features}. Run sae-browse again.`);
-    }
-  }
-  if (vocabulary.length !== meta.vocabulary_size) {
-    throw new DataError(`data/vocabulary.json has ${vocabulary.length} ` +
-      `tokens, not ${meta.vocabulary_size}. Run sae-browse again.`);
-  }
+  checkVocabulary(vocabulary, meta);
+  checkColumns(columns, meta);
   const places = new Map(columns.latent.map((latent, i) => [latent, i]));
+  if (places.size !== meta.n_features) {
+    throw new DataError('data/columns.json has a latent twice. ' +
+      'Run sae-browse again.');
+  }
   const shards = new Map();
 
   // `place` is a position in the columns; latent numbers may have gaps.
@@ -61,26 +73,25 @@ export async function load() {
     shards.delete(shard);
     shards.set(shard, pending);
     if (shards.size > KEPT_SHARDS) shards.delete(shards.keys().next().value);
-    let found;
     try {
-      found = (await pending)[place % size];
+      const entry = (await pending)?.[place % size];
+      if (entry?.latent !== columns.latent[place]) {
+        throw new DataError(`data/${name} does not hold latent ` +
+          `${columns.latent[place]}. Run sae-browse again.`);
+      }
+      checkFeature(entry, `${name}: latent ${entry.latent}`, meta);
+      return entry;
     } catch (error) {
       shards.delete(shard);
       throw error;
     }
-    if (found?.latent !== columns.latent[place]) {
-      throw new DataError(`data/${name} does not hold latent ` +
-        `${columns.latent[place]}. Run sae-browse again.`);
-    }
-    return found;
   }
 
-  return {
-    meta,
-    columns,
-    vocabulary,
-    places,
-    feature,
-    previews: () => fetchJson('previews.json', meta.build),
-  };
+  async function previews() {
+    const lines = await fetchJson('previews.json', meta.build);
+    checkPreviews(lines, meta);
+    return lines;
+  }
+
+  return { meta, columns, vocabulary, places, feature, previews };
 }

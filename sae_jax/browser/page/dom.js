@@ -20,6 +20,18 @@ export function svg(tag, attributes = {}, ...children) {
   return build(document.createElementNS(SVG, tag), attributes, children);
 }
 
+// What `make` returns. Where it throws, a notice stands in its place, so that
+// the rest of a view is shown.
+export function guarded(name, make) {
+  try {
+    return make();
+  } catch (error) {
+    return el('section', { class: 'card trouble', role: 'alert' },
+      el('h2', {}, name), el('p', {}, 'This part cannot be shown: its data is ' +
+        `not what this page expects (${error.message}). Run sae-browse again.`));
+  }
+}
+
 export const byId = (id) => document.getElementById(id);
 
 const contents = new WeakMap();

@@ -1,9 +1,10 @@
 // One latent: its numbers, the contexts it fires on, what it votes for.
 
 import { histogram } from './charts.js';
-import { announce, el, hideTip, showTip, term, tip } from './dom.js';
+import { announce, el, guarded, hideTip, showTip, term, tip } from './dom.js';
 import { integer, number, percent } from './numbers.js';
-import { alone, chip, shade, tokenSpan } from './tokens.js';
+import { alone, visible } from './spelling.js';
+import { chip, context, shade } from './tokens.js';
 
 const PEAK_AT = 0.62; // of a line's width, as its padding in style.css
 const WRAPPED = 'sae-browser-wrapped';
@@ -27,9 +28,9 @@ function figures({ columns }, place) {
     ...Object.fromEntries(['max', 'mean', 'std', 'skew'].map((key) => [key,
       alive ? number(columns[key][place]) : '–'])),
   };
-  const under = { density: alive
-    ? `1 in ${integer(Math.max(1, Math.round(1 / density)))} tokens`
-    : 'silent', count: 'times' };
+  const oneIn = density > 0
+    ? `1 in ${integer(Math.max(1, Math.round(1 / density)))} tokens` : null;
+  const under = { density: alive ? oneIn : 'silent', count: 'times' };
   return el('dl', { class: 'tiles' }, Object.entries(shown).map(
     ([key, text]) => el('div', {}, el('dt', {}, term(...MEANING[key])),
       el('dd', { 'data-figure': key }, text,
@@ -43,10 +44,13 @@ function chart({ meta, columns }, place, feature) {
   const bars = [];
   for (let i = first; i < last; i += 1) {
     const count = feature.histogram[i];
+    // A logarithmic axis has no place for other edges.
+    if (!(edges[i] > 0 && edges[i + 1] > edges[i])) continue;
     bars.push({ from: Math.log10(edges[i]), to: Math.log10(edges[i + 1]),
       count, lines: [`${integer(count)} tokens`,
         `activation ${number(edges[i])} to ${number(edges[i + 1])}`] });
   }
+  if (!bars.length) return null;
   const box = el('div', {});
   const marks = columns.mean[place] > 0
     ? [{ at: Math.log10(columns.mean[place]), text: 'mean' }] : [];
@@ -93,9 +97,9 @@ function neighbours(data, { latents, cosines }) {
 
 // One-line contexts form a concordance: their peaks stand below each other.
 function centre(line) {
-  const peak = line.querySelector('.peak');
-  const middle = peak.offsetLeft + peak.offsetWidth / 2;
-  line.scrollLeft = middle - line.clientWidth * PEAK_AT;
+  const peak = line.querySelector('.peak').getBoundingClientRect();
+  const middle = peak.left + peak.width / 2 - line.getBoundingClientRect().left;
+  line.scrollLeft += middle - line.clientWidth * PEAK_AT;
 }
 
 function setOpen(item, open) {
@@ -125,20 +129,30 @@ function example({ vocabulary }, found, rank, largest) {
   const acts = new Array(found.tokens.length).fill(0);
   found.fired.forEach((at, i) => { acts[at] = found.acts[i]; });
   const strongest = acts[found.peak];
-  const spans = found.tokens.map((token, i) => {
-    const text = vocabulary[token];
-    const span = tokenSpan(text, shade(acts[i], largest));
-    if (i === found.peak) span.classList.add('peak');
-    span.dataset.said =
-      `${alone(text)}, activation ${number(acts[i], 4)}`;
-    return tip(span, () => [alone(text),
-      acts[i] ? `activation ${number(acts[i], 4)}` : 'not active',
-      ...(acts[i] ? [`${number(100 * acts[i] / largest, 2)} % of its max`] : []),
-      `token ${token}`]);
-  });
+  const tokens = found.tokens.map((token) => vocabulary[token]);
+  const active = (i) => (acts[i]
+    ? [`activation ${number(acts[i], 4)}`,
+      ...(largest > 0 ? [`${number(100 * acts[i] / largest, 2)} % of its max`]
+        : [])]
+    : ['not active']);
+  const { nodes, spans } = context(tokens,
+    acts.map((activation) => shade(activation, largest)));
+  for (const { span, unit } of spans) {
+    const [first, ...more] = unit.tokens;
+    if (unit.tokens.includes(found.peak)) span.classList.add('peak');
+    // A character may be of several tokens.
+    const whole = more.length ? alone(unit.raw) : alone(tokens[first]);
+    const lines = more.length
+      ? unit.tokens.map((i) => `${visible(tokens[i])} token ${
+        found.tokens[i]}: ${active(i).join(', ')}`)
+      : [...active(first), `token ${found.tokens[first]}`];
+    span.dataset.said = [whole, ...more.length ? lines
+      : [`activation ${number(acts[first], 4)}`]].join(', ');
+    tip(span, () => [whole, ...lines]);
+  }
   const line = el('div', { class: 'context', tabindex: 0, role: 'group',
     'aria-label': `Example ${rank}, activation ${number(strongest)} at ${
-      alone(vocabulary[found.tokens[found.peak]])}` }, spans);
+      alone(tokens[found.peak])}` }, nodes);
   const button = el('button', { type: 'button', class: 'quiet toggle',
     'aria-expanded': false, 'aria-label': `Full context of example ${rank}`,
   }, '+');
@@ -234,7 +248,7 @@ export function featureView(data, place, { previous, next, random }) {
     }
     const side = el('aside', { 'aria-label': 'Activations and votes' });
     side.append(...[
-      chart(data, place, feature),
+      guarded('Activations', () => chart(data, place, feature)),
       votes(data, 'Votes up', 'Tokens whose logits its decoder direction raises most, read straight through the final norm’s weights and the unembedding (logit lens), the mean over all tokens removed.', up, largest),
       votes(data, 'Votes down', 'Tokens whose logits its decoder direction lowers most, read straight through the final norm’s weights and the unembedding (logit lens), the mean over all tokens removed.', down, largest),
       neighbours(data, feature.neighbours),

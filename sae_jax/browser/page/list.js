@@ -3,11 +3,14 @@
 import { byId, el, tip } from './dom.js';
 import { integer, number, percent } from './numbers.js';
 import { arrange, parseQuery } from './order.js';
-import { chip, shade, tokenSpan } from './tokens.js';
+import { scrolling } from './scrolling.js';
+import { visible } from './spelling.js';
+import { chip, context, shade } from './tokens.js';
 
 const ROW = 62; // as --row in style.css
 const SPARE_ROWS = 8;
 const TYPING_PAUSE = 120;
+const STANDING = 150; // ms without a scroll event
 
 const controls = {};
 
@@ -31,6 +34,11 @@ function mark(link, selected) {
 // `list.order` holds the places in the columns that are listed, in order.
 export function createList(data) {
   const { columns, vocabulary } = data;
+  // As they are searched: bytes of a character in pieces by their signs.
+  const texts = vocabulary.map((token) => (typeof token === 'string' ? token
+    : visible(token)));
+  const scroll = scrolling(ROW);
+  let shift = 0; // from a pixel of the list to that of its box
   const names = ['search', 'sort', 'direction', 'where', 'alive',
     'density-min', 'density-max', 'found', 'reset', 'rows', 'scroller'];
   for (const name of names) controls[name] = byId(name);
@@ -54,10 +62,9 @@ export function createList(data) {
       return line;
     }
     if (!previews) return line;
-    previews.tokens[place].forEach((token, i) => {
-      text.append(tokenSpan(vocabulary[token],
-        shade(previews.percents[place][i], 100)));
-    });
+    const tokens = previews.tokens[place].map((token) => vocabulary[token]);
+    text.append(...context(tokens, previews.percents[place]
+      .map((percents) => shade(percents, 100))).nodes);
     return line;
   }
 
@@ -88,18 +95,44 @@ export function createList(data) {
     mark(link, place === selected);
     const item = el('li', { 'aria-posinset': index + 1,
       'aria-setsize': list.order.length, 'data-latent': latent }, link);
-    item.style.top = `${index * ROW}px`;
+    setTop(item, index);
     return item;
   }
 
-  function render() {
+  function setTop(item, index) {
+    item.style.top = `${index * ROW + shift}px`;
+  }
+
+  // Of the box, in pixels: where it is seen from, how much may be seen of it,
+  // and how much is. The list scrolls by itself, or on phones with the page.
+  function seen() {
     const box = controls.rows.getBoundingClientRect();
     const pane = controls.scroller.getBoundingClientRect();
+    const { scrollHeight, clientHeight } = controls.scroller;
     const top = Math.max(0, pane.top) - box.top;
-    const bottom = Math.min(window.innerHeight, pane.bottom) - box.top;
-    const first = Math.max(0, Math.floor(top / ROW) - SPARE_ROWS);
+    const itself = scrollHeight > clientHeight;
+    return { top, itself, view: itself ? clientHeight : window.innerHeight,
+      height: Math.min(window.innerHeight, pane.bottom) - box.top - top };
+  }
+
+  function scrollTo(wanted) {
+    const { top, itself } = seen();
+    if (itself) controls.scroller.scrollTop = wanted;
+    else window.scrollBy(0, wanted - top);
+    scroll.told(seen().top);
+  }
+
+  function render() {
+    if (!controls.scroller.clientHeight) return;
+    const { top, view, height } = seen();
+    const at = scroll.follow(top, view);
+    if (shift !== top - at) {
+      shift = top - at;
+      for (const [index, item] of rows) setTop(item, index);
+    }
+    const first = Math.max(0, Math.floor(at / ROW) - SPARE_ROWS);
     const last = Math.min(list.order.length,
-      Math.ceil(bottom / ROW) + SPARE_ROWS);
+      Math.ceil((at + height) / ROW) + SPARE_ROWS);
     for (const [index, item] of rows) {
       if (index < first || index >= last) {
         item.remove();
@@ -119,12 +152,12 @@ export function createList(data) {
   function redraw() {
     rows.clear();
     controls.rows.replaceChildren();
-    controls.rows.style.height = `${list.order.length * ROW}px`;
+    controls.rows.style.height = `${scroll.height()}px`;
     render();
   }
 
   list.update = () => {
-    query = parseQuery(controls.search.value, vocabulary);
+    query = parseQuery(controls.search.value, texts);
     const low = readShare(controls['density-min']);
     const high = readShare(controls['density-max']);
     const alive = controls.alive.checked;
@@ -144,6 +177,7 @@ export function createList(data) {
         ? 'Smallest first; switch to largest first'
         : 'Largest first; switch to smallest first');
     controls.scroller.scrollTop = 0;
+    scroll.resize(list.order.length);
     redraw();
   };
 
@@ -154,14 +188,18 @@ export function createList(data) {
     }
     const rank = ranks.get(place);
     if (rank === undefined) return;
-    const { scrollTop, clientHeight } = controls.scroller;
-    const top = rank * ROW - scrollTop;
-    if (top < -2 * ROW || top > clientHeight + ROW) {
-      controls.scroller.scrollTop = (rank + 0.5) * ROW - clientHeight / 2;
-    } else if (top < 0) controls.scroller.scrollTop += top;
-    else if (top + ROW > clientHeight) {
-      controls.scroller.scrollTop += top + ROW - clientHeight;
-    }
+    const { top, itself, view } = seen();
+    if (!itself) return;
+    const at = scroll.follow(top, view);
+    const above = rank * ROW - at;
+    let wanted = at;
+    if (above < -2 * ROW || above > view + ROW) {
+      wanted = (rank + 0.5) * ROW - view / 2;
+    } else if (above < 0) wanted += above;
+    else if (above + ROW > view) wanted += above + ROW - view;
+    if (wanted === at) return;
+    scrollTo(scroll.moveTo(wanted, view));
+    render();
   };
 
   // The place `step` rows further on, or null at the ends of the list.
@@ -172,8 +210,9 @@ export function createList(data) {
   };
 
   list.random = (except) => {
-    const live = list.order.filter(
-      (place) => columns.count[place] && place !== except);
+    const others = list.order.filter((place) => place !== except);
+    const firing = others.filter((place) => columns.count[place]);
+    const live = firing.length ? firing : others;
     return live[Math.floor(Math.random() * live.length)] ?? null;
   };
 
@@ -185,7 +224,7 @@ export function createList(data) {
 
   // Enter on a number goes there, on words to the first that was found.
   list.target = () => {
-    const asked = parseQuery(controls.search.value, vocabulary);
+    const asked = parseQuery(controls.search.value, texts);
     return data.places.get(asked?.latent) ?? list.order[0] ?? null;
   };
 
@@ -222,11 +261,23 @@ export function createList(data) {
   tip(byId('density-help'), () => [
     'Density: the share of the probed tokens on which a latent fires.']);
   let waiting = false;
+  let standing;
   const soon = () => {
+    clearTimeout(standing);
+    standing = setTimeout(settle, STANDING);
     if (waiting) return;
     waiting = true;
     requestAnimationFrame(() => { waiting = false; render(); });
   };
+  function settle() {
+    render();
+    const { top, view } = seen();
+    if (!controls.scroller.clientHeight) return;
+    const wanted = scroll.settle(view);
+    if (Math.abs(wanted - top) < 1) return;
+    scrollTo(wanted);
+    render();
+  }
   document.addEventListener('scroll', soon, { capture: true, passive: true });
   window.addEventListener('resize', soon);
   list.render = render;

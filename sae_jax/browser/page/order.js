@@ -14,7 +14,8 @@ export function generator(seed) {
 // A query is words that all have to match. A word of three letters or more
 // matches tokens that contain it, a shorter one whole tokens; "quoted" is
 // one word matched exactly, case and spaces too (spaces around are forgiven).
-export function parseQuery(query, vocabulary) {
+// `texts` are those of the vocabulary's tokens.
+export function parseQuery(query, texts) {
   const text = query.trim();
   if (!text) return null;
   const jump = text.match(/^#?(\d+)$/);
@@ -29,7 +30,7 @@ export function parseQuery(query, vocabulary) {
           : folded.includes(word);
       };
     const found = new Set();
-    vocabulary.forEach((token, id) => { if (matches(token)) found.add(id); });
+    texts.forEach((token, id) => { if (matches(token)) found.add(id); });
     return found;
   });
   return { latent: jump ? Number(jump[1]) : null, words: sets };

@@ -1,8 +1,8 @@
 // The landing view: what this autoencoder is and how good it is.
 
 import { histogram } from './charts.js';
-import { el, term } from './dom.js';
-import { integer, number, percent } from './numbers.js';
+import { el, guarded, term } from './dom.js';
+import { between, integer, number, percent } from './numbers.js';
 
 const MEANING = {
   nmse: ['NMSE', 'Normalised mean squared error: the reconstruction’s squared error divided by that of always predicting the mean activation of a sample taken before training. 0 is perfect, 1 is no better than the mean.'],
@@ -22,7 +22,8 @@ const ELSEWHERE = new Set([...Object.keys(MEANING),
   'site', 'n_tokens', 'delta_ce_low', 'delta_ce_high']);
 
 function value(key, figure) {
-  if (typeof figure !== 'number') return String(figure ?? '–');
+  if (['string', 'boolean'].includes(typeof figure)) return String(figure);
+  if (typeof figure !== 'number') return '–';
   if (/fraction$|recovered/.test(key)) return percent(figure);
   return Number.isInteger(figure) ? integer(figure) : number(figure);
 }
@@ -32,8 +33,8 @@ function sentence({ meta }) {
   return [
     `${integer(meta.n_features)} latents`,
     k ? `, ${k} active on a token` : '',
-    ...site ? [', reading ', el('span', { class: 'name' }, site)] : [],
-    ...subject ? [' of ', el('span', { class: 'name' }, subject)] : [],
+    ...typeof site === 'string' && site ? [', reading ', el('span', { class: 'name' }, site)] : [],
+    ...typeof subject === 'string' && subject ? [' of ', el('span', { class: 'name' }, subject)] : [],
     tokens ? `, seen on ${integer(tokens)} tokens` : '',
     '.',
   ];
@@ -60,9 +61,9 @@ function variance(report) {
 function metrics(report) {
   const present = Object.keys(MEANING).filter((key) => key in report);
   if (!present.length) return null;
-  const { delta_ce_low: low, delta_ce_high: high } = report;
-  const under = low === undefined ? {}
-    : { delta_ce: `${number(low)} – ${number(high)}` };
+  const under = {
+    delta_ce: between(report.delta_ce_low, report.delta_ce_high),
+  };
   return el('dl', { class: 'tiles' }, present.map((key) => el('div', {},
     el('dt', {}, term(...MEANING[key])),
     el('dd', {}, el('span', { 'data-metric': key }, value(key, report[key])),
@@ -77,9 +78,10 @@ function probes(report) {
   // Older reports do not define them.
   const definition = (name) => report.control_definitions?.[name] ?? '';
   const auc = (score) => (score ? number(score.test_auc) : '–');
-  const between = (score) => (score.test_auc_low === undefined ? null
-    : el('small', {}, `${number(score.test_auc_low)} – ${
-      number(score.test_auc_high)}`));
+  const interval = (score) => {
+    const text = between(score.test_auc_low, score.test_auc_high);
+    return text && el('small', {}, text);
+  };
   return el('section', { class: 'card wide' },
     el('h2', {}, term('Probes', 'For each task the one latent whose pre-activation, by a one-dimensional logistic fit, separates the two classes best on the training prompts.')),
     el('div', { class: 'scroll', tabindex: 0, role: 'region',
@@ -97,7 +99,7 @@ function probes(report) {
             .filter((name) => !/^\d+$/.test(name)).join(' or '))),
         el('td', {}, el('a', { href: `#/latent/${scores.latent.best_latent}` },
           `#${scores.latent.best_latent}`)),
-        el('td', {}, el('b', {}, auc(scores.latent)), between(scores.latent)),
+        el('td', {}, el('b', {}, auc(scores.latent)), interval(scores.latent)),
         controls.map((name) => el('td', {},
           auc(scores.controls?.[name])))))))));
 }
@@ -107,7 +109,9 @@ export function densityBars(columns, pick) {
     .map((density) => Math.log10(density));
   if (!logs.length) return null;
   const width = 0.2;
-  const low = Math.floor(logs.reduce((a, b) => Math.min(a, b)) / width);
+  // Where all fire on every token, there is still the bar that ends at 100 %.
+  const low = Math.min(-1,
+    Math.floor(logs.reduce((a, b) => Math.min(a, b)) / width));
   const bars = [];
   for (let bin = low; bin < 0; bin += 1) {
     bars.push({ from: bin * width, to: (bin + 1) * width, count: 0 });
@@ -161,10 +165,12 @@ export function overview(data, { pick, browse, random }) {
         'Random latent'),
       el('button', { type: 'button', class: 'narrow', onclick: browse },
         'Browse the list')),
-    metrics(meta.report),
+    guarded('Figures', () => metrics(meta.report)),
     el('div', { class: 'cards' },
-      variance(meta.report), density(data, pick), probes(meta.report),
-      rest(meta.report)),
+      guarded('Variance left unexplained', () => variance(meta.report)),
+      guarded('Density of the latents', () => density(data, pick)),
+      guarded('Probes', () => probes(meta.report)),
+      guarded('All other figures', () => rest(meta.report))),
     el('p', { class: 'note keys' }, el('kbd', {}, 'j'), ' ',
       el('kbd', {}, 'k'), ' next and previous, ', el('kbd', {}, 'r'),
       ' random, ', el('kbd', {}, '/'), ' search, ', el('kbd', {}, '?'),

@@ -1,67 +1,70 @@
-// How a token is written: always as text, with nothing in it invisible.
+// Tokens as elements: text with ink behind it.
 
-const NAMED = new Map([['\n', '↵'], ['\t', '⇥'], [' ', ' ']]);
-const UNSEEN = /[\p{C}\p{Z}]/u;
+import { alone, runs, spell } from './spelling.js';
+
 const SMALLEST_SHADE = 0.08;
 const LARGEST_SHADE = 0.85;
-
-// A token's text in lines, each but the last with its newline.
-const lines = (text) => text.split(/(?<=\n)/);
-
-function visibleLine(text) {
-  if (/^ +$/.test(text)) return '·'.repeat(text.length);
-  let shown = /^\p{M}/u.test(text) ? '◌' : '';
-  for (const character of text) {
-    const code = character.codePointAt(0);
-    if (NAMED.has(character)) shown += NAMED.get(character);
-    else if (UNSEEN.test(character)) {
-      shown += `⟨${code.toString(16).toUpperCase().padStart(2, '0')}⟩`;
-    } else shown += character;
-  }
-  return shown;
-}
-
-export function visible(text) {
-  return text === '' ? '∅' : lines(text).map(visibleLine).join('');
-}
-
-// For a token standing alone, where a leading space would not be seen.
-export function alone(text) {
-  const shown = visible(text);
-  return shown.startsWith(' ') ? `·${shown.slice(1)}` : shown;
-}
 
 // The share of ink behind a token: linear in the activation, from a floor
 // that keeps the weakest visible.
 export function shade(activation, largest) {
   if (!(activation > 0)) return 0;
-  const share = Math.min(1, activation / largest);
+  const share = largest > 0 ? Math.min(1, activation / largest) : 1;
   return SMALLEST_SHADE + (LARGEST_SHADE - SMALLEST_SHADE) * share;
 }
 
-// A token in its context.
-export function tokenSpan(text, alpha) {
+// One unit of a context. A character of several tokens has a stripe for each.
+function unitSpan(unit, alphas) {
   const span = document.createElement('span');
   span.className = 'token';
-  span.classList.toggle('blank', !text.trim());
-  span.classList.toggle('spaced', text.startsWith(' '));
-  if (text.includes('\n')) {
+  span.classList.toggle('blank', !unit.raw.trim());
+  span.classList.toggle('spaced', unit.raw.startsWith(' '));
+  if (unit.raw.includes('\n')) {
     // The breaks are shown in full contexts only, before any indentation.
-    for (const line of lines(text)) {
-      span.append(visibleLine(line));
-      if (line.endsWith('\n')) span.append(document.createElement('br'));
-    }
-  } else span.textContent = visible(text);
-  if (alpha) {
-    span.classList.add('on');
-    span.style.setProperty('--shade', alpha.toFixed(4));
+    unit.lines.forEach((line, i) => {
+      span.append(line);
+      if (i < unit.lines.length - 1 || unit.raw.endsWith('\n')) {
+        span.append(document.createElement('br'));
+      }
+    });
+  } else span.textContent = unit.lines[0];
+  const inks = unit.tokens.map((i) => alphas[i]);
+  if (!inks.some(Boolean)) return span;
+  span.classList.add('on');
+  if (inks.length === 1) {
+    span.style.setProperty('--shade', inks[0].toFixed(4));
+    return span;
   }
+  span.classList.add('shared');
+  const width = 100 / inks.length;
+  const stripes = inks.map((ink, i) => `rgb(var(--heat) / ${ink.toFixed(4)}) ${
+    (i * width).toFixed(2)}% ${((i + 1) * width).toFixed(2)}%`);
+  span.style.setProperty('--stripes', stripes.join(', '));
   return span;
 }
 
-export function chip(text, marked = false) {
+// Tokens in their context: nodes for the line, and with each span its unit.
+// `alphas` are the shades of the tokens.
+export function context(tokens, alphas) {
+  const spans = [];
+  const nodes = runs(spell(tokens)).flatMap((run) => {
+    const inside = run.units.map((unit) => {
+      const span = unitSpan(unit, alphas);
+      spans.push({ span, unit });
+      return span;
+    });
+    if (!run.direction) return inside;
+    const node = document.createElement('span');
+    node.className = run.direction;
+    node.append(...inside);
+    return [node];
+  });
+  return { nodes, spans };
+}
+
+export function chip(token, marked = false) {
   const node = document.createElement('span');
   node.className = marked ? 'chip marked' : 'chip';
-  node.textContent = alone(text);
+  node.textContent = alone(token);
   return node;
 }

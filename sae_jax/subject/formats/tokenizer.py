@@ -72,21 +72,21 @@ def decode(tokenizer: tokenizers.Tokenizer, tokens: Sequence[int]) -> str:
   return tokenizer.decode(list(tokens), skip_special_tokens=False)
 
 
-def token_strings(tokenizer: tokenizers.Tokenizer) -> list[str]:
-  """Readable text of each token id on its own, in id order.
+def token_texts(tokenizer: tokenizers.Tokenizer) -> list[str | bytes]:
+  """The text of each token id on its own, in id order.
 
-  A token is a run of bytes and may be a piece of a character: bytes that are
-  not whole UTF-8 are shown like '\\xe2'. An id without a token is shown as ''.
+  A token is a run of bytes and may hold a piece of a character: where its bytes
+  are not whole UTF-8, they are given as they are. An id without a token is ''.
   """
   byte_level = _is_byte_level(tokenizer)
   spell = _spell_bytes() if byte_level else _spell_pieces
   # Added tokens are not written in bytes; Gemma's contain '▁'.
   whole = tokenizer.get_added_tokens_decoder() if byte_level else {}
-  strings = []
+  texts = []
   for i in range(tokenizer.get_vocab_size()):
     text = tokenizer.id_to_token(i) or ''
-    strings.append(text if i in whole else spell(text))
-  return strings
+    texts.append(text if i in whole else spell(text))
+  return texts
 
 
 def _is_byte_level(tokenizer: tokenizers.Tokenizer) -> bool:
@@ -97,23 +97,31 @@ def _is_byte_level(tokenizer: tokenizers.Tokenizer) -> bool:
   )
 
 
-def _spell_bytes() -> Callable[[str], str]:
+def _spell_bytes() -> Callable[[str], str | bytes]:
   """Spells tokens of byte-level BPE (GPT-2, Llama 3, Qwen)."""
   to_byte = _byte_alphabet()
 
   def spell(text):
-    spelled = bytes(to_byte[character] for character in text)
-    return spelled.decode('utf-8', 'backslashreplace')
+    try:
+      return _text(bytes(to_byte[character] for character in text))
+    except KeyError:  # It is not written in bytes.
+      return text
 
   return spell
 
 
-def _spell_pieces(text: str) -> str:
+def _spell_pieces(text: str) -> str | bytes:
   """Spells tokens of SentencePiece: '▁' is a space, '<0xE2>' a byte."""
   match = re.fullmatch('<0x([0-9A-F]{2})>', text)
-  if match:
-    return bytes.fromhex(match[1]).decode('utf-8', 'backslashreplace')
-  return text.replace('▁', ' ')
+  return _text(bytes.fromhex(match[1])) if match else text.replace('▁', ' ')
+
+
+def _text(data: bytes) -> str | bytes:
+  """The characters that bytes spell, or the bytes if they are not whole."""
+  try:
+    return data.decode()
+  except UnicodeDecodeError:
+    return data
 
 
 def _byte_alphabet() -> dict[str, int]:
