@@ -227,7 +227,11 @@ def _previews(features, config):
     stop = min(peak + 1 + width // 4, len(kept_W)) if peak >= 0 else 0
     part = slice(max(0, stop - width), stop)
     kept = kept_W[part]
-    shares = 100 * acts_W[part][kept] / max(acts_W[peak], 1e-30)
+    # In float64, as float32 has no hundred times its largest number.
+    acts = acts_W[part][kept].astype(np.float64)
+    whole = acts_W[peak] if acts_W[peak] > 0 else np.inf
+    with np.errstate(invalid='ignore'):
+      shares = np.nan_to_num(100 * (acts / whole), nan=0)
     tokens.append(tokens_W[part][kept].tolist())
     percents.append(np.clip(np.rint(shares), 0, 100).astype(int).tolist())
   return {'tokens': tokens, 'percents': percents}

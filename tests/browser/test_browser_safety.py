@@ -114,6 +114,52 @@ def test_broken_data_is_named(folder, tmp_path, chromium, name, content, words):
     assert not page.locator('#index').is_visible()
 
 
+def with_value(text, path, value):
+  """JSON text with another value at a path of keys."""
+  whole = json.loads(text)
+  place = whole
+  for key in path[:-1]:
+    place = place[key]
+  place[path[-1]] = value
+  return json.dumps(whole)
+
+
+LATENT = [6, 'top', 0]
+
+
+@pytest.mark.parametrize(
+  'name, path, value, words',
+  [
+    ('meta.json', ['n_features'], '120', 'n_features is "120"'),
+    ('meta.json', ['report'], None, 'report is null, not a mapping'),
+    ('meta.json', ['hist_edges'], {}, 'hist_edges is a mapping'),
+    ('columns.json', ['max', 6], 'x', 'max[6] is "x", not a number or null'),
+    ('columns.json', ['latent', 6], 7, 'has a latent twice'),
+    ('columns.json', ['top', 6], 3, 'top[6] is 3, not a list'),
+    ('columns.json', ['votes', 6, 0], 10**6, 'votes[6][0] is 1000000, not a'),
+    ('vocabulary.json', [6], [1, 256], 'vocabulary.json[6][1] is 256, not a'),
+    ('previews.json', ['tokens', 6], None, 'tokens[6] is null, not a list'),
+    ('previews.json', ['percents', 6], [], 'percents[6] has 0 entries, not'),
+    ('features/00000.json', [6, 'histogram', 2], -1, 'histogram[2] is -1'),
+    ('features/00000.json', [*LATENT, 'peak'], 99, 'top[0].peak[0] is 99'),
+    ('features/00000.json', [6, 'votes_up'], 'a', 'votes_up is "a", not a map'),
+    ('features/00000.json', LATENT, None, 'top[0] is null, not a mapping'),
+    ('features/00000.json', [6, 'neighbours'], [], 'neighbours is a list'),
+  ],
+)
+def test_wrong_kinds_are_named(folder, chromium, name, path, value, words):
+  text = with_value((folder / 'data' / name).read_text(), path, value)
+  with serve(folder) as url, visit(chromium, 'about:blank') as (page, problems):
+    page.route(f'**/data/{name}*', lambda route: route.fulfill(body=text))
+    page.goto(url + '#/latent/6')
+    alert = page.locator('[role=alert]:visible')
+    alert.wait_for()
+    assert f'data/{name}' in alert.inner_text()
+    assert words in alert.inner_text()
+    assert 'Run sae-browse again' in alert.inner_text()
+    assert [p for p in problems if not p.startswith('request')] == []
+
+
 def test_missing_shard_can_be_tried_again(folder, tmp_path, chromium):
   out = tmp_path / 'gap'
   shutil.copytree(folder, out)

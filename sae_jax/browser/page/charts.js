@@ -24,6 +24,13 @@ function tickText(at) {
     : power(Math.round(at));
 }
 
+// A count that fits beside its axis.
+function countText(count) {
+  if (count >= 1e15) return power(Math.floor(Math.log10(count)));
+  return count < 1e6 ? integer(Math.round(count))
+    : count.toLocaleString('en', { notation: 'compact' });
+}
+
 function linearTicks(largest) {
   const rough = largest / 4;
   const unit = 10 ** Math.floor(Math.log10(rough));
@@ -57,7 +64,7 @@ export function histogram(box, { bars, low, high, logCounts, marks = [],
       svg('line', { class: 'grid', x1: EDGE.left, x2: width - EDGE.right,
         y1: y(count), y2: y(count) }),
       svg('text', { x: EDGE.left - 6, y: y(count) + 4, 'text-anchor': 'end' },
-        integer(Math.round(count)))));
+        countText(count))));
     const ticks = logTicks(low, high)
       .filter((_, i, all) => all.length * 42 < inner || i % 2 === 0)
       .map((at) => svg('g', {},

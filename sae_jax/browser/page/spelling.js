@@ -51,7 +51,9 @@ function characters(tokens) {
     }
     const bytes = [];
     const owners = [];
-    for (; i < tokens.length && typeof tokens[i] !== 'string'; i += 1) {
+    // Between bytes there may be tokens without any.
+    for (; i < tokens.length
+      && (!tokens[i].length || typeof tokens[i] !== 'string'); i += 1) {
       for (const byte of tokens[i]) {
         bytes.push(byte);
         owners.push(i);

@@ -1,0 +1,85 @@
+"""A page that was built anew, in a browser that keeps what it had."""
+
+import os
+import shutil
+import time
+
+from etils import epath
+import pytest
+
+from sae_jax.browser import index, static
+from tests.support.browser.pages import serve, visit
+
+MONTH = 30 * 86_400
+
+
+def upgrade(folder):
+  """The next version's scripts: one needs what is new in another."""
+  shutil.copytree(static.PAGE, folder)
+  feature, app = folder / 'feature.js', folder / 'app.js'
+  feature.write_text(feature.read_text() + "\nexport const NEW = 'new';\n")
+  app.write_text(
+    app.read_text().replace(
+      'import { featureView,', 'import { NEW, featureView,'
+    )
+    + '\ndocument.body.dataset.version = NEW;\n'
+  )
+  style = folder / 'style.css'
+  style.write_text(style.read_text() + '\nbody { --version: new; }\n')
+  return epath.Path(folder)
+
+
+def age(folder):
+  """Makes files old, which browsers then keep for days without asking."""
+  then = time.time() - MONTH
+  for path in folder.rglob('*'):
+    os.utime(path, (then, then))
+
+
+VERSION = """() => [document.body.dataset.view, document.body.dataset.version,
+  getComputedStyle(document.body).getPropertyValue('--version')]"""
+
+
+@pytest.mark.parametrize('addressed', [True, False])
+def test_new_scripts_run_after_a_rebuild(
+  made, chromium, tmp_path, monkeypatch, addressed
+):
+  """Control: they do not where the addresses say nothing of the version."""
+  out = tmp_path / 'out'
+  if not addressed:
+    plain = lambda: {p.name: p.read_bytes() for p in static.PAGE.iterdir()}
+    monkeypatch.setattr(static, 'contents', plain)
+  index.build_index(*made, out)
+  age(out)
+  with serve(out) as url, visit(chromium, url) as (page, problems):
+    page.wait_for_selector('#rows .preview .token')
+    assert page.evaluate(VERSION) == ['overview', None, '']
+    monkeypatch.setattr(static, 'PAGE', upgrade(tmp_path / 'new'))
+    index.build_index(*made, out)
+    again = page.context.new_page()
+    again.goto(url)
+    if addressed:
+      again.wait_for_selector('#rows .preview .token')
+      assert again.evaluate(VERSION) == ['overview', 'new', 'new']
+      assert problems == []
+    else:
+      again.wait_for_timeout(500)
+      assert again.evaluate(VERSION) != ['overview', 'new', 'new']
+
+
+def test_a_cache_that_stays_old_is_named(made, chromium, tmp_path):
+  """A server that hands out an old page beside new data."""
+  index.build_index(*made, tmp_path)
+  old = (tmp_path / 'data' / 'meta.json').read_text()
+  (tmp_path / 'data' / 'meta.json').write_text(
+    old.replace(static.digest(), '0123456789abcdef').replace(
+      '"format_version":2', '"format_version":3'
+    )
+  )
+  with serve(tmp_path) as url, visit(chromium, url) as (page, problems):
+    page.wait_for_selector('text=This page is older than its data')
+    assert 'Clear the browser' in page.locator('main').inner_text()
+    (tmp_path / 'data' / 'meta.json').write_text(old)
+    page.reload()
+    page.wait_for_selector('#rows .preview .token')
+    assert problems == []
