@@ -47,8 +47,8 @@ def test_new_scripts_run_after_a_rebuild(
   """Control: they do not where the addresses say nothing of the version."""
   out = tmp_path / 'out'
   if not addressed:
-    plain = lambda: {p.name: p.read_bytes() for p in static.PAGE.iterdir()}
-    monkeypatch.setattr(static, 'contents', plain)
+    plain = {path.name: path.read_bytes() for path in static.PAGE.iterdir()}
+    monkeypatch.setattr(static, 'contents', lambda: plain)
   index.build_index(*made, out)
   age(out)
   with serve(out) as url, visit(chromium, url) as (page, problems):
