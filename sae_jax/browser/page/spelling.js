@@ -2,6 +2,7 @@
 // is its text, or a list of its bytes where they are not whole characters.
 
 const NAMED = new Map([['\n', '↵'], ['\t', '⇥'], [' ', ' ']]);
+const PLAIN = /^[ -~]+$/; // of ASCII
 const UNSEEN = /[\p{C}\p{Z}]/u;
 // Zero-width joiner and non-joiner, and the letters of flags of regions: a
 // character's look depends on them.
@@ -121,8 +122,9 @@ function direction(shown) {
   return LEFT_TO_RIGHT.test(shown) ? 'ltr' : '';
 }
 
+const dots = (part) => (/^ +$/.test(part) ? '·'.repeat(part.length) : part);
+
 function finish(unit) {
-  const dots = (part) => (/^ +$/.test(part) ? '·'.repeat(part.length) : part);
   unit.lines = unit.lines.map(dots);
   unit.direction = direction(unit.lines.join(''));
   return unit;
@@ -132,6 +134,30 @@ function finish(unit) {
 // token's text, or one character that is of several tokens: `tokens` numbers
 // them. Each of `lines` but the last ends with its newline's sign.
 export function spell(tokens) {
+  const units = [];
+  // Most tokens need no look at their characters, nor at what follows them.
+  const isPlain = (token) => typeof token === 'string' && PLAIN.test(token);
+  const isAlone = (i) => isPlain(tokens[i])
+    && (i + 1 === tokens.length || isPlain(tokens[i + 1]));
+  for (let i = 0; i < tokens.length;) {
+    if (isAlone(i)) {
+      const text = tokens[i];
+      units.push({ raw: text, lines: [dots(text)], tokens: [i],
+        direction: /[A-Za-z]/.test(text) ? 'ltr' : '' });
+      i += 1;
+      continue;
+    }
+    const start = i;
+    while (i < tokens.length && !isAlone(i)) i += 1;
+    for (const unit of spellTogether(tokens.slice(start, i))) {
+      unit.tokens = unit.tokens.map((number) => start + number);
+      units.push(unit);
+    }
+  }
+  return units;
+}
+
+function spellTogether(tokens) {
   const units = [];
   let unit = null;
   let next = 0;
