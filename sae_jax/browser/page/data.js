@@ -5,6 +5,7 @@ import { checkColumns, checkFeature, checkMeta, checkPreviews, checkVocabulary,
 
 const FORMAT_VERSION = 2;
 const KEPT_SHARDS = 24;
+const LONGEST = 2 ** 29; // characters of a text in Chromium
 
 export { DataError };
 
@@ -32,6 +33,12 @@ async function fetchJson(name, build) {
   try {
     return await response.json();
   } catch {
+    const size = Number(response.headers.get('content-length'));
+    if (size >= LONGEST) {
+      throw new DataError(`data/${name} has ${Math.round(size / 2 ** 20)} MiB, ` +
+        `more than a browser can read (${LONGEST / 2 ** 20} MiB): there are ` +
+        'too many latents for this page.');
+    }
     throw new DataError(
       `data/${name} is not valid JSON. Run sae-browse again.`);
   }
