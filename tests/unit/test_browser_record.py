@@ -27,7 +27,7 @@ def probed(made, tmp_path, monkeypatch):
   features, report, vocabulary = made
   table.save(tmp_path / 'probe' / 'features.npz', features)
   (tmp_path / 'probe' / 'report.json').write_text(json.dumps(report))
-  monkeypatch.setattr(build, 'vocabulary', lambda _: vocabulary)
+  monkeypatch.setattr(build, 'vocabulary', lambda *_: vocabulary)
   builds = []
   build_index = index.build_index
 

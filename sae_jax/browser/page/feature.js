@@ -244,7 +244,8 @@ export function featureView(data, place, { previous, next, random }) {
       main.append(el('p', { class: 'empty' },
         'This latent did not fire on any of the probed tokens, ',
         'so there is no context to show. ',
-        'What it would vote for follows from its decoder direction alone.'));
+        up.tokens.length ? 'What it would vote for follows from its decoder '
+          + 'direction alone.' : ''));
     }
     const side = el('aside', { 'aria-label': 'Activations and votes' });
     side.append(...[

@@ -56,8 +56,10 @@ export function createList(data) {
     const text = el('span', {});
     line.append(text);
     if (!columns.count[place]) {
-      text.append('votes for ', ...columns.votes[place].slice(0, 3)
-        .map((token) => chip(vocabulary[token])));
+      const votes = columns.votes[place].slice(0, 3);
+      if (votes.length) {
+        text.append('votes for ', ...votes.map((id) => chip(vocabulary[id])));
+      }
       line.classList.add('silent');
       return line;
     }
