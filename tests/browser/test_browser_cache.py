@@ -67,6 +67,23 @@ def test_new_scripts_run_after_a_rebuild(
       assert again.evaluate(VERSION) != ['overview', 'new', 'new']
 
 
+@pytest.mark.parametrize('name', ['columns.json', 'features/00000.json'])
+def test_damage_that_was_mended_is_not_kept(made, chromium, tmp_path, name):
+  """A build of the same results has the same addresses."""
+  index.build_index(*made, tmp_path)
+  path = tmp_path / 'data' / name
+  path.write_bytes(path.read_bytes()[:-9])
+  age(tmp_path)
+  with serve(tmp_path) as url, visit(chromium, url) as (page, _):
+    page.evaluate("location.hash = '#/latent/7'")
+    page.wait_for_selector('main [role=alert]')
+    index.build_index(*made, tmp_path)
+    again = page.context.new_page()
+    again.goto(url + '#/latent/7')
+    again.wait_for_selector('.feature .columns:not([aria-busy])')
+    assert again.locator('main [role=alert]').count() == 0
+
+
 def test_a_cache_that_stays_old_is_named(made, chromium, tmp_path):
   """A server that hands out an old page beside new data."""
   index.build_index(*made, tmp_path)

@@ -15,12 +15,10 @@ export class StalePage extends Error {}
 // The digest that a build adds to the address of a script.
 export const versionOf = (address) => new URL(address).search.slice(1);
 
-async function fetchJson(name, build) {
-  const query = build ? `?${build}` : '';
+async function fetchJson(name, query, cache) {
   let response;
   try {
-    response = await fetch(`data/${name}${query}`,
-      { cache: build ? 'default' : 'no-cache' });
+    response = await fetch(`data/${name}${query}`, { cache });
   } catch {
     throw new DataError(
       `data/${name} could not be fetched: is the server still running?`);
@@ -44,9 +42,23 @@ async function fetchJson(name, build) {
   }
 }
 
+// A file of a build, as `check` wants it. The browser may have kept a damaged
+// one at the address that the whole one has again: then the server is asked.
+async function fetchChecked(name, build, check) {
+  for (const cache of ['default', 'reload']) {
+    try {
+      const value = await fetchJson(name, `?${build}`, cache);
+      check(value);
+      return value;
+    } catch (error) {
+      if (cache === 'reload') throw error;
+    }
+  }
+}
+
 // `scripts` are the addresses of scripts that have to be of the data's version.
 export async function load(scripts) {
-  const meta = await fetchJson('meta.json');
+  const meta = await fetchJson('meta.json', '', 'no-cache');
   if (typeof meta?.page === 'string'
     && [import.meta.url, ...scripts].map(versionOf)
       .some((version) => version && version !== meta.page)) {
@@ -59,11 +71,10 @@ export async function load(scripts) {
   }
   checkMeta(meta);
   const [columns, vocabulary] = await Promise.all([
-    fetchJson('columns.json', meta.build),
-    fetchJson('vocabulary.json', meta.build),
+    fetchChecked('columns.json', meta.build, (v) => checkColumns(v, meta)),
+    fetchChecked('vocabulary.json', meta.build,
+      (v) => checkVocabulary(v, meta)),
   ]);
-  checkVocabulary(vocabulary, meta);
-  checkColumns(columns, meta);
   const places = new Map(columns.latent.map((latent, i) => [latent, i]));
   if (places.size !== meta.n_features) {
     throw new DataError('data/columns.json has a latent twice. ' +
@@ -76,29 +87,35 @@ export async function load(scripts) {
     const size = meta.features_per_shard;
     const shard = Math.floor(place / size);
     const name = `features/${String(shard).padStart(5, '0')}.json`;
-    const pending = shards.get(shard) ?? fetchJson(name, meta.build);
-    shards.delete(shard);
-    shards.set(shard, pending);
-    if (shards.size > KEPT_SHARDS) shards.delete(shards.keys().next().value);
-    try {
-      const entry = (await pending)?.[place % size];
+    const check = (entries) => {
+      const { [place % size]: entry } = entries ?? [];
       if (entry?.latent !== columns.latent[place]) {
         throw new DataError(`data/${name} does not hold latent ` +
           `${columns.latent[place]}. Run sae-browse again.`);
       }
       checkFeature(entry, `${name}: latent ${entry.latent}`, meta);
-      return entry;
+    };
+    const pending = shards.get(shard) ?? fetchChecked(name, meta.build, check);
+    shards.delete(shard);
+    shards.set(shard, pending);
+    if (shards.size > KEPT_SHARDS) shards.delete(shards.keys().next().value);
+    try {
+      const entries = await pending;
+      check(entries);
+      return entries[place % size];
     } catch (error) {
       shards.delete(shard);
       throw error;
     }
   }
 
-  async function previews() {
-    const lines = await fetchJson('previews.json', meta.build);
-    checkPreviews(lines, meta);
-    return lines;
-  }
-
-  return { meta, columns, vocabulary, places, feature, previews };
+  return {
+    meta,
+    columns,
+    vocabulary,
+    places,
+    feature,
+    previews: () => fetchChecked('previews.json', meta.build,
+      (v) => checkPreviews(v, meta)),
+  };
 }
