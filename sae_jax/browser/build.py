@@ -6,9 +6,9 @@ from absl import logging
 from etils import epath
 
 from sae_jax import subject as subject_lib
-from sae_jax.browser import index, record
+from sae_jax.browser import index
 from sae_jax.features import results, table
-from sae_jax.storage import workdir
+from sae_jax.storage import finished, workdir
 from sae_jax.subject.formats import tokenizer as tokenizer_lib
 
 STAGE = 'sae-browse'
@@ -52,7 +52,7 @@ def browse(config: index.BrowseConfig, probe_url: str, out_url: str) -> str:
     'browse_config': inputs['browse_config'],
   }
   with workdir.hold(out_url, STAGE, made_from):
-    if record.vouches(out_url, inputs):
+    if finished.vouches(out_url, inputs, index.NAMES):
       logging.info('%s is finished: reused', out_url)
       return str(epath.Path(out_url) / 'index.html')
     features = results.read_features(probe_url, report)

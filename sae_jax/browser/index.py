@@ -3,7 +3,7 @@
 Any server of static files can serve a built folder:
 
   index.html *.js style.css    the page, see `static`
-  data/record.json             what all is made from, digests of all files;
+  finished.json                what all is made from, digests of all files;
                                written last: without it a page is not finished
   data/meta.json               numbers of the whole
   data/columns.json            a list per column, one entry per latent, for
@@ -35,12 +35,14 @@ import sae_jax
 from sae_jax import config as config_lib
 from sae_jax import errors, progress
 from sae_jax import subject as subject_lib
-from sae_jax.browser import record, static
+from sae_jax.browser import static
 from sae_jax.features import table
 from sae_jax.features.table import ARRAYS, MOMENTS
-from sae_jax.storage import files
+from sae_jax.storage import files, finished
 
 FORMAT_VERSION = 2
+# The files of a page, as its record names them.
+NAMES = re.compile(r'(data/(features/)?)?\w+\.(html|js|css|svg|json)')
 _SHARD = re.compile(r'\d{5,}\.json')
 _WRITERS = 8  # threads: a bucket's latency, not its bandwidth, is the bound
 
@@ -91,6 +93,7 @@ def inputs(report: dict[str, Any], config: BrowseConfig) -> dict[str, Any]:
       'page': static.digest(),
       'versions': {
         'sae_jax': sae_jax.__version__,
+        'format': FORMAT_VERSION,
         'numpy': np.__version__,
         'tokenizers': importlib.metadata.version('tokenizers'),
       },
@@ -133,19 +136,20 @@ def build_index(
   digests = {}
   for name, content in static.contents().items():
     files.write_bytes(out / name, content)
-    digests[name] = record.sha256(content)
+    digests[name] = finished.sha256(content)
   _write_data(features, vocabulary, config, out, digests)
   build = _identity(digests)
   meta = _meta(features, depends['report'], len(vocabulary), config, build)
   _write(out, 'data/meta.json', meta, digests)
   # Last, as it makes the page a finished one.
-  record.write(out, depends, digests)
+  # Sorted, as threads write the shards in any order.
+  finished.write(out, depends, dict(sorted(digests.items())))
   return str(out / 'index.html')
 
 
 def _clear(out: epath.Path) -> None:
   """Removes an older index's record and data, and what a killed build left."""
-  record.remove(out)
+  finished.remove(out)
   (out / 'data' / 'meta.json').unlink(missing_ok=True)
   shards = out / 'data' / 'features'
   if shards.exists():
@@ -359,4 +363,4 @@ def _write(out, name, values, digests) -> None:
   """Writes compact ASCII JSON and notes its digest."""
   text = json.dumps(values, separators=(',', ':'), allow_nan=False).encode()
   files.write_bytes(out / name, text)
-  digests[name] = record.sha256(text)
+  digests[name] = finished.sha256(text)

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 import sae_jax
-from sae_jax import errors
-from sae_jax.browser import build, index, record, static
-from sae_jax.features import table
+from sae_jax.browser import build, index, static
+from sae_jax.features import results
+from sae_jax.storage import finished
 from tests.support import synthetic_features
 
 
@@ -25,8 +25,7 @@ def made():
 def probed(made, tmp_path, monkeypatch):
   """A workdir of sae-probe and how often a page was built from it."""
   features, report, vocabulary = made
-  table.save(tmp_path / 'probe' / 'features.npz', features)
-  (tmp_path / 'probe' / 'report.json').write_text(json.dumps(report))
+  results.write(tmp_path / 'probe', {}, report, features)
   monkeypatch.setattr(build, 'vocabulary', lambda *_: vocabulary)
   builds = []
   build_index = index.build_index
@@ -71,9 +70,9 @@ def test_damage_to_any_file_is_seen(made, tmp_path):
   for name, content in whole.items():
     for damaged in damages(content, rng):
       put(tmp_path / name, damaged)
-      assert not record.vouches(tmp_path, inputs), name
+      assert not finished.vouches(tmp_path, inputs, index.NAMES), name
       put(tmp_path / name, content)
-  assert record.vouches(tmp_path, inputs)
+  assert finished.vouches(tmp_path, inputs, index.NAMES)
 
 
 def test_a_damaged_page_is_built_again(probed, tmp_path):
@@ -83,7 +82,7 @@ def test_a_damaged_page_is_built_again(probed, tmp_path):
   whole = contents(page)
   build.browse(index.BrowseConfig(), str(probe), str(page))
   assert len(builds) == 1
-  for name in ('data/columns.json', 'data/record.json', 'app.js'):
+  for name in ('data/columns.json', 'finished.json', 'app.js'):
     before = len(builds)
     put(page / name, whole[name][:-300])
     build.browse(index.BrowseConfig(), str(probe), str(page))
@@ -111,30 +110,6 @@ def test_another_version_builds_again(probed, tmp_path, monkeypatch, change):
   for _ in range(2):
     build.browse(config, str(probe), str(tmp_path / 'page'))
     assert len(builds) == 2
-
-
-def test_a_record_names_no_other_files(tmp_path):
-  other = tmp_path / 'other.json'
-  other.write_text('{}')
-  page = epath.Path(tmp_path / 'page')
-  (page / 'data').mkdir(parents=True)
-  (page / 'index.html').write_text('page')
-  own = {'index.html': record.sha256(b'page')}
-  record.write(page, {}, own)
-  assert record.vouches(page, {})
-  for name in ('../other.json', str(other), 'data/../../other.json'):
-    record.write(page, {}, own | {name: record.sha256(b'{}')})
-    assert not record.vouches(page, {}), name
-
-
-@pytest.mark.parametrize('text', ['{}', '{"subject": 3}', '[]', '{"subject'])
-def test_a_report_without_a_subject_is_named(probed, tmp_path, text):
-  probe, _ = probed
-  (probe / 'report.json').write_text(text)
-  with pytest.raises(errors.UserError, match=r'report\.json') as error:
-    build.browse(index.BrowseConfig(), str(probe), str(tmp_path / 'page'))
-  assert 'run' in str(error.value)
-  assert not any((tmp_path / 'page').glob('*'))
 
 
 def test_a_build_removes_what_a_killed_one_left(made, tmp_path):
