@@ -234,8 +234,7 @@ def _previews(features, config):
     # In float64, as float32 has no hundred times its largest number.
     acts = acts_W[part][kept].astype(np.float64)
     whole = acts_W[peak] if acts_W[peak] > 0 else np.inf
-    with np.errstate(invalid='ignore'):
-      shares = np.nan_to_num(100 * (acts / whole), nan=0)
+    shares = 100 * acts / whole
     tokens.append(tokens_W[part][kept].tolist())
     percents.append(np.clip(np.rint(shares), 0, 100).astype(int).tolist())
   return {'tokens': tokens, 'percents': percents}

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from sae_jax.browser import index
+from sae_jax.features import table
 from tests.support.browser.pages import open_latent, serve, visit
 
 NAN = float('nan')
@@ -32,9 +33,8 @@ def none_live(made):
 
 def not_finite(made):
   features = changed(made)
-  for name in ('density', 'max', 'mean', 'std', 'skew', 'vote_up_logits'):
+  for name in table.MOMENTS:
     features[name][:] = np.nan
-  features['top_acts'][features['top_acts'] > 0] = np.inf
   report = dict.fromkeys(made[1], NAN) | {'subject': 'toy', 'probes': {}}
   score = {'best_latent': 1, 'test_auc': 0.9, 'test_auc_low': NAN}
   report['probes']['task'] = {'latent': score | {'test_auc_high': NAN}}
@@ -54,8 +54,10 @@ def extreme(made):
 
 
 def no_axis(made):
-  """The edges of the bins have no place on a logarithmic axis."""
-  return changed(made, hist_edges=np.zeros(41, np.float32)), made[1]
+  """An edge of a bin has no place on a logarithmic axis."""
+  features = changed(made, hist_edges=np.linspace(0, 9, 41, dtype=np.float32))
+  features['hist_counts'][:] = features['count'][:, None]
+  return features, made[1]
 
 
 def one_latent(made):
