@@ -102,7 +102,7 @@ function clusters(row) {
 }
 
 function shownCluster({ text, byte }) {
-  if (byte !== null && byte !== undefined) return `⟨x${hex(byte)}⟩`;
+  if (Number.isInteger(byte)) return `⟨x${hex(byte)}⟩`;
   if (NAMED.has(text)) return NAMED.get(text);
   const letters = [...text];
   const isPicture = /^\p{Extended_Pictographic}/u.test(text);
@@ -172,8 +172,9 @@ function spellTogether(tokens) {
     }
   };
   for (const cluster of clusters(characters(tokens))) {
-    const { text, first, last } = cluster;
+    const { first, last } = cluster;
     const shown = shownCluster(cluster);
+    const text = cluster.text || shown;
     skipTo(first);
     if (first === last && unit?.tokens.length === 1
       && unit.tokens[0] === first) {
