@@ -245,3 +245,44 @@ def test_a_context_longer_than_the_model_was_made_for_is_warned_of(caplog):
       block.queries_of(config, 1235, None, None)
   assert len(caplog.records) == 1
   assert 'of 1235 positions are longer than the 1234 that' in caplog.text
+
+
+# What files of published models say beside their sizes.
+PUBLISHED = {
+  'SmolLM2': ('llama', {
+    'is_llama_config': True, 'pretraining_tp': 1, 'rope_interleaved': False,
+    'rope_scaling': None, 'rope_theta': 100_000, 'use_cache': True,
+    'transformers.js_config': {'kv_cache_dtype': {'q4f16': 'float16'}},
+  }, {'rope_base': 1e5}),
+  'Qwen 2.5': ('qwen2', {
+    'max_window_layers': 21, 'rope_theta': 1e6, 'sliding_window': 32_768,
+    'use_mrope': False, 'use_sliding_window': False,
+  }, {'rope_base': 1e6, 'windows': ()}),
+  'Pythia, saved again': ('gpt_neox', {
+    'partial_rotary_factor': 0.25, 'rope_scaling': None, 'rope_theta': 10_000,
+    'rotary_emb_base': 10_000, 'rotary_pct': 0.25,
+  }, {'rope_base': 1e4, 'rotary_dim': 24}),
+  'Gemma 2B': ('gemma', {
+    'head_dim': 256, 'hidden_act': 'gelu', 'hidden_activation': None,
+    'rope_scaling': None, 'rope_theta': 10_000.0,
+  }, {'activation': 'gelu_tanh'}),
+  'Gemma 2': ('gemma2', {
+    'cache_implementation': 'hybrid', 'hidden_act': 'gelu_pytorch_tanh',
+    'attn_logit_softcapping': 50.0, 'query_pre_attn_scalar': 224,
+  }, {'attn_softcap': 50}),
+  'Gemma 3 270M': ('gemma3_text', {
+    '_sliding_window_pattern': 6, 'rope_local_base_freq': 1e4,
+    'layer_types': ['sliding_attention'] * 26, 'rope_scaling': None,
+    'rope_theta': 1e6, 'use_bidirectional_attention': False,
+  }, {'rope_base': 1e6, 'local_rope_base': 1e4, 'windows': (4096,) * 26}),
+  'GPT-2': ('gpt2', {
+    'n_ctx': 1024, 'task_specific_params': {'text-generation': {}},
+  }, {'context_length': 1024}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_files_of_published_models_are_read(name):
+  kind, said, want = PUBLISHED[name]
+  config = config_of(kind, **sizes_of(kind) | said)
+  assert {key: getattr(config, key) for key in want} == want
