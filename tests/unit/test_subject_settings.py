@@ -18,7 +18,7 @@ DEFAULTS = json.loads(_FILE.read_text())['families']
 # Sizes that every file has.
 SIZES = {
   'hidden_size', 'intermediate_size', 'num_hidden_layers',
-  'num_attention_heads', 'vocab_size',
+  'num_attention_heads', 'vocab_size', 'n_embd', 'n_head', 'n_layer',
 }  # fmt: skip
 # Keys of training, of other heads, of tokens, and of how a model is run.
 HARMLESS = {
@@ -179,6 +179,7 @@ REFUSED = [
    'says high_freq_factor 1.0, it must be a finite number above 1'),
   ('llama', {'rope_theta': 1e6, 'rope_parameters': {'rope_theta': 5e5}},
    'rope_theta 500000 and config.json: rope_theta 1e+06, which are one thing'),
+  ('llama', {'rope_theta': None}, 'config.json does not say rope_theta'),
   ('llama', {'rope_parameters': {'mrope_section': [1, 2]}},
    "says mrope_section [1, 2], which rotary scaling 'default' does not have"),
   ('llama', {'rope_parameters': {'factor': 2.0},
@@ -232,8 +233,12 @@ def test_keys_that_are_off_and_aliases_are_accepted():
     'attn_scale_floor': 0,
   }
   assert config_of('llama', **sizes_of('llama') | off) == config
-  eight = config_of('gpt2', num_attention_heads=8)
-  assert eight.n_heads == 8
+  sizes = sizes_of('gpt2')
+  del sizes['n_head']
+  assert config_of('gpt2', **sizes, num_attention_heads=8).n_heads == 8
+  # transformers would take 12 heads, whatever the model has.
+  with pytest.raises(errors.UserError, match='does not say n_head'):
+    config_of('gpt2', **sizes)
 
 
 def test_a_context_longer_than_the_model_was_made_for_is_warned_of(caplog):

@@ -204,7 +204,10 @@ def _gemma(settings: Settings) -> transformer.TransformerConfig:
     settings.same('sliding_window_pattern', period)
   else:
     period = settings.whole('sliding_window_pattern')
-  if not settings.says('layer_types'):
+  if settings.says('layer_types'):
+    # A list of all blocks comes before it.
+    settings.says('_sliding_window_pattern')
+  else:
     settings.same('_sliding_window_pattern', period)
   windows = family_positions.windows(
     settings, config.n_layers, lambda i: bool((i + 1) % period)

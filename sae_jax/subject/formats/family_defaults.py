@@ -7,11 +7,7 @@ are left out.
 
 DEFAULTS = {
   'gpt2': {
-    'n_layer': 12,
-    'n_head': 12,
-    'n_embd': 768,
     'n_positions': 1024,
-    'vocab_size': 50_257,
     'layer_norm_epsilon': 1e-5,
     'activation_function': 'gelu_new',
     'scale_attn_weights': True,

@@ -101,7 +101,7 @@ def _base(
     f'{place.where}: {key}': place.number(key, least=1, most=1e15)
     for place, names in ((group, ('rope_theta',)), (settings, keys))
     for key in dict.fromkeys(names)
-    if place and place.says(key)
+    if place and key in place.values
   }
   return settings_lib.agreed(settings.where, said, default)
 
