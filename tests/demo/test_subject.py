@@ -43,6 +43,7 @@ def test_packaged_model_is_the_one_known(packaged):
       d_head=64,
       d_ff=1536,
       vocab_size=49_152,
+      context_length=8192,
       rope_base=1e5,
       norm_eps=1e-5,
       rope_pairs='interleaved',
