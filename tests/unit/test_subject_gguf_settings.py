@@ -220,6 +220,12 @@ def test_a_key_that_is_not_read_is_named(caplog):
     config_of('llama', expert_count=0, attention__odd=7)
   assert 'says llama.attention.odd 7, which is not read' in caplog.text
   assert 'expert_count' not in caplog.text
+  metadata = {'general.architecture': 'gpt2', 'gem.attention.sliding_window': 6}
+  values = gguf_models.metadata(hf_folder.golden()['gpt2'])
+  metadata |= {f'gpt2.{key}': value for key, value in values.items()}
+  with caplog.at_level(logging.WARNING, logger='absl'):
+    gguf_families.transformer_config(metadata, 97)
+  assert 'says gem.attention.sliding_window 6, which is not r' in caplog.text
 
 
 def test_a_split_model_is_read_whole(tmp_path):

@@ -141,7 +141,7 @@ def _llama(settings: Settings) -> transformer.TransformerConfig:
   return transformer.TransformerConfig(
     **common,
     **family_positions.rope(settings),
-    norm_eps=settings.number('rms_norm_eps', least=0, most=1),
+    norm_eps=settings.number('rms_norm_eps', above=0, most=1),
     activation=_activation(settings, 'hidden_act'),
     qkv_bias=bias,
     attn_out_bias=bias,
@@ -191,7 +191,7 @@ def _gemma(settings: Settings) -> transformer.TransformerConfig:
   config = transformer.TransformerConfig(
     **common,
     **rotary,
-    norm_eps=settings.number('rms_norm_eps', least=0, most=1),
+    norm_eps=settings.number('rms_norm_eps', above=0, most=1),
     activation=_gemma_activation(settings),
     qkv_bias=bias,
     attn_out_bias=bias,
@@ -242,7 +242,7 @@ def _neox(settings: Settings) -> transformer.TransformerConfig:
       settings, common['d_head'], 'rotary_pct'
     ),
     norm='layer',
-    norm_eps=settings.number('layer_norm_eps', least=0, most=1),
+    norm_eps=settings.number('layer_norm_eps', above=0, most=1),
     parallel=settings.flag('use_parallel_residual'),
     qkv_bias=bias,
     attn_out_bias=bias,
@@ -273,7 +273,7 @@ def _gpt2(settings: Settings) -> transformer.TransformerConfig:
     rope_base=0.0,
     rope_pairs='half',
     norm='layer',
-    norm_eps=settings.number('layer_norm_epsilon', least=0, most=1),
+    norm_eps=settings.number('layer_norm_epsilon', above=0, most=1),
     qkv_bias=True,
     attn_out_bias=True,
     ffn_bias=True,

@@ -88,6 +88,8 @@ class Family:
 _PER_BLOCK = (
   'feed_forward_length', 'attention.head_count', 'attention.head_count_kv',
 )  # fmt: skip
+# What begins so is no setting of the transformer.
+_OTHER_KEYS = ('general.', 'tokenizer.', 'GGUF.', 'split.', 'quantize.')
 _BASE = 10_000.0
 _BIASES = {'attn_out_bias': True, 'qkv_bias': True, 'ffn_bias': True}
 _GEMMA = {'rope_pairs': 'half', 'activation': 'gelu_tanh'}
@@ -200,7 +202,7 @@ def transformer_config(
       'attention.layer_norm_epsilon'
       if layer_norm
       else 'attention.layer_norm_rms_epsilon',
-      least=0,
+      above=0,
       most=1,
     ),
     tied=tied,
@@ -210,9 +212,17 @@ def transformer_config(
     **_family_fields(architecture, family, settings),
   )
   settings.refuse_unread(f'the family {architecture}')
-  for key, value in settings.unread().items():
+  unread = {f'{architecture}.{k}': v for k, v in settings.unread().items()}
+  # Of another family, or of this one by a damaged name.
+  unread |= {
+    key: value
+    for key, value in metadata.items()
+    if not key.startswith((f'{architecture}.', *_OTHER_KEYS))
+    and settings_lib.changes_model(key)
+  }
+  for key, value in unread.items():
     logging.warning(
-      '%s says %s.%s %s, which is not read', where, architecture, key, value
+      '%s says %s %s, which is not read', where, key, str(value)[:60]
     )
   return config
 

@@ -17,6 +17,11 @@ _SHAPING = re.compile(
 )
 
 
+def changes_model(key: str) -> bool:
+  """Whether a key is called as those that change a model's numbers are."""
+  return bool(_SHAPING.search(key))
+
+
 class Settings:
   """Values by their keys, of which it notes those that are read.
 
@@ -153,7 +158,7 @@ class Settings:
         are called so.
     """
     for key, value in self.unread().items():
-      if all_keys or _SHAPING.search(key):
+      if all_keys or changes_model(key):
         raise errors.UserError(
           f'{self.where} says {key} {_short(value)}, which {reader} does not '
           'have: use a model without it'
