@@ -196,7 +196,7 @@ REFUSED = [
    '1099511627776, it must be a whole number from 1 to 10,000'),
   ('llama', {'hidden_size': 48.0}, 'it must be a whole number from 1'),
   ('llama', {'hidden_size': True}, 'it must be a whole number from 1'),
-  ('llama', {'rms_norm_eps': float('nan')}, 'a finite number at least 0'),
+  ('llama', {'rms_norm_eps': float('nan')}, 'a finite number above 0'),
   ('llama', {'attention_bias': 'x'}, 'it must be true or false'),
   ('llama', {'hidden_act': ['silu']}, 'it must be a text'),
   ('llama', {'rope_scaling': [1]}, 'it must be a mapping'),
