@@ -25,7 +25,7 @@ def rope(settings: Settings, old_base: str = 'rope_theta') -> dict[str, Any]:
     UserError: if the scaling is not supported, or two keys contradict.
   """
   scaled = _one_group(settings)
-  # Files of transformers 4.48 to 4.57 name GPT-NeoX's base twice.
+  # Some releases of transformers wrote GPT-NeoX's base under both names.
   base = _base(settings, scaled, (old_base, 'rope_theta'), _BASE)
   return {
     'rope_base': base,

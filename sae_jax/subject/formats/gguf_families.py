@@ -184,7 +184,7 @@ def transformer_config(
   for key in ('value_length', 'key_length_swa', 'value_length_swa'):
     settings.same(f'attention.{key}', d_head)
   settings.same('attention.causal', True)
-  # What else it may be called is no setting of the model.
+  # Converters write these too; no number of the model depends on them.
   settings.says(
     'vocab_size', 'use_parallel_residual', 'rope.scaling.finetuned',
     'rope.scaling.original_context_length', 'tensor_data_layout',

@@ -183,18 +183,17 @@ class Settings:
     )
 
 
-def agreed(where: str, values: dict[str, float | None], default: float):
-  """The value that all say who say one; the default if nobody does.
+def agreed(where: str, said: dict[str, float], default: float) -> float:
+  """The value that keys of one meaning have; the default if there is none.
 
   Args:
     where: the file, for the error.
-    values: in which words -> value, None for none.
-    default: the value if all are None.
+    said: key in words -> value.
+    default: the value without any.
 
   Raises:
     UserError: if two of them differ.
   """
-  said = {name: value for name, value in values.items() if value is not None}
   if len(set(said.values())) > 1:
     words = ' and '.join(f'{name} {value:g}' for name, value in said.items())
     raise errors.UserError(
