@@ -22,7 +22,13 @@ class SaeConfig(config_lib.Config):
   d_model: int = config_lib.option(
     0, 'width of the activations, D; 0 for the width of the store', least=0
   )
-  n_latents: int = config_lib.option(4096, 'number of latents, N', least=1)
+  n_latents: int = config_lib.option(
+    4096,
+    'number of latents, N',
+    least=1,
+    # Their numbers are int32.
+    most=2**31 - 1,
+  )
   k: int = config_lib.option(
     32, 'number of active latents of a token, K', least=1
   )

@@ -21,6 +21,7 @@ from sae_jax.storage import url as url_lib
 _Config = TypeVar('_Config')
 _USER_ERROR = 2
 _OUTPUTS = (1, 2)
+_OUT_OF_MEMORY = 'RESOURCE_EXHAUSTED'
 _urls: list[str] = []
 _HELP = {'--help', '-help', '-h', '--helpshort', '--helpfull'}
 
@@ -191,11 +192,19 @@ def run(main: Callable[[], Any], description: str) -> None:
     except (
       errors.DefectError,
       FloatingPointError,
+      MemoryError,
       jax.errors.JaxRuntimeError,
     ) as error:
       if flags.FLAGS.debug:
         raise
-      _fail(f'{error} (--debug shows where)', 1)
+      if isinstance(error, MemoryError) or _OUT_OF_MEMORY in str(error):
+        # XLA's message has a table of the largest arrays below.
+        _fail(
+          f'there is too little memory ({errors.reason(error)}): use smaller '
+          'sizes, or more devices (--debug shows where)',
+          _USER_ERROR,
+        )
+      _fail(f'{errors.printable(error)} (--debug shows where)', 1)
     except KeyboardInterrupt:
       if flags.FLAGS.debug:
         raise

@@ -64,6 +64,7 @@ class TrainConfig(config_lib.Config):
     2048,
     'number of tokens in a training step, over all devices',
     least=1,
+    most=2**31 - 1,
     shared=True,
   )
   micro_batches: int = config_lib.option(

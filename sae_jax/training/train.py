@@ -16,7 +16,7 @@ from sae_jax import mesh as mesh_lib
 from sae_jax.feed import batches as batches_lib
 from sae_jax.feed import from_store, from_text
 from sae_jax.storage import files
-from sae_jax.training import evaluation, loop, resume
+from sae_jax.training import evaluation, loop, memory, resume
 from sae_jax.training import run as run_lib
 from sae_jax.training.config import check_mesh, TrainConfig
 from sae_jax.training.state import TrainState
@@ -147,6 +147,7 @@ def train_many(
   mesh = mesh_lib.make_mesh(first.mesh_data, first.mesh_latent)
   for config in configs.values():
     check(config, data.manifest, mesh)
+  memory.check(list(configs.values()), mesh)
   with contextlib.ExitStack() as stack:
     starts = [
       resume.start(config, workdir, mesh, data, stack)

@@ -7,6 +7,8 @@ import sys
 import types
 
 from absl import flags as absl_flags
+import jax
+import numpy as np
 import pytest
 
 from sae_jax import config, errors
@@ -161,6 +163,25 @@ def test_an_error_is_one_line_and_an_exit_code(
   assert stop.value.code == code
   (line,) = capsys.readouterr().err.strip().splitlines()
   assert line.startswith(f'error: {error}')
+
+
+@pytest.mark.parametrize(
+  ('allocate', 'size'),
+  [
+    (lambda: np.zeros(10**15), 'Unable to allocate 7.11 PiB'),
+    (lambda: jax.numpy.zeros(10**15), 'Out of memory allocating 4000000000'),
+    (lambda: bytearray(10**15), 'MemoryError'),
+  ],
+)
+def test_too_little_memory_is_one_line(allocate, size, monkeypatch, capsys):
+  with pytest.raises(Exception) as raised:
+    allocate()
+  with pytest.raises(SystemExit) as stop:
+    run_failing(monkeypatch, raised.value)
+  assert stop.value.code == 2
+  (line,) = capsys.readouterr().err.strip().splitlines()
+  assert line.startswith('error: there is too little memory (') and size in line
+  assert len(line) < 300
 
 
 def test_control_other_errors_keep_their_traceback(monkeypatch):

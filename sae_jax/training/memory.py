@@ -1,0 +1,72 @@
+"""Whether runs can be in memory at all, before minutes are spent on them."""
+
+from collections.abc import Sequence
+import os
+import pathlib
+
+from jax.sharding import Mesh
+
+from sae_jax import errors
+from sae_jax.training.config import TrainConfig
+
+# Parameters, both moments of Adam and the moving average, in float32.
+_STATE_BYTES = 4 * 4
+_BATCH_BYTES = 2
+_CGROUP = '/sys/fs/cgroup/memory.max'
+
+
+def state_bytes(config: TrainConfig) -> int:
+  """Bytes of the state of a run, in all shards; its counters left out."""
+  n_latents, d_model = config.sae.n_latents, config.sae.d_model
+  return _STATE_BYTES * (2 * n_latents * d_model + n_latents + d_model)
+
+
+def check(configs: Sequence[TrainConfig], mesh: Mesh) -> None:
+  """Refuses what is sure not to fit: states and batch are less than is needed.
+
+  Args:
+    configs: runs whose states are in memory at once, with their d_model.
+    mesh: its devices.
+
+  Raises:
+    UserError: if they are larger than the memory of a device.
+  """
+  there = device_bytes(mesh)
+  if there is None:
+    return
+  first = configs[0]
+  latent, data = mesh.shape['latent'], mesh.shape['data']
+  states = sum(map(state_bytes, configs)) // latent
+  batch = first.batch_size // data * first.sae.d_model * _BATCH_BYTES
+  if states + batch <= there:
+    return
+  runs = f'{len(configs)} runs' if len(configs) > 1 else 'the run'
+  raise errors.UserError(
+    f'the state of {runs} takes {_gib(states)} and a batch {_gib(batch)} on '
+    f'each device, which has {_gib(there)}: use fewer n_latents, a smaller '
+    'batch_size or more devices'
+  )
+
+
+def device_bytes(mesh: Mesh) -> int | None:
+  """Bytes of memory of a device; None if it does not say."""
+  device = mesh.local_devices[0]
+  stats = device.memory_stats() or {}
+  if device.platform == 'cpu':
+    # They share the host's.
+    return host_bytes() // len(mesh.local_devices)
+  return stats.get('bytes_limit')
+
+
+def host_bytes(cgroup: str = _CGROUP) -> int:
+  """Bytes of this host's memory, or of the part that a container may use."""
+  physical = os.sysconf('SC_PAGE_SIZE') * os.sysconf('SC_PHYS_PAGES')
+  try:
+    return min(physical, int(pathlib.Path(cgroup).read_text()))
+  except (OSError, ValueError):
+    # There is no such limit, or it says 'max'.
+    return physical
+
+
+def _gib(size: int) -> str:
+  return f'{size / 2**30:,.2f} GiB'
