@@ -87,7 +87,11 @@ class HarvestConfig(config_lib.Config):
     1024, 'number of rows in a chunk, the smallest piece that is read', least=1
   )
   shard_rows: int = option(
-    65_536, 'number of rows in a shard, a stored object', least=1
+    65_536,
+    'number of rows in a shard, a stored object',
+    least=1,
+    # Its index is made at once, and may be beyond all memory.
+    most=2**31,
   )
   holdout_fraction: float = option(
     0.1,

@@ -7,6 +7,7 @@ import pytest
 
 from sae_jax import errors, mesh
 from sae_jax.autoencoder import SaeConfig
+from sae_jax.harvesting.config import HarvestConfig
 from sae_jax.training import memory, state
 from tests.support import binaries, planted, runs
 
@@ -87,3 +88,8 @@ def test_sizes_beyond_everything_are_one_line(flag, part, store, tmp_path):
   (line,) = found.stderr.splitlines()
   assert found.returncode == 2 and part in line
   assert not (tmp_path / 'run').exists()
+
+
+def test_a_shard_has_an_index_that_can_be_in_memory():
+  with pytest.raises(errors.UserError, match=r'must be 2147483648 or less'):
+    HarvestConfig(shard_rows=10**12)
