@@ -1,7 +1,8 @@
 """Folders that stages write: whose they are, and what they are made from.
 
 Every stage writes a mark of its own into its folder before anything else:
-harvesting plan.json, training config.json, probing and the page `MADE_FROM`.
+harvesting plan.json, training config.json, probing and the page `MADE_FROM`;
+training in a bucket, where no folder can be claimed, writes that too.
 """
 
 from collections.abc import Collection, Iterator, Mapping
@@ -23,7 +24,9 @@ _UNFINISHED = '.__lock'
 
 
 def check_own(
-  folder: epath.PathLike, stage: str, marks: Mapping[str, Collection[str]]
+  folder: epath.PathLike,
+  stage: str,
+  marks: Mapping[str, Collection[str]] | None = None,
 ) -> None:
   """Refuses a folder that holds files and is not of a stage.
 
@@ -32,8 +35,9 @@ def check_own(
   Args:
     folder: local path or URL; it need not exist.
     stage: the stage's command, such as 'sae-train'.
-    marks: names of which one at least is in each folder of the stage; for a
-      JSON file also keys that it has, so that another's of the name is no mark.
+    marks: names of which one at least is in each folder of the stage, unless
+      `MADE_FROM` is; for a JSON file also keys that it has, so that another's
+      of the name is no mark.
 
   Raises:
     UserError: if the folder is somebody else's.
@@ -50,7 +54,11 @@ def check_own(
     if not (name.startswith('.') or name.endswith(_UNFINISHED))
   ]
   # Looked for one by one, as a mark may be written while names are listed.
-  if names and not any(_is_mark(folder / n, marks[n]) for n in marks):
+  if (
+    names
+    and _record_of(folder / MADE_FROM).get('stage') != stage
+    and not any(_is_mark(folder / n, keys) for n, keys in (marks or {}).items())
+  ):
     shown = ', '.join(names[:_SHOWN]) + (', ...' if names[_SHOWN:] else '')
     raise errors.UserError(
       f'{folder} holds {shown} and is not of {stage}, which would replace '
@@ -59,14 +67,17 @@ def check_own(
 
 
 def _is_mark(path: epath.Path, keys: Collection[str]) -> bool:
-  if not path.exists():
-    return False
   if not keys:
-    return True
+    return path.exists()
+  return set(keys) <= _record_of(path).keys()
+
+
+def _record_of(path: epath.Path) -> dict[str, Any]:
+  """What a JSON file holds; nothing if it is not there or damaged."""
   try:
-    return set(keys) <= records.read(path).keys()
+    return records.read(path)
   except errors.UserError:
-    return False
+    return {}
 
 
 @contextlib.contextmanager
@@ -91,7 +102,7 @@ def hold(
       other inputs.
   """
   with claim.claim(folder):
-    check_own(folder, stage, {MADE_FROM: ('stage', 'made_from')})
+    check_own(folder, stage)
     if (epath.Path(folder) / MADE_FROM).exists():
       _check_same(folder, _record(stage, made_from))
     yield

@@ -1,5 +1,6 @@
 """Where a run begins: fresh, or where an earlier process stopped."""
 
+from collections.abc import Callable
 import contextlib
 import dataclasses
 from typing import Any
@@ -15,14 +16,33 @@ from sae_jax import checkpoint, errors, store
 from sae_jax import config as config_lib
 from sae_jax import mesh as mesh_lib
 from sae_jax.storage import claim, files
+from sae_jax.storage import url as url_lib
 from sae_jax.storage import workdir as workdir_lib
 from sae_jax.training import run
 from sae_jax.training import saver as saver_lib
 from sae_jax.training.config import TrainConfig
 from sae_jax.training.state import abstract_state, init_state, TrainState
 
+_STAGE = 'sae-train'
 # What a workdir of training has: one of them at least, however it ended.
 _MARKS = {'checkpoints': (), 'config.json': ('sae', 'optimizer')}
+
+
+def _made_from(config: TrainConfig, dataset: dict[str, Any]) -> dict[str, Any]:
+  """What may not differ between a run and its resumption."""
+  may_change = set(config_lib.names_with(TrainConfig, 'may_change'))
+  # No step depends on the number of steps, unless the rate decays.
+  if not config.optimizer.decay_steps:
+    may_change.add('steps')
+  values = {
+    name: value
+    for name, value in config_lib.flat(config).items()
+    if name not in may_change
+  }
+  # The site's name is both a field of the config and one of the data.
+  return values | {
+    f'{name} of the data': dataset.get(name) for name in ('site', 'identity')
+  }
 
 
 def _check_same(
@@ -33,20 +53,11 @@ def _check_same(
 ) -> None:
   """Raises UserError if the workdir's checkpoints are of another run."""
   old_config = config_lib.from_dict(TrainConfig, saved.train_config)
-  old = config_lib.flat(old_config)
-  may_change = set(config_lib.names_with(TrainConfig, 'may_change'))
-  # No step depends on the number of steps, unless the rate decays.
-  if not config.optimizer.decay_steps:
-    may_change.add('steps')
+  old = config_lib.flat(old_config) | _made_from(old_config, saved.dataset)
   changed = [
     f'{name}: {old[name]!r} -> {value!r}'
-    for name, value in config_lib.flat(config).items()
-    if old[name] != value and name not in may_change
-  ]
-  changed += [
-    f'{name} of the data: {saved.dataset.get(name)} -> {dataset[name]}'
-    for name in ('site', 'identity')
-    if saved.dataset.get(name) != dataset[name]
+    for name, value in _made_from(config, dataset).items()
+    if old[name] != value
   ]
   if saved.dataset_version < dataset['version']:
     changed.append(
@@ -109,11 +120,13 @@ def start(
   saver = stack.enter_context(saver_lib.Saver(workdir, config.checkpoint_keep))
   latest = saver.checkpointer.latest
   if latest is None:
+    _sign(config, workdir, data)
     sample_BD = data.read_rows(0, min(config.sample_rows, data.n_train))
     state = init_state(config, mesh, sample_BD)
     return Start(config, workdir, state, {}, saver)
   saved = checkpoint.read_metadata(saver.checkpointer, latest.step)
   _check_same(config, workdir, data.about, saved)
+  _sign(config, workdir, data)
   state = run.restore(saver.checkpointer, abstract_state(config, mesh))
   if int(state.step) != latest.step:
     raise errors.UserError(
@@ -144,17 +157,12 @@ def claim_workdir(workdir: str, stack: contextlib.ExitStack) -> None:
   seed = np.random.default_rng().integers(2**31)
   number = int(multihost_utils.broadcast_one_to_all(seed))
   path = epath.Path(workdir) / f'.seen_by_all_{number}'
-  error = None
-  if jax.process_index() == 0:
-    try:
-      _claim_own(workdir, stack)
-      files.write_text(path, '')
-    except (errors.UserError, OSError) as raised:
-      error = raised
-  if multihost_utils.broadcast_one_to_all(np.array(error is not None)):
-    raise error or errors.UserError(
-      f'process 0 cannot use workdir {workdir}: see its error'
-    )
+
+  def claim_and_show():
+    _claim_own(workdir, stack)
+    files.write_text(path, '')
+
+  _by_first_process(workdir, claim_and_show)
   visible = multihost_utils.process_allgather(np.array(path.exists()))
   if jax.process_index() == 0:
     path.unlink()
@@ -166,6 +174,34 @@ def claim_workdir(workdir: str, stack: contextlib.ExitStack) -> None:
     )
 
 
+def _by_first_process(workdir: str, act: Callable[[], None]) -> None:
+  """Has process 0 act; where that fails every process raises."""
+  error = None
+  if jax.process_index() == 0:
+    try:
+      act()
+    except (errors.UserError, OSError) as raised:
+      error = raised
+  if jax.process_count() == 1:
+    failed = error is not None
+  else:
+    failed = multihost_utils.broadcast_one_to_all(np.array(error is not None))
+  if failed:
+    raise error or errors.UserError(
+      f'process 0 cannot use workdir {workdir}: see its error'
+    )
+
+
+def _sign(config: TrainConfig, workdir: str, data: store.Store) -> None:
+  """Keeps runs of other settings out of a workdir that cannot be claimed."""
+  if not url_lib.is_remote(workdir):
+    return
+  made_from = config_lib.through_json(_made_from(config, data.about))
+  _by_first_process(
+    workdir, lambda: workdir_lib.sign(workdir, _STAGE, made_from)
+  )
+
+
 def _claim_own(workdir: str, stack: contextlib.ExitStack) -> None:
   stack.enter_context(claim.claim(workdir))
-  workdir_lib.check_own(workdir, 'sae-train', _MARKS)
+  workdir_lib.check_own(workdir, _STAGE, _MARKS)

@@ -1,6 +1,8 @@
 """A folder of somebody else, or of other inputs, is left as it is."""
 
+import dataclasses
 import json
+import types
 
 import pytest
 
@@ -9,8 +11,8 @@ from sae_jax.browser import build
 from sae_jax.features import results
 from sae_jax.harvesting import harvest
 from sae_jax.storage import claim, workdir
-from sae_jax.training import train
-from tests.support import planted, toy
+from sae_jax.training import resume, train
+from tests.support import planted, runs, toy
 
 FIRST = {'step': 40, 'config': {'seed': 0, 'rows': [1, 2]}}
 SECOND = {'step': 20, 'config': {'seed': 1, 'rows': [1, 2]}}
@@ -31,9 +33,9 @@ def test_results_of_other_inputs_are_refused(tmp_path):
     f'{folder} holds results of other inputs (config.seed: 0 -> 1; step: 40 '
     '-> 20): use another folder, or delete this one to make them anew'
   )
-  # Those of another stage are somebody else's inputs too.
+  # Another stage is somebody else too.
   with (
-    pytest.raises(errors.UserError, match="stage: 'sae-probe' -> 'sae-browse'"),
+    pytest.raises(errors.UserError, match=r'made_from\.json and is not of sae'),
     workdir.hold(str(folder), 'sae-browse', FIRST),
   ):
     pass
@@ -137,3 +139,23 @@ def test_a_folder_of_somebody_else_stays_as_it_is(command, texts, tmp_path):
     for path in folder.rglob('*')
     if path.is_file()
   } == THEIRS
+
+
+def test_runs_of_other_settings_do_not_mix_in_a_bucket(tmp_path, monkeypatch):
+  """Neither has a checkpoint yet that would tell them apart."""
+  store, folder = str(tmp_path / 'store'), str(tmp_path / 'run')
+  planted.write_store(store)
+  first, other = (
+    planted.train_config(steps=4, checkpoint_every=0, seed=seed)
+    for seed in (0, 1)
+  )
+  # On a disk, where the claim keeps users apart, it starts over.
+  runs.break_off(2, {folder: other}, store)
+  # Stands for a bucket in this place alone.
+  bucket = types.SimpleNamespace(is_remote=lambda url: True)
+  monkeypatch.setattr(resume, 'url_lib', bucket)
+  runs.break_off(2, {folder: first}, store)
+  with pytest.raises(errors.UserError, match=r'other inputs \(seed: 0 -> 1\)'):
+    train.train(other, store, folder)
+  longer = dataclasses.replace(first, steps=5)
+  assert int(train.train(longer, store, folder).step) == 5
