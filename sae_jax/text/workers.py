@@ -162,6 +162,9 @@ class _Worker:
         | {'PYTHONPATH': path, 'TOKENIZERS_PARALLELISM': 'false'},
         stdin=subprocess.DEVNULL,
         pass_fds=[theirs.fileno()],
+        # Ctrl-C goes to the whole group of the main process, which says when to
+        # end: there it would be a traceback while Python starts.
+        process_group=0,
       )
     self._line = connection.Connection(ours.detach())
     self.send(model)
@@ -205,8 +208,6 @@ class _Worker:
 
 def _serve(descriptor: int) -> None:
   """Runs a worker until the other end of the line is closed."""
-  # Ctrl-C goes to the whole group; the main process says when to end.
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
   line = connection.Connection(descriptor)
   jobs = queue.SimpleQueue()
 

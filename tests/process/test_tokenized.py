@@ -53,6 +53,18 @@ def test_special_tokens_are_text_in_other_processes_too():
       assert len(tokens) == n_tokens
 
 
+def test_a_terminal_s_ctrl_c_does_not_reach_them():
+  before = processes.children()
+  tokens = workers_lib.tokenize(documents([5] * 100), byte_tokenizer(), 2)
+  next(tokens)
+  theirs = processes.children() - before
+  assert len(theirs) == 2
+  # From their first moment on; a terminal sends it to the group in front.
+  assert os.getpgid(0) not in map(os.getpgid, theirs)
+  tokens.close()
+  assert not processes.children() - before
+
+
 def counted(source, taken):
   for document in source:
     taken.append(document.number)
