@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import signal
 
 import jax
 import numpy as np
@@ -27,6 +28,20 @@ def test_sigterm_to_one_of_two_processes_stops_both(store, tmp_path):
     for process in runs.start_two(command):
       runs.ended(process)
   runs.assert_same_run(workdir, whole)
+
+
+def test_sigterm_before_two_processes_have_joined_stops_both(store, tmp_path):
+  workdir = str(tmp_path / 'run')
+  both = runs.start_two(
+    runs.command(store, workdir, steps=10**6, checkpoint_every=0, mesh_latent=1)
+  )
+  # While it imports what is heavy: alone it would end, and leave the other.
+  runs.wait_until(
+    lambda: processes.has_set(both[0], 'SigCgt', signal.SIGTERM), *both
+  )
+  both[0].terminate()
+  done = {runs.stopped_at(runs.ended(process)[0], 10**6) for process in both}
+  assert runs.saved_steps(workdir) == list(done)
 
 
 def config_of(data, latent):

@@ -84,14 +84,13 @@ def has_begun(process):
 
   There it blocks signals until it has seen to them; later it holds NumPy.
   """
-  folder = pathlib.Path('/proc', str(process.pid))
   try:
-    status = (folder / 'status').read_text()
-    maps = (folder / 'maps').read_text()
+    maps = pathlib.Path(f'/proc/{process.pid}/maps').read_text()
+    return 'numpy' in maps or processes.has_set(
+      process, 'SigBlk', signal.SIGTERM
+    )
   except OSError:
     return True
-  blocked = int(status.partition('SigBlk:')[2].split()[0], 16)
-  return bool(blocked >> signal.SIGTERM - 1 & 1) or 'numpy' in maps
 
 
 def interrupted(stage, flags, number, seconds):

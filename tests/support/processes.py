@@ -61,3 +61,17 @@ def children():
     for thread in task.iterdir()
     for child in (thread / 'children').read_text().split()
   }
+
+
+def has_set(process, kind, number):
+  """Whether a process's main thread has a signal set.
+
+  Args:
+    process: the process, which is not waited for.
+    kind: a line of its status: 'SigBlk' of blocked signals, 'SigCgt' of those
+      with a handler.
+    number: the signal.
+  """
+  status = pathlib.Path(f'/proc/{process.pid}/status').read_text()
+  bits = int(status.partition(f'{kind}:')[2].split()[0], 16)
+  return bool(bits >> number - 1 & 1)
