@@ -1,10 +1,12 @@
 """The whole evaluation of a checkpoint: report.json, features.npz, plots."""
 
 import dataclasses
+import hashlib
 from typing import Any
 
 from absl import logging
 from etils import epath
+import jax
 import numpy as np
 
 import sae_jax
@@ -125,6 +127,7 @@ def probe(
     store.check_subject(subject.name, subject.weights_sha256)
   made_from = {
     'step': trained.step,
+    'sae_sha256': _sha256(trained.sae),
     'checkpoint_dataset': trained.metadata.dataset['identity'],
     'train_config': trained.metadata.train_config,
     'store': store.manifest.identity,
@@ -183,6 +186,16 @@ def _results(
     }
   )
   return report, table
+
+
+def _sha256(sae: Any) -> str:
+  """A digest of an autoencoder's arrays: no config says how it was trained."""
+  digest = hashlib.sha256()
+  for path, array in jax.tree_util.tree_leaves_with_path(sae):
+    array = np.asarray(array)
+    digest.update(f'{path} {array.dtype} {array.shape}'.encode())
+    digest.update(array.reshape(-1).view(np.uint8))
+  return digest.hexdigest()
 
 
 def versions() -> dict[str, Any]:

@@ -91,6 +91,16 @@ def test_results_of_another_version_are_made_again(copy, data, monkeypatch):
     probe('', data.url, copy)
 
 
+def test_results_of_other_weights_are_refused(copy, data, trained, monkeypatch):
+  """The same config, step and store: what another version trained, say."""
+  other = dataclasses.replace(
+    trained, sae=trained.sae.replace(b_lat_N=trained.sae.b_lat_N + 1e-6)
+  )
+  monkeypatch.setattr(report.checkpoint_lib, 'load', lambda *a, **k: other)
+  with pytest.raises(errors.UserError, match=r'inputs \(sae_sha256: '):
+    probe('', data.url, copy)
+
+
 # More with SAE_JAX_FLIPS; 50 were tried.
 FLIPS = int(os.environ.get('SAE_JAX_FLIPS', '4'))
 
