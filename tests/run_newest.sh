@@ -22,7 +22,8 @@ fi
 stamp=$venv/.installed
 if [ ! -e "$stamp" ] || [ setup.cfg -nt "$stamp" ]; then
   "$found" -m venv "$venv"
-  "$venv/bin/pip" --disable-pip-version-check --quiet install --editable '.[test]'
+  "$venv/bin/pip" --disable-pip-version-check --quiet install uv
+  "$venv/bin/uv" --quiet pip install --python "$venv/bin/python" --editable '.[test]'
   touch "$stamp"
 fi
 "$venv/bin/python" - <<'PY'
