@@ -26,21 +26,31 @@ def arrays(crowded):
   return [a.astype(np.float32) for a in (x_BD, w_enc_ND, b_N, w_dec_ND, g_BD)]
 
 
-def run(implementation, given, candidates=None):
-  """Models and gradients over eight shards, and which lists were too short."""
-  x_BD, w_enc_ND, b_N, w_dec_ND, g_BD = given
+def program(implementation, candidates=None):
+  """Models and gradients over eight shards, and which lists were too short.
+
+  Kernels that are interpreted take seconds to compile, so what a test leaves
+  out is left out when the program runs.
+
+  Returns:
+    A jitted function of `arrays`, and of whether pairs are looked at again.
+  """
   line = jax.make_mesh(
     (SHARDS,), ('latent',), axis_types=(jax.sharding.AxisType.Auto,)
   )
+  loop = jax.lax.while_loop
 
   @functools.partial(
     jax.shard_map,
     mesh=line,
-    in_specs=(P('latent'), P('latent'), P('latent')),
+    in_specs=(P(), P('latent'), P('latent'), P('latent'), P(), P()),
     out_specs=(P(), (P('latent'),) * 3, P('latent')),
     check_vma=False,
   )
-  def whole(w_enc_ND, b_N, w_dec_ND):
+  def whole(x_BD, w_enc_ND, b_N, w_dec_ND, g_BD, again):
+    def rounds(cond, body, start):
+      return loop(lambda carry: again & cond(carry), body, start)
+
     def loss(w_enc_ND, b_N, w_dec_ND):
       coded = ops.autoencode(
         x_BD,
@@ -56,13 +66,32 @@ def run(implementation, given, candidates=None):
       (model_BD,) = coded.models
       return (model_BD * g_BD).sum(), (model_BD, coded.exhausted)
 
-    grads, (model_BD, short) = jax.grad(loss, (0, 1, 2), has_aux=True)(
-      w_enc_ND, b_N, w_dec_ND
-    )
+    with pytest.MonkeyPatch.context() as patch:
+      patch.setattr(fused.jax.lax, 'while_loop', rounds)
+      grads, (model_BD, short) = jax.grad(loss, (0, 1, 2), has_aux=True)(
+        w_enc_ND, b_N, w_dec_ND
+      )
     return jax.lax.psum(model_BD, 'latent'), grads, short[None]
 
-  model_BD, grads, short = jax.jit(whole)(w_enc_ND, b_N, w_dec_ND)
+  return jax.jit(whole)
+
+
+def run(program, given, again=True):
+  """What `program` gives, with the three gradients beside the models."""
+  model_BD, grads, short = program(*given, again)
   return (model_BD, *grads), np.asarray(short)
+
+
+@pytest.fixture(scope='module')
+def gather():
+  """By gathers, which look at every pair at once."""
+  return program('gather')
+
+
+@pytest.fixture(scope='module')
+def kernels():
+  """By kernels, in rounds."""
+  return program('pallas')
 
 
 def assert_same(found, want):
@@ -73,16 +102,15 @@ def assert_same(found, want):
 
 # Of 512 slots 128 are looked at, at a time: 64 are real on a shard, or all.
 @pytest.mark.parametrize('crowded', [0, 32])
-def test_pairs_that_crowd_a_shard_are_summed_in_rounds(monkeypatch, crowded):
+def test_pairs_that_crowd_a_shard_are_summed_in_rounds(
+  gather, kernels, crowded
+):
   assert pairs.slots(BATCH, K, 1 / SHARDS) == 128 < BATCH * K
   given = arrays(crowded)
-  want, _ = run('gather', given)
-  assert_same(run('pallas', given)[0], want)
+  want, _ = run(gather, given)
+  assert_same(run(kernels, given)[0], want)
   # Control: the first round alone will do only where winners lie evenly.
-  monkeypatch.setattr(
-    fused.jax.lax, 'while_loop', lambda cond, body, start: start
-  )
-  first, _ = run('pallas', given)
+  first, _ = run(kernels, given, again=False)
   if crowded:
     with pytest.raises(AssertionError):
       assert_same(first, want)
@@ -90,22 +118,25 @@ def test_pairs_that_crowd_a_shard_are_summed_in_rounds(monkeypatch, crowded):
     assert_same(first, want)
 
 
-def test_a_block_with_more_pairs_than_are_looked_at_is_told(monkeypatch):
+def test_a_block_with_more_pairs_than_are_looked_at_is_told(
+  monkeypatch, gather
+):
   # No token has 24 winners on a shard, but blocks have more than 128.
   crowded, even = arrays(20), arrays(0)
-  want, _ = run('gather', even)
-  found, short = run('pallas', even, candidates=24)
+  few = program('pallas', candidates=24)
+  want, _ = run(gather, even)
+  found, short = run(few, even)
   assert not short.any()
   assert_same(found, want)
-  found, short = run('pallas', crowded, candidates=24)
+  found, short = run(few, crowded)
   np.testing.assert_array_equal(short, np.arange(SHARDS) == 1)
   # Where it is told, for something is missing.
-  want, _ = run('gather', crowded)
+  want, _ = run(gather, crowded)
   with pytest.raises(AssertionError):
     assert_same(found, want)
   # Control: with room for all pairs it is not told, and nothing is missing.
   monkeypatch.setattr(pairs, 'slots', lambda tokens, k, active: tokens * k)
-  found, short = run('pallas', crowded, candidates=24)
+  found, short = run(program('pallas', candidates=24), crowded)
   assert not short.any()
   assert_same(found, want)
 
