@@ -1,5 +1,6 @@
 """Runs of several processes are stopped, and move over meshes."""
 
+import dataclasses
 import json
 import pathlib
 import signal
@@ -9,6 +10,14 @@ import numpy as np
 
 from sae_jax.training import train
 from tests.support import planted, processes, runs
+
+
+def rest_and_whole(store, folder):
+  """Ends a stopped run and does all of it again, in one of two processes."""
+  config = runs.saved_config(f'{folder}/run')
+  config = dataclasses.replace(config, checkpoint_every=0)
+  for name in ('run', 'whole'):
+    train.train(config, store, f'{folder}/{name}')
 
 
 def test_sigterm_to_one_of_two_processes_stops_both(store, tmp_path):
@@ -23,10 +32,10 @@ def test_sigterm_to_one_of_two_processes_stops_both(store, tmp_path):
   done = {runs.stopped_at(runs.ended(process)[0], 120) for process in both}
   assert len(done) == 1
   assert runs.saved_steps(workdir)[-1:] == list(done)
-  for path in (workdir, whole):
-    command = runs.command(store, path, **flags, checkpoint_every=0)
-    for process in runs.start_two(command):
-      runs.ended(process)
+  # Both in one pair of processes: to start one takes longer than to train.
+  code = 'import sys; from tests.mesh import test_preemption as t; '
+  code += f't.rest_and_whole({store!r}, sys.argv[1])'
+  processes.run_two(code, [tmp_path] * 2)
   runs.assert_same_run(workdir, whole)
 
 

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from sae_jax.ops.autoencode import candidates, retry
+from sae_jax.ops.autoencode import candidates
 from tests.support import step_runs
 from tests.support.kernel_steps import config, rows
 
@@ -17,6 +17,8 @@ def test_kernels_change_nothing_but_rounding(shape):
   kernels = step_runs.run(config(), shape, rows(), 'pallas')
   step_runs.assert_same_run(kernels, plain)
   assert max(row['aux'] for row in plain[0]) > 0
+  # At a recall of one nothing is said of it, as nothing is lost.
+  assert 'expected_recall' not in kernels[0][0]
   assert any(row['grad_norm'] > 0.25 for row in plain[0])
   for a, b in zip(
     jax.tree.leaves(kernels[3].sae), jax.tree.leaves(plain[3].sae)
@@ -40,9 +42,14 @@ def test_a_shard_that_offers_too_few_candidates_is_asked_again(monkeypatch):
     found = step_runs.run(made, shape, rows_BD, implementation)
     return found, [values.pop('redone', 0) for values in found[0]]
 
+  def most(found):
+    """Of a shard's latents, those that a token selects at the most."""
+    return found[1].reshape(*found[1].shape[:2], 2, 128).sum(-1).max(-1)
+
   (plain, _), (kernels, redone) = run('gather'), run('pallas')
   step_runs.assert_same_run(kernels, plain)
   assert max(redone) < 1
+  assert most(plain).max() <= 15
 
   # The first shard's latents look alike, and win every token.
   first = step_runs.state_lib.init_state
@@ -56,13 +63,9 @@ def test_a_shard_that_offers_too_few_candidates_is_asked_again(monkeypatch):
   (plain, _), (kernels, redone) = run('gather'), run('pallas')
   step_runs.assert_same_run(kernels, plain)
   assert redone == [1.0, 1.0]
-  # Control: without the second look it is another run.
-  monkeypatch.setattr(retry, 'anywhere', lambda *_: jax.numpy.array(False))
-  step_runs.step._program.cache_clear()
-  wrong, _ = run('pallas')
-  with pytest.raises(AssertionError):
-    step_runs.assert_same_run(wrong, plain)
-  step_runs.step._program.cache_clear()
+  # Without the second look a latent of every token would be missing, and
+  # test_autoencode_retry.py shows that gradients then differ.
+  assert (most(plain) == 16).all()
 
 
 @pytest.mark.parametrize('shape', [(1, 1), (2, 4)])
@@ -84,12 +87,3 @@ def test_an_approximate_run_says_what_recall_it_has(shape):
   same = (near[1][0] & sure[1][0]).sum() / sure[1][0].sum()
   assert same > 0.7
   np.testing.assert_allclose(values['nmse'], want['nmse'], rtol=0.1)
-  if shape != (1, 1):
-    return
-  # Control: at a recall of one nothing is said, as nothing is lost.
-  exact = dataclasses.replace(
-    made, objective=dataclasses.replace(made.objective, topk_recall=1.0)
-  )
-  assert (
-    'expected_recall' not in step_runs.run(exact, shape, rows(), 'pallas')[0][0]
-  )

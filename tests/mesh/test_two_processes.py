@@ -31,39 +31,42 @@ def test_two_processes_select_the_same_latents(tmp_path):
       step_runs.assert_same_run(pickle.load(file), unsharded)
 
 
-def alone_or_together(folder):
-  """Trains in a workdir that is relative, so that folders are as hosts."""
-  os.chdir(folder)
-  store = str(pathlib.Path(folder).parent / 'store')
+def train_in_three(folder):
+  """Trains in workdirs that are relative, so that folders are as hosts."""
+  folder = pathlib.Path(folder)
   config = runs.train_config(steps=4, mesh_data=2, mesh_latent=4)
-  try:
-    state = train.train(config, store, 'run')
-    print('trained to', state.step)
-  except errors.UserError as error:
-    print(error)
+  for place in (folder, folder.parent / 'taken', folder.parent / 'shared'):
+    os.chdir(place)
+    try:
+      state = train.train(config, str(folder.parent / 'store'), 'run')
+      print('report:', 'trained to', state.step)
+    except errors.UserError as error:
+      print('report:', error)
 
 
 def test_processes_that_do_not_share_the_workdir_are_refused(tmp_path):
   planted.write_store(str(tmp_path / 'store'))
-  for name in '01':
+  for name in ('0', '1', 'taken', 'shared'):
     (tmp_path / name).mkdir()
   code = 'import sys; from tests.mesh import test_two_processes as t; '
-  code += 't.alone_or_together(sys.argv[1])'
-  said = processes.run_two(code, [tmp_path / '0', tmp_path / '1'])
-  for text in said:
+  code += 't.train_in_three(sys.argv[1])'
+  with claim.claim(str(tmp_path / 'taken' / 'run')):
+    said = processes.run_two(code, [tmp_path / '0', tmp_path / '1'])
+  own, taken, shared = zip(
+    *([s for s in text.splitlines() if s[:7] == 'report:'] for text in said)
+  )
+  for text in own:
     assert 'workdir run is local to a host: 1 of 2 processes do not' in text
   assert list((tmp_path / '0').rglob('*')) == [tmp_path / '0' / 'run']
   assert not list((tmp_path / '1').iterdir())
   # One that another process has is refused on both; none waits for the other.
-  with claim.claim(str(tmp_path / '0' / 'run')):
-    said = processes.run_two(code, [tmp_path / '0', tmp_path / '0'])
-  assert 'run is in use by another process' in said[0]
-  assert 'process 0 cannot use workdir run: see its error' in said[1]
+  assert 'run is in use by another process' in taken[0]
+  assert 'process 0 cannot use workdir run: see its error' in taken[1]
+  assert not runs.saved_steps(tmp_path / 'taken' / 'run')
   # Control: the same where both see one folder.
-  said = processes.run_two(code, [tmp_path / '0', tmp_path / '0'])
-  assert all('trained to 4' in text for text in said)
-  assert runs.saved_steps(tmp_path / '0' / 'run') == [4]
-  assert not list((tmp_path / '0' / 'run').glob('.seen*'))
+  assert all('trained to 4' in text for text in shared)
+  assert runs.saved_steps(tmp_path / 'shared' / 'run') == [4]
+  assert not list((tmp_path / 'shared' / 'run').glob('.seen*'))
 
 
 @pytest.mark.parametrize(
@@ -81,7 +84,7 @@ def test_two_processes_train_what_one_does(store, tmp_path, flags):
   both = runs.start_two(runs.command(store, two, **flags))
   for process in both:
     runs.ended(process)
-  runs.run(runs.command(store, one, **flags), devices=8)
+  train.train(runs.saved_config(two), store, one)
   got, want = runs.rows(two), runs.rows(one)
   assert [row['step'] for row in got] == [row['step'] for row in want]
   runs.assert_active(one)
@@ -111,7 +114,7 @@ def test_two_processes_stream_what_one_does(texts, tmp_path):
   two, alone = str(tmp_path / 'two'), str(tmp_path / 'alone')
   for process in runs.start_two(runs.command(url, two, **flags)):
     runs.ended(process)
-  runs.run(runs.command(url, alone, **flags), devices=8)
+  train.train(runs.saved_config(two), url, alone)
   got, want = runs.rows(two), runs.rows(alone)
   assert len(got) == len(want) > 12
   for a, b in zip(got, want):

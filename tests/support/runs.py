@@ -43,11 +43,17 @@ def saved_steps(workdir):
   return sorted(int(path.name) for path in found if path.name.isdigit())
 
 
-def saved_state(workdir):
-  """The whole state of a run's latest checkpoint, on this process's mesh."""
+def saved_config(workdir):
+  """The config of a run's latest checkpoint."""
   with checkpoint.open_checkpointer(workdir) as checkpointer:
     saved = checkpoint.read_metadata(checkpointer, checkpointer.latest.step)
-    config = config_lib.from_dict(TrainConfig, saved.train_config)
+  return config_lib.from_dict(TrainConfig, saved.train_config)
+
+
+def saved_state(workdir):
+  """The whole state of a run's latest checkpoint, on this process's mesh."""
+  config = saved_config(workdir)
+  with checkpoint.open_checkpointer(workdir) as checkpointer:
     return run_lib.restore(
       checkpointer,
       abstract_state(config, mesh.make_mesh(1, jax.device_count())),
@@ -187,9 +193,9 @@ def ended(process, code=0):
   return out, said
 
 
-def run(command, code=0, devices=1):
+def run(command, code=0):
   """Runs a command to an exit code; returns its output and its errors."""
-  return ended(start(command, devices), code)
+  return ended(start(command), code)
 
 
 def wait_until(reached, *running):
