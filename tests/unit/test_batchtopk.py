@@ -130,7 +130,9 @@ def test_weights_that_are_no_numbers_reach_the_loss():
 def test_codes_of_a_run_have_k_active_latents_on_average(store, tmp_path):
   workdir = str(tmp_path / 'run')
   train.train(
-    batchtopk_checks.run_config(steps=400, log_every=50, mesh_latent=1),
+    batchtopk_checks.run_config(
+      steps=400, log_every=50, checkpoint_every=0, mesh_latent=1
+    ),
     store,
     workdir,
   )

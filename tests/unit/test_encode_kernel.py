@@ -21,7 +21,7 @@ def through_identity(pre_BN, k, mask_N=None, tiles=TILES):
   raw = kernel.encode_topk(
     x_BD, w_ND, np.zeros(n, np.float32), k, tiles=tiles, interpret=True
   )
-  return run(x_BD, w_ND, np.zeros(n, np.float32), mask_N, k, tiles), raw
+  return run(x_BD, w_ND, np.zeros(n, np.float32), mask_N, k, tiles)[:3], raw
 
 
 N, K = 192, 9
@@ -99,12 +99,12 @@ def test_values_that_are_no_numbers_come_through():
   x_BD[:, :N] = pre_BN
   x_BD[2, 3] = np.nan
   w_ND = np.eye(N, 256, dtype=np.float32)
-  vals, _, failed = run(x_BD, w_ND, np.zeros(N), np.ones(N, bool), K)
+  vals, _, failed, _ = run(x_BD, w_ND, np.zeros(N), np.ones(N, bool), K)
   np.testing.assert_array_equal(failed, np.arange(5) == 2)
   assert np.isnan(vals[2]).any()
   assert np.isfinite(np.delete(vals, 2, 0)).all()
   w_ND[17, 0] = np.nan
-  vals, idx, failed = run(x_BD, w_ND, np.zeros(N), np.ones(N, bool), K)
+  vals, idx, failed, _ = run(x_BD, w_ND, np.zeros(N), np.ones(N, bool), K)
   assert failed.all()
   # As `lax.top_k` has it, NaN comes first.
   assert (idx[:2, 0] == 17).all()

@@ -24,7 +24,7 @@ def finished(store, tmp_path_factory):
 
 
 def test_training_learns_planted_directions(store, tmp_path):
-  config = planted.train_config(steps=400, log_every=50)
+  config = planted.train_config(steps=400, log_every=50, checkpoint_every=0)
   train.train(config, store, str(tmp_path / 'run'))
   trained = checkpoint.load(str(tmp_path / 'run'))
   data = store_lib.open_store(store)
