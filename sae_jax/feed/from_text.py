@@ -253,11 +253,11 @@ class TextFeed:
 
 
 def _mask(store: store_lib.Store) -> Mask:
-  mask = layout.read_json(store.url, manifest_lib.MASK, Mask)
+  mask = layout.read_mask(store.url, store.manifest)
   if mask is None:
     raise errors.UserError(
       f'store {store.url} was not made by sae-harvest, it has no '
-      f'{manifest_lib.MASK}: harvest a small one to stream on from'
+      f'{layout.MASK}: harvest a small one to stream on from'
     )
   return mask
 

@@ -15,7 +15,7 @@ from sae_jax import mesh as mesh_lib
 from sae_jax import subject as subject_lib
 from sae_jax.harvesting.config import HarvestConfig
 from sae_jax.store import layout
-from sae_jax.store.manifest import MASK, Mask
+from sae_jax.store.manifest import make_mask, Mask
 from sae_jax.store.writer import StoreWriter
 from sae_jax.subject import capture, sharding
 from sae_jax.text import contexts
@@ -192,15 +192,13 @@ class Forward:
     Raises:
       UserError: if no activation of the pool at a site is finite.
     """
-    mask = layout.read_json(writer.url, MASK, Mask)
+    mask = layout.read_mask(writer.url, writer.plan)
     if mask is not None:
       return mask, None
     dispatched = self.dispatch(pool)
     medians = [self._median_norm(pool, dispatched, name) for name in self.names]
-    times = self.config.mask_norm_multiple
-    limits = [times * median if times else None for median in medians]
-    mask = writer.agree(MASK, Mask(tuple(medians), tuple(limits)))
-    return mask, dispatched
+    mask = make_mask(medians, self.config.mask_norm_multiple)
+    return writer.agree(mask), dispatched
 
   def _median_norm(
     self, pool: list[contexts.Context], batches: list[Batch], name: str

@@ -2,24 +2,25 @@
 
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 import tensorstore as ts
 
 from sae_jax import config, errors
 from sae_jax.storage import names, records
 from sae_jax.storage import url as url_lib
+from sae_jax.store import checks
 from sae_jax.store import manifest as manifest_lib
-from sae_jax.store.manifest import Manifest, Shard, StorePlan
-
-DTYPES = {'float32': np.dtype('<f4'), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
+from sae_jax.store.manifest import Manifest, Mask, Shard, StorePlan
 
 PLAN = 'plan.json'
+MASK = 'mask.json'
 METADATA = 'zarr.json'
 ACTIVATIONS = 'activations'
 STREAM_INDEX = 'stream_index'
 STREAM = ('tokens', 'documents', 'positions')
-_AGAIN = 'it is damaged: harvest the store again'
+_AGAIN = 'it is damaged: copy the store again, or harvest it again'
+# Of a store of a million shards.
+_LONGEST_MANIFEST = 2**30
 
 
 def manifest_name(version: int) -> str:
@@ -40,79 +41,147 @@ def read_manifest(url: str, version: int | None = None) -> Manifest | None:
     version: its version; None for the last.
 
   Raises:
-    UserError: if it cannot be read or is of another format version.
+    UserError: if it cannot be read, is damaged or of another format version.
   """
   if version is not None:
-    return read_json(url, manifest_name(version), Manifest)
-  manifest = read_json(url, manifest_name(1), Manifest)
+    return _read_version(url, version)
+  manifest = _read_version(url, 1)
   while manifest is not None:
-    later = read_json(url, manifest_name(manifest.version + 1), Manifest)
+    later = _read_version(url, manifest.version + 1)
     if later is None:
       break
     manifest = later
   return manifest
 
 
-def read_json(url: str, name: str, kind: type[Any]) -> Any:
-  """A dataclass read from a JSON file of a store, None if there is no file.
+def _read_version(url: str, version: int) -> Manifest | None:
+  name = manifest_name(version)
+  content = read_content(url, name)
+  if content is None:
+    return None
+  where = f'{name} in {url}'
+  # Manifests of older stores have no digest, but all have the identity.
+  if content.get('identity') != manifest_lib.identity(content):
+    raise _damaged(where)
+  manifest = config.from_dict(Manifest, content, where)
+  checks.check_plan(manifest, where)
+  checks.check_manifest(manifest, version, array_kinds(manifest), where)
+  return manifest
+
+
+def read_plan(url: str) -> StorePlan | None:
+  """The plan of a store that was begun, None if there is none.
 
   Raises:
-    UserError: if it cannot be read or is of another format version.
+    UserError: see `read_content`; also if it contradicts itself.
+  """
+  content = read_content(url, PLAN)
+  if content is None:
+    return None
+  where = f'{PLAN} in {url}'
+  plan = config.from_dict(StorePlan, content, where)
+  checks.check_plan(plan, where)
+  return plan
+
+
+def read_mask(url: str, of: StorePlan | Manifest) -> Mask | None:
+  """The mask of a store, None if it has none.
+
+  Args:
+    url: the store's folder.
+    of: its plan, or its manifest if it is sealed.
+
+  Raises:
+    UserError: see `read_content`; also if it is not the mask of that store.
+  """
+  content = read_content(url, MASK)
+  if content is None:
+    return None
+  where = f'{MASK} in {url}'
+  mask = config.from_dict(Mask, content, where)
+  checks.check_mask(mask, of, where)
+  return mask
+
+
+def read_content(url: str, name: str) -> dict[str, Any] | None:
+  """The fields of a JSON file of a store, None if there is no file.
+
+  Raises:
+    UserError: if it cannot be read, is damaged or of another format version.
   """
   spec = url_lib.kvstore(url)
   try:
-    files = ts.KvStore.open(spec).result()
-    file = files.read(name).result()
-    if file.state == 'missing':
-      return None
+    file = ts.KvStore.open(spec).result().read(name).result()
   except ValueError as error:
     raise errors.UserError(
       f'cannot read {name} in {url}: {errors.reason(error)}: '
       'check the path and your access'
     ) from error
-  values = records.parse(file.value, f'{name} in {url}', _AGAIN)
+  if file.state == 'missing':
+    return None
+  return _content(file.value, url, f'{name} in {url}')
+
+
+def _content(data: bytes, url: str, where: str) -> dict[str, Any]:
+  """The fields of a record's file, once its digest is known to be theirs."""
+  content = records.parse(data, where, _AGAIN, _LONGEST_MANIFEST)
   known = manifest_lib.FORMAT_VERSION
-  version = values.get('format_version', known)
+  version = content.get('format_version', known)
   if version != known:
     raise errors.UserError(
       f'store {url} has format version {version}, this sae_jax reads version '
       f'{known}: harvest it again'
     )
-  return config.from_dict(kind, values, f'{name} in {url}')
+  if manifest_lib.DIGEST in content:
+    digest = content.pop(manifest_lib.DIGEST)
+    if digest != manifest_lib.digest(content):
+      raise _damaged(where)
+  return content
 
 
-def read_records(url: str) -> dict[int, Shard]:
+def _damaged(where: str) -> errors.UserError:
+  return errors.UserError(
+    f'{where} was edited, its content does not give its sha256, or {_AGAIN}'
+  )
+
+
+def read_shards(url: str, plan: StorePlan) -> dict[int, Shard]:
   """The records of all shards that are complete, by number.
 
   One listing, then all reads at once: a store in a bucket may have thousands.
 
+  Args:
+    url: the store's folder.
+    plan: its plan.
+
   Raises:
-    UserError: if they cannot be read.
+    UserError: if they cannot be read, are damaged or do not fit the plan.
   """
   spec = url_lib.kvstore(url)
   try:
     files = ts.KvStore.open(spec).result()
     folder = f'{manifest_lib.RECORDS}/'
     inside = ts.KvStore.KeyRange(folder, folder + '\xff')
-    reads = {
-      name.decode(): files.read(name)
-      for name in files.list(inside).result()
-      if name.endswith(b'.json')
-    }
-    contents = {name: read.result().value for name, read in reads.items()}
+    reads = {}
+    for key in files.list(inside).result():
+      name = key.decode(errors='replace')
+      digits = name.removeprefix(folder).removesuffix('.json')
+      # What else lies there is not ours.
+      if digits.isdecimal() and name == shard_name(int(digits)):
+        reads[int(digits)] = files.read(name)
+    contents = {shard: read.result().value for shard, read in reads.items()}
   except ValueError as error:
     raise errors.UserError(
       f'cannot read the records of shards in {url}: {errors.reason(error)}: '
       'check the path and your access'
     ) from error
-  return {
-    int(name.removeprefix(folder).removesuffix('.json')): config.from_dict(
-      Shard,
-      records.parse(data, f'{name} in {url}', _AGAIN),
-      f'{name} in {url}',
-    )
-    for name, data in contents.items()
-  }
+  shards = {}
+  for number, data in contents.items():
+    where = f'{shard_name(number)} in {url}'
+    shard = config.from_dict(Shard, _content(data, url, where), where)
+    checks.check_shard(plan, shard, array_kinds(plan), where)
+    shards[number] = shard
+  return shards
 
 
 def array_name(site: str) -> str:
@@ -139,7 +208,10 @@ class Kind(NamedTuple):
 def array_kinds(plan: StorePlan | Manifest) -> dict[str, Kind]:
   """The kind of each array of a store, by name."""
   rows = Kind(
-    DTYPES[plan.dtype], (plan.d_model,), plan.chunk_rows, plan.shard_rows
+    manifest_lib.DTYPES[plan.dtype],
+    (plan.d_model,),
+    plan.chunk_rows,
+    plan.shard_rows,
   )
   stream = manifest_lib.STREAM_PER_ROW * plan.shard_rows
   kinds = {array_name(site): rows for site in plan.sites}
@@ -160,17 +232,22 @@ def _flat_chunk(shard: int, chunk_rows: int) -> int:
   return chunk
 
 
-def array_spec(url: str, name: str) -> dict[str, Any]:
-  """TensorStore's spec to open one of a store's arrays.
+def array_spec(
+  url: str, name: str, kind: Kind, n_shards: int
+) -> dict[str, Any]:
+  """TensorStore's spec of one of a store's arrays.
 
-  Reading a missing chunk is an error, so that a lost shard does not pass for
-  zeros; hence chunks that are all zeros are written too.
+  It holds the array's metadata, so that what reads by it need not parse its
+  `zarr.json`, which nothing vouches for. Reading a missing chunk is an error,
+  so that a lost shard does not pass for zeros; hence chunks that are all zeros
+  are written too.
   """
   folder = url_lib.kvstore(url)
   folder['path'] += name + '/'
   return {
     'driver': 'zarr3',
     'kvstore': folder,
+    'metadata': _metadata(kind, n_shards),
     'fill_missing_data_reads': False,
     'store_data_equal_to_fill_value': True,
   }
@@ -191,14 +268,10 @@ def _metadata(kind: Kind, n_shards: int) -> dict[str, Any]:
   return {
     'shape': [n_shards * kind.shard, *kind.row],
     'data_type': kind.dtype.name,
+    'fill_value': 0,
     'chunk_grid': {'name': 'regular', 'configuration': grid},
     'codecs': [{'name': 'sharding_indexed', 'configuration': sharding}],
   }
-
-
-def unsealed_spec(url: str, name: str, kind: Kind, n_shards: int):
-  """`array_spec` for an array whose metadata is not written yet."""
-  return array_spec(url, name) | {'metadata': _metadata(kind, n_shards)}
 
 
 def _in_memory(kind: Kind, n_shards: int) -> tuple[ts.TensorStore, ts.KvStore]:

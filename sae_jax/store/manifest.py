@@ -1,4 +1,8 @@
-"""A store's descriptions of itself: plan, records of shards, mask, manifest."""
+"""A store's descriptions of itself: plan, records of shards, mask, manifest.
+
+Each is a JSON file with a sha256 of its other fields, which is compared when it
+is read. Those of older stores may lack it.
+"""
 
 from collections.abc import Iterable, Sequence
 import dataclasses
@@ -6,6 +10,7 @@ import hashlib
 import json
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from sae_jax import config as config_lib
@@ -14,6 +19,9 @@ from sae_jax import errors
 FORMAT_VERSION = 3
 # The key of the records among the checksums.
 RECORDS = 'shards'
+# The key of a file's digest of its own content.
+DIGEST = 'sha256'
+DTYPES = {'float32': np.dtype('<f4'), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
 # Tokens of the stream that a shard has room for, for each row: more than one,
 # since the stream includes the tokens that the mask leaves out.
 STREAM_PER_ROW = 2
@@ -102,7 +110,7 @@ class Manifest:
     source_rows: source -> rows that came from it.
     mask: the rule by which tokens were left out, and how many were.
     checksums: array -> sha256 of each shard's little-endian bytes in row order;
-      under 'shards', of each shard's record.
+      under 'shards', the digest of each shard's record.
     identity: sha256 over all other fields but `software`.
   """
 
@@ -132,13 +140,25 @@ class Manifest:
   identity: str = ''
 
 
-def identity(manifest: Manifest) -> str:
-  """The sha256 of a manifest, without `software` and the identity itself."""
-  content = dataclasses.asdict(manifest)
-  del content['software'], content['identity']
-  return hashlib.sha256(
-    json.dumps(content, sort_keys=True).encode()
-  ).hexdigest()
+def identity(content: dict[str, Any]) -> str:
+  """The sha256 of a manifest's fields, without `software` and the identity."""
+  content = {
+    name: value
+    for name, value in content.items()
+    if name not in ('software', 'identity')
+  }
+  return sha256(json.dumps(content, sort_keys=True).encode())
+
+
+def digest(content: dict[str, Any]) -> str:
+  """The sha256 of a record's fields, as JSON in their order."""
+  return sha256(config_lib.to_json(content).encode())
+
+
+def to_file(record: Any) -> bytes:
+  """A record as JSON, with its digest."""
+  content = dataclasses.asdict(record)
+  return config_lib.to_json(content | {DIGEST: digest(content)}).encode()
 
 
 def make(
@@ -168,8 +188,9 @@ def make(
   checksums = {
     name: tuple(shard.checksums[name] for shard in shards) for name in names
   }
-  records = (config_lib.to_json(shard).encode() for shard in shards)
-  checksums[RECORDS] = tuple(map(sha256, records))
+  checksums[RECORDS] = tuple(
+    digest(dataclasses.asdict(shard)) for shard in shards
+  )
   manifest = Manifest(
     version=version,
     n_rows=sum(shard.rows for shard in shards),
@@ -181,7 +202,8 @@ def make(
     checksums=checksums,
     **fields,
   )
-  return dataclasses.replace(manifest, identity=identity(manifest))
+  content = dataclasses.asdict(manifest)
+  return dataclasses.replace(manifest, identity=identity(content))
 
 
 def sha256(data: np.ndarray | bytes) -> str:
@@ -224,9 +246,6 @@ def holdout_rows(shards: Sequence[Shard], fraction: float) -> int:
   return holdout
 
 
-MASK = 'mask.json'
-
-
 @dataclasses.dataclass(frozen=True)
 class Mask:
   """Per-site norm limits, fitted on the first pool and stored as `mask.json`.
@@ -238,3 +257,14 @@ class Mask:
 
   median_norm: tuple[float, ...]
   norm_limit: tuple[float | None, ...]
+
+
+def make_mask(median_norm: Sequence[float], norm_multiple: float) -> Mask:
+  """The mask with limits of a number of medians, or of none if it is 0."""
+  return Mask(
+    tuple(median_norm),
+    tuple(
+      norm_multiple * median if norm_multiple else None
+      for median in median_norm
+    ),
+  )

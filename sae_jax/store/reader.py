@@ -29,12 +29,13 @@ import numpy as np
 import tensorstore as ts
 
 from sae_jax import errors
-from sae_jax.storage import url as url_lib
-from sae_jax.store import layout
+from sae_jax.store import damage, layout
 from sae_jax.store import manifest as manifest_lib
-from sae_jax.store.manifest import Manifest, StorePlan
+from sae_jax.store.manifest import Manifest
 
 _CACHE_BYTES = 128 * 2**20
+# What TensorStore raises if a read fails.
+_FAULTS = (ValueError, MemoryError)
 
 
 class Store:
@@ -94,7 +95,9 @@ class Store:
       UserError: if they cannot be read.
     """
     self._check_rows(start, stop - 1, stop == start)
-    rows_RD = self._read_range(self.activations, self.starts, start, stop)
+    rows_RD = self._read_range(
+      layout.array_name(self.site), self.activations, self.starts, start, stop
+    )
     return rows_RD.astype(np.float32, copy=False)
 
   def gather(self, rows: np.ndarray) -> np.ndarray:
@@ -107,7 +110,10 @@ class Store:
     rows = np.asarray(rows, np.int64)
     if rows.size:
       self._check_rows(rows.min(), rows.max())
-    rows_RD = self._read(self.activations[self.array_rows(rows)])
+    try:
+      rows_RD = self.activations[self.array_rows(rows)].read(order='C').result()
+    except _FAULTS as error:
+      raise self._error(layout.array_name(self.site), error) from error
     return rows_RD.astype(np.float32, copy=False)
 
   def tokens(self) -> np.ndarray:
@@ -130,21 +136,16 @@ class Store:
     return self._whole(layout.STREAM_INDEX) + self._stream_starts[shard]
 
   def verify(self) -> int:
-    """Reads every byte and compares checksums and identity.
+    """Reads every byte and compares checksums.
 
     Returns:
-      How many bytes were read.
+      How many bytes of arrays were read.
 
     Raises:
-      UserError: if data or manifest are not what was written; it names all
-        damaged objects.
+      UserError: if anything is not what was written; it names all damaged
+        objects.
     """
-    if manifest_lib.identity(self.manifest) != self.manifest.identity:
-      raise errors.UserError(
-        f'the manifest of store {self.url} was edited: its content does not '
-        'give its identity: harvest it again'
-      )
-    damaged, n_bytes = [], 0
+    damaged, n_bytes = damage.damaged_files(self.url, self.manifest), 0
     kinds = layout.array_kinds(self.manifest)
     for name, kind in kinds.items():
       array = self._open(name)
@@ -152,7 +153,7 @@ class Store:
       for shard, want in enumerate(self.manifest.checksums[name]):
         try:
           values = self._read_range(
-            array, starts, starts[shard], starts[shard + 1]
+            name, array, starts, starts[shard], starts[shard + 1]
           )
           n_bytes += values.nbytes
           if manifest_lib.sha256(values) == want:
@@ -161,11 +162,6 @@ class Store:
         except errors.UserError as error:
           problem = str(error)
         damaged.append(f'{layout.object_name(name, kind, shard)} {problem}')
-    files = ts.KvStore.open(url_lib.kvstore(self.url)).result()
-    for shard, want in enumerate(self.manifest.checksums[manifest_lib.RECORDS]):
-      name = layout.shard_name(shard)
-      if manifest_lib.sha256(files.read(name).result().value) != want:
-        damaged.append(f'{name} is not what was written')
     if damaged:
       raise errors.UserError(
         f'{len(damaged)} objects of store {self.url} are damaged: '
@@ -185,13 +181,16 @@ class Store:
 
   def _read_whole(self, name: str) -> np.ndarray:
     starts = self._starts_of(name)
-    return self._read_range(self._open(name), starts, 0, starts[-1])
+    return self._read_range(name, self._open(name), starts, 0, starts[-1])
 
-  def _read_range(self, array, starts, start, stop):
+  def _read_range(self, name, array, starts, start, stop):
     """Rows start to stop of an array whose shards begin at rows `starts`."""
     shard_rows = array.chunk_layout.write_chunk.shape[0]
     shape = (int(stop - start), *array.shape[1:])
-    data = np.empty(shape, array.dtype.numpy_dtype)
+    try:
+      data = np.empty(shape, array.dtype.numpy_dtype)
+    except MemoryError as error:
+      raise self._error(name, error) from error
     target, copies = ts.array(data), []
     shard = int(np.searchsorted(starts, start, 'right')) - 1
     while start < stop:
@@ -209,44 +208,24 @@ class Store:
     try:
       for copy in copies:
         copy.result()
-    except ValueError as error:
-      raise self._error('an array', error) from error
+    except _FAULTS as error:
+      raise self._error(name, error) from error
     return data
 
   def _open(self, name: str) -> ts.TensorStore:
     kind = layout.array_kinds(self.manifest)[name]
-    n_shards = len(self.manifest.shard_counts)
-    sealed = bool(self.manifest.version)
-    spec = (
-      layout.array_spec(self.url, name)
-      if sealed
-      else layout.unsealed_spec(self.url, name, kind, n_shards)
+    spec = layout.array_spec(
+      self.url, name, kind, len(self.manifest.shard_counts)
     )
     try:
-      array = ts.open(
+      return ts.open(
         spec | {'recheck_cached_data': 'open'},
         open=True,
-        assume_metadata=not sealed,
+        assume_metadata=True,
         context=self._context,
       ).result()
     except ValueError as error:
       raise self._error(name, error) from error
-    dtype, row, _, shard_rows = kind
-    enough = array.shape[0] >= n_shards * shard_rows
-    fits = (array.dtype.numpy_dtype, array.shape[1:]) == (dtype, row)
-    if not enough or not fits:
-      raise errors.UserError(
-        f'{name} of store {self.url} is {array.dtype.name} {array.shape}, its '
-        f'manifest says {dtype.name} {(n_shards * shard_rows, *row)}: copy or '
-        'harvest it again'
-      )
-    return array
-
-  def _read(self, region: ts.TensorStore) -> np.ndarray:
-    try:
-      return region.read(order='C').result()
-    except ValueError as error:
-      raise self._error('an array', error) from error
 
   def _error(self, name: str, error: Exception) -> errors.UserError:
     return errors.UserError(
@@ -297,10 +276,10 @@ def open_store(
 
 def _unsealed(url: str) -> Manifest | None:
   """A manifest of version 0 for the complete shards of an unsealed store."""
-  plan = layout.read_json(url, layout.PLAN, StorePlan)
+  plan = layout.read_plan(url)
   if plan is None:
     return None
-  records = layout.read_records(url)
+  records = layout.read_shards(url, plan)
   # Up to the first that is missing.
   shards = [
     shard

@@ -16,9 +16,9 @@ from sae_jax import config, errors
 from sae_jax.storage import files as files_lib
 from sae_jax.storage import url as url_lib
 from sae_jax.storage import workdir
-from sae_jax.store import layout
+from sae_jax.store import checks, layout
 from sae_jax.store import manifest as manifest_lib
-from sae_jax.store.manifest import Manifest, Shard, StorePlan
+from sae_jax.store.manifest import Manifest, Mask, Shard, StorePlan
 
 
 class StoreWriter:
@@ -39,43 +39,35 @@ class StoreWriter:
       UserError: if sizes do not fit, or the folder can't be written, is
         somebody else's or holds shards of another plan.
     """
-    if plan.chunk_rows < 1 or plan.shard_rows % plan.chunk_rows:
-      raise errors.UserError(
-        f'shard_rows {plan.shard_rows} must be a multiple of chunk_rows '
-        f'{plan.chunk_rows}, which must be 1 or more'
-      )
-    if plan.dtype not in layout.DTYPES:
-      raise errors.UserError(
-        f'dtype {plan.dtype!r} cannot be stored: use '
-        f'{" or ".join(layout.DTYPES)}'
-      )
+    checks.check_plan(plan)
     self.url, self.plan = url, plan
     workdir.check_own(url, 'sae-harvest', {layout.PLAN: ()})
     try:
       self._files = ts.KvStore.open(url_lib.kvstore(url)).result()
-      text = config.to_json(plan).encode()
-      if not files_lib.create(self._files, layout.PLAN, text):
+      data = manifest_lib.to_file(plan)
+      if not files_lib.create(self._files, layout.PLAN, data):
         self._check_plan()
     except errors.UserError:
       raise
     except (ValueError, OSError) as error:
       raise self._error(error) from error
 
-  def agree(self, name: str, value: Any) -> Any:
-    """Stores a dataclass unless another process has; returns the stored one.
+  def agree(self, mask: Mask) -> Mask:
+    """Stores the mask unless another process has; returns the stored one.
 
     Raises:
-      UserError: if it can't be written.
+      UserError: if it can't be written, or is not of this store.
     """
     try:
-      files_lib.create(self._files, name, config.to_json(value).encode())
+      data = manifest_lib.to_file(mask)
+      files_lib.create(self._files, layout.MASK, data)
     except (ValueError, OSError) as error:
       raise self._error(error) from error
-    return layout.read_json(self.url, name, type(value))
+    return layout.read_mask(self.url, self.plan)
 
   def records(self) -> dict[int, Shard]:
     """The records of the shards that are complete, by number."""
-    return layout.read_records(self.url)
+    return layout.read_shards(self.url, self.plan)
 
   def shard(self, number: int) -> 'ShardWriter':
     """Opens a missing shard."""
@@ -118,22 +110,36 @@ class StoreWriter:
       mask=mask,
       sizes=sizes,
     )
+    if before is not None:
+      self._check_sealed(before, manifest)
     try:
       for name, kind in layout.array_kinds(self.plan).items():
         metadata = layout.array_metadata(kind, len(shards))
         self._files.write(f'{name}/{layout.METADATA}', metadata).result()
       name = layout.manifest_name(manifest.version)
-      if not files_lib.create(
-        self._files, name, config.to_json(manifest).encode()
-      ):
+      data = manifest_lib.to_file(manifest)
+      if not files_lib.create(self._files, name, data):
         # Another process was first, with the same shards.
         return layout.read_manifest(self.url, manifest.version)
     except (ValueError, OSError) as error:
       raise self._error(error) from error
     return layout.read_manifest(self.url, manifest.version)
 
+  def _check_sealed(self, before: Manifest, manifest: Manifest) -> None:
+    """Raises UserError if a record is not that of the version before."""
+    pairs = zip(
+      *(m.checksums[manifest_lib.RECORDS] for m in (before, manifest))
+    )
+    for number, (old, new) in enumerate(pairs):
+      if old != new:
+        raise errors.UserError(
+          f'{layout.shard_name(number)} of store {self.url} is not what '
+          f'{layout.manifest_name(before.version)} was written with: '
+          'copy the store again, or use another folder'
+        )
+
   def _check_plan(self):
-    stored = layout.read_json(self.url, layout.PLAN, StorePlan)
+    stored = layout.read_plan(self.url)
     # Through JSON, so that both have lists and not tuples.
     own = config.from_dict(StorePlan, json.loads(config.to_json(self.plan)))
     changes = config.differences(
@@ -258,14 +264,21 @@ class ShardWriter:
         if not files_lib.create(files, key, layout.encode(kinds[name], values)):
           raise self._conflict(key)
       key = layout.shard_name(self.number)
-      text = config.to_json(shard).encode()
-      if not files_lib.create(files, key, text):
+      data = manifest_lib.to_file(shard)
+      if not files_lib.create(files, key, data) and not self._is_stored(shard):
         raise self._conflict(key)
     except errors.UserError:
       raise
     except (ValueError, OSError) as error:
       raise self._writer._error(error) from error
     return shard
+
+  def _is_stored(self, shard: Shard) -> bool:
+    """Whether the stored record says the same, if in other bytes."""
+    url, name = self._writer.url, layout.shard_name(self.number)
+    content = layout.read_content(url, name)
+    digest = manifest_lib.digest(dataclasses.asdict(shard))
+    return content is not None and manifest_lib.digest(content) == digest
 
   def _add(self, name, values):
     dtype = layout.array_kinds(self._plan)[name].dtype

@@ -9,7 +9,7 @@ import pytest
 from sae_jax import autoencoder, checkpoint, errors
 from sae_jax import store as store_lib
 from sae_jax.probing import reconstruction
-from sae_jax.store import layout, manifest
+from sae_jax.store import layout
 from sae_jax.store import writer as writer_lib
 from sae_jax.training import train
 from tests.support import planted, runs
@@ -106,7 +106,7 @@ def test_a_run_goes_on_with_the_version_of_the_data_that_it_began_with(
   runs.break_off(15, {workdir: runs.train_config()}, url)
   # More is appended meanwhile.
   old = store_lib.open_store(url)
-  plan = layout.read_json(url, layout.PLAN, manifest.StorePlan)
+  plan = layout.read_plan(url)
   rows_RD = planted.activations(100, seed=9)
   made = writer_lib.StoreWriter(url, plan)
   shard = made.shard(len(old.manifest.shard_counts))
