@@ -21,6 +21,7 @@ class DeviceWindow:
 
   Attributes:
     n_pools: how many pools the window has room for.
+    nonfinite: tokens whose activations `kept_slots` found not to be finite.
   """
 
   def __init__(
@@ -49,7 +50,7 @@ class DeviceWindow:
     self._data = _zeros(
       (self._n_shards, self._shard_rows, d_model), config.dtype, mesh
     )
-    self._rows_used = 0
+    self._rows_used, self.nonfinite = 0, 0
     self._pools = []
 
   @property
@@ -78,21 +79,20 @@ class DeviceWindow:
 
   def kept_slots(self) -> np.ndarray:
     """Slots of the rows that the mask keeps, in the text's order, int32."""
-    slots = []
-    for pool, indices, norms, offsets in self._pools:
+    slots, self.nonfinite = [], 0
+    for pool, indices, norms_of_batches, offsets in self._pools:
       of_context = [None] * len(pool)
-      for batch, norms_CT, offset in zip(indices, norms, offsets):
+      for batch, norms_CT, offset in zip(indices, norms_of_batches, offsets):
         norms_CT = [np.asarray(norm_CT) for norm_CT in norms_CT]
         contexts, length = norms_CT[0].shape
         for row, i in enumerate(batch):
           shard, row_of_shard = divmod(row, contexts // self._n_shards)
           first = shard * self._shard_rows + offset + row_of_shard * length
+          norms = [norm_CT[row, : len(pool[i].tokens)] for norm_CT in norms_CT]
           keep = pools.kept(
-            self._forward.config,
-            self._mask,
-            pool[i].positions,
-            [norm_CT[row, : len(pool[i].tokens)] for norm_CT in norms_CT],
+            self._forward.config, self._mask, pool[i].positions, norms
           )
+          self.nonfinite += int((~pools.finite(norms)).sum())
           of_context[i] = first + np.flatnonzero(keep)
       slots += of_context
     return np.concatenate(slots).astype(np.int32)

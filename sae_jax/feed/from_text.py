@@ -24,6 +24,7 @@ import math
 import threading
 from typing import Any
 
+from absl import logging
 import jax
 import numpy as np
 
@@ -311,7 +312,7 @@ class _Windows:
     self._new_window, self._text = new_window, text
     self._batch_size, self._seed = batch_size, seed
     self._next, self._next_cursor = new_window(), cursor
-    self._next_pool = next(text)
+    self._next_pool, self._warned = next(text), False
     self._advance()
 
   def batch(self, step: int) -> tuple[jax.Array, Cursor, Cursor]:
@@ -340,6 +341,14 @@ class _Windows:
     while self._next.n_filled < self._next.n_pools:
       self._fill_next()
     slots = self._next.kept_slots()
+    if self._next.nonfinite and not self._warned:
+      self._warned = True
+      logging.warning(
+        'activations of %d tokens of window %d of the text are not finite: '
+        "they are left out, as of later windows; check the subject's weights",
+        self._next.nonfinite,
+        self._next_cursor.window,
+      )
     if not len(slots):
       raise errors.UserError(
         'the mask of the store leaves no token of a window of text: harvest '

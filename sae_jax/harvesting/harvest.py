@@ -5,7 +5,7 @@ import dataclasses
 import importlib.metadata
 import itertools
 import platform
-from typing import Any
+from typing import Any, NamedTuple
 
 from absl import logging
 import jax
@@ -179,7 +179,7 @@ def _write_shards(
   if not first:
     raise _nothing_kept(config)
   mask, fitted = forward.fit_mask(first, writer)
-  shard, dispatched = None, None
+  shard, dispatched, warned = None, None, False
   with progress.bar(total=config.n_tokens, unit='tok', desc='harvest') as bar:
     for work in itertools.chain(shards.missing(process, bar), [None]):
       before, dispatched = dispatched, None
@@ -193,7 +193,17 @@ def _write_shards(
       pool, batches = before
       if shard is None:
         shard = _Open(writer.shard(pool.shard), config, writer.plan.sites)
-      shard.append(mask, pool.contexts, batches, bar)
+      bad = shard.append(mask, pool.contexts, batches, bar)
+      if bad and not warned:
+        logging.warning(
+          'activations that are not finite are left out, first those of token '
+          "%d (%r), at position %d of document %d: check the subject's weights",
+          bad.token,
+          forward.subject.tokenizer.id_to_token(bad.token),
+          bad.position,
+          bad.document,
+        )
+        warned = True
       if pool.last:
         shard.finish()
         shard = None
@@ -219,6 +229,21 @@ def _seal(
   n_rows = sum(record.rows for record in complete)
   if not n_rows:
     raise _nothing_kept(config)
+  bad = sum(record.masked.get('nonfinite', 0) for record in complete)
+  if bad:
+    tokens = n_rows + sum(
+      n
+      for record in complete
+      for rule, n in record.masked.items()
+      if rule != 'first'
+    )
+    logging.warning(
+      '%d of %d activations (%.3g %%) are not finite: the store leaves them '
+      "out; check the subject's weights",
+      bad,
+      tokens,
+      100 * bad / tokens,
+    )
   if shards.expected < config.n_tokens:
     logging.warning(
       'the sources gave %d of %d tokens: the store is smaller than asked for',
@@ -249,6 +274,14 @@ def _nothing_kept(config: HarvestConfig) -> errors.UserError:
   )
 
 
+class _Place(NamedTuple):
+  """A token of the text: its id, position in its context, and document."""
+
+  token: int
+  position: int
+  document: int
+
+
 class _Open:
   """A shard that fills."""
 
@@ -257,8 +290,12 @@ class _Open:
     self._masked = {'first': 0, 'norm': 0}
     self._source_rows = dict.fromkeys(config.sources, 0)
 
-  def append(self, mask, pool, batches, bar):
-    """Appends a pool in the order of the stream."""
+  def append(self, mask, pool, batches, bar) -> _Place | None:
+    """Appends a pool in the order of the stream.
+
+    Returns:
+      The first token whose activations are not finite, if there is one.
+    """
     config, names = self._config, self._names
     # Batch by batch, for a pool takes half a minute on a small machine.
     for batch, outputs in batches:
@@ -270,10 +307,13 @@ class _Open:
     positions = np.concatenate([context.positions for context in pool])
     allowed = pools.allowed(config, positions)
     norms = [np.concatenate(sites[name][1]) for name in names]
+    finite = pools.finite(norms)
     keep = pools.kept(config, mask, positions, norms)
+    tokens = np.concatenate([context.tokens for context in pool])
+    documents = np.concatenate([context.documents for context in pool])
     self._shard.append(
-      np.concatenate([context.tokens for context in pool]),
-      np.concatenate([context.documents for context in pool]),
+      tokens,
+      documents,
       positions,
       keep,
       {name: np.concatenate(sites[name][0])[keep] for name in names},
@@ -285,7 +325,16 @@ class _Open:
       for _, source, place in context.segments():
         self._source_rows[source] += int(part[place].sum())
     self._masked['first'] += int((~allowed).sum())
-    self._masked['norm'] += int((allowed & ~keep).sum())
+    self._masked['norm'] += int((allowed & finite & ~keep).sum())
+    if finite.all():
+      return None
+    # Named where there are any, so that other stores keep their identity.
+    nonfinite = int((allowed & ~finite).sum())
+    self._masked['nonfinite'] = self._masked.get('nonfinite', 0) + nonfinite
+    first = int(np.argmin(finite))
+    return _Place(
+      *(int(values[first]) for values in (tokens, positions, documents))
+    )
 
   def finish(self):
     """Writes it."""

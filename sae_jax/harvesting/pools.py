@@ -58,10 +58,19 @@ def kept(
     positions: [l], position of each token in its context.
     norms: of each site in the mask's order, [l].
   """
-  keep = allowed(config, positions).copy()
+  keep = allowed(config, positions) & finite(norms)
   for norm, limit in zip(norms, mask.norm_limit):
-    keep &= np.isfinite(norm) & (limit is None or norm <= limit)
+    keep &= limit is None or norm <= limit
   return keep
+
+
+def finite(norms: list[np.ndarray]) -> np.ndarray:
+  """Which tokens have finite norms at all sites, bool [l]; others never stay.
+
+  Args:
+    norms: of each site, [l].
+  """
+  return np.isfinite(norms).all(0)
 
 
 @functools.partial(
@@ -129,6 +138,7 @@ class Forward:
 
   Attributes:
     config: of the harvest.
+    subject: the language model.
     mesh: of the devices it runs on.
     names: names of the sites that are read.
   """
@@ -156,7 +166,7 @@ class Forward:
     )
     self.config, self.mesh = config, mesh
     self.names = tuple(map(str, sites))
-    self._sites, self._subject = sites, subject
+    self._sites, self.subject = sites, subject
     self._params = jax.device_put(
       subject.params, sharding.param_shardings(subject.config, mesh)
     )
@@ -166,7 +176,7 @@ class Forward:
     dispatched = []
     for indices, tokens_BT in batches(self.config, pool):
       outputs = _residuals(
-        self._subject.config,
+        self.subject.config,
         self._params,
         self._put(tokens_BT),
         self._sites,

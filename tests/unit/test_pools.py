@@ -30,9 +30,10 @@ def test_loud_tokens_are_masked_and_counted(tmp_path, caplog):
   )
   assert masked.mask['masked_first'] == 40
   assert masked.mask['masked_norm'] == 40
+  assert 'masked_nonfinite' not in masked.mask
   norms = np.linalg.norm(opened.read_rows(0, masked.n_rows), axis=1)
   assert norms.max() <= 10 * masked.mask['median_norm'][str(toy.SITE)]
-  assert 'attention sinks' not in caplog.text
+  assert not re.search('attention sinks|not finite', caplog.text)
   # Without the rules these rows are there, and loud.
   config = toy.config(path, mask_norm_multiple=0.0, mask_first=False)
   everything = toy.run(config, tmp_path / 'all')
@@ -78,7 +79,9 @@ def test_no_context_is_read_twice(texts, tmp_path, monkeypatch):
   assert len(again) > len(want)
 
 
-def test_activations_that_are_not_finite_are_masked(texts, tmp_path):
+def test_activations_that_are_not_finite_are_masked_and_said(
+  texts, tmp_path, caplog
+):
   subject = toy.subject()
   params = dict(subject.params)
   bad = subject.tokenizer.encode('1').ids[0]
@@ -89,7 +92,29 @@ def test_activations_that_are_not_finite_are_masked(texts, tmp_path):
   opened = store.open_store(str(tmp_path / 'store'))
   rows = opened.read_rows(0, manifest.n_rows)
   assert np.isfinite(rows).all()
-  assert manifest.mask['masked_norm'] > 0
+  # All that comes after the token in a context sees it.
+  tokens, positions = opened.tokens(), opened.positions()
+  context = np.cumsum(positions == 0)
+  seen = np.array(
+    [
+      (tokens[: i + 1][context[: i + 1] == context[i]] == bad).any()
+      for i in range(len(tokens))
+    ]
+  )
+  masked = manifest.mask['masked_nonfinite']
+  assert masked == (seen & (positions > 0)).sum() > 0
+  assert manifest.mask['masked_norm'] == 0
+  place = int(np.argmax(seen))
+  first = (
+    f"first those of token {bad} ('1'), at position {positions[place]} of "
+    f'document {opened.documents()[place]}'
+  )
+  assert caplog.text.count(first) == 1
+  share = 100 * masked / (masked + manifest.n_rows)
+  assert (
+    f'{masked} of {masked + manifest.n_rows} activations ({share:.3g} %) are '
+    'not finite' in caplog.text
+  )
   params['embed'] = params['embed'].at[:].set(np.nan)
   with pytest.raises(errors.UserError, match='is finite'):
     harvest.harvest(config, str(tmp_path / 'nan'), broken)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+import re
 import threading
 import time
 
@@ -12,6 +13,8 @@ import pytest
 from sae_jax import autoencoder, errors
 from sae_jax import subject as subject_lib
 from sae_jax.feed import device_window, from_text, order
+from sae_jax.store import layout, manifest
+from sae_jax.store.manifest import Mask
 from sae_jax.training import train
 from tests.support import planted, runs, streams, toy
 
@@ -224,10 +227,29 @@ def test_closing_does_not_wait_for_the_text_to_be_read(
   assert len(taken) < 40
 
 
-def test_a_mask_that_leaves_nothing_is_refused(opened):
+def test_a_mask_that_leaves_nothing_is_refused(opened, monkeypatch):
+  mask = Mask(median_norm=(1.0,), norm_limit=(0.0,))
+  with monkeypatch.context() as patch:
+    patch.setattr(from_text, '_mask', lambda _: mask)
+    with pytest.raises(errors.UserError, match='leaves no token of a window'):
+      streams.batches(streams.feed(opened), 0, 1)
+  # One that is not the store's is not read, however it came there.
   path = pathlib.Path(opened.url, 'mask.json')
-  path.write_text(
-    json.dumps(json.loads(path.read_text()) | {'norm_limit': [0.0]})
-  )
-  with pytest.raises(errors.UserError, match='leaves no token of a window'):
-    streams.batches(streams.feed(opened), 0, 1)
+  median = 2 * layout.read_mask(opened.url, opened.manifest).median_norm[0]
+  path.write_bytes(manifest.to_file(manifest.make_mask([median], 2.0)))
+  with pytest.raises(errors.UserError, match=r'mask\.json in .* the manifest'):
+    streams.feed(opened)
+
+
+def test_a_stream_says_that_activations_are_not_finite(
+  opened, caplog, monkeypatch
+):
+  whole = toy.subject()
+  bad = whole.tokenizer.encode('1').ids[0]
+  params = whole.params | {'embed': whole.params['embed'].at[bad].set(np.nan)}
+  broken = dataclasses.replace(whole, params=params)
+  monkeypatch.setattr(toy, 'subject', lambda: broken)
+  batches = streams.batches(streams.feed(opened), 0, 9)
+  assert all(np.isfinite(batch).all() for batch in batches)
+  said = re.findall(r'of \d+ tokens of window \d+ .* not fin', caplog.text)
+  assert len(said) == 1
