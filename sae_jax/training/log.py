@@ -10,16 +10,20 @@ from etils import epath
 import tensorboardX
 from tensorboardX import record_writer
 
-from sae_jax.storage import files
+from sae_jax.storage import files, records
 from sae_jax.storage import url as url_lib
 
 
-def _step_of(line: str) -> float:
-  """The step logged on a line; of a damaged line infinity, to drop it."""
-  try:
-    return json.loads(line)['step']
-  except (ValueError, KeyError, TypeError):
-    return math.inf
+def _lines_until(path: epath.Path, step: int) -> list[str]:
+  """The lines of a log up to a step; warns of damaged ones, left out."""
+  if not path.exists():
+    return []
+  rows, damaged = records.parse_lines(path.read_bytes())
+  whole = [row for row in rows if type(row.get('step')) is int]
+  damaged += len(rows) - len(whole)
+  if damaged:
+    logging.warning('%d lines of %s are damaged: left out', damaged, path)
+  return [json.dumps(row) for row in whole if row['step'] <= step]
 
 
 class _BucketEvents:
@@ -119,15 +123,15 @@ class Writer:
 
     Args:
       workdir: folder or URL; metrics.jsonl and tensorboard/ lie in it.
-      step: step after which the run goes on; lines of later steps are dropped.
+      step: step after which the run goes on; lines of later steps are dropped,
+        and damaged ones.
       active: whether this process writes; only one of a run does.
     """
     self._active = active
     if not active:
       return
     self._path = epath.Path(workdir) / 'metrics.jsonl'
-    lines = self._path.read_text().splitlines() if self._path.exists() else []
-    self._lines = [line for line in lines if _step_of(line) <= step]
+    self._lines = _lines_until(self._path, step)
     folder = str(epath.Path(workdir) / 'tensorboard')
     self._board = tensorboardX.SummaryWriter(
       folder if url_lib.is_remote(folder) else _LOCAL + folder,

@@ -5,6 +5,7 @@ import json
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from sae_jax import autoencoder
 from sae_jax.autoencoder import metrics
@@ -108,19 +109,29 @@ def test_writer_drops_what_was_written_beyond_the_resumed_step(tmp_path):
   assert list((tmp_path / 'tensorboard').iterdir())
 
 
-def test_writer_survives_a_damaged_line_and_writes_no_nan(tmp_path):
-  (tmp_path / 'metrics.jsonl').write_text('{"step": 1, "loss": 2.0}\n{"st')
+@pytest.mark.parametrize(
+  'damaged',
+  [
+    b'{"st',
+    b'{"step": 2, "loss": "\xff"}',
+    b'[1]',
+    b'{"step": "2"}',
+    b'{"step": true}',
+    b'{"loss": 1.0}',
+    b'[' * 200_000,
+    b'\0' * 1000,
+  ],
+)
+def test_writer_leaves_out_damaged_lines_and_writes_no_nan(
+  tmp_path, caplog, damaged
+):
+  path = tmp_path / 'metrics.jsonl'
+  before = b'{"step": 1, "loss": 2.5e-07}\n'
+  path.write_bytes(before + damaged + b'\n' + before.replace(b'1', b'2'))
   writer = log.Writer(str(tmp_path), 5)
   writer.write(6, {'loss': float('nan')})
   writer.close()
-  assert lines(tmp_path / 'metrics.jsonl') == [
-    {'step': 1, 'loss': 2.0},
-    {'step': 6, 'loss': None},
-  ]
-
-
-def test_writer_of_another_process_writes_nothing(tmp_path):
-  writer = log.Writer(str(tmp_path / 'run'), 0, active=False)
-  writer.write(1, {'loss': 1.0})
-  writer.close()
-  assert not (tmp_path / 'run').exists()
+  assert path.read_bytes() == (
+    before + before.replace(b'1', b'2') + b'{"step": 6, "loss": null}\n'
+  )
+  assert caplog.text.count('1 lines of') == 1
