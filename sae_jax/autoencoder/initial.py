@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from sae_jax.autoencoder import model, nonlinearity, preprocessing
+from sae_jax.autoencoder import metrics, model, nonlinearity, preprocessing
 from sae_jax.autoencoder.params import Sae, SaeConfig
 from sae_jax.ops import rows
 
@@ -105,15 +105,20 @@ def fit_inputs(
 
   Returns:
     The autoencoder, and the squared error per token of predicting the mean of
-    the preprocessed sample: the constant that NMSE divides by.
+    the preprocessed sample: the constant that NMSE divides by. It is 0 if the
+    rows differ by no more than rounding.
   """
   mean_D = sample_BD.mean(0)
   sae = sae.replace(
     data_mean_D=mean_D,
     data_scale=jnp.sqrt(((sample_BD - mean_D) ** 2).sum(-1).mean()),
   )
-  x_BD, _ = preprocessing.preprocess(config, sae, sample_BD)
+  x_BD, affine = preprocessing.preprocess(config, sae, sample_BD)
   mse_of_mean = ((x_BD - x_BD.mean(0)) ** 2).sum(-1).mean()
+  # Not by their mean, which rounding moves away from rows that are all equal.
+  apart = ((x_BD - x_BD[0]) ** 2).sum()
+  varies = apart > metrics.rounding(sample_BD / affine.scale).sum()
+  mse_of_mean = jnp.where(varies, mse_of_mean, 0)
   sae = sae.replace(b_pre_D=geometric_median(x_BD))
   gain_BD = x_BD[:_GAIN_TOKENS]
   method = nonlinearity.of(config.activation)

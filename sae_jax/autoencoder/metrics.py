@@ -1,6 +1,7 @@
 """Metrics of an autoencoder: NMSE, FVU, cosine, L0, density."""
 
 import dataclasses
+import math
 from typing import Any
 
 import flax.struct
@@ -12,6 +13,9 @@ from sae_jax.autoencoder import model, params, preprocessing
 
 # Log10 of the share of tokens a latent fires on.
 DENSITY_EDGES = np.linspace(-8.0, 0.0, 33)
+# A deviation of this many times the rounding of what it was computed from may
+# be nothing else.
+_ROUNDINGS = 16
 
 
 @flax.struct.dataclass
@@ -23,6 +27,7 @@ class Sums:
     error: sum of squared errors.
     x_D: sum of the preprocessed activations.
     square_D: sum of their squares.
+    rounding: sum of the squares that rounding may give them.
     cosine: sum of cosines between x and x^.
     active: number of active latents.
     fired_N: number of tokens each latent fired on.
@@ -32,9 +37,16 @@ class Sums:
   error: jax.Array
   x_D: jax.Array
   square_D: jax.Array
+  rounding: jax.Array
   cosine: jax.Array
   active: jax.Array
   fired_N: jax.Array
+
+
+def rounding(computed_from_BD: jax.Array) -> jax.Array:
+  """The squared distance between rows that rounding alone may cause, [B]."""
+  eps = jnp.finfo(computed_from_BD.dtype).eps
+  return (_ROUNDINGS * eps) ** 2 * (computed_from_BD**2).sum(-1)
 
 
 def batch_sums(
@@ -44,6 +56,7 @@ def batch_sums(
   idx_BK: jax.Array,
   n_latents: int,
   origin_D: jax.Array,
+  computed_from_BD: jax.Array,
 ) -> Sums:
   """Sums over one batch, in the space the autoencoder works in.
 
@@ -56,6 +69,7 @@ def batch_sums(
     origin_D: point subtracted from x before it is summed. Variances do not
       depend on it, but keep their digits in float32 if it is near the mean, as
       b_pre is.
+    computed_from_BD: what x is the small difference of, in the same unit.
   """
   active_BK = vals_BK > 0
   shifted_BD = x_BD - origin_D
@@ -66,6 +80,7 @@ def batch_sums(
     error=((x_BD - output_BD) ** 2).sum(),
     x_D=shifted_BD.sum(0),
     square_D=(shifted_BD**2).sum(0),
+    rounding=rounding(computed_from_BD).sum(),
     cosine=(product_B / jnp.where(norms_B > 0, norms_B, 1)).sum(),
     # Two sums, since the pairs of a large batch may exceed an int32.
     active=active_BK.sum(-1).astype(x_BD.dtype).sum(),
@@ -94,7 +109,7 @@ class Metrics:
     nmse: mean squared error over a constant: the mean predictor's error on a
       sample at the start of training.
     fvu: fraction of variance unexplained: squared error over the squared
-      distance from these tokens' own mean.
+      distance from these tokens' own mean; NaN if that may be rounding alone.
     cosine: mean cosine between x and x^.
     l0: mean number of active latents per token.
     dead_fraction: share of latents that fired on none of these tokens.
@@ -124,10 +139,13 @@ def summarise(sums: Sums, mse_of_mean: float) -> Metrics:
     mse_of_mean: the constant that NMSE divides by, per token.
   """
   tokens = float(sums.tokens)
-  variance = float(sums.square_D.sum() - (sums.x_D**2).sum() / tokens)
+  square = float(sums.square_D.sum())
+  variance = square - float((sums.x_D**2).sum()) / tokens
+  # Batches are summed in float32, whatever the totals are.
+  least = float(sums.rounding) + _ROUNDINGS * np.finfo(np.float32).eps * square
   return Metrics(
     nmse=float(sums.error) / tokens / mse_of_mean,
-    fvu=float(sums.error) / variance,
+    fvu=float(sums.error) / variance if variance > least else math.nan,
     cosine=float(sums.cosine) / tokens,
     l0=float(sums.active) / tokens,
     dead_fraction=float((sums.fired_N == 0).mean()),
@@ -181,13 +199,19 @@ def evaluate_batch(
   Returns:
     Sums over the whole batch; `fired_N` of this shard's latents.
   """
-  x_BD, _ = preprocessing.preprocess(config, sae, raw_BD)
+  x_BD, affine = preprocessing.preprocess(config, sae, raw_BD)
   vals_BK, idx_BK = model.encode(config, sae, x_BD, axis=latent_axis)
   output_BD = model.decode(
     sae, vals_BK, idx_BK, axis=latent_axis, dtype=config.matmul_dtype
   )
   sums = batch_sums(
-    x_BD, output_BD, vals_BK, idx_BK, sae.w_enc_ND.shape[0], sae.b_pre_D
+    x_BD,
+    output_BD,
+    vals_BK,
+    idx_BK,
+    sae.w_enc_ND.shape[0],
+    sae.b_pre_D,
+    raw_BD / affine.scale,
   )
   if latent_axis is not None:
     sums = sums.replace(active=jax.lax.psum(sums.active, latent_axis))

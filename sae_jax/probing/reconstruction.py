@@ -2,12 +2,13 @@
 
 from collections.abc import Iterator
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sae_jax import autoencoder, progress
+from sae_jax import autoencoder, errors, progress
 from sae_jax import store as store_lib
 from sae_jax.autoencoder import metrics
 from sae_jax.checkpoint import Trained
@@ -30,9 +31,13 @@ def _preprocessed(config, sae, raw_BD):
 def batches(
   store: store_lib.Store, start: int, stop: int, batch_rows: int
 ) -> Iterator[np.ndarray]:
-  """Rows start to stop as raw_BD of at most batch_rows, in order."""
+  """Rows start to stop as raw_BD of at most batch_rows, in order.
+
+  Raises:
+    UserError: if a row is not finite.
+  """
   for row in range(start, stop, batch_rows):
-    yield store.read_rows(row, min(stop, row + batch_rows))
+    yield store.finite_rows(row, min(stop, row + batch_rows))
 
 
 def measure(
@@ -52,6 +57,9 @@ def measure(
     stop: one past the last row.
     batch_rows: rows at a time.
     desc: label of the progress bar.
+
+  Raises:
+    UserError: if a row is not finite, or the rows do not vary.
   """
   total = None
   with progress.bar(total=stop - start, unit='tok', desc=desc) as bar:
@@ -59,7 +67,14 @@ def measure(
       sums = _sums(trained.config, trained.sae, raw_BD)
       total = metrics.add_sums(total, sums)
       bar.update(len(raw_BD))
-  return metrics.summarise(total, trained.mse_of_mean)
+  result = metrics.summarise(total, trained.mse_of_mean)
+  if math.isnan(result.fvu):
+    raise errors.UserError(
+      f'rows {start} to {stop} of store {store.url} differ by no more than '
+      'rounding, or their reconstructions are not finite: they have no FVU; '
+      'use another store'
+    )
+  return result
 
 
 def untrained(

@@ -100,6 +100,23 @@ class Store:
     )
     return rows_RD.astype(np.float32, copy=False)
 
+  def finite_rows(self, start: int, stop: int) -> np.ndarray:
+    """`read_rows`, all numbers of which must be finite.
+
+    Raises:
+      IndexError: see `read_rows`.
+      UserError: see `read_rows`; also if a row is not finite, naming it.
+    """
+    rows_RD = self.read_rows(start, stop)
+    bad = np.flatnonzero(~np.isfinite(rows_RD).all(1))
+    if len(bad):
+      raise errors.UserError(
+        f'row {start + bad[0]} of store {self.url} is not finite, one of '
+        f'{len(bad)} such rows from {start} to {stop}: leave them out of the '
+        'store, as sae-harvest does'
+      )
+    return rows_RD
+
   def gather(self, rows: np.ndarray) -> np.ndarray:
     """Activations of any rows in the order given, [len(rows), D] float32.
 

@@ -2,11 +2,15 @@
 
 from collections.abc import Callable
 import functools
+import math
 
+from absl import logging
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+import numpy as np
 
-from sae_jax import autoencoder, store
+from sae_jax import autoencoder, errors, store
 from sae_jax import mesh as mesh_lib
 from sae_jax.autoencoder import metrics
 from sae_jax.feed import rows
@@ -23,6 +27,42 @@ def heldout(
   last = min(manifest.n_rows, first + config.eval_rows)
   size = min(config.batch_size, last - first)
   return first, last, size - size % mesh.shape['data']
+
+
+def check_rows(config: TrainConfig, data: store.Store, mesh: Mesh) -> None:
+  """Reads the rows that are scored, before a run depends on them.
+
+  Each process of a run reads its share, and all raise if one does.
+
+  Args:
+    config: the run.
+    data: the store.
+    mesh: where the state will lie.
+
+  Raises:
+    UserError: if a row cannot be read or is not finite.
+  """
+  first, last, size = heldout(config, data.manifest, mesh)
+  last -= (last - first) % size
+  index, count = jax.process_index(), jax.process_count()
+  start, stop = (
+    first + (last - first) * i // count for i in (index, index + 1)
+  )
+  error = None
+  try:
+    for row in range(start, stop, size):
+      data.finite_rows(row, min(row + size, stop))
+  except errors.UserError as raised:
+    error = raised
+  if count > 1:
+    failed = multihost_utils.process_allgather(np.array(error is not None))
+    if failed.any() and error is None:
+      error = errors.UserError(
+        f'process {int(np.argmax(failed))} cannot use the held-out rows of '
+        f'store {data.url}: see its error'
+      )
+  if error is not None:
+    raise error
 
 
 def evaluate(
@@ -46,7 +86,16 @@ def evaluate(
   for start in range(first, last - size + 1, size):
     rows_BD = rows.read_rows(data, start, size, mesh)
     total = metrics.add_sums(total, evaluation(state, rows_BD))
-  return metrics.summarise(total, float(state.mse_of_mean))
+  result = metrics.summarise(total, float(state.mse_of_mean))
+  if math.isnan(result.fvu):
+    logging.warning(
+      'rows %d to %d of store %s differ by no more than rounding, or their '
+      'reconstructions are not finite: they have no FVU',
+      first,
+      last,
+      data.url,
+    )
+  return result
 
 
 def scores(

@@ -121,7 +121,7 @@ def start(
   latest = saver.checkpointer.latest
   if latest is None:
     _sign(config, workdir, data)
-    sample_BD = data.read_rows(0, min(config.sample_rows, data.n_train))
+    sample_BD = data.finite_rows(0, min(config.sample_rows, data.n_train))
     state = init_state(config, mesh, sample_BD)
     return Start(config, workdir, state, {}, saver)
   saved = checkpoint.read_metadata(saver.checkpointer, latest.step)

@@ -64,7 +64,7 @@ def init_state(
     sample_BD: raw activations from the start of the run.
 
   Raises:
-    UserError: if they are all equal, or not finite.
+    UserError: if they are all equal but for rounding, or not finite.
   """
   sae_config = config.sae
 

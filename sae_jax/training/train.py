@@ -156,6 +156,10 @@ def train_many(
     states = {start.workdir: start.state for start in starts}
     unfinished = [start for start in starts if not start.finished]
     if unfinished:
+      scored = max(
+        (start.config for start in unfinished), key=lambda c: c.eval_rows
+      )
+      evaluation.check_rows(scored, data, mesh)
       least = min(unfinished, key=lambda start: int(start.state.step))
       batches = _batches(first, data, mesh, least.cursor)
       runs = [_run(start, mesh, data, batches, stack) for start in unfinished]

@@ -1,6 +1,8 @@
 """Metrics against their definitions in float64, and the writer."""
 
+import functools
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +31,8 @@ def test_metrics_over_batches_equal_their_definitions():
   origin_D = jnp.full(6, 100.0)
   total = None
   for part in parts:
-    sums = metrics.batch_sums(*map(jnp.asarray, part), 10, origin_D)
+    x_BD = jnp.asarray(part[0])
+    sums = metrics.batch_sums(*map(jnp.asarray, part), 10, origin_D, x_BD)
     total = metrics.add_sums(total, sums)
   got = metrics.summarise(total, mse_of_mean=0.05)
 
@@ -55,9 +58,38 @@ def test_metrics_over_batches_equal_their_definitions():
 def test_fvu_of_predicting_the_mean_is_one_and_of_perfection_zero():
   x_BD, _, vals_BK, idx_BK = map(jnp.asarray, batch(3, 200))
   for output_BD, want in ((x_BD.mean(0) + 0 * x_BD, 1.0), (x_BD, 0.0)):
-    sums = metrics.batch_sums(x_BD, output_BD, vals_BK, idx_BK, 10, x_BD[0])
+    sums = metrics.batch_sums(
+      x_BD, output_BD, vals_BK, idx_BK, 10, x_BD[0], x_BD
+    )
     got = metrics.summarise(metrics.add_sums(None, sums), 1.0)
     np.testing.assert_allclose(got.fvu, want, atol=1e-5)
+
+
+@pytest.mark.parametrize('preprocessing', autoencoder.PREPROCESSING)
+def test_rows_that_rounding_alone_tells_apart_do_not_vary(preprocessing):
+  rng = np.random.default_rng(0)
+  row_D = (1 + rng.standard_normal(32)).astype(np.float32)
+  equal_BD = np.repeat(row_D[None], 400, 0)
+  nearly_BD = equal_BD.copy()
+  nearly_BD[::2] = np.nextafter(nearly_BD[::2], np.float32(9))
+  # Far from 0, but no farther than digits tell.
+  far_BD = 1000 + 0.1 * rng.standard_normal((400, 32)).astype(np.float32)
+  config = autoencoder.SaeConfig(
+    d_model=32, n_latents=64, k=4, preprocessing=preprocessing
+  )
+  fit = jax.jit(functools.partial(autoencoder.fit_inputs, config))
+  evaluate = jax.jit(functools.partial(metrics.evaluate_batch, config))
+  fresh = jax.jit(functools.partial(autoencoder.init_weights, config))(
+    jax.random.key(1)
+  )
+  # Held-out rows are met with weights of a sample that varies.
+  sae, _ = fit(fresh, far_BD)
+  for rows_BD, varies in ((equal_BD, 0), (nearly_BD, 0), (far_BD, 1)):
+    assert (fit(fresh, rows_BD)[1] > 0) == varies
+    total = None
+    for part_BD in np.split(rows_BD, 4):
+      total = metrics.add_sums(total, evaluate(sae, part_BD))
+    assert math.isfinite(metrics.summarise(total, 1.0).fvu) == varies
 
 
 def test_evaluate_batch_is_encode_decode_and_sums():

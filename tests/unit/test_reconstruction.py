@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from sae_jax import autoencoder
+from sae_jax import autoencoder, errors
 from sae_jax.probing import reconstruction
 from tests.support import probed
 
@@ -53,6 +53,23 @@ def test_control_a_lost_batch_would_show(data, trained, monkeypatch):
   quality = reconstruction.measure(trained, data, start, stop, 7, 'test')
   assert quality.tokens != want['tokens']
   assert abs(quality.fvu / want['fvu'] - 1) > 1e-3
+
+
+def test_rows_without_a_score_are_named(data, trained, monkeypatch):
+  start, stop = data.n_train, data.manifest.n_rows
+  rows_RD = data.read_rows(start, stop)
+  stored = {'rows': np.repeat(rows_RD[:1], len(rows_RD), 0)}
+  monkeypatch.setattr(
+    data,
+    'read_rows',
+    lambda first, last: stored['rows'][first - start : last - start],
+  )
+  with pytest.raises(errors.UserError, match='no more than rounding'):
+    reconstruction.measure(trained, data, start, stop, 7, 'test')
+  rows_RD[9, 0] = np.inf
+  stored['rows'] = rows_RD
+  with pytest.raises(errors.UserError, match=f'row {start + 9} of store'):
+    reconstruction.measure(trained, data, start, stop, 7, 'test')
 
 
 def test_untrained_is_the_start_of_a_run(data):

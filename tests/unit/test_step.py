@@ -78,6 +78,9 @@ def test_rows_that_are_all_equal_are_refused(config):
     errors.UserError, match='variance of the first 9 rows is 0: th'
   ):
     state_lib.init_state(config, make_mesh(1, 1), np.ones((9, 16), np.float32))
+  # Rows of many digits, whose mean is not what they are.
+  with pytest.raises(errors.UserError, match='first 999 rows is 0: there is'):
+    state_lib.init_state(config, make_mesh(1, 1), np.repeat(ROWS[:1], 999, 0))
 
 
 def test_runs_that_differ_in_seed_and_rate_share_a_program(config):

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 from sae_jax import autoencoder, checkpoint, errors
+from sae_jax import mesh as mesh_lib
 from sae_jax import store as store_lib
 from sae_jax.probing import reconstruction
 from sae_jax.store import layout
 from sae_jax.store import writer as writer_lib
-from sae_jax.training import train
+from sae_jax.training import evaluation, train
+from sae_jax.training import state as state_lib
 from tests.support import planted, runs
 
 
@@ -81,6 +83,36 @@ def test_a_store_without_held_out_rows_is_refused_at_once(tmp_path):
     train.train(
       runs.train_config(), str(tmp_path / 'store'), str(tmp_path / 'run')
     )
+
+
+@pytest.mark.parametrize('row', [5, 1950])
+def test_a_row_that_is_not_finite_is_named_before_the_first_step(tmp_path, row):
+  rows_RD = planted.activations(2090)
+  rows_RD[row, 3] = np.nan
+  url, workdir = str(tmp_path / 'store'), str(tmp_path / 'run')
+  planted.write_store(url, rows_RD=rows_RD)
+  config = runs.train_config(eval_rows=200, batch_size=20)
+  with pytest.raises(errors.UserError, match=f'row {row} of store .* one of 1'):
+    train.train(config, url, workdir)
+  assert not (tmp_path / 'run' / 'metrics.jsonl').exists()
+  # Control: no metric depends on a row that is not scored.
+  data, mesh = store_lib.open_store(url), mesh_lib.make_mesh(1, 1)
+  assert data.n_train == 1805
+  few = runs.train_config(eval_rows=100, batch_size=20)
+  evaluation.check_rows(few, data, mesh)
+
+
+def test_held_out_rows_that_do_not_vary_have_no_fvu(tmp_path, caplog):
+  rows_RD = planted.activations(2090)
+  rows_RD[-285:] = rows_RD[-1]
+  planted.write_store(str(tmp_path), rows_RD=rows_RD)
+  data, mesh = store_lib.open_store(str(tmp_path)), mesh_lib.make_mesh(1, 1)
+  config = runs.train_config()
+  state = state_lib.init_state(config, mesh, data.read_rows(0, 500))
+  sums = evaluation.make_evaluation(config, mesh, average=False)
+  result = evaluation.evaluate(config, mesh, state, data, sums)
+  assert np.isnan(result.fvu) and result.nmse > 0
+  assert 'differ by no more than rounding' in caplog.text
 
 
 def test_held_out_rows_teach_nothing(store, tmp_path):
