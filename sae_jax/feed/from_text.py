@@ -114,7 +114,9 @@ class TextFeed:
     """
     mask = _mask(store)
     config = dataclasses.replace(
-      config_lib.from_dict(HarvestConfig, store.manifest.config),
+      config_lib.from_dict(
+        HarvestConfig, store.manifest.config, f'the config of store {store.url}'
+      ),
       tokenizer_workers=workers,
     )
     subject = _subject(store, subject, mesh, moved_to)

@@ -5,11 +5,10 @@ import dataclasses
 import importlib.metadata
 import itertools
 import platform
-from typing import Any, NamedTuple
+from typing import Any
 
 from absl import logging
 import jax
-import numpy as np
 import tokenizers
 
 import sae_jax
@@ -18,10 +17,11 @@ from sae_jax import errors, progress, store
 from sae_jax import mesh as mesh_lib
 from sae_jax import subject as subject_lib
 from sae_jax.harvesting import config as harvesting_config
-from sae_jax.harvesting import cutting, pools
+from sae_jax.harvesting import cutting, filling, pools
 from sae_jax.harvesting import source as source_lib
 from sae_jax.harvesting.config import HarvestConfig
-from sae_jax.store import layout
+from sae_jax.storage import claim
+from sae_jax.store import checks, layout
 from sae_jax.store import manifest as manifest_lib
 from sae_jax.store import writer as writer_lib
 from sae_jax.subject import capture
@@ -55,8 +55,8 @@ def harvest(
     yet, the last of which seals the store.
 
   Raises:
-    UserError: if the config cannot be met, the folder holds another store, or
-      it cannot be written.
+    UserError: if the config cannot be met, the folder holds another store, is
+      in use by another harvest that does not share it, or cannot be written.
   """
   harvesting_config.check(config)
   # Other processes find it by what is recorded, from other folders too.
@@ -68,12 +68,9 @@ def harvest(
     raise errors.UserError(
       f'process_index {index} of process_count {count}: count from 0'
     )
-  finished = layout.read_manifest(store_url)
-  if finished is not None and not _more(config, store_url, finished, subject):
-    logging.info(
-      'store %s is finished: %d rows, nothing to do', store_url, finished.n_rows
-    )
-    return finished
+  manifest = _finished(config, store_url, subject)
+  if manifest is not None:
+    return manifest
   mesh = _mesh(config)
   # The text is looked for before the subject is loaded: that takes seconds.
   text = source_lib.documents(config)
@@ -85,15 +82,37 @@ def harvest(
       f'{config.subject}: make them the same'
     )
   sites, width = _sites(config, subject)
-  contexts = source_lib.contexts(config, text, subject.tokenizer)
   plan = _store_plan(config, subject, sites, width)
-  writer = writer_lib.StoreWriter(store_url, plan)
+  checks.check_plan(plan)
   forward = pools.Forward(config, subject, sites, mesh)
   # Closed, so that no process that tokenizes is left.
-  with contextlib.closing(contexts):
+  with (
+    contextlib.closing(
+      source_lib.contexts(config, text, subject.tokenizer)
+    ) as contexts,
+    claim.claim(store_url, shared=count > 1),
+  ):
+    # Another process may have finished it since.
+    manifest = _finished(config, store_url, subject)
+    if manifest is not None:
+      return manifest
+    writer = writer_lib.StoreWriter(store_url, plan)
     shards = cutting.Shards(config, contexts, writer)
     mask = _write_shards(config, forward, shards, writer, process)
-  return _seal(config, shards, mask, writer, process)
+    return _seal(config, shards, mask, writer, process)
+
+
+def _finished(
+  config: HarvestConfig, store_url: str, subject: subject_lib.Subject | None
+) -> store.Manifest | None:
+  """The manifest of a store that has all that is wanted, None of another."""
+  finished = layout.read_manifest(store_url)
+  if finished is None or _more(config, store_url, finished, subject):
+    return None
+  logging.info(
+    'store %s is finished: %d rows, nothing to do', store_url, finished.n_rows
+  )
+  return finished
 
 
 def _sites(
@@ -192,7 +211,9 @@ def _write_shards(
         continue
       pool, batches = before
       if shard is None:
-        shard = _Open(writer.shard(pool.shard), config, writer.plan.sites)
+        shard = filling.Filling(
+          writer.shard(pool.shard), config, writer.plan.sites
+        )
       bad = shard.append(mask, pool.contexts, batches, bar)
       if bad and not warned:
         logging.warning(
@@ -274,80 +295,19 @@ def _nothing_kept(config: HarvestConfig) -> errors.UserError:
   )
 
 
-class _Place(NamedTuple):
-  """A token of the text: its id, position in its context, and document."""
-
-  token: int
-  position: int
-  document: int
-
-
-class _Open:
-  """A shard that fills."""
-
-  def __init__(self, shard, config, names):
-    self._shard, self._config, self._names = shard, config, names
-    self._masked = {'first': 0, 'norm': 0}
-    self._source_rows = dict.fromkeys(config.sources, 0)
-
-  def append(self, mask, pool, batches, bar) -> _Place | None:
-    """Appends a pool in the order of the stream.
-
-    Returns:
-      The first token whose activations are not finite, if there is one.
-    """
-    config, names = self._config, self._names
-    # Batch by batch, for a pool takes half a minute on a small machine.
-    for batch, outputs in batches:
-      jax.block_until_ready(outputs)
-      bar.update(sum(pools.expected(config, pool[i]) for i in batch))
-    # By site: activations and norms of each context.
-    sites = {name: pools.collect(pool, batches, name) for name in names}
-    lengths = [len(context.tokens) for context in pool]
-    positions = np.concatenate([context.positions for context in pool])
-    allowed = pools.allowed(config, positions)
-    norms = [np.concatenate(sites[name][1]) for name in names]
-    finite = pools.finite(norms)
-    keep = pools.kept(config, mask, positions, norms)
-    tokens = np.concatenate([context.tokens for context in pool])
-    documents = np.concatenate([context.documents for context in pool])
-    self._shard.append(
-      tokens,
-      documents,
-      positions,
-      keep,
-      {name: np.concatenate(sites[name][0])[keep] for name in names},
-    )
-    # The norm rule may have left some out.
-    bar.update(int(keep.sum()) - int(allowed.sum()))
-    ends = np.cumsum(lengths)[:-1]
-    for context, part in zip(pool, np.split(keep, ends)):
-      for _, source, place in context.segments():
-        self._source_rows[source] += int(part[place].sum())
-    self._masked['first'] += int((~allowed).sum())
-    self._masked['norm'] += int((allowed & finite & ~keep).sum())
-    if finite.all():
-      return None
-    # Named where there are any, so that other stores keep their identity.
-    nonfinite = int((allowed & ~finite).sum())
-    self._masked['nonfinite'] = self._masked.get('nonfinite', 0) + nonfinite
-    first = int(np.argmin(finite))
-    return _Place(
-      *(int(values[first]) for values in (tokens, positions, documents))
-    )
-
-  def finish(self):
-    """Writes it."""
-    self._shard.finish(self._source_rows, self._masked)
-
-
 def _more(config, store_url, finished, subject) -> bool:
   """Whether more is wanted than a finished store has.
 
   Raises:
     UserError: if it is another store.
   """
-  old = config_lib.from_dict(HarvestConfig, finished.config)
+  if subject is not None:
+    manifest_lib.check_subject(
+      finished, store_url, subject.name, subject.weights_sha256
+    )
+  old = config_lib.from_dict(
+    HarvestConfig, finished.config, f'the config of store {store_url}'
+  )
   # Older stores may hold a relative path.
   old = dataclasses.replace(old, subject=subject_lib.recorded_name(old.subject))
   longer = config.n_tokens > old.n_tokens
@@ -358,10 +318,6 @@ def _more(config, store_url, finished, subject) -> bool:
   if longer:
     same['n_tokens'] = config.n_tokens
   changes = config_lib.differences(dataclasses.replace(old, **same), config)
-  if subject is not None and subject.weights_sha256 != finished.weights_sha256:
-    changes.append(
-      f'weights_sha256: {finished.weights_sha256} -> {subject.weights_sha256}'
-    )
   if changes:
     raise errors.UserError(
       f'store {store_url} is finished with another config '

@@ -8,6 +8,7 @@ from etils import epath
 import tensorstore as ts
 
 from sae_jax import errors
+from sae_jax.storage import locks
 from sae_jax.storage import url as url_lib
 
 
@@ -68,6 +69,16 @@ def write_text(path: epath.PathLike, text: str) -> None:
   write_bytes(path, text.encode())
 
 
+def folder(url: str) -> ts.KvStore:
+  """A folder, to be written to by `create`.
+
+  Raises:
+    UserError: if its kind of storage is not known.
+    ValueError: if it cannot be opened.
+  """
+  return ts.KvStore.open(locks.without(url_lib.kvstore(url))).result()
+
+
 # TensorStore's generation of an absent object.
 _ABSENT = b'\x02'
 
@@ -76,7 +87,7 @@ def create(files: ts.KvStore, name: str, data: bytes) -> bool:
   """Writes an object in one piece unless it is there.
 
   Args:
-    files: the store's folder.
+    files: the `folder`.
     name: the object.
     data: its bytes.
 

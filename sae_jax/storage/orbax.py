@@ -15,7 +15,7 @@ from orbax.checkpoint import v1
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from sae_jax import errors
-from sae_jax.storage import saved_arrays
+from sae_jax.storage import locks, saved_arrays
 from sae_jax.storage import url as url_lib
 
 _Loaded = TypeVar('_Loaded')
@@ -171,7 +171,7 @@ def _mend_orbax() -> None:
   ) -> dict[str, Any]:
     known = url_lib.is_known(directory)
     if not known or url_lib.backend(directory).orbax_knows:
-      return plain(directory, name, **options)
+      return locks.without(plain(directory, name, **options))
     if options.get('use_ocdbt', True):
       raise ValueError(f'{directory} is not opened with OCDBT')
     return url_lib.kvstore(os.path.join(directory, name or ''))

@@ -11,11 +11,9 @@ import json
 from typing import Any
 
 from etils import epath
-import tensorstore as ts
 
 from sae_jax import config, errors
 from sae_jax.storage import claim, files, records
-from sae_jax.storage import url as url_lib
 
 MADE_FROM = 'made_from.json'
 _SHOWN = 3
@@ -122,8 +120,7 @@ def sign(folder: str, stage: str, made_from: Mapping[str, Any]) -> None:
   """
   record = _record(stage, made_from)
   try:
-    folder_files = ts.KvStore.open(url_lib.kvstore(folder)).result()
-    same = files.create(folder_files, MADE_FROM, record)
+    same = files.create(files.folder(folder), MADE_FROM, record)
   except ValueError as error:
     raise OSError(
       f'cannot write {folder}/{MADE_FROM}: {errors.reason(error)}'

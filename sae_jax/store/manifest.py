@@ -150,6 +150,24 @@ def identity(content: dict[str, Any]) -> str:
   return sha256(json.dumps(content, sort_keys=True).encode())
 
 
+def check_subject(
+  manifest: Manifest, url: str, name: str, weights_sha256: str
+) -> None:
+  """Raises UserError if a store was not harvested from this subject.
+
+  Args:
+    manifest: the store's.
+    url: where it is.
+    name: name of the subject.
+    weights_sha256: digest of its weights.
+  """
+  if weights_sha256 != manifest.weights_sha256:
+    raise errors.UserError(
+      f'subject {name} is not the model store {url} was harvested from: use '
+      f'{manifest.subject} as it was'
+    )
+
+
 def digest(content: dict[str, Any]) -> str:
   """The sha256 of a record's fields, as JSON in their order."""
   return sha256(config_lib.to_json(content).encode())

@@ -71,11 +71,7 @@ class Store:
 
   def check_subject(self, name: str, weights_sha256: str) -> None:
     """Raises UserError if the store was not harvested from this subject."""
-    if weights_sha256 != self.manifest.weights_sha256:
-      raise errors.UserError(
-        f'subject {name} is not the model store {self.url} was harvested '
-        f'from: use {self.manifest.subject} as it was'
-      )
+    manifest_lib.check_subject(self.manifest, self.url, name, weights_sha256)
 
   @property
   def n_train(self) -> int:

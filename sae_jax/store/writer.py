@@ -10,11 +10,9 @@ import json
 from typing import Any
 
 import numpy as np
-import tensorstore as ts
 
 from sae_jax import config, errors
 from sae_jax.storage import files as files_lib
-from sae_jax.storage import url as url_lib
 from sae_jax.storage import workdir
 from sae_jax.store import checks, layout
 from sae_jax.store import manifest as manifest_lib
@@ -43,7 +41,7 @@ class StoreWriter:
     self.url, self.plan = url, plan
     workdir.check_own(url, 'sae-harvest', {layout.PLAN: ()})
     try:
-      self._files = ts.KvStore.open(url_lib.kvstore(url)).result()
+      self._files = files_lib.folder(url)
       data = manifest_lib.to_file(plan)
       if not files_lib.create(self._files, layout.PLAN, data):
         self._check_plan()

@@ -76,7 +76,7 @@ def test_a_workdir_in_use_is_refused_until_its_run_is_dead(store, tmp_path):
     assert out == ''
     assert said.splitlines()[-1] == (
       f'error: {workdir} is in use by another process: wait until it has '
-      'ended, or use another workdir'
+      'ended, or use another folder'
     )
     assert first.poll() is None
   finally:

@@ -9,6 +9,7 @@ import pytest
 
 from sae_jax import errors, store
 from sae_jax.harvesting import harvest
+from sae_jax.storage import claim
 from sae_jax.store import layout
 from sae_jax.store import writer as writer_lib
 from sae_jax.text import corpus
@@ -163,7 +164,7 @@ def test_a_finished_store_is_left_alone(texts, tmp_path, caplog):
   with pytest.raises(errors.UserError, match=r'\(seed: 0 -> 1\)'):
     toy.run(toy.config(texts, seed=1), url)
   other = dataclasses.replace(toy.subject(), weights_sha256='beef')
-  with pytest.raises(errors.UserError, match='weights_sha256: cafe -> b'):
+  with pytest.raises(errors.UserError, match='toy is not the model store'):
     harvest.harvest(toy.config(texts), url, other)
   assert layout.read_manifest(url) == first
 
@@ -237,6 +238,23 @@ def test_processes_share_a_harvest(texts, tmp_path, count):
   store.open_store(url).verify()
   with pytest.raises(errors.UserError, match='process_index 3'):
     harvest.harvest(config, url, toy.subject(), (3, 3))
+
+
+def test_a_second_harvest_of_a_folder_is_refused(texts, tmp_path):
+  url, config = str(tmp_path / 'store'), toy.config(texts)
+  with claim.claim(url):
+    for process in ((0, 1), (1, 2)):
+      with pytest.raises(errors.UserError, match=r'store is in use by another'):
+        harvest.harvest(config, url, toy.subject(), process)
+  # Processes that share a harvest do not refuse each other.
+  with claim.claim(url, shared=True):
+    assert harvest.harvest(config, url, toy.subject(), (0, 2)) is None
+    with pytest.raises(errors.UserError, match=r'store is in use by another'):
+      toy.run(config, url)
+  toy.run(config, url)
+  # A finished store is used by nobody.
+  with claim.claim(url):
+    toy.run(config, url)
 
 
 def test_the_manifest_says_which_text_and_tokenizer(texts, tmp_path):
