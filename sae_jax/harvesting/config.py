@@ -81,7 +81,10 @@ class HarvestConfig(config_lib.Config):
     speed_only=True,
   )
   dtype: str = option(
-    'float32', 'dtype of the stored activations', ('float32', 'bfloat16')
+    'float32',
+    'dtype of the stored activations; bfloat16 takes half the room, and '
+    'zarr-python cannot read it',
+    ('float32', 'bfloat16'),
   )
   chunk_rows: int = option(
     1024, 'number of rows in a chunk, the smallest piece that is read', least=1

@@ -7,6 +7,7 @@ import threading
 import ml_dtypes
 import numpy as np
 import pytest
+import tensorstore as ts
 
 from sae_jax import errors, store
 from sae_jax.store import writer as writer_lib
@@ -84,6 +85,16 @@ def test_zarr_reads_it_without_this_library(tmp_path):
     for i, (_, n) in enumerate(manifest.shard_counts)
   ]
   np.testing.assert_array_equal(np.concatenate(parts), data['tokens'])
+
+
+def test_tensorstore_reads_bfloat16_by_its_metadata(tmp_path):
+  small.write(str(tmp_path), small.data(), dtype='bfloat16')
+  opened = store.open_store(str(tmp_path))
+  path = f'file://{tmp_path}/activations/{small.SITES[0]}/|zarr3:'
+  rows_RD = ts.open(path).result()[: opened.starts[1]].read().result()
+  np.testing.assert_array_equal(
+    rows_RD.astype(np.float32), opened.read_rows(0, opened.starts[1])
+  )
 
 
 def test_several_sites_share_a_stream(tmp_path):
