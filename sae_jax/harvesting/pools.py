@@ -105,7 +105,8 @@ def batches(
 
   Returns:
     For each batch the indices of its contexts in the pool, and their tokens,
-    padded on the right, int32 [C, T].
+    padded on the right, int32 [C, T]. Attention has no weight on padding, but
+    were it of another token whose embedding is not finite, all would be NaN.
   """
   unit = math.ceil(config.context_length / _LENGTHS)
   by_length = sorted(range(len(pool)), key=lambda i: -len(pool[i].tokens))
@@ -117,6 +118,7 @@ def batches(
     tokens_BT = np.zeros((config.batch_contexts, length), np.int32)
     for row, i in enumerate(batch):
       tokens_BT[row, : len(pool[i].tokens)] = pool[i].tokens
+      tokens_BT[row, len(pool[i].tokens) :] = pool[i].tokens[-1]
     padded.append((batch, tokens_BT))
   return padded
 

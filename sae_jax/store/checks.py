@@ -49,10 +49,11 @@ def check_plan(plan: StorePlan | Manifest, where: str = '') -> None:
       f'{n_bytes:,} bytes, it must have from 1 to {_CHUNK_BYTES:,}: use other '
       'chunk_rows'
     )
-  if not 0 <= plan.context_length < _SHARD_ROWS:
+  most = manifest_lib.STREAM_PER_ROW * plan.shard_rows
+  if not 0 <= plan.context_length <= most:
     raise errors.UserError(
-      f'{before}context_length {plan.context_length} must be from 0 to '
-      f'{_SHARD_ROWS - 1}'
+      f'{before}context_length {plan.context_length} must be from 0 to {most}, '
+      'the tokens that a shard has room for'
     )
   if not plan.sites or len(set(plan.sites)) < len(plan.sites):
     raise errors.UserError(

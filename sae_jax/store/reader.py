@@ -347,7 +347,14 @@ def heldout_contexts(store: Store, n_tokens: int) -> Contexts:
   starts, ends = starts[:enough], ends[:enough]
   kept = np.zeros(len(positions), bool)
   kept[place_R] = True
-  shape = (len(starts), store.manifest.context_length)
+  longest = int((ends - starts).max())
+  length = store.manifest.context_length or longest
+  if longest > length:
+    raise errors.UserError(
+      f'store {store.url} has a context of {longest} tokens, its manifest says '
+      f'that the longest has {length}: harvest it again'
+    )
+  shape = (len(starts), length)
   tokens_CT, kept_CT = np.zeros(shape, np.int32), np.zeros(shape, bool)
   for row, (start, end) in enumerate(zip(starts, ends)):
     tokens_CT[row, : end - start] = store.tokens()[start:end]

@@ -83,6 +83,15 @@ def test_a_split_of_single_tokens_is_refused(tmp_path):
     store_lib.heldout_contexts(data, 100)
 
 
+def test_a_context_that_is_longer_than_the_manifest_says_is_named(
+  data, monkeypatch
+):
+  short = dataclasses.replace(data.manifest, context_length=3)
+  monkeypatch.setattr(data, 'manifest', short)
+  with pytest.raises(errors.UserError, match=r'context of 12 .* longest has 3'):
+    store_lib.heldout_contexts(data, 10_000)
+
+
 def log_probs(logits_TV):
   logits_TV = np.asarray(logits_TV, np.float64)
   shifted_TV = logits_TV - logits_TV.max(1, keepdims=True)

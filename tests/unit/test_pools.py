@@ -79,6 +79,17 @@ def test_no_context_is_read_twice(texts, tmp_path, monkeypatch):
   assert len(again) > len(want)
 
 
+def test_padding_is_of_no_other_token(texts, tmp_path):
+  """Its weight is 0, and 0 times what is not finite is NaN."""
+  subject = toy.subject()
+  params = subject.params | {'embed': subject.params['embed'].at[0].set(np.nan)}
+  broken = dataclasses.replace(subject, params=params)
+  harvest.harvest(toy.config(texts), str(tmp_path / 'broken'), broken)
+  assert not (store.open_store(str(tmp_path / 'broken')).tokens() == 0).any()
+  toy.run(toy.config(texts), tmp_path / 'whole')
+  assert toy.stored(tmp_path / 'broken') == toy.stored(tmp_path / 'whole')
+
+
 def test_activations_that_are_not_finite_are_masked_and_said(
   texts, tmp_path, caplog
 ):
