@@ -83,6 +83,8 @@ def pooled_inputs(
       for row, member in enumerate(members):
         length_B[row] = len(ids[member])
         tokens_BT[row, : length_B[row]] = ids[member]
+        # One of another prompt may have an embedding that is not finite.
+        tokens_BT[row, length_B[row] :] = ids[member][-1]
       pooled_BD = _pool(
         subject.config,
         site,

@@ -306,7 +306,7 @@ class Contexts(NamedTuple):
   """Whole contexts of a store's token stream, C of them.
 
   Attributes:
-    tokens_CT: int32, padded on the right with 0.
+    tokens_CT: int32, padded on the right with the context's last token.
     length_C: number of tokens of each context.
     kept_CT: whether the store holds the token's activation (it is not masked).
     document_C: the document that each context is of.
@@ -358,5 +358,7 @@ def heldout_contexts(store: Store, n_tokens: int) -> Contexts:
   tokens_CT, kept_CT = np.zeros(shape, np.int32), np.zeros(shape, bool)
   for row, (start, end) in enumerate(zip(starts, ends)):
     tokens_CT[row, : end - start] = store.tokens()[start:end]
+    # One of another context may have an embedding that is not finite.
+    tokens_CT[row, end - start :] = store.tokens()[end - 1]
     kept_CT[row, : end - start] = kept[start:end]
   return Contexts(tokens_CT, ends - starts, kept_CT, store.documents()[starts])
