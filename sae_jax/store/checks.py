@@ -1,6 +1,7 @@
 """What a store's descriptions must say to be true of one store."""
 
 from collections.abc import Iterable
+import math
 
 from sae_jax import errors
 from sae_jax.storage import names
@@ -121,7 +122,11 @@ def check_mask(mask: Mask, of: StorePlan | Manifest, where: str) -> None:
   if not isinstance(multiple, int | float):
     raise _differs(where, f'limits, {multiple!r} is the multiple of the median')
   limits = manifest_lib.make_mask(mask.median_norm, multiple)
-  if len(mask.median_norm) != len(of.sites) or mask != limits:
+  # Older files say infinity where there is no limit.
+  stored = tuple(
+    None if limit == math.inf else limit for limit in mask.norm_limit
+  )
+  if (len(stored), stored) != (len(of.sites), limits.norm_limit):
     raise _differs(where, f'limits {mask.norm_limit}, not {limits.norm_limit}')
   medians = dict(zip(of.sites, mask.median_norm))
   if isinstance(of, Manifest) and of.mask.get('median_norm') != medians:

@@ -39,15 +39,16 @@ class StoreWriter:
     """
     checks.check_plan(plan)
     self.url, self.plan = url, plan
-    workdir.check_own(url, 'sae-harvest', {layout.PLAN: ()})
     try:
+      workdir.check_own(url, 'sae-harvest', {layout.PLAN: ()})
       self._files = files_lib.folder(url)
       data = manifest_lib.to_file(plan)
       if not files_lib.create(self._files, layout.PLAN, data):
         self._check_plan()
     except errors.UserError:
       raise
-    except (ValueError, OSError) as error:
+    except Exception as error:
+      # Clients of buckets raise errors of many types.
       raise self._error(error) from error
 
   def agree(self, mask: Mask) -> Mask:

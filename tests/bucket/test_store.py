@@ -4,17 +4,15 @@ import numpy as np
 import pytest
 
 from sae_jax import errors, store
+from sae_jax.storage import workdir
 from tests.support import small
-from tests.support.gcs import fake_gcs
+from tests.support.gcs import served
 
 
 @pytest.fixture
 def bucket(monkeypatch):
-  """A server of gs://bucket; TensorStore reads the variables as it connects."""
-  server = fake_gcs.FakeGcs(['bucket'])
-  with server as url:
-    monkeypatch.setenv('TENSORSTORE_GCS_HTTP_URL', url)
-    monkeypatch.setenv('GOOGLE_AUTH_TOKEN_FOR_TESTING', 'fake')
+  """The objects of gs://bucket, by name."""
+  with served.bucket(monkeypatch) as server:
     yield server.objects['bucket']
 
 
@@ -56,3 +54,14 @@ def test_an_unfinished_store_in_a_bucket_goes_on(bucket):
 def test_a_bucket_that_is_not_there(bucket):
   with pytest.raises(errors.UserError, match='cannot write store gs://nobody'):
     small.write('gs://nobody/store', small.data())
+
+
+def test_a_server_that_does_not_answer_is_one_line(monkeypatch):
+  with served.bucket(monkeypatch):
+
+    def refuse(*_):
+      raise ConnectionError('no route')
+
+    monkeypatch.setattr(workdir, 'check_own', refuse)
+    with pytest.raises(errors.UserError, match='store gs://bucket/a: no route'):
+      small.write('gs://bucket/a', small.data())
