@@ -10,6 +10,7 @@ from etils import epath
 import tensorboardX
 from tensorboardX import record_writer
 
+from sae_jax import config
 from sae_jax.storage import files, records
 from sae_jax.storage import url as url_lib
 
@@ -23,7 +24,11 @@ def _lines_until(path: epath.Path, step: int) -> list[str]:
   damaged += len(rows) - len(whole)
   if damaged:
     logging.warning('%d lines of %s are damaged: left out', damaged, path)
-  return [json.dumps(row) for row in whole if row['step'] <= step]
+  return [
+    json.dumps(config.through_json(row), allow_nan=False)
+    for row in whole
+    if row['step'] <= step
+  ]
 
 
 class _BucketEvents:
