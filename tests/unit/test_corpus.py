@@ -280,14 +280,6 @@ def test_a_wrong_line_is_named(tmp_path, line):
     text_sources.texts((str(path),), seed=0)
 
 
-@pytest.mark.parametrize('suffix', ['.gz', '.zst'])
-def test_a_file_that_is_not_what_its_name_says(tmp_path, suffix):
-  path = tmp_path / f'x.txt{suffix}'
-  path.write_bytes(b'plain text, not compressed')
-  with pytest.raises(errors.UserError, match='cannot read'):
-    text_sources.texts((str(path),), seed=0)
-
-
 def test_half_a_surrogate_pair_is_dropped_and_nesting_refused(tmp_path):
   path = tmp_path / 'a.JSONL'
   path.write_text('{"text": "whole \\ud83d half"}\n')

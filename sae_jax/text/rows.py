@@ -1,0 +1,390 @@
+"""The texts of a file: of .txt, .jsonl and .parquet.
+
+Files are read piece by piece, whatever their size: a text is in memory, never a
+file.
+"""
+
+from collections.abc import Callable, Iterator
+import gzip
+import io
+import itertools
+import json
+import re
+from typing import Any, NamedTuple
+import zlib
+
+from absl import logging
+import zstandard
+
+from sae_jax import errors
+from sae_jax.text import content
+
+# The longest row, in characters. JSON of this length can take 400 MB.
+LONGEST = 2**24
+# A document of a .txt file ends at the first blank line after this many
+# characters, ...
+_BLANK_LINE = 2000
+# ... or else at the first end of a line after these, ...
+_LINE = 4000
+# ... or white space after these, or here.
+_SPACE, _ANYWHERE = 6000, 8000
+# It ends here alone if there is one in the first characters of the file.
+_SEPARATOR = '<|endoftext|>'
+_HEAD = 2**16
+
+_PARQUET_ROWS = 256
+# Bytes of a batch of rows.
+_PARQUET_BYTES = 2**26
+
+_CUT_SHORT = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
+
+
+class Bad(NamedTuple):
+  """A row or a line that gives no text.
+
+  Attributes:
+    place: its number, as 'line 3'.
+    problem: what is wrong with it.
+    remedy: what the user can do.
+  """
+
+  place: str
+  problem: str
+  remedy: str
+
+
+def read(
+  open_file: Callable[[], Any],
+  shown: str,
+  kind: str,
+  field: str,
+  skip_bad: bool = False,
+) -> Iterator[str]:
+  """The texts of a file, in order.
+
+  Args:
+    open_file: opens the file as bytes.
+    shown: its name in messages.
+    kind: '.txt', '.jsonl' or '.parquet'.
+    field: the field or column of the text.
+    skip_bad: whether rows without a text are left out, and counted in the log.
+
+  Raises:
+    UserError: where the file is not what its kind says, is cut off, or has a
+      bad row.
+  """
+  if kind == '.parquet':
+    rows = _parquet(open_file, shown, field)
+  elif kind == '.jsonl':
+    rows = _jsonl(lines(open_file, shown, LONGEST), field)
+  else:
+    rows = _txt(lines(open_file, shown, _BLANK_LINE), shown)
+  return _good(rows, shown, skip_bad)
+
+
+def _good(
+  rows: Iterator[str | Bad], shown: str, skip_bad: bool
+) -> Iterator[str]:
+  """The texts; a bad row raises UserError, or is left out."""
+  n_good, n_bad, first = 0, 0, None
+  for row in rows:
+    if isinstance(row, str):
+      n_good += 1
+      yield row
+      continue
+    message = f'{row.place} of {shown} {row.problem}'
+    if not skip_bad:
+      raise errors.UserError(
+        f'{message}: {row.remedy}, or leave out such rows with --skip_bad_rows'
+      )
+    n_bad += 1
+    if first is None:
+      first = row
+      logging.warning('%s: it is left out', errors.printable(message))
+  if n_bad and not n_good:
+    raise errors.UserError(
+      f'none of the {n_bad} rows of {shown} has a text; '
+      f'{first.place} {first.problem}: {first.remedy}'
+    )
+  if n_bad > 1:
+    logging.warning(
+      '%d of the %d rows of %s were left out', n_bad, n_bad + n_good, shown
+    )
+
+
+def lines(
+  open_file: Callable[[], Any], shown: str, longest: int = LONGEST
+) -> Iterator[str]:
+  """Lines of a file, plain or packed, line ends included.
+
+  Marks of byte order are read over. Bytes that are not UTF-8 become lone
+  surrogates.
+
+  Args:
+    open_file: opens the file as bytes.
+    shown: its name in messages.
+    longest: a longer line is cut into pieces of this many characters.
+
+  Raises:
+    UserError: if it cannot be opened or read, or is no text.
+  """
+  count = 0
+  try:
+    with _open(open_file, shown) as file:
+      text = io.TextIOWrapper(
+        content.of(file, shown), 'utf-8', 'surrogateescape', newline=''
+      )
+      while line := text.readline(longest):
+        count += line.endswith(('\n', '\r'))
+        yield line.removeprefix('\ufeff')
+  except Exception as error:
+    raise _unreadable(error, shown, f'line {count}') from error
+
+
+def _open(open_file, shown):
+  try:
+    return open_file()
+  # File systems raise errors of their own that are not OSErrors.
+  except Exception as error:
+    raise errors.UserError(
+      f'cannot open {shown}: {errors.reason(error)}: check the path and your '
+      'access'
+    ) from error
+
+
+def _unreadable(error: Exception, shown: str, after: str) -> errors.UserError:
+  if isinstance(error, errors.UserError):
+    return error
+  remedy = 'check the disk or the connection, and try again'
+  if isinstance(error, _CUT_SHORT):
+    remedy = 'it is damaged, fetch or compress it again'
+  return errors.UserError(
+    f'cannot read {shown} after {after}: {errors.reason(error)}: {remedy}'
+  )
+
+
+def _bad_byte(line: str) -> int | None:
+  """The first byte of a line that was not UTF-8."""
+  if not line.isascii():
+    try:
+      line.encode()
+    except UnicodeEncodeError as error:
+      return ord(line[error.start]) - 0xDC00
+  return None
+
+
+def _not_utf8(place: str, byte: int) -> Bad:
+  return Bad(
+    place,
+    f'is not UTF-8 (byte 0x{byte:02x})',
+    'convert the file with iconv -f ENCODING -t UTF-8, where ENCODING is what '
+    'it was written in, often WINDOWS-1252',
+  )
+
+
+def _jsonl(rows: Iterator[str], field: str) -> Iterator[str | Bad]:
+  place, is_rest = 0, False
+  for line in rows:
+    is_first, is_rest = not is_rest, not line.endswith(('\n', '\r'))
+    place += is_first
+    # Once, whatever number of pieces it has.
+    if is_first and line.strip():
+      too_long = is_rest and len(line) >= LONGEST
+      yield (
+        Bad(
+          f'line {place}',
+          f'is longer than {LONGEST:,} characters',
+          'cut its text into several rows',
+        )
+        if too_long
+        else _row(line, f'line {place}', field)
+      )
+
+
+def _row(line: str, place: str, field: str) -> str | Bad:
+  """The text of a line of JSON."""
+  byte = _bad_byte(line)
+  if byte is not None:
+    return _not_utf8(place, byte)
+  try:
+    row = json.loads(line)
+  except (ValueError, RecursionError):
+    row = None
+  if isinstance(row, dict):
+    has = f'it has {", ".join(row)[:200]}'
+    return _text(row.get(field, _Absent), field, place, has, 'file#field')
+  problem = 'is not a JSON object'
+  return Bad(place, problem, f'correct it, a line is {{"{field}": "..."}}')
+
+
+class _Absent:
+  """In place of a value that a row does not have."""
+
+
+def _text(
+  value: Any, field: str, place: str, has: str, other: str
+) -> str | Bad:
+  """The value of a row's field, if it is a text."""
+  remedy = f'correct it, name another one as {other}'
+  if isinstance(value, str):
+    if value.isascii():
+      return value
+    # Without halves of surrogate pairs, which no tokenizer accepts.
+    return value.encode('utf-8', 'ignore').decode()
+  if value is _Absent:
+    return Bad(place, f'has no `{field}`, {has}', remedy)
+  if value is None:
+    return Bad(place, f'has null for `{field}`', remedy)
+  kind = type(value).__name__
+  return Bad(place, f'has no text for `{field}` but {kind} ({has})', remedy)
+
+
+def _parquet(open_file, shown: str, field: str) -> Iterator[str | Bad]:
+  import pyarrow as pa
+  from pyarrow import parquet
+
+  number = 0
+  try:
+    with _open(open_file, shown) as file:
+      _check_parquet(file, shown)
+      table = parquet.ParquetFile(
+        file, pre_buffer=False, buffer_size=content.READ_BYTES
+      )
+      schema = table.schema_arrow
+      has = f'it has {", ".join(schema.names)[:200]}'
+      if field not in schema.names:
+        raise errors.UserError(
+          f'{shown} has no column `{field}`, {has}: '
+          'name the column as file#column'
+        )
+      raw = pa.types.is_binary(schema.field(field).type)
+      for batch in table.iter_batches(
+        _batch_rows(table.metadata, field), columns=[field]
+      ):
+        for value in batch.column(0):
+          number += 1
+          yield _cell(value, raw, field, f'row {number}', has)
+  except Exception as error:
+    # Arrow's errors of the content have no number, those of a disk do.
+    if isinstance(error, OSError) and error.errno is None:
+      error = EOFError(errors.reason(error))
+    raise _unreadable(error, shown, f'row {number}') from error
+
+
+def _check_parquet(file, shown: str) -> None:
+  """Raises UserError if a file does not begin as parquet does."""
+  head = file.read(content.READ_BYTES)
+  file.seek(0)
+  if not head.startswith(b'PAR1'):
+    content.check_text(head, shown)
+    raise errors.UserError(
+      f'{shown} does not begin as parquet does: let its name end in .jsonl or '
+      '.txt if it is text, or else fetch it again'
+    )
+
+
+def _batch_rows(metadata, field: str) -> int:
+  """Rows of a batch: few, where rows are long."""
+  longest = 1
+  for number in range(metadata.num_row_groups):
+    group = metadata.row_group(number)
+    for column in map(group.column, range(group.num_columns)):
+      if column.path_in_schema.partition('.')[0] == field and group.num_rows:
+        mean = column.total_uncompressed_size // group.num_rows
+        longest = max(longest, mean)
+  return max(1, min(_PARQUET_ROWS, _PARQUET_BYTES // longest))
+
+
+def _cell(value, raw: bool, field: str, place: str, has: str) -> str | Bad:
+  """The text of a cell; some writers do not say that bytes are text."""
+  try:
+    text = value.as_py()
+    if raw and text is not None:
+      text = text.decode()
+  except UnicodeDecodeError as error:
+    return _not_utf8(place, error.object[error.start])
+  if isinstance(text, str) and len(text) > LONGEST:
+    return Bad(
+      place,
+      f'is longer than {LONGEST:,} characters',
+      'cut its text into several rows',
+    )
+  return _text(text, field, place, has, 'file#column')
+
+
+def _txt(pieces: Iterator[str], shown: str) -> Iterator[str | Bad]:
+  """Documents of lines, which are cut at _BLANK_LINE characters."""
+  pieces = _numbered(pieces)
+  head, size = [], 0
+  for piece in pieces:
+    head.append(piece)
+    size += len(piece)
+    if size >= _HEAD:
+      break
+  text = ''.join(piece for piece in head if isinstance(piece, str))
+  if re.match(r'\s*\{\s*"\w+":', text):
+    logging.warning(
+      '%s looks like JSON and is read as plain text: if it has a JSON object a '
+      'line, let its name end in .jsonl',
+      shown,
+    )
+  cut = _separated if _SEPARATOR in text else _cut
+  return cut(itertools.chain(head, pieces))
+
+
+def _numbered(pieces: Iterator[str]) -> Iterator[str | Bad]:
+  """The pieces, with those that are not UTF-8 named by their line."""
+  number = 1
+  for piece in pieces:
+    byte = _bad_byte(piece)
+    yield piece if byte is None else _not_utf8(f'line {number}', byte)
+    number += piece.endswith(('\n', '\r'))
+
+
+def _separated(pieces: Iterator[str | Bad]) -> Iterator[str | Bad]:
+  """What stands between separators, without white space at its ends."""
+  text = ''
+  for piece in pieces:
+    if isinstance(piece, Bad):
+      yield piece
+      continue
+    # A separator may be cut in two.
+    place = max(0, len(text) - len(_SEPARATOR))
+    text += piece
+    while (end := text.find(_SEPARATOR, place)) >= 0:
+      yield text[:end].strip()
+      text, place = text[end + len(_SEPARATOR) :], 0
+    if len(text) >= LONGEST:
+      yield text.strip()
+      text = ''
+  yield text.strip()
+
+
+def _cut(pieces: Iterator[str | Bad]) -> Iterator[str | Bad]:
+  """Documents that end at blank lines, or lines, or white space."""
+  document, size = [], 0
+  for piece in pieces:
+    if isinstance(piece, Bad):
+      yield piece
+      continue
+    document.append(piece)
+    size += len(piece)
+    end = _end(piece, size)
+    if end is not None:
+      document[-1] = piece[:end]
+      yield ''.join(document)
+      document, size = [piece[end:]], len(piece) - end
+  yield ''.join(document)
+
+
+def _end(piece: str, size: int) -> int | None:
+  """Where in its last piece a document of this many characters ends."""
+  if size >= _BLANK_LINE and not piece.strip():
+    return len(piece)
+  if size >= _LINE and piece.endswith(('\n', '\r')):
+    return len(piece)
+  if size >= _SPACE:
+    blank = max(piece.rfind(' '), piece.rfind('\t'))
+    if blank >= 0:
+      return blank + 1
+  return len(piece) if size >= _ANYWHERE else None
