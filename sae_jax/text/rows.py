@@ -240,7 +240,6 @@ def _text(
 
 
 def _parquet(open_file, shown: str, field: str) -> Iterator[str | Bad]:
-  import pyarrow as pa
   from pyarrow import parquet
 
   number = 0
@@ -248,7 +247,11 @@ def _parquet(open_file, shown: str, field: str) -> Iterator[str | Bad]:
     with _open(open_file, shown) as file:
       _check_parquet(file, shown)
       table = parquet.ParquetFile(
-        file, pre_buffer=False, buffer_size=content.READ_BYTES
+        file,
+        pre_buffer=False,
+        buffer_size=content.READ_BYTES,
+        # A text that many rows repeat is in memory once.
+        read_dictionary=[field],
       )
       schema = table.schema_arrow
       has = f'it has {", ".join(schema.names)[:200]}'
@@ -257,13 +260,12 @@ def _parquet(open_file, shown: str, field: str) -> Iterator[str | Bad]:
           f'{shown} has no column `{field}`, {has}: '
           'name the column as file#column'
         )
-      raw = pa.types.is_binary(schema.field(field).type)
       for batch in table.iter_batches(
         _batch_rows(table.metadata, field), columns=[field]
       ):
         for value in batch.column(0):
           number += 1
-          yield _cell(value, raw, field, f'row {number}', has)
+          yield _cell(value, field, f'row {number}', has)
   except Exception as error:
     # Arrow's errors of the content have no number, those of a disk do.
     if isinstance(error, OSError) and error.errno is None:
@@ -295,11 +297,11 @@ def _batch_rows(metadata, field: str) -> int:
   return max(1, min(_PARQUET_ROWS, _PARQUET_BYTES // longest))
 
 
-def _cell(value, raw: bool, field: str, place: str, has: str) -> str | Bad:
+def _cell(value, field: str, place: str, has: str) -> str | Bad:
   """The text of a cell; some writers do not say that bytes are text."""
   try:
     text = value.as_py()
-    if raw and text is not None:
+    if isinstance(text, bytes):
       text = text.decode()
   except UnicodeDecodeError as error:
     return _not_utf8(place, error.object[error.start])
