@@ -246,22 +246,25 @@ def _parquet(open_file, shown: str, field: str) -> Iterator[str | Bad]:
   try:
     with _open(open_file, shown) as file:
       _check_parquet(file, shown)
-      table = parquet.ParquetFile(
-        file,
-        pre_buffer=False,
-        buffer_size=content.READ_BYTES,
-        # A text that many rows repeat is in memory once.
-        read_dictionary=[field],
-      )
-      schema = table.schema_arrow
-      has = f'it has {", ".join(schema.names)[:200]}'
-      if field not in schema.names:
+      metadata = parquet.read_metadata(file)
+      names = metadata.schema.to_arrow_schema().names
+      has = f'it has {", ".join(names)[:200]}'
+      if field not in names:
         raise errors.UserError(
           f'{shown} has no column `{field}`, {has}: '
           'name the column as file#column'
         )
+      columns = map(metadata.schema.column, range(metadata.num_columns))
+      table = parquet.ParquetFile(
+        file,
+        metadata=metadata,
+        pre_buffer=False,
+        buffer_size=content.READ_BYTES,
+        # A text that many rows repeat is in memory once.
+        read_dictionary=[x.path for x in columns if x.path == field],
+      )
       for batch in table.iter_batches(
-        _batch_rows(table.metadata, field), columns=[field]
+        _batch_rows(metadata, field), columns=[field]
       ):
         for value in batch.column(0):
           number += 1
