@@ -41,6 +41,16 @@ def _printable(character: str) -> str:
   return character.encode('unicode_escape').decode()
 
 
+def is_failure(error: BaseException) -> bool:
+  """Whether it is an error, a panic of a library in Rust among them.
+
+  A panic is none of Python's Exceptions, and neither is Ctrl-C.
+  """
+  return isinstance(error, Exception) or (
+    type(error).__name__ == 'PanicException'
+  )
+
+
 def reason(error: BaseException) -> str:
   """The first line of an error, without the dump that TensorStore appends."""
   line = str(error).partition('\n')[0].partition(' [')[0]

@@ -93,9 +93,7 @@ def pools_of(
   """The contexts of a harvest, in pools."""
   contexts_by_pool, rows = [], 0
   text = source.documents(config)
-  with contextlib.closing(
-    source.contexts(config, text, subject.tokenizer)
-  ) as contexts:
+  with contextlib.closing(source.contexts(config, text, subject)) as contexts:
     while rows < config.n_tokens:
       pool = list(itertools.islice(contexts, pools.size(config)))
       if not pool:

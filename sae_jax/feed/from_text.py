@@ -125,7 +125,7 @@ class TextFeed:
     ]
     self._config, self._store = config, store
     self._batch_size, self._seed = batch_size, seed
-    self._tokenizer = subject.tokenizer
+    self._subject = subject
     self._new_window = functools.partial(
       device_window.DeviceWindow,
       pools.Forward(config, subject, tuple(sites), mesh),
@@ -187,7 +187,7 @@ class TextFeed:
     if closed is not None:
       # Checked per document: those before the start give no context.
       text = itertools.takewhile(lambda _: not closed.is_set(), text)
-    return source.contexts(self._config, text, self._tokenizer, start)
+    return source.contexts(self._config, text, self._subject, start)
 
   def _first_cursor(self) -> Cursor:
     """Where the first window of a new run begins."""

@@ -28,6 +28,12 @@ class HarvestConfig(config_lib.Config):
     'and .parquet files (also .gz and .zst), folders, globs and URLs of these;'
     ' FILE#FIELD names the field that holds the text',
   )
+  skip_bad_rows: bool = option(
+    False,
+    'leave out rows without a text (null, no such field, broken JSON, not '
+    'UTF-8, too long) and say how many they were; otherwise the first one '
+    'ends the harvest',
+  )
   n_tokens: int = option(
     100_000,
     'number of activations to store, less those that mask_norm_multiple leaves'
@@ -53,8 +59,15 @@ class HarvestConfig(config_lib.Config):
     'context may hold several documents; otherwise a context holds one',
   )
   bos: str = option(
-    '',
-    "token put before each document, such as '<|endoftext|>'; empty for none",
+    'auto',
+    'token that every context begins with, and every document in it when '
+    "documents are packed, such as '<|endoftext|>'; auto for the BOS that the "
+    "model's own files ask for, if any; empty for none",
+  )
+  special_tokens: bool = option(
+    False,
+    'read control tokens that a text spells, such as <|im_start|> in rendered '
+    'chats, as these tokens; otherwise as characters',
   )
   tokenizer_workers: int = option(
     0,

@@ -87,9 +87,7 @@ def harvest(
   forward = pools.Forward(config, subject, sites, mesh)
   # Closed, so that no process that tokenizes is left.
   with (
-    contextlib.closing(
-      source_lib.contexts(config, text, subject.tokenizer)
-    ) as contexts,
+    contextlib.closing(source_lib.contexts(config, text, subject)) as contexts,
     claim.claim(store_url, shared=count > 1),
   ):
     # Another process may have finished it since.
@@ -165,6 +163,7 @@ def _store_plan(
     sources=config.sources,
     corpus={source: corpus.identity(source) for source in config.sources},
     tokenizer_sha256=_tokenizer_digest(subject.tokenizer),
+    bos=source_lib.bos(config, subject.tokenizer),
     seed=config.seed,
     config={
       name: value

@@ -43,6 +43,7 @@ class StorePlan:
     sources: names of the text sources.
     corpus: source -> its `corpus.identity`.
     tokenizer_sha256: digest of the tokenizer's JSON; empty if it has none.
+    bos: the token that every context begins with; empty for none.
     seed: seed of the order of documents.
     config: fields of the harvest's config that shards depend on.
     software: name -> version of the software that wrote it.
@@ -60,6 +61,7 @@ class StorePlan:
   sources: tuple[str, ...] = ()
   corpus: dict[str, str] = dataclasses.field(default_factory=dict)
   tokenizer_sha256: str = ''
+  bos: str = ''
   seed: int = 0
   config: dict[str, Any] = dataclasses.field(default_factory=dict)
   software: dict[str, str] = dataclasses.field(default_factory=dict)
@@ -138,6 +140,7 @@ class Manifest:
   checksums: dict[str, tuple[str, ...]]
   software: dict[str, str]
   identity: str = ''
+  bos: str = ''
 
 
 def identity(content: dict[str, Any]) -> str:

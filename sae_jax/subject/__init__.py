@@ -41,6 +41,9 @@ class Subject:
     params: its parameters (`transformer.param_shapes`).
     tokenizer: its tokenizer (`formats.tokenizer` has encode and decode).
     weights_sha256: hex digest of the files it came from.
+
+  Raises:
+    UserError: if the tokenizer gives ids that the embedding has no row for.
   """
 
   name: str
@@ -48,6 +51,9 @@ class Subject:
   params: transformer.Params
   tokenizer: tokenizers.Tokenizer
   weights_sha256: str
+
+  def __post_init__(self):
+    tokenizer_lib.check_ids(self.tokenizer, self.config.vocab_size, self.name)
 
 
 def find(name_or_path: str) -> str:

@@ -1,5 +1,8 @@
 """Documents to contexts: tokenized, then cut or packed.
 
+Where there is a BOS, every context begins with it, and so does every document
+in a context. A BOS that a text begins with itself is that one.
+
 The contexts are a pure function of the documents, the tokenizer and the
 settings. The number of processes that tokenize changes nothing.
 """
@@ -22,7 +25,7 @@ class Start(NamedTuple):
 
   Attributes:
     document: the document's number in the corpus.
-    offset: tokens of the document before the context, a BOS among them.
+    offset: tokens of the document's text before the context.
     number: the document's number in the contexts.
   """
 
@@ -85,14 +88,15 @@ def contexts(
     documents: the texts.
     tokenizer: a tokenizer, or the text of its tokenizer.json.
     context_length: largest number of tokens in a context.
-    max_contexts_per_document: a document is cut off after this many times
-      context_length tokens; None for no limit.
+    max_contexts_per_document: a document is cut off after the text of this
+      many contexts; None for no limit.
     min_context_tokens: shorter contexts are left out. When packing, only the
       last context can be shorter than context_length.
     pack: lay documents end to end and cut every context_length tokens: a
       context may hold several documents, and a document may go on in the next
       context. Without it each document begins a context.
-    bos: token id that is put before each document; None for none.
+    bos: token id that begins each context, and each document in it; None for
+      none.
     workers: processes that tokenize; 0 tokenizes in this process.
     start: `start` of the context to begin with; documents before it are not
       tokenized.
@@ -105,18 +109,17 @@ def contexts(
   _check_settings(
     context_length, max_contexts_per_document, min_context_tokens, bos
   )
+  begin = np.array([] if bos is None else [bos], np.int32)
   limit = None
   if max_contexts_per_document is not None:
-    limit = max_contexts_per_document * context_length
+    limit = max_contexts_per_document * (context_length - len(begin))
   join = _packed if pack else _cut
   rest = itertools.dropwhile(lambda d: d.number < start.document, documents)
   return join(
     _with_offsets(
-      workers_lib.tokenize(rest, tokenizer, workers),
-      limit,
-      np.array([] if bos is None else [bos], np.int32),
-      start,
+      workers_lib.tokenize(rest, tokenizer, workers), limit, begin, start
     ),
+    begin,
     context_length,
     min_context_tokens,
     start.number,
@@ -135,6 +138,10 @@ def _check_settings(
   for name, (value, lowest) in lower_bounds.items():
     if value < lowest:
       raise errors.UserError(f'{name} {value} must be {lowest} or more')
+  if bos is not None and context_length < 2:
+    raise errors.UserError(
+      f'context_length {context_length} has room for a BOS alone: use 2 or more'
+    )
   if min_context_tokens > context_length:
     raise errors.UserError(
       f'min_context_tokens {min_context_tokens} is above context_length '
@@ -142,35 +149,36 @@ def _check_settings(
     )
 
 
-def _with_offsets(tokenized, limit, bos, start):
+def _with_offsets(tokenized, limit, begin, start):
   """Each document with its tokens from an offset on, and the offset."""
   with contextlib.closing(tokenized):
     for document, tokens in tokenized:
-      if len(tokens):
-        tokens = np.concatenate([bos, tokens])[:limit]
+      if len(begin) and np.array_equal(tokens[:1], begin):
+        tokens = tokens[1:]
       offset = start.offset if document.number == start.document else 0
-      yield document, tokens[offset:], offset
+      yield document, tokens[offset:limit], offset
 
 
-def _cut(tokenized, length, min_tokens, number) -> Iterator[Context]:
+def _cut(tokenized, begin, length, min_tokens, number) -> Iterator[Context]:
   """Contexts of one document each, numbered from `number`."""
+  step = length - len(begin)
   with contextlib.closing(tokenized):
     for document, tokens, offset in tokenized:
       has_context = False
-      for begin in range(0, len(tokens), length):
-        piece = tokens[begin : begin + length]
+      for place in range(0, len(tokens), step):
+        piece = np.concatenate([begin, tokens[place : place + step]])
         if len(piece) >= min_tokens:
           has_context = True
           yield Context(
             piece,
             np.full(len(piece), number, np.int32),
             (document.source,),
-            Start(document.number, offset + begin, number),
+            Start(document.number, offset + place, number),
           )
       number += has_context
 
 
-def _packed(tokenized, length, min_tokens, number) -> Iterator[Context]:
+def _packed(tokenized, begin, length, min_tokens, number) -> Iterator[Context]:
   """Contexts of documents end to end, numbered from `number`."""
   pieces, room = [], length
   with contextlib.closing(tokenized):
@@ -178,10 +186,11 @@ def _packed(tokenized, length, min_tokens, number) -> Iterator[Context]:
       if not len(tokens):
         continue
       while len(tokens):
-        piece, tokens = tokens[:room], tokens[room:]
+        piece = np.concatenate([begin, tokens[: room - len(begin)]])
         start = Start(document.number, offset, number)
         pieces.append((piece, document.source, start))
-        offset += len(piece)
+        taken = len(piece) - len(begin)
+        tokens, offset = tokens[taken:], offset + taken
         room -= len(piece)
         if not room:
           yield _joined(pieces)

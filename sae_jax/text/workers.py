@@ -36,7 +36,8 @@ def tokenize(
 
   Args:
     documents: the texts; a few batches are read ahead.
-    tokenizer: a tokenizer, or the text of its tokenizer.json.
+    tokenizer: a tokenizer, or the text of its tokenizer.json; tokens that its
+      post-processor adds are left out.
     workers: processes that tokenize; 0 tokenizes in this process.
 
   Raises:
@@ -47,7 +48,11 @@ def tokenize(
   if isinstance(tokenizer, str):
     try:
       tokenizer = tokenizers.Tokenizer.from_str(tokenizer)
-    except Exception as error:  # The library raises nothing narrower.
+      tokenizer.no_padding()
+      tokenizer.no_truncation()
+    except BaseException as error:  # The library raises nothing narrower.
+      if not errors.is_failure(error):
+        raise
       raise errors.UserError(
         f'the tokenizer cannot be read ({errors.reason(error)}): give the text '
         'of a tokenizer.json'
@@ -73,7 +78,9 @@ def _encode(
   for text in texts:
     try:
       tokens.append(np.asarray(encode(text).ids, np.int32))
-    except Exception as error:
+    except BaseException as error:
+      if not errors.is_failure(error):
+        raise
       return tokens, errors.reason(error)
   return tokens, None
 
@@ -90,8 +97,11 @@ def _paired(batch, tokens, failure):
 
 
 def _tokenize_here(documents, tokenizer):
+  def encode(text):
+    return tokenizer.encode(text, add_special_tokens=False)
+
   for document in documents:
-    yield from _paired([document], *_encode(tokenizer.encode, [document.text]))
+    yield from _paired([document], *_encode(encode, [document.text]))
 
 
 def _batches(documents) -> Iterator[list[corpus.Document] | Exception]:
@@ -227,7 +237,7 @@ def _serve(descriptor: int) -> None:
 
   def encode(text):
     # Unlike `tokenizer.encode` this lets other threads run.
-    return tokenizer.encode_batch([text])[0]
+    return tokenizer.encode_batch([text], add_special_tokens=False)[0]
 
   while True:
     result = _encode(encode, jobs.get())

@@ -7,6 +7,7 @@ the files that its converter writes, and the tokenizer.json of each family.
 import dataclasses
 from typing import Any
 
+from absl import logging
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
@@ -51,12 +52,14 @@ class _Splitter:
       this; the family's tokenizer.json does.
     whole_first: whether a piece that is a token stays whole, whatever the
       merges are.
+    begins_with_bos: whether texts begin with a BOS, unless the file denies it.
   """
 
   pattern: tuple[str, ...] = ()
   digits_alone: bool = False
   composed: bool = False
   whole_first: bool = False
+  begins_with_bos: bool = False
 
 
 _SPLITTERS = {
@@ -67,14 +70,18 @@ _SPLITTERS = {
   'olmo': _Splitter(composed=True),
   'mpt': _Splitter(composed=True),
   'llama-bpe': _Splitter(
-    (_CONTRACTION, _WORD, _UP_TO_3_DIGITS, _SIGNS, _BLANKS), whole_first=True
+    (_CONTRACTION, _WORD, _UP_TO_3_DIGITS, _SIGNS, _BLANKS),
+    whole_first=True,
+    begins_with_bos=True,
   ),
   'qwen2': _Splitter(
     (_CONTRACTION, _WORD, _DIGIT, _SIGNS, _BLANKS), composed=True
   ),
   # Used by Mistral's later models.
   'tekken': _Splitter(
-    (_CASED_WORD, _DIGIT, _SIGNS_OR_PATH, _BLANKS), whole_first=True
+    (_CASED_WORD, _DIGIT, _SIGNS_OR_PATH, _BLANKS),
+    whole_first=True,
+    begins_with_bos=True,
   ),
 }
 
@@ -82,7 +89,7 @@ _SPLITTERS = {
 def build(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
   """The tokenizer that a file's metadata describes.
 
-  It adds no token of its own, whatever `tokenizer.ggml.add_bos_token` says.
+  It adds no token of its own.
 
   Args:
     metadata: key -> value of the file.
@@ -102,6 +109,39 @@ def build(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
     f"use a GGUF file with 'gpt2' and one of {', '.join(_SPLITTERS)}, "
     "or with 'llama'"
   )
+
+
+def bos(metadata: dict[str, Any]) -> int | None:
+  """The id of the token that texts begin with; None for none.
+
+  Where the file does not say whether there is one, the defaults are those of
+  llama.cpp (src/llama-vocab.cpp): Llama's and Mistral's tokenizers have one.
+
+  Args:
+    metadata: key -> value of the file.
+  """
+  pieces = metadata.get('tokenizer.ggml.model') == 'llama'
+  splitter = _SPLITTERS.get(metadata.get('tokenizer.ggml.pre'), _Splitter())
+  if metadata.get('tokenizer.ggml.add_eos_token'):
+    logging.warning(
+      'the GGUF file ends every text with a token, which contexts do not get: '
+      'they are cut out of texts'
+    )
+  if not metadata.get(
+    'tokenizer.ggml.add_bos_token', pieces or splitter.begins_with_bos
+  ):
+    return None
+  token = metadata.get('tokenizer.ggml.bos_token_id', 1 if pieces else None)
+  n_tokens = len(_value(metadata, 'tokens'))
+  if token is None or not 0 <= token < n_tokens:
+    logging.warning(
+      'the GGUF file begins texts with token %s, which is none of its %d: '
+      'contexts begin without, unless --bos names one',
+      token,
+      n_tokens,
+    )
+    return None
+  return token
 
 
 def _byte_level(metadata, splitter) -> tokenizers.Tokenizer:

@@ -6,37 +6,56 @@ import os
 import re
 from typing import Any
 
+from absl import logging
 from etils import epath
 import tokenizers
-from tokenizers import pre_tokenizers
+from tokenizers import models, pre_tokenizers, processors
 
 from sae_jax import errors
+from sae_jax.storage import records
 from sae_jax.subject.formats import gguf_tokenizer
+
+# In place of a token's text: what the model's files say.
+AUTO = 'auto'
+# More than any vocabulary has.
+_MOST_IDS = 2**24
+_AGAIN = 'download it again'
 
 
 def from_metadata(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
   """The tokenizer a GGUF file describes.
 
   '<|endoftext|>' in a document is read as characters, not as the control token.
-  The tokenizer adds no token of its own.
+  `encode` adds no token of its own; `context_start` says what contexts begin
+  with.
 
   Args:
     metadata: key -> value of a GGUF file.
 
   Raises:
     UserError: if it is neither byte-level BPE with a known pre-tokenizer nor
-      BPE of SentencePiece, or if metadata is missing.
+      BPE of SentencePiece, or if metadata is missing or not as it should be.
   """
-  result = gguf_tokenizer.build(metadata)
-  result.encode_special_tokens = True
-  return result
+  try:
+    result = gguf_tokenizer.build(metadata)
+    start = gguf_tokenizer.bos(metadata)
+  except BaseException as error:
+    if isinstance(error, errors.UserError) or not errors.is_failure(error):
+      raise
+    raise errors.UserError(
+      'the tokenizer in the GGUF file is not as it should be '
+      f'({errors.reason(error)}): convert the model again'
+    ) from error
+  return _settle(result, [] if start is None else [start])
 
 
 def from_folder(url: str | os.PathLike[str]) -> tokenizers.Tokenizer:
   """The tokenizer in a folder's tokenizer.json.
 
-  As with `from_metadata`, control tokens in a text are read as characters. The
-  file's own post-processor stays, and may add tokens such as Llama's BOS.
+  As with `from_metadata`, control tokens in a text are read as characters.
+  Padding, truncation and BPE's dropout, which some files were saved with, are
+  off. The BOS that contexts begin with is that of tokenizer_config.json's
+  `add_bos_token`, or else of the file's post-processor.
 
   Raises:
     UserError: if there is no such file, or it is not a tokenizer.
@@ -48,18 +67,169 @@ def from_folder(url: str | os.PathLike[str]) -> tokenizers.Tokenizer:
       'there too'
     )
   try:
-    result = tokenizers.Tokenizer.from_str(path.read_text())
-  except Exception as error:  # The library raises no narrower class.
+    data = path.read_bytes()
+    records.check(data)
+    result = tokenizers.Tokenizer.from_str(data.decode('utf-8-sig'))
+    largest = max(result.get_vocab().values(), default=0)
+    if largest >= _MOST_IDS:
+      raise ValueError(f'a token has the id {largest}')
+    start = _start(result, epath.Path(url) / 'tokenizer_config.json')
+  except BaseException as error:
+    if isinstance(error, errors.UserError) or not errors.is_failure(error):
+      raise
     raise errors.UserError(
-      f'{path} is not a tokenizer ({errors.reason(error)}): download it again'
+      f'{path} is not a tokenizer ({errors.reason(error)}): {_AGAIN}'
     ) from error
-  result.encode_special_tokens = True
+  return _settle(result, start)
+
+
+def _start(tokenizer: tokenizers.Tokenizer, path: epath.Path) -> list[int]:
+  """Ids that a folder's files put before a text."""
+  before, after = _around(tokenizer)
+  if after:
+    logging.warning(
+      'the tokenizer of %s ends every text with %s, which contexts do not get: '
+      'they are cut out of texts',
+      path.parent,
+      ', '.join(repr(tokenizer.id_to_token(token)) for token in after),
+    )
+  if not path.is_file():
+    return before
+  settings = records.read(path, _AGAIN)
+  wanted = settings.get('add_bos_token')
+  if wanted is None or (wanted and before):
+    return before
+  if not wanted:
+    return []
+  text = settings.get('bos_token')
+  # As a token with its settings.
+  text = text.get('content') if isinstance(text, dict) else text
+  token = tokenizer.token_to_id(text) if isinstance(text, str) else None
+  if token is None:
+    raise errors.UserError(
+      f'{path} wants a BOS but its bos_token {text!r} is no token of the '
+      'tokenizer.json beside it: correct it, or take add_bos_token out'
+    )
+  return [token]
+
+
+def _around(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
+  """Ids that a tokenizer's post-processor puts before and after a text."""
+  if tokenizer.post_processor is None:
+    return [], []
+  word = tokenizers.Tokenizer(models.WordLevel({'x': 0}, 'x')).encode('x')
+  whole = tokenizer.post_processor.process(word)
+  own = whole.sequence_ids.index(0)
+  after = [
+    token
+    for token, text in zip(whole.ids[own:], whole.sequence_ids[own:])
+    if text is None
+  ]
+  return whole.ids[:own], after
+
+
+def _settle(
+  tokenizer: tokenizers.Tokenizer, start: list[int]
+) -> tokenizers.Tokenizer:
+  """Leaves text -> tokens of a tokenizer, and what contexts begin with."""
+  tokenizer.no_padding()
+  tokenizer.no_truncation()
+  if getattr(tokenizer.model, 'dropout', None) is not None:
+    tokenizer.model.dropout = None
+  tokenizer.encode_special_tokens = True
+  tokenizer.post_processor = None
+  if start:
+    # By plain names, for a template has signs of its own.
+    pieces = [
+      {
+        'id': f'start{i}',
+        'ids': [token],
+        'tokens': [tokenizer.id_to_token(token) or ''],
+      }
+      for i, token in enumerate(start)
+    ]
+    tokenizer.post_processor = processors.TemplateProcessing(
+      single=[*(piece['id'] for piece in pieces), '$A'], special_tokens=pieces
+    )
+  return tokenizer
+
+
+def context_start(
+  tokenizer: tokenizers.Tokenizer, bos: str = AUTO
+) -> int | None:
+  """The id of the BOS that every context begins with; None for none.
+
+  Args:
+    tokenizer: a subject's.
+    bos: the token's text; 'auto' for what the model's files say; '' for none.
+
+  Raises:
+    UserError: if it is no token, or the files say more than one.
+  """
+  if bos == AUTO:
+    start, _ = _around(tokenizer)
+    if len(start) > 1:
+      raise errors.UserError(
+        f'the tokenizer begins texts with {len(start)} tokens, contexts begin '
+        'with one at the most: name it with --bos'
+      )
+    return start[0] if start else None
+  token = tokenizer.token_to_id(bos) if bos else None
+  if bos and token is None:
+    raise errors.UserError(
+      f'bos {bos!r} is no token of the subject: use one that is, or none'
+    )
+  return token
+
+
+def reading_control_tokens(
+  tokenizer: tokenizers.Tokenizer,
+) -> tokenizers.Tokenizer:
+  """A copy that reads control tokens in a text as these tokens.
+
+  Raises:
+    UserError: if it has parts in Python, which cannot be copied.
+  """
+  try:
+    result = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+  except Exception as error:
+    raise errors.UserError(
+      f'the tokenizer cannot be copied ({errors.reason(error)}): leave '
+      'special_tokens off, or set encode_special_tokens of your own to False'
+    ) from error
+  result.encode_special_tokens = False
   return result
 
 
+def check_ids(
+  tokenizer: tokenizers.Tokenizer, n_rows: int, subject: str
+) -> None:
+  """Raises UserError if a text may give a token without an embedding.
+
+  JAX would read the embedding's last row for it. Control tokens that were added
+  to the vocabulary do not count where a text does not give them.
+
+  Args:
+    tokenizer: the subject's.
+    n_rows: rows of the embedding.
+    subject: the subject's name.
+  """
+  reachable = tokenizer.get_vocab(with_added_tokens=False)
+  for token, added in tokenizer.get_added_tokens_decoder().items():
+    if not (added.special and tokenizer.encode_special_tokens):
+      reachable[added.content] = token
+  text = max(reachable, key=reachable.get, default='')
+  if text and reachable[text] >= n_rows:
+    raise errors.UserError(
+      f'token {text!r} of subject {subject} has the id {reachable[text]}, the '
+      f'embedding has {n_rows} rows: resize the embedding, or use the '
+      "model's own tokenizer"
+    )
+
+
 def encode(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
-  """Token ids of a text."""
-  return tokenizer.encode(text).ids
+  """Token ids of a text, and no others."""
+  return tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def decode(tokenizer: tokenizers.Tokenizer, tokens: Sequence[int]) -> str:
@@ -83,7 +253,8 @@ def token_texts(tokenizer: tokenizers.Tokenizer) -> list[str | bytes]:
   # Added tokens are not written in bytes; Gemma's contain '▁'.
   whole = tokenizer.get_added_tokens_decoder() if byte_level else {}
   texts = []
-  for i in range(tokenizer.get_vocab_size()):
+  # Ids may have holes.
+  for i in range(1 + max(tokenizer.get_vocab().values(), default=-1)):
     text = tokenizer.id_to_token(i) or ''
     texts.append(text if i in whole else spell(text))
   return texts
