@@ -306,9 +306,13 @@ def test_packed_contexts_hold_several_documents(texts, tmp_path, bos):
   subject, want, numbers = toy.subject(), [], []
   first = [subject.tokenizer.token_to_id(bos)] if bos else []
   for document in corpus.documents(config.sources, config.seed, 3 * 20 * 4):
-    ids = (first + subject.tokenizer.encode(document.text).ids)[:60]
-    want += ids
-    numbers += [document.number] * len(ids)
+    ids = subject.tokenizer.encode(document.text).ids[: 3 * (20 - len(first))]
+    while ids:
+      # At the document's beginning, and at that of a context.
+      piece = [*first, *ids][: 20 - len(want) % 20]
+      ids = ids[len(piece) - len(first) :]
+      want += piece
+      numbers += [document.number] * len(piece)
   np.testing.assert_array_equal(opened.tokens(), want)
   np.testing.assert_array_equal(
     opened.documents(), np.unique(numbers, return_inverse=True)[1]

@@ -25,12 +25,13 @@ def opened(texts, tmp_path):
 
 
 def _rest(texts, tmp_path, opened, **changes):
-  """Rows that a store of all text has of documents beyond the small one."""
+  """Rows that a store of all text has of contexts beyond the small one's."""
   whole = streams.harvested(
     texts, tmp_path / 'whole', n_tokens=10**6, **changes
   )
-  documents = whole.documents()[whole.stream_index()]
-  first = int(np.argmax(documents > opened.documents()[-1]))
+  beyond = whole.documents() > opened.documents()[-1]
+  context = int(np.argmax(beyond & (whole.positions() == 0)))
+  first = int(np.searchsorted(whole.stream_index(), context))
   return whole.read_rows(first, whole.manifest.n_rows)
 
 

@@ -1,12 +1,14 @@
-"""Contexts: cut by document, packed whole."""
+"""Contexts: cut by document, packed whole, begun by a BOS."""
 
 import types
 
 import numpy as np
 import pytest
+from tokenizers import processors
 
 from sae_jax import errors
 from sae_jax.text import contexts as contexts_lib
+from sae_jax.text import corpus
 from tests.support.made_documents import (
   assert_same,
   BOS,
@@ -43,20 +45,17 @@ def test_documents_are_cut_into_contexts(max_contexts, min_tokens):
     np.testing.assert_array_equal(context.positions, np.arange(len(tokens)))
 
 
-@pytest.mark.parametrize('bos', [None, BOS])
-def test_packed_contexts_are_the_documents_end_to_end(bos):
+def test_packed_contexts_are_the_documents_end_to_end():
   tokenizer = byte_tokenizer()
   texts = [d for d in documents(LENGTHS) if d.text]
   stream, numbers = [], []
   for number, document in enumerate(texts):
     ids = tokenizer.encode(document.text).ids
-    if bos is not None:
-      ids = [bos, *ids]
     stream += ids
     numbers += [number] * len(ids)
   packed = list(
     contexts_lib.contexts(
-      documents(LENGTHS), tokenizer, context_length=16, pack=True, bos=bos
+      documents(LENGTHS), tokenizer, context_length=16, pack=True
     )
   )
   assert [len(c.tokens) for c in packed[:-1]] == [16] * (len(packed) - 1)
@@ -70,9 +69,68 @@ def test_packed_contexts_are_the_documents_end_to_end(bos):
       assert source == texts[number].source
       covered += range(segment.start, segment.stop)
     assert covered == context.positions.tolist()
-  if bos is not None:
-    segments = [c.tokens[s] for c in packed for *_, s in c.segments()]
-    assert sum(tokens[0] == BOS for tokens in segments) == len(texts)
+
+
+@pytest.mark.parametrize('pack', [False, True])
+@pytest.mark.parametrize('length', [2, 16])
+def test_a_bos_begins_contexts_and_documents(pack, length):
+  """The one rule; without the BOS the text is what it is without."""
+  settings = {'context_length': length, 'pack': pack}
+  got = list(
+    contexts_lib.contexts(
+      documents(LENGTHS), byte_tokenizer(), bos=BOS, **settings
+    )
+  )
+  texts = [d for d in documents(LENGTHS) if d.text]
+  whole = {number: [] for number in range(len(texts))}
+  for context in got:
+    assert context.tokens[0] == BOS
+    assert len(context.tokens) <= length
+    for number, source, place in context.segments():
+      first, *rest = context.tokens[place].tolist()
+      assert first == BOS
+      assert BOS not in rest
+      assert source == texts[number].source
+      whole[number] += rest
+  assert list(whole.values()) == [
+    byte_tokenizer().encode(document.text).ids for document in texts
+  ]
+
+
+@pytest.mark.parametrize('pack', [False, True])
+def test_a_text_s_own_bos_is_not_doubled(pack):
+  text = corpus.Document('source', 0, '<s>ab<s>')
+  tokenizer = byte_tokenizer()
+  tokenizer.encode_special_tokens = False
+  own = tokenizer.token_to_id('<s>')
+  (context,) = contexts_lib.contexts(
+    [text], tokenizer, context_length=16, pack=pack, bos=own
+  )
+  a, b = (tokenizer.token_to_id(letter) for letter in 'ab')
+  assert context.tokens.tolist() == [own, a, b, own]
+  # Control: another token is put before it.
+  (context,) = contexts_lib.contexts(
+    [text], tokenizer, context_length=16, pack=pack, bos=BOS
+  )
+  assert context.tokens.tolist() == [BOS, own, a, b, own]
+
+
+def test_what_a_post_processor_adds_is_no_text():
+  tokenizer = byte_tokenizer()
+  want = tokenizer.encode('ab').ids
+  tokenizer.post_processor = processors.TemplateProcessing(
+    single='<s> $A', special_tokens=[('<s>', 256)]
+  )
+  text = [corpus.Document('source', 0, 'ab')]
+  for form in (tokenizer, tokenizer.to_str()):
+    (context,) = contexts_lib.contexts(text, form, context_length=16)
+    assert context.tokens.tolist() == want
+  tokenizer.enable_padding(length=9)
+  tokenizer.enable_truncation(1)
+  (context,) = contexts_lib.contexts(
+    text, tokenizer.to_str(), context_length=16
+  )
+  assert context.tokens.tolist() == want
 
 
 def test_packed_documents_are_cut_off_and_a_short_end_left_out():
@@ -105,7 +163,8 @@ def test_packed_documents_are_cut_off_and_a_short_end_left_out():
 def test_contexts_go_on_from_the_start_of_any(pack, bos):
   seen = []
 
-  def encode(text):
+  def encode(text, add_special_tokens):
+    assert not add_special_tokens
     seen.append(text)
     return byte_tokenizer().encode(text)
 
@@ -135,18 +194,6 @@ def test_contexts_go_on_from_the_start_of_any(pack, bos):
     assert_same(contexts(start=wrong), whole[3:])
 
 
-def test_a_bos_is_before_a_document_that_is_cut():
-  first, second = contexts_lib.contexts(
-    documents([20]), byte_tokenizer(), context_length=16, bos=BOS
-  )
-  assert (first.tokens[0], len(first.tokens), len(second.tokens)) == (
-    BOS,
-    16,
-    5,
-  )
-  assert BOS not in second.tokens
-
-
 @pytest.mark.parametrize(
   ('wrong', 'message'),
   [
@@ -154,6 +201,7 @@ def test_a_bos_is_before_a_document_that_is_cut():
     ({'min_context_tokens': 17}, 'min_context_tokens 17 is above'),
     ({'max_contexts_per_document': -1}, 'max_contexts_per_document -1 must'),
     ({'bos': -1}, 'bos -1 must be 0'),
+    ({'bos': 1, 'context_length': 1}, 'has room for a BOS alone'),
     ({'workers': -1}, 'workers -1 must be 0'),
     ({'tokenizer': '{}'}, 'tokenizer cannot be read'),
   ],
