@@ -47,6 +47,7 @@ def pooled_inputs(
   max_tokens: int,
   pooling: str,
   desc: str,
+  bos: str = '',
 ) -> np.ndarray:
   """Preprocessed activations of each prompt, pooled over its tokens.
 
@@ -58,16 +59,21 @@ def pooled_inputs(
     subject: the model that reads the prompts.
     site_name: the site of the subject.
     prompts: P texts.
-    max_tokens: longer prompts are cut to this many tokens.
+    max_tokens: longer prompts are cut to this many tokens, a BOS among them.
     pooling: 'mean' over positions from 1 on, or 'last'.
     desc: label of the progress bar.
+    bos: the token that prompts begin with, as contexts of the store do; '' for
+      none.
 
   Returns:
     x_PD float32.
   """
   site = capture.parse_site(site_name)
+  start = tokenizer_lib.context_start(subject.tokenizer, bos)
+  first = [] if start is None else [start]
   ids = [
-    tokenizer_lib.encode(subject.tokenizer, prompt)[:max_tokens] or [0]
+    (first + tokenizer_lib.encode(subject.tokenizer, prompt))[:max_tokens]
+    or [0]
     for prompt in prompts
   ]
   out_PD = np.zeros((len(ids), trained.config.d_model), np.float32)

@@ -273,7 +273,9 @@ def scores(
 ) -> dict[str, Any]:
   """All scores of an autoencoder with their controls, as JSON-able values."""
   # First, so that a missing package or an unknown task fails at once.
-  task_scores = probe_tasks(config, trained, subject, store.site)
+  task_scores = probe_tasks(
+    config, trained, subject, store.site, store.manifest.bos
+  )
   start = store.n_train
   stop = min(store.manifest.n_rows, start + config.eval_rows)
   rows = (start, stop, config.batch_rows)
@@ -309,8 +311,11 @@ def probe_tasks(
   trained: checkpoint_lib.Trained,
   subject: subject_lib.Subject,
   site: str,
+  bos: str = '',
 ) -> dict[str, Any]:
   """1-d probes of every latent on every task, with controls.
+
+  Prompts begin as the contexts of a store do whose manifest has this `bos`.
 
   Returns:
     task -> score of the latent chosen on the training prompts (`latent`) and
@@ -324,12 +329,12 @@ def probe_tasks(
     config.seed,
   )
   return {
-    task.name: _probe_task(config, trained, subject, site, task)
+    task.name: _probe_task(config, trained, subject, site, bos, task)
     for task in loaded
   }
 
 
-def _probe_task(config, trained, subject, site, task) -> dict[str, Any]:
+def _probe_task(config, trained, subject, site, bos, task) -> dict[str, Any]:
   """Scores of the best latent and of the controls on one task."""
   x_PD = pooled.pooled_inputs(
     trained,
@@ -339,6 +344,7 @@ def _probe_task(config, trained, subject, site, task) -> dict[str, Any]:
     config.task_tokens,
     config.pooling,
     task.name,
+    bos,
   )
   pre_PN = pooled.pre_activations(trained, x_PD)
   train, test = tasks.split(task, config.seed)

@@ -99,3 +99,22 @@ def test_encoding_the_mean_is_the_mean_of_encodings(trained, tokens_first):
   np.testing.assert_allclose(found_PN, want_PN, rtol=1e-4, atol=1e-4)
   # Before TopK and ReLU: negative ones are there.
   assert (found_PN < 0).any() and (found_PN != 0).all()
+
+
+def test_prompts_begin_as_contexts_do(trained):
+  bos, plain = [
+    pooled.pooled_inputs(
+      trained,
+      probed.make_subject(),
+      str(probed.SITE),
+      prompts,
+      MAX_TOKENS,
+      'last',
+      '',
+      bos,
+    )
+    for prompts, bos in ((['w3 w4', ''], 'w9'), (['w9 w3 w4', 'w9'], ''))
+  ]
+  np.testing.assert_array_equal(bos, plain)
+  # Control: the prompts without it are others.
+  assert (np.abs(pool(trained, 'last', ['w3 w4', '']) - bos) > 1e-3).any()
