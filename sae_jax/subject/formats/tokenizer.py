@@ -228,8 +228,19 @@ def check_ids(
 
 
 def encode(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
-  """Token ids of a text, and no others."""
-  return tokenizer.encode(text, add_special_tokens=False).ids
+  """Token ids of a text, and no others.
+
+  Raises:
+    UserError: if the tokenizer cannot read it.
+  """
+  try:
+    return tokenizer.encode(text, add_special_tokens=False).ids
+  except BaseException as error:
+    if not errors.is_failure(error):
+      raise
+    raise errors.UserError(
+      f'{text[:40]!r} cannot be tokenized ({errors.reason(error)}): leave it out'
+    ) from error
 
 
 def decode(tokenizer: tokenizers.Tokenizer, tokens: Sequence[int]) -> str:
