@@ -168,6 +168,18 @@ def _advance_many(config, sampling, rules, n, params, arguments, state):
   return jax.lax.scan(step, state, length=n)[1]
 
 
+def _check_ids(config, tokens_BT, lengths):
+  """Raises UserError for an id without a row, which JAX would read as one."""
+  inside_BT = np.arange(tokens_BT.shape[1]) < lengths[:, None]
+  ids_BT = jnp.where(inside_BT, tokens_BT, 0)
+  for token in (int(ids_BT.min()), int(ids_BT.max())):
+    if not 0 <= token < config.vocab_size:
+      raise errors.UserError(
+        f'token id {token} is outside of the {config.vocab_size} rows of the '
+        "embedding: tokenize the prompts with the subject's own tokenizer"
+      )
+
+
 def _prepare(config, params, tokens_BT, length_B, n_new, sampling, edits, seed):
   tokens_BT = jnp.asarray(tokens_BT, jnp.int32)
   n_sequences, n_prompt = tokens_BT.shape
@@ -179,6 +191,7 @@ def _prepare(config, params, tokens_BT, length_B, n_new, sampling, edits, seed):
       f'lengths from {lengths.min()} to {lengths.max()} must be between 1 and '
       f'the {n_prompt} tokens of the prompts'
     )
+  _check_ids(config, tokens_BT, lengths)
   if n_new < 1:
     raise errors.UserError(f'n_new {n_new} must be at least 1')
   # The last token drawn is never read.
@@ -235,7 +248,8 @@ def generate(
     The new tokens, int32 [B, n_new].
 
   Raises:
-    UserError: if there are too few positions, or no such site.
+    UserError: if there are too few positions, no such site, or a token is not
+      in the embedding.
   """
   rules, arguments, state = _prepare(
     config, params, tokens_BT, length_B, n_new, sampling, edits, seed

@@ -169,7 +169,7 @@ def _file_texts(
 ) -> Iterator[str]:
   """Texts of files in seeded order, shuffled in blocks."""
   texts = itertools.chain.from_iterable(
-    files_lib.read(files, name, skip_bad_rows)
+    files_lib.read(files, name, skip_bad_rows, max_characters)
     for name in sorted(files.paths, key=lambda name: _digest(name, seed))
   )
   return _in_blocks(texts, seed, _FILE_BLOCK, max_characters)

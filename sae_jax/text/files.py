@@ -164,13 +164,19 @@ def _check_readable(source: str, names: Iterable[str], field: str | None):
     )
 
 
-def read(files: Files, name: str, skip_bad: bool = False) -> Iterator[str]:
+def read(
+  files: Files,
+  name: str,
+  skip_bad: bool = False,
+  max_characters: int | None = None,
+) -> Iterator[str]:
   """The texts of one of the files, in order.
 
   Args:
     files: the files.
     name: one of them.
     skip_bad: whether rows without a text are left out.
+    max_characters: what is used of a text.
 
   Raises:
     UserError: see `rows.read`.
@@ -184,4 +190,6 @@ def read(files: Files, name: str, skip_bad: bool = False) -> Iterator[str]:
       raise FileNotFoundError('it is not there, or no ordinary file')
     return files.system.open(path, 'rb')
 
-  return rows.read(open_file, shown, kind_of(name), files.field, skip_bad)
+  return rows.read(
+    open_file, shown, kind_of(name), files.field, skip_bad, max_characters
+  )

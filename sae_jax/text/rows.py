@@ -5,32 +5,21 @@ file.
 """
 
 from collections.abc import Callable, Iterator
+import functools
 import gzip
 import io
-import itertools
 import json
-import re
-from typing import Any, NamedTuple
+from typing import Any
 import zlib
 
-from absl import logging
 import zstandard
 
 from sae_jax import errors
-from sae_jax.text import content
+from sae_jax.text import content, txt
+from sae_jax.text.bad import Bad, bad_byte, good, not_utf8
 
 # The longest row, in characters. JSON of this length can take 400 MB.
 LONGEST = 2**24
-# A document of a .txt file ends at the first blank line after this many
-# characters, ...
-_BLANK_LINE = 2000
-# ... or else at the first end of a line after these, ...
-_LINE = 4000
-# ... or white space after these, or here.
-_SPACE, _ANYWHERE = 6000, 8000
-# It ends here alone if there is one in the first characters of the file.
-_SEPARATOR = '<|endoftext|>'
-_HEAD = 2**16
 
 _PARQUET_ROWS = 256
 # Bytes of a batch of rows.
@@ -39,26 +28,13 @@ _PARQUET_BYTES = 2**26
 _CUT_SHORT = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
 
 
-class Bad(NamedTuple):
-  """A row or a line that gives no text.
-
-  Attributes:
-    place: its number, as 'line 3'.
-    problem: what is wrong with it.
-    remedy: what the user can do.
-  """
-
-  place: str
-  problem: str
-  remedy: str
-
-
 def read(
   open_file: Callable[[], Any],
   shown: str,
   kind: str,
   field: str,
   skip_bad: bool = False,
+  max_characters: int | None = None,
 ) -> Iterator[str]:
   """The texts of a file, in order.
 
@@ -68,6 +44,7 @@ def read(
     kind: '.txt', '.jsonl' or '.parquet'.
     field: the field or column of the text.
     skip_bad: whether rows without a text are left out, and counted in the log.
+    max_characters: what is used of a text; so .txt is cut finer if it is small.
 
   Raises:
     UserError: where the file is not what its kind says, is cut off, or has a
@@ -78,38 +55,9 @@ def read(
   elif kind == '.jsonl':
     rows = _jsonl(lines(open_file, shown, LONGEST), field)
   else:
-    rows = _txt(lines(open_file, shown, _BLANK_LINE), shown)
-  return _good(rows, shown, skip_bad)
-
-
-def _good(
-  rows: Iterator[str | Bad], shown: str, skip_bad: bool
-) -> Iterator[str]:
-  """The texts; a bad row raises UserError, or is left out."""
-  n_good, n_bad, first = 0, 0, None
-  for row in rows:
-    if isinstance(row, str):
-      n_good += 1
-      yield row
-      continue
-    message = f'{row.place} of {shown} {row.problem}'
-    if not skip_bad:
-      raise errors.UserError(
-        f'{message}: {row.remedy}, or leave out such rows with --skip_bad_rows'
-      )
-    n_bad += 1
-    if first is None:
-      first = row
-      logging.warning('%s: it is left out', errors.printable(message))
-  if n_bad and not n_good:
-    raise errors.UserError(
-      f'none of the {n_bad} rows of {shown} has a text; '
-      f'{first.place} {first.problem}: {first.remedy}'
-    )
-  if n_bad > 1:
-    logging.warning(
-      '%d of the %d rows of %s were left out', n_bad, n_bad + n_good, shown
-    )
+    read_lines = functools.partial(lines, open_file, shown)
+    rows = txt.documents(read_lines, shown, max_characters)
+  return good(rows, shown, skip_bad)
 
 
 def lines(
@@ -163,25 +111,6 @@ def _unreadable(error: Exception, shown: str, after: str) -> errors.UserError:
   )
 
 
-def _bad_byte(line: str) -> int | None:
-  """The first byte of a line that was not UTF-8."""
-  if not line.isascii():
-    try:
-      line.encode()
-    except UnicodeEncodeError as error:
-      return ord(line[error.start]) - 0xDC00
-  return None
-
-
-def _not_utf8(place: str, byte: int) -> Bad:
-  return Bad(
-    place,
-    f'is not UTF-8 (byte 0x{byte:02x})',
-    'convert the file with iconv -f ENCODING -t UTF-8, where ENCODING is what '
-    'it was written in, often WINDOWS-1252',
-  )
-
-
 def _jsonl(rows: Iterator[str], field: str) -> Iterator[str | Bad]:
   place, is_rest = 0, False
   for line in rows:
@@ -203,9 +132,9 @@ def _jsonl(rows: Iterator[str], field: str) -> Iterator[str | Bad]:
 
 def _row(line: str, place: str, field: str) -> str | Bad:
   """The text of a line of JSON."""
-  byte = _bad_byte(line)
+  byte = bad_byte(line)
   if byte is not None:
-    return _not_utf8(place, byte)
+    return not_utf8(place, byte)
   try:
     row = json.loads(line)
   except (ValueError, RecursionError):
@@ -307,7 +236,7 @@ def _cell(value, field: str, place: str, has: str) -> str | Bad:
     if isinstance(text, bytes):
       text = text.decode()
   except UnicodeDecodeError as error:
-    return _not_utf8(place, error.object[error.start])
+    return not_utf8(place, error.object[error.start])
   if isinstance(text, str) and len(text) > LONGEST:
     return Bad(
       place,
@@ -315,81 +244,3 @@ def _cell(value, field: str, place: str, has: str) -> str | Bad:
       'cut its text into several rows',
     )
   return _text(text, field, place, has, 'file#column')
-
-
-def _txt(pieces: Iterator[str], shown: str) -> Iterator[str | Bad]:
-  """Documents of lines, which are cut at _BLANK_LINE characters."""
-  pieces = _numbered(pieces)
-  head, size = [], 0
-  for piece in pieces:
-    head.append(piece)
-    size += len(piece)
-    if size >= _HEAD:
-      break
-  text = ''.join(piece for piece in head if isinstance(piece, str))
-  if re.match(r'\s*\{\s*"\w+":', text):
-    logging.warning(
-      '%s looks like JSON and is read as plain text: if it has a JSON object a '
-      'line, let its name end in .jsonl',
-      shown,
-    )
-  cut = _separated if _SEPARATOR in text else _cut
-  return cut(itertools.chain(head, pieces))
-
-
-def _numbered(pieces: Iterator[str]) -> Iterator[str | Bad]:
-  """The pieces, with those that are not UTF-8 named by their line."""
-  number = 1
-  for piece in pieces:
-    byte = _bad_byte(piece)
-    yield piece if byte is None else _not_utf8(f'line {number}', byte)
-    number += piece.endswith(('\n', '\r'))
-
-
-def _separated(pieces: Iterator[str | Bad]) -> Iterator[str | Bad]:
-  """What stands between separators, without white space at its ends."""
-  text = ''
-  for piece in pieces:
-    if isinstance(piece, Bad):
-      yield piece
-      continue
-    # A separator may be cut in two.
-    place = max(0, len(text) - len(_SEPARATOR))
-    text += piece
-    while (end := text.find(_SEPARATOR, place)) >= 0:
-      yield text[:end].strip()
-      text, place = text[end + len(_SEPARATOR) :], 0
-    if len(text) >= LONGEST:
-      yield text.strip()
-      text = ''
-  yield text.strip()
-
-
-def _cut(pieces: Iterator[str | Bad]) -> Iterator[str | Bad]:
-  """Documents that end at blank lines, or lines, or white space."""
-  document, size = [], 0
-  for piece in pieces:
-    if isinstance(piece, Bad):
-      yield piece
-      continue
-    document.append(piece)
-    size += len(piece)
-    end = _end(piece, size)
-    if end is not None:
-      document[-1] = piece[:end]
-      yield ''.join(document)
-      document, size = [piece[end:]], len(piece) - end
-  yield ''.join(document)
-
-
-def _end(piece: str, size: int) -> int | None:
-  """Where in its last piece a document of this many characters ends."""
-  if size >= _BLANK_LINE and not piece.strip():
-    return len(piece)
-  if size >= _LINE and piece.endswith(('\n', '\r')):
-    return len(piece)
-  if size >= _SPACE:
-    blank = max(piece.rfind(' '), piece.rfind('\t'))
-    if blank >= 0:
-      return blank + 1
-  return len(piece) if size >= _ANYWHERE else None

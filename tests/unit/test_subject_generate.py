@@ -176,5 +176,11 @@ def test_what_cannot_be_generated_is_refused(options, message):
   with pytest.raises(errors.UserError) as error:
     generate.generate(GPT2, params_of('gpt2'), TOKENS, **options)
   assert str(error.value) == message
+  beyond = TOKENS.copy()
+  beyond[0, 3] = GPT2.vocab_size
+  with pytest.raises(errors.UserError, match='is outside of the'):
+    generate.generate(GPT2, params_of('gpt2'), beyond, 1)
+  # What is beyond a prompt's end may be any number.
+  generate._check_ids(GPT2, beyond, np.array([3, 9]))
   with pytest.raises(errors.UserError, match='must not be negative'):
     generate.Sampling(temperature=-1.0)

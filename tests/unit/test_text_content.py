@@ -183,6 +183,10 @@ def test_a_file_of_sentences_is_cut_at_lines(tmp_path):
   assert max(map(len, texts)) < 4100
   assert all(text.endswith('\n') for text in texts)
   assert sorted(''.join(texts).splitlines(True)) == sorted(sentences)
+  # Finer where a document may give less, so that little is lost.
+  path = str(tmp_path / 'a.txt')
+  texts = text_sources.texts((path,), seed=0, max_characters=512)
+  assert sum(map(len, texts)) > 0.95 * len(''.join(sentences))
 
 
 def test_a_text_without_lines_is_cut_at_white_space(tmp_path):

@@ -239,7 +239,8 @@ def encode(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
     if not errors.is_failure(error):
       raise
     raise errors.UserError(
-      f'{text[:40]!r} cannot be tokenized ({errors.reason(error)}): leave it out'
+      f'{text[:40]!r} cannot be tokenized ({errors.reason(error)}): leave it '
+      'out'
     ) from error
 
 
