@@ -1,5 +1,7 @@
 """The store: round trips, writers, versions, gs://."""
 
+import dataclasses
+import hashlib
 import itertools
 import json
 import threading
@@ -133,10 +135,20 @@ def test_identity_names_data_and_config(tmp_path):
     'subject': 'other', 'weights_sha256': 'other', 'context_length': 17,
     'sources': ('other',), 'seed': 1, 'config': {}, 'sites': small.SITES[1:],
     'holdout_rows': 12, 'mask': {'rule': 'other'}, 'chunk_rows': 16,
+    'bos': '<s>',
   }  # fmt: skip
   for name, value in changes.items():
     others.append(identity(data, **{name: value}))
   assert len({first, *others}) == 1 + len(others)
+
+
+def test_stores_from_before_the_bos_keep_their_identity(tmp_path):
+  manifest = small.write(str(tmp_path / 'store'), small.data())
+  before = dataclasses.asdict(manifest)
+  for name in ('bos', 'identity', 'software'):
+    del before[name]
+  text = json.dumps(before, sort_keys=True)
+  assert manifest.identity == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_an_unfinished_store_is_refused_and_goes_on(tmp_path):
