@@ -163,7 +163,7 @@ def _store_plan(
     sources=config.sources,
     corpus={source: corpus.identity(source) for source in config.sources},
     tokenizer_sha256=_tokenizer_digest(subject.tokenizer),
-    bos=source_lib.bos(config, subject.tokenizer),
+    bos=source_lib.bos_text(config, subject.tokenizer),
     seed=config.seed,
     config={
       name: value

@@ -35,7 +35,7 @@ def documents(config: HarvestConfig) -> Iterator[corpus.Document]:
   )
 
 
-def bos(config: HarvestConfig, tokenizer: tokenizers.Tokenizer) -> str:
+def bos_text(config: HarvestConfig, tokenizer: tokenizers.Tokenizer) -> str:
   """The text of the token that every context begins with; '' for none.
 
   Raises:
@@ -64,10 +64,13 @@ def contexts(
       row in the embedding, or a document cannot be tokenized.
   """
   tokenizer = subject.tokenizer
+  bos = tokenizer_lib.context_start(tokenizer, config.bos)
   if config.special_tokens:
     tokenizer = tokenizer_lib.reading_control_tokens(tokenizer)
-    tokenizer_lib.check_ids(tokenizer, subject.config.vocab_size, subject.name)
-  elif tokenizer.encode_special_tokens:
+  tokenizer_lib.check_ids(
+    tokenizer, subject.config.vocab_size, subject.name, bos
+  )
+  if not config.special_tokens and tokenizer.encode_special_tokens:
     text = _watched(text, tokenizer)
   return contexts_lib.contexts(
     text,
@@ -76,7 +79,7 @@ def contexts(
     max_contexts_per_document=config.max_contexts_per_document,
     min_context_tokens=config.min_context_tokens,
     pack=config.pack,
-    bos=tokenizer_lib.context_start(tokenizer, config.bos),
+    bos=bos,
     workers=config.tokenizer_workers,
     start=start,
   )

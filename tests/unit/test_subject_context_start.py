@@ -228,6 +228,13 @@ def test_ids_beyond_the_embedding_are_refused():
     tokenizer_lib.check_ids(
       tokenizer_lib.reading_control_tokens(tokenizer()), n_ids, 'toy'
     )
+  # What contexts begin with is in them.
+  begun = tokenizer()
+  begun.post_processor = template('<s> $A')
+  with pytest.raises(errors.UserError, match="token '<s>' of subject toy"):
+    subject(begun, n_ids)
+  with pytest.raises(errors.UserError, match="token '</s>' of subject toy"):
+    tokenizer_lib.check_ids(tokenizer(), n_ids, 'toy', EOS)
   # A model's own vocabulary has no exceptions.
   own = tokenizers.Tokenizer(models.WordLevel({'a': 0, '<s>': 1}, 'a'))
   own.add_special_tokens(['<s>'])
@@ -252,6 +259,17 @@ for _ in range(120):
       'a token has the id 2147483648',
     ),
     ({'post_processor': {'type': 'None'}}, 'is not a tokenizer'),
+    (
+      {
+        'post_processor': {
+          'type': 'TemplateProcessing',
+          'single': [],
+          'pair': [],
+          'special_tokens': {},
+        }
+      },
+      'leaves out every text',
+    ),
   ],
 )
 def test_damaged_files_are_one_line(tmp_path, change, message):
@@ -259,7 +277,7 @@ def test_damaged_files_are_one_line(tmp_path, change, message):
   (tmp_path / 'tokenizer.json').write_text(json.dumps(saved))
   with pytest.raises(errors.UserError, match=message) as caught:
     tokenizer_lib.from_folder(tmp_path)
-  assert str(caught.value).endswith('download it again')
+  assert str(caught.value).endswith(' again')
 
 
 def test_a_bos_that_is_none_is_refused(tmp_path):

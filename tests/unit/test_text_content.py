@@ -40,53 +40,60 @@ def read(folder, name, data, **settings):
   return text_sources.texts((write(folder, name, data),), seed=0, **settings)
 
 
-@pytest.mark.parametrize(
-  ('name', 'data'),
-  [
-    ('gzip.jsonl', gzip.compress(LINES)),
-    ('zstd.jsonl', zstandard.compress(LINES)),
-    ('plain.jsonl.gz', LINES),
-    ('plain.jsonl.zst', LINES),
-    ('zstd.jsonl.gz', zstandard.compress(LINES)),
-    ('skipped.jsonl.zst', b'P*M\x18\x01\0\0\0x' + zstandard.compress(LINES)),
-    ('long.jsonl.zst', windowed(28)),
-    ('mark.jsonl', MARK + LINES),
-    ('marks.jsonl', MARK + LINES[: len(LINES) // 6] + MARK + LINES),
-    ('mark.jsonl.gz', gzip.compress(MARK + LINES)),
-    ('crlf.jsonl', LINES.replace(b'\n', b'\r\n')),
-    ('cr.jsonl', LINES.replace(b'\n', b'\r')),
-    ('blank.jsonl', b'\n \n' + LINES.replace(b'\n', b'\n\n')),
-    ('whole.jsonl', LINES.rstrip()),
-  ],
-)
-def test_the_texts_are_read_whatever_holds_them(tmp_path, name, data):
-  assert sorted(read(tmp_path, name, data)) == TEXTS
+HELD = {
+  'gzip.jsonl': gzip.compress(LINES),
+  'zstd.jsonl': zstandard.compress(LINES),
+  'plain.jsonl.gz': LINES,
+  'plain.jsonl.zst': LINES,
+  'zstd.jsonl.gz': zstandard.compress(LINES),
+  'skipped.jsonl.zst': b'P*M\x18\x01\0\0\0x' + zstandard.compress(LINES),
+  'long.jsonl.zst': windowed(28),
+  'mark.jsonl': MARK + LINES,
+  'marks.jsonl': MARK + LINES[: len(LINES) // 6] + MARK + LINES,
+  'mark.jsonl.gz': gzip.compress(MARK + LINES),
+  'crlf.jsonl': LINES.replace(b'\n', b'\r\n'),
+  'cr.jsonl': LINES.replace(b'\n', b'\r'),
+  'blank.jsonl': b'\n \n' + LINES.replace(b'\n', b'\n\n'),
+  'whole.jsonl': LINES.rstrip(),
+}
+
+
+@pytest.mark.parametrize('name', HELD)
+def test_the_texts_are_read_whatever_holds_them(tmp_path, name):
+  assert sorted(read(tmp_path, name, HELD[name])) == TEXTS
 
 
 def test_a_mark_of_byte_order_is_no_text(tmp_path):
   assert read(tmp_path, 'a.txt', MARK + b'hello') == ['hello']
 
 
-@pytest.mark.parametrize(
-  ('name', 'data', 'message'),
-  [
-    ('a.txt', 'hé\n'.encode('utf-16'), 'is UTF-16: .*iconv -f UTF-16 -t UTF-8'),
-    ('a.jsonl', LINES.decode().encode('utf-16-le'), 'is UTF-16LE without a m'),
-    ('a.txt', 'hello'.encode('utf-16-be'), 'iconv -f UTF-16BE -t UTF-8'),
-    ('a.txt', 'hello'.encode('utf-32'), 'iconv -f UTF-32 -t UTF-8'),
-    ('a.txt', b'caf\xe9', r'line 1 of .* not UTF-8 \(byte 0xe9\): .*ENCODING'),
-    ('a.jsonl', bz2.compress(LINES), 'is compressed with bzip2: unpack it'),
-    ('a.txt.gz', lzma.compress(LINES), 'is compressed with xz: unpack it'),
-    ('a.jsonl.gz', gzip.compress(gzip.compress(LINES)), 'compressed twice'),
-    ('a.txt', b'PK\x03\x04rest', 'is a zip archive'),
-    ('a.txt.gz', gzip.compress(b'a' * 257 + b'ustar'), 'is a tar archive'),
-    ('a.txt', b'version https://git-lfs.github.com', 'git lfs pull'),
-    ('a.parquet', LINES, r'does not begin as parquet does: .*\.jsonl'),
-    ('a.parquet', gzip.compress(LINES), 'is compressed with gzip: unpack it'),
-    ('a.jsonl.zst', windowed(29), 'window of more than 256 MiB.*--long=28'),
-  ],
-)
-def test_what_is_no_text_is_named(tmp_path, name, data, message):
+NO_TEXT = {
+  'mark16.txt': (
+    'hé\n'.encode('utf-16'),
+    'is UTF-16: .*iconv -f UTF-16 -t UTF-8',
+  ),
+  'wide.jsonl': (LINES.decode().encode('utf-16-le'), 'is UTF-16LE without a m'),
+  'wide.txt': ('hello'.encode('utf-16-be'), 'iconv -f UTF-16BE -t UTF-8'),
+  'mark32.txt': ('hello'.encode('utf-32'), 'iconv -f UTF-32 -t UTF-8'),
+  'latin.txt': (
+    b'caf\xe9',
+    r'line 1 of .* not UTF-8 \(byte 0xe9\): .*ENCODING',
+  ),
+  'bzip2.jsonl': (bz2.compress(LINES), 'is compressed with bzip2: unpack it'),
+  'xz.txt.gz': (lzma.compress(LINES), 'is compressed with xz: unpack it'),
+  'twice.jsonl.gz': (gzip.compress(gzip.compress(LINES)), 'compressed twice'),
+  'zip.txt': (b'PK\x03\x04rest', 'is a zip archive'),
+  'tar.txt.gz': (gzip.compress(b'a' * 257 + b'ustar'), 'is a tar archive'),
+  'lfs.txt': (b'version https://git-lfs.github.com', 'git lfs pull'),
+  'lines.parquet': (LINES, r'does not begin as parquet does: .*\.jsonl'),
+  'gzip.parquet': (gzip.compress(LINES), 'is compressed with gzip: unpack it'),
+  'long.jsonl.zst': (windowed(29), 'window of more than 256 MiB.*--long=28'),
+}
+
+
+@pytest.mark.parametrize('name', NO_TEXT)
+def test_what_is_no_text_is_named(tmp_path, name):
+  data, message = NO_TEXT[name]
   with pytest.raises(errors.UserError, match=message) as caught:
     read(tmp_path, name, data)
   assert 'latin1' not in str(caught.value)

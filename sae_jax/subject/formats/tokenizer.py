@@ -119,6 +119,11 @@ def _around(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
     return [], []
   word = tokenizers.Tokenizer(models.WordLevel({'x': 0}, 'x')).encode('x')
   whole = tokenizer.post_processor.process(word)
+  if 0 not in whole.sequence_ids:
+    raise errors.UserError(
+      'the post-processor of the tokenizer leaves out every text: save the '
+      'tokenizer again'
+    )
   own = whole.sequence_ids.index(0)
   after = [
     token
@@ -202,9 +207,12 @@ def reading_control_tokens(
 
 
 def check_ids(
-  tokenizer: tokenizers.Tokenizer, n_rows: int, subject: str
+  tokenizer: tokenizers.Tokenizer,
+  n_rows: int,
+  subject: str,
+  bos: int | None = None,
 ) -> None:
-  """Raises UserError if a text may give a token without an embedding.
+  """Raises UserError if contexts may hold a token without an embedding.
 
   JAX would read the embedding's last row for it. Control tokens that were added
   to the vocabulary do not count where a text does not give them.
@@ -213,8 +221,11 @@ def check_ids(
     tokenizer: the subject's.
     n_rows: rows of the embedding.
     subject: the subject's name.
+    bos: what contexts begin with, if not what the model's files say.
   """
   reachable = tokenizer.get_vocab(with_added_tokens=False)
+  for token in [*_around(tokenizer)[0], *([] if bos is None else [bos])]:
+    reachable[tokenizer.id_to_token(token) or f'[{token}]'] = token
   for token, added in tokenizer.get_added_tokens_decoder().items():
     if not (added.special and tokenizer.encode_special_tokens):
       reachable[added.content] = token
