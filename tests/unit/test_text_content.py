@@ -126,7 +126,7 @@ BAD = {
 }
 
 
-@pytest.mark.parametrize('line', BAD)
+@pytest.mark.parametrize('line', BAD, ids=range(len(BAD)))
 def test_a_bad_row_is_named_or_left_out(tmp_path, monkeypatch, caplog, line):
   monkeypatch.setattr(rows, 'LONGEST', 1000 if '"a' in line else 10**6)
   data = LINES + line.encode() + b'\n' + b'{"text": "last"}\n' + b'{}\n'
