@@ -165,6 +165,8 @@ def _text(
   if value is None:
     return Bad(place, f'has null for `{field}`', remedy)
   kind = type(value).__name__
+  if isinstance(value, list):
+    remedy += ' (of a chat, the text that its template makes)'
   return Bad(place, f'has no text for `{field}` but {kind} ({has})', remedy)
 
 

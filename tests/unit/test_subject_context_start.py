@@ -280,12 +280,18 @@ def test_damaged_files_are_one_line(tmp_path, change, message):
   assert str(caught.value).endswith(' again')
 
 
-def test_a_bos_that_is_none_is_refused(tmp_path):
+def test_a_bos_that_is_no_token_is_pointed_out(tmp_path, caplog):
   settings = {'add_bos_token': True, 'bos_token': '<nothing>'}
-  with pytest.raises(
-    errors.UserError, match=r"tokenizer_config.*bos_token '<nothing>' is no tok"
-  ):
-    from_folder(tmp_path, tokenizer(), settings)
+  loaded = from_folder(tmp_path, tokenizer(), settings)
+  assert tokenizer_lib.context_start(loaded) is None
+  assert "bos_token '<nothing>' is no token: contexts begin" in caplog.text
+  # It may be named beside.
+  (tmp_path / 'special_tokens_map.json').write_text('{"bos_token": "<s>"}')
+  loaded = from_folder(tmp_path, tokenizer(), {'add_bos_token': True})
+  assert tokenizer_lib.context_start(loaded) == BOS
+
+
+def test_a_bos_that_is_none_is_refused(tmp_path):
   saved = tokenizer()
   saved.post_processor = template('<s> </s> $A')
   loaded = from_folder(tmp_path, saved, {})

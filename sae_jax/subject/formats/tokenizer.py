@@ -73,7 +73,7 @@ def from_folder(url: str | os.PathLike[str]) -> tokenizers.Tokenizer:
     largest = max(result.get_vocab().values(), default=0)
     if largest >= _MOST_IDS:
       raise ValueError(f'a token has the id {largest}')
-    start = _start(result, epath.Path(url) / 'tokenizer_config.json')
+    start = _start(result, epath.Path(url))
   except BaseException as error:
     if isinstance(error, errors.UserError) or not errors.is_failure(error):
       raise
@@ -83,19 +83,17 @@ def from_folder(url: str | os.PathLike[str]) -> tokenizers.Tokenizer:
   return _settle(result, start)
 
 
-def _start(tokenizer: tokenizers.Tokenizer, path: epath.Path) -> list[int]:
+def _start(tokenizer: tokenizers.Tokenizer, folder: epath.Path) -> list[int]:
   """Ids that a folder's files put before a text."""
   before, after = _around(tokenizer)
   if after:
     logging.warning(
       'the tokenizer of %s ends every text with %s, which contexts do not get: '
       'they are cut out of texts',
-      path.parent,
+      folder,
       ', '.join(repr(tokenizer.id_to_token(token)) for token in after),
     )
-  if not path.is_file():
-    return before
-  settings = records.read(path, _AGAIN)
+  settings = _settings(folder)
   wanted = settings.get('add_bos_token')
   if wanted is None or (wanted and before):
     return before
@@ -106,11 +104,24 @@ def _start(tokenizer: tokenizers.Tokenizer, path: epath.Path) -> list[int]:
   text = text.get('content') if isinstance(text, dict) else text
   token = tokenizer.token_to_id(text) if isinstance(text, str) else None
   if token is None:
-    raise errors.UserError(
-      f'{path} wants a BOS but its bos_token {text!r} is no token of the '
-      'tokenizer.json beside it: correct it, or take add_bos_token out'
+    logging.warning(
+      'the tokenizer of %s begins texts with a BOS, but its bos_token %r is no '
+      'token: contexts begin without, unless --bos names one',
+      folder,
+      text,
     )
+    return []
   return [token]
+
+
+def _settings(folder: epath.Path) -> dict[str, Any]:
+  """What tokenizer_config.json says, and special_tokens_map.json beside it."""
+  settings = {}
+  for name in ('special_tokens_map.json', 'tokenizer_config.json'):
+    path = folder / name
+    if path.is_file():
+      settings |= records.read(path, _AGAIN)
+  return settings
 
 
 def _around(tokenizer: tokenizers.Tokenizer) -> tuple[list[int], list[int]]:
