@@ -138,6 +138,7 @@ def test_a_token_after_texts_is_pointed_out(tmp_path, caplog):
     ({'pre': 'llama-bpe', 'bos_token_id': BOS, 'add_bos_token': False}, None),
     ({'add_bos_token': True}, None),
     ({'add_bos_token': True, 'bos_token_id': 2**31}, None),
+    ({'add_bos_token': True, 'bos_token_id': 0.5}, None),
   ],
 )
 def test_gguf_says_what_contexts_begin_with(caplog, changes, want):

@@ -133,7 +133,7 @@ def bos(metadata: dict[str, Any]) -> int | None:
     return None
   token = metadata.get('tokenizer.ggml.bos_token_id', 1 if pieces else None)
   n_tokens = len(_value(metadata, 'tokens'))
-  if token is None or not 0 <= token < n_tokens:
+  if not isinstance(token, int) or not 0 <= token < n_tokens:
     logging.warning(
       'the GGUF file begins texts with token %s, which is none of its %d: '
       'contexts begin without, unless --bos names one',
