@@ -333,7 +333,7 @@ def test_every_id_has_a_string():
   vocab = tokenizer().get_vocab(False) | {'[PAD 漢]': 300}
   sparse = tokenizer()
   sparse.model = models.BPE(vocab, [])
-  strings = tokenizer_lib.token_strings(sparse)
+  strings = tokenizer_lib.token_texts(sparse)
   assert strings[300] == '[PAD 漢]'
   assert len(strings) == 301
   assert strings[299] == ''
