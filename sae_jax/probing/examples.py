@@ -17,6 +17,10 @@ from sae_jax.subject import capture, Subject
 _COMPARED = 2**25
 
 
+# A table with so many of a thing for each latent is beyond what a page shows.
+_MOST = 10_000
+
+
 @dataclasses.dataclass(frozen=True)
 class FeatureConfig(config_lib.Config):
   """The size of the feature table."""
@@ -32,30 +36,40 @@ class FeatureConfig(config_lib.Config):
     'number of examples of each latent with its highest activations, at most '
     'one per document',
     least=1,
+    most=_MOST,
   )
   random_examples: int = config_lib.option(
     8,
     'number of examples of each latent drawn at random among its positive '
     'activations',
     least=1,
+    most=_MOST,
   )
   window_before: int = config_lib.option(
-    24, 'number of tokens shown before the token of an example', least=0
+    24,
+    'number of tokens shown before the token of an example',
+    least=0,
+    most=_MOST,
   )
   window_after: int = config_lib.option(
-    8, 'number of tokens shown after the token of an example', least=0
+    8,
+    'number of tokens shown after the token of an example',
+    least=0,
+    most=_MOST,
   )
   votes: int = config_lib.option(
     10,
     'number of tokens listed whose logits each latent raises most, and as many'
     ' that it lowers most',
     least=1,
+    most=_MOST,
   )
   neighbours: int = config_lib.option(
     5,
     'number of latents listed as nearest to each latent, by the cosine of '
     'decoder rows',
     least=1,
+    most=_MOST,
   )
 
 

@@ -8,6 +8,7 @@ import pytest
 from sae_jax import errors, mesh
 from sae_jax.autoencoder import SaeConfig
 from sae_jax.harvesting.config import HarvestConfig
+from sae_jax.probing.examples import FeatureConfig
 from sae_jax.training import memory, state
 from tests.support import binaries, planted, runs
 
@@ -93,3 +94,15 @@ def test_sizes_beyond_everything_are_one_line(flag, part, store, tmp_path):
 def test_a_shard_has_an_index_that_can_be_in_memory():
   with pytest.raises(errors.UserError, match=r'must be 2147483648 or less'):
     HarvestConfig(shard_rows=10**12)
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    'top_examples', 'random_examples', 'window_before', 'window_after',
+    'votes', 'neighbours',
+  ],
+)  # fmt: skip
+def test_a_feature_table_has_a_size_before_anything_is_scored(name):
+  with pytest.raises(errors.UserError, match=f'{name} .* must be 10000 or les'):
+    FeatureConfig(**{name: 10**12})
