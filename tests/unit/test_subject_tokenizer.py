@@ -103,6 +103,13 @@ def test_an_unknown_tokenizer_is_refused(metadata, message):
   assert str(error.value) == message
 
 
+def test_token_texts_reach_the_last_id_over_gaps():
+  sparse = tokenizers.Tokenizer(
+    tokenizers.models.WordLevel({'a': 0, 'b': 5}, unk_token='a')
+  )
+  assert tokenizer_lib.token_texts(sparse) == ['a', '', '', '', '', 'b']
+
+
 def piece_tokenizer():
   """As Llama 2 and Gemma have it: pieces with '▁', bytes as a last resort."""
   letters = ['<s>', '<unk>', *(f'<0x{i:02X}>' for i in range(256))]
