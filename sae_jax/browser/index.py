@@ -141,8 +141,8 @@ def build_index(
   build = _identity(digests)
   meta = _meta(features, depends['report'], len(vocabulary), config, build)
   _write(out, 'data/meta.json', meta, digests)
-  # Last, as it makes the page a finished one; in an order of its own, as threads
-  # write the shards in any.
+  # Last, as it makes the page a finished one; sorted, as threads write the
+  # shards in any order.
   finished.write(out, depends, dict(sorted(digests.items())))
   return str(out / 'index.html')
 
