@@ -281,7 +281,7 @@ def scores(
   rows = (start, stop, config.batch_rows)
   quality = reconstruction.measure(trained, store, *rows, 'held-out')
   sample_rows = min(store.n_train, trained.metadata.sample_rows)
-  sample_BD = store.read_rows(0, sample_rows)
+  sample_BD = store.finite_rows(0, sample_rows)
   fresh = reconstruction.untrained(trained.config, sample_BD, config.seed + 1)
   control = reconstruction.measure(fresh, store, *rows, 'untrained')
   components = reconstruction.pca_components(quality.l0, store)
