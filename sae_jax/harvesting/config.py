@@ -32,7 +32,8 @@ class HarvestConfig(config_lib.Config):
     False,
     'leave out rows without a text (null, no such field, broken JSON, not '
     'UTF-8, too long) and say how many they were; otherwise the first one '
-    'ends the harvest',
+    'ends the harvest, which goes on with this flag where it was',
+    sizes_store=True,
   )
   n_tokens: int = option(
     100_000,

@@ -316,6 +316,8 @@ def _more(config, store_url, finished, subject) -> bool:
   }
   if longer:
     same['n_tokens'] = config.n_tokens
+    # Bad rows, where they ended a harvest, are in none of its shards.
+    same['skip_bad_rows'] = config.skip_bad_rows
   changes = config_lib.differences(dataclasses.replace(old, **same), config)
   if changes:
     raise errors.UserError(

@@ -177,7 +177,9 @@ ROLES = {
     'site', 'store_version', 'stream', 'subject', 'batch_size', 'order_seed',
     'window_chunks', 'lanes', 'mesh_data', 'mesh_latent',
   },
-  (HarvestConfig, 'sizes_store'): {'n_tokens', 'holdout_fraction'},
+  (HarvestConfig, 'sizes_store'): {
+    'n_tokens', 'holdout_fraction', 'skip_bad_rows',
+  },
   (HarvestConfig, 'speed_only'): {
     'tokenizer_workers', 'mesh_data', 'mesh_latent',
   },

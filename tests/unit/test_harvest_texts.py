@@ -11,6 +11,7 @@ from sae_jax import subject as subject_lib
 from sae_jax.harvesting import harvest
 from sae_jax.harvesting import source as source_lib
 from sae_jax.subject.formats import tokenizer as tokenizer_lib
+from sae_jax.text import corpus
 from tests.support import toy
 
 CONTROL = ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
@@ -114,3 +115,29 @@ def test_rows_that_are_null(subject, tmp_path):
     contexts(subject, path)
   read = contexts(subject, path, skip_bad_rows=True)
   assert spelled(subject, read) == ['one two']
+
+
+def test_a_harvest_that_a_bad_row_ended_goes_on(texts, tmp_path):
+  lines = texts.read_text().splitlines(keepends=True)[:40]
+  path = tmp_path / 'some.jsonl'
+  with pytest.MonkeyPatch.context() as patch:
+    # Texts are shuffled in blocks: the row is in the second.
+    patch.setattr(corpus, '_FILE_BLOCK', 30)
+    path.write_text(''.join([*lines[:35], '{}\n', *lines[35:]]))
+    url = tmp_path / 'store'
+    with pytest.raises(errors.UserError, match=r'line 36 .*--skip_bad_rows'):
+      toy.run(toy.config(path), url)
+    complete = {n: x for n, x in toy.stored(url).items() if 'shards/' in n}
+    assert len(complete) > 3
+    manifest = toy.run(toy.config(path, skip_bad_rows=True), url)
+    assert manifest.config['skip_bad_rows']
+    stored = toy.stored(url)
+    assert {name: stored[name] for name in complete} == complete
+    # And so does one that was finished before it met the row.
+    other = tmp_path / 'other'
+    first = toy.run(toy.config(path, n_tokens=300), other)
+    assert not first.config['skip_bad_rows']
+    more = toy.run(toy.config(path, n_tokens=10**6, skip_bad_rows=True), other)
+    assert more.n_rows == manifest.n_rows
+    with pytest.raises(errors.UserError, match='skip_bad_rows: True -> False'):
+      toy.run(toy.config(path, n_tokens=10**6), other)
