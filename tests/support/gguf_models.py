@@ -166,7 +166,7 @@ def metadata(record):
   return values
 
 
-def write(path, record, *, more=None, split=0):
+def write(path, record, *, more=None, split=0, bos=False):
   """Writes a whole GGUF file with a small tokenizer; returns its path.
 
   Args:
@@ -176,6 +176,7 @@ def write(path, record, *, more=None, split=0):
       removes a key.
     split: tensors of a part, if it is written in parts; the path of the first
       is returned.
+    bos: whether contexts begin with <s>, token 257.
   """
   architecture = _ARCHITECTURES[record['config']['model_type']]
   writer = gguf.GGUFWriter(path, architecture, split_max_tensors=split)
@@ -194,8 +195,12 @@ def write(path, record, *, more=None, split=0):
   writer.add_tokenizer_pre('gpt-2')
   letters = sorted(pre_tokenizers.ByteLevel.alphabet())
   n_tokens = record['config']['vocab_size']
-  writer.add_token_list(['ab', *letters][:n_tokens])
-  writer.add_token_types([1] * n_tokens)
+  tokens = ['ab', *letters, '<s>'][:n_tokens]
+  writer.add_token_list(tokens)
+  writer.add_token_types([3 if token == '<s>' else 1 for token in tokens])
+  if bos:
+    writer.add_bos_token_id(257)
+    writer.add_add_bos_token(True)
   # Empty lists are not written.
   writer.add_token_merges(['a b'])
   for name, array in tensors(record).items():
@@ -209,10 +214,10 @@ def write(path, record, *, more=None, split=0):
   return str(path)
 
 
-def of_bytes(name='llama 3 stretched positions'):
+def of_bytes(name='llama 3 stretched positions', many=257):
   """A model of `hf_folder.golden` with tokens for all bytes."""
   record = hf_folder.golden()[name]
-  few, many = record['config']['vocab_size'], 257
+  few = record['config']['vocab_size']
   return record | {
     'config': record['config'] | {'vocab_size': many},
     'tensors': {

@@ -4,14 +4,16 @@ import jax
 import numpy as np
 import pytest
 import tokenizers
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, pre_tokenizers, processors
 
 from sae_jax import subject
 from sae_jax.subject import capture
 from sae_jax.subject.formats import tokenizer as tokenizer_lib
+from sae_jax.text import contexts
 from tests.support import gguf_models, hf_folder, made_documents
 
 SITE = capture.Site(3, 'resid_post')
+BOS = 257
 LINEAR = {'rope_type': 'linear', 'factor': 4.0, 'rope_theta': 500.0}
 # Each with what is easiest to read from one format alone.
 FAMILIES = {
@@ -34,31 +36,41 @@ FAMILIES = {
 
 
 def byte_tokenizer():
-  """The tokenizer that `gguf_models.write` writes."""
+  """The tokenizer that `gguf_models.write` writes, with its BOS."""
   letters = sorted(pre_tokenizers.ByteLevel.alphabet())
   vocabulary = {text: i for i, text in enumerate(['ab', *letters])}
   result = tokenizers.Tokenizer(models.BPE(vocabulary, [('a', 'b')]))
   result.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  result.add_special_tokens(['<s>'])
+  result.post_processor = processors.TemplateProcessing(
+    single='<s> $A', special_tokens=[('<s>', BOS)]
+  )
   return result
 
 
 def batch(loaded):
-  """Tokens of some documents, of a length."""
-  texts = [d.text for d in made_documents.documents([40, 64, 33])]
-  tokens = [tokenizer_lib.encode(loaded.tokenizer, text) for text in texts]
-  return np.stack([ids[:24] for ids in tokens])
+  """The first contexts of some documents."""
+  documents = made_documents.documents([40, 64, 33])
+  found = contexts.contexts(
+    documents,
+    loaded.tokenizer,
+    context_length=24,
+    bos=tokenizer_lib.context_start(loaded.tokenizer),
+  )
+  return np.stack([c.tokens for c in found if len(c.tokens) == 24])
 
 
 @pytest.mark.parametrize('name', FAMILIES)
 def test_both_formats_give_the_same_tokens_and_activations(name, tmp_path):
-  record = gguf_models.of_bytes(name)
+  record = gguf_models.of_bytes(name, 258)
   record['config'] |= FAMILIES[name]
   url = hf_folder.write(tmp_path, record, tokenizer=False)
   (tmp_path / 'tokenizer.json').write_text(byte_tokenizer().to_str())
-  path = gguf_models.write(tmp_path / 'm.gguf', record)
+  path = gguf_models.write(tmp_path / 'm.gguf', record, bos=True)
   folder, gguf = subject.load(url), subject.load(path)
   tokens_BT = batch(folder)
   np.testing.assert_array_equal(batch(gguf), tokens_BT)
+  assert (tokens_BT[:, 0] == BOS).all()
   assert len(tokens_BT) > 2
 
   def logits_and_site(loaded):
