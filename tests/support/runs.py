@@ -193,9 +193,9 @@ def ended(process, code=0):
   return out, said
 
 
-def run(command, code=0):
+def run(command, code=0, devices=1):
   """Runs a command to an exit code; returns its output and its errors."""
-  return ended(start(command), code)
+  return ended(start(command, devices), code)
 
 
 def wait_until(reached, *running):
