@@ -6,6 +6,8 @@ is compiled for `mesh` is the one that a pod would run.
 
 import os
 import re
+import signal
+import threading
 
 import jax
 from jax.experimental import topologies
@@ -65,7 +67,17 @@ def devices(topology: str, num_slices: int = 1) -> list[jax.Device]:
     raise errors.UserError(
       f'the TPU compiler refuses topology {topology!r}: {reason}'
     ) from error
+  finally:
+    _keep_sigterm()
   return list(description.devices)
+
+
+def _keep_sigterm() -> None:
+  """Undoes libtpu's handler, which writes a page of addresses at SIGTERM."""
+  handler = signal.getsignal(signal.SIGTERM)
+  main = threading.current_thread() is threading.main_thread()
+  if main and handler is not None:
+    signal.signal(signal.SIGTERM, handler)
 
 
 def mesh(

@@ -42,14 +42,17 @@ def _end(*_) -> None:
 
 
 def joined() -> None:
-  """Passes on a SIGTERM that came before the processes were joined."""
+  """Listens on, once JAX knows its devices and has joined other processes.
+
+  A SIGTERM that came before is passed on to all of them.
+  """
   import jax
 
-  if not _joining.is_set():
+  if signal.getsignal(signal.SIGTERM) is not _end:
     return
   _joining.clear()
   if jax.process_count() == 1:
-    # JAX has begun to listen, which is of use among several.
+    # What JAX has loaded for its devices, libtpu for one, listens too by now.
     signal.signal(signal.SIGTERM, _end)
   if _asked_early.is_set():
     signal.raise_signal(signal.SIGTERM)

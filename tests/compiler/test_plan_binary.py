@@ -2,10 +2,14 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import types
 
 from sae_jax.plan.program import text as text_lib
+from sae_jax.tpu import aot
+from tests.support import processes
 
 
 def run(*flags):
@@ -33,3 +37,11 @@ def test_the_binary_prints_a_table_and_writes_json_and_hlo(tmp_path):
   wrong = run('--topology=v6e:3x3', '--d=256')
   assert wrong.returncode == 2 and wrong.stdout == ''
   assert wrong.stderr.strip().endswith('use v6e:4x4')
+
+
+def test_the_compiler_does_not_take_sigterm_over():
+  """libtpu would write a page of addresses before the process ends."""
+  aot.devices('v5e:2x2')
+  this = types.SimpleNamespace(pid=os.getpid())
+  assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+  assert not processes.has_set(this, 'SigCgt', signal.SIGTERM)
