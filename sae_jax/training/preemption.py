@@ -14,8 +14,6 @@ _NOTHING = b'SIGTERM: nothing to save yet; the same command starts or goes on\n'
 _joining = threading.Event()
 # SIGTERM came meanwhile.
 _asked_early = threading.Event()
-# A loop has ended: all is saved, and the process is about to end.
-_trained = threading.Event()
 
 
 def listen() -> None:
@@ -34,7 +32,7 @@ def listen() -> None:
 def _end(*_) -> None:
   if _joining.is_set():
     _asked_early.set()
-  elif not _trained.is_set():
+  else:
     # Not by an exception, which imports and callbacks may lose.
     with contextlib.suppress(OSError):
       os.write(2, _NOTHING)
@@ -56,6 +54,16 @@ def joined() -> None:
     signal.signal(signal.SIGTERM, _end)
   if _asked_early.is_set():
     signal.raise_signal(signal.SIGTERM)
+
+
+def trained() -> None:
+  """Ignores SIGTERM from now on, if this process listens: it ends by itself.
+
+  All is saved. A handler of Python's would not do: it is gone before the
+  interpreter is.
+  """
+  if signal.getsignal(signal.SIGTERM) is _end:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class Notice:
@@ -90,6 +98,6 @@ class Notice:
     return self
 
   def __exit__(self, *_):
-    _trained.set()
     if self._before is not None:
       signal.signal(signal.SIGTERM, self._before)
+    trained()

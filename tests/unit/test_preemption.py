@@ -18,6 +18,19 @@ def test_a_notice_lasts_as_long_as_it_is_open():
     assert not notice.asked(1)
 
 
+def test_a_process_that_has_trained_ends_by_itself(monkeypatch):
+  monkeypatch.setattr('sys.argv', ['sae-train'])
+  before = signal.getsignal(signal.SIGTERM)
+  try:
+    preemption.listen()
+    with preemption.Notice():
+      pass
+    # A handler of Python's is gone, and SIGTERM deadly, as Python ends.
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN
+  finally:
+    signal.signal(signal.SIGTERM, before)
+
+
 def test_outside_of_the_main_thread_nothing_is_noticed(store, tmp_path):
   before, states = signal.getsignal(signal.SIGTERM), []
 

@@ -94,6 +94,7 @@ def work() -> None:
     flags.read(TrainConfig), flags.url('workdir'), **_swept(values.sweep)
   )
   states = train_lib.train_many(configs, flags.url('store'))
+  preemption.trained()
   for workdir, state in states.items():
     step = int(state.step)
     left = configs[workdir].steps - step
