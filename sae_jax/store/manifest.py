@@ -149,6 +149,8 @@ def identity(content: dict[str, Any]) -> str:
     name: value
     for name, value in content.items()
     if name not in ('software', 'identity')
+    # As in stores that were made without the field.
+    and not (name == 'bos' and not value)
   }
   return sha256(json.dumps(content, sort_keys=True).encode())
 

@@ -206,11 +206,18 @@ def test_rows_without_a_token_take_no_part():
 
 
 def test_a_tokenizer_may_have_gaps_and_more_tokens_than_the_embedding():
-  tokenizer = tokenizers.Tokenizer(
-    tokenizers.models.WordLevel(
-      {'a': 0, 'b': 5, 'c': VOCABULARY + 3}, unk_token='a'
+  def tokens_of(vocabulary):
+    tokenizer = tokenizers.Tokenizer(
+      tokenizers.models.WordLevel(vocabulary, unk_token='0')
     )
-  )
-  subject = dataclasses.replace(make_subject(LAYER), tokenizer=tokenizer)
-  assert np.flatnonzero(lens.tokens_of(subject)).tolist() == [0, 5]
+    # No text gives it, so that it needs no row.
+    tokenizer.add_special_tokens(['<end>'])
+    tokenizer.encode_special_tokens = True
+    subject = dataclasses.replace(make_subject(LAYER), tokenizer=tokenizer)
+    return np.flatnonzero(lens.tokens_of(subject)).tolist()
+
+  # A special token is numbered by how many there are.
+  assert tokens_of({'0': 0, 'b': 5}) == [0, 2, 5]
+  whole = {str(i): i for i in range(VOCABULARY)}
+  assert tokens_of(whole) == list(range(VOCABULARY))
   assert len(lens.tokens_of(probed.make_subject())) == probed.VOCABULARY
