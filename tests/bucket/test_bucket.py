@@ -1,6 +1,7 @@
 """The same commands with gs:// URLs, on a server of this process."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -12,7 +13,7 @@ import pytest
 from sae_jax import checkpoint
 from sae_jax.training import log
 from tests.support import planted, processes
-from tests.support.gcs import fake_gcs, gcs_clients, gcs_faults
+from tests.support.gcs import fake_gcs, gcs_clients, gcs_faults, served
 
 _TRAIN = """
 from tests.support.gcs import gcs_clients
@@ -60,10 +61,8 @@ def test_a_run_in_a_bucket_that_fails_is_the_run_on_disk(
 ):
   remote = 'gs://bucket/deep/store', 'gs://bucket/deep/run'
   faults = gcs_faults.Faults(0, 0.1, gcs_faults.ALL_KINDS)
-  server = fake_gcs.FakeGcs(['bucket'], faults)
-  with server as url:
-    monkeypatch.setenv('TENSORSTORE_GCS_HTTP_URL', url)
-    monkeypatch.setenv('GOOGLE_AUTH_TOKEN_FOR_TESTING', 'fake')
+  with served.bucket(monkeypatch, faults) as server:
+    url = os.environ['STORAGE_EMULATOR_HOST']
     planted.write_store(remote[0])
     server.reset_counts()
     found = train(*remote, url)

@@ -51,7 +51,7 @@ def test_a_run_on_a_cpu_says_nothing_of_tpus(tmp_path_factory):
   probe = {'store': store, 'checkpoint': workdir, 'workdir': str(folder / 'p')}
   probed = binary('sae-probe', **probe)
   assert probed.returncode == 2
-  assert "subject 'planted' is not known" in probed.stderr
+  assert "subject 'planted', of which this was made, is not" in probed.stderr
   assert not of_tpus(probed.stdout + probed.stderr)
   # Control: JAX's own choice starts libtpu, which says so.
   assert of_tpus(binary('sae-probe', '', **probe).stderr)

@@ -1,6 +1,7 @@
 """The objective, and a dense one in float64 that it must equal."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,8 @@ def ours(sae, x_BD, dead_N, weight=1 / 32, sae_config=CONFIG, **kwargs):
   return value, terms, autoencoder.trained(grads)
 
 
+# Its operations would take longest to compile one by one.
+@functools.partial(jax.jit, static_argnames=('codes', 'wide'))
 def dense(sae, x_BD, dead_N, weight=1 / 32, **kwargs):
   def of(params):
     return dense_reference.loss(
