@@ -115,7 +115,8 @@ def test_sigterm_saves_and_the_same_command_goes_on(store, whole, tmp_path):
 
 def test_an_interrupt_is_silent_and_the_run_goes_on(store, tmp_path):
   workdir = str(tmp_path / 'run')
-  interrupted = command(store, workdir)
+  # On a machine that is busy a short run ends before it is looked at.
+  interrupted = [*command(store, workdir), '--steps=100000']
   process = runs.start(interrupted, devices=2)
   runs.wait_until(lambda: runs.saved_steps(workdir), process)
   process.send_signal(signal.SIGINT)
@@ -123,6 +124,6 @@ def test_an_interrupt_is_silent_and_the_run_goes_on(store, tmp_path):
   assert 'Traceback' not in said and 'error' not in said
   # What it saved is whole: it goes on from there.
   done = checkpoint.load(workdir).step
-  assert EVERY <= done < STEPS
+  assert EVERY <= done < 100_000
   _, said = runs.run([*interrupted, f'--steps={done + 1}'], devices=2)
   assert f'resumes after step {done}' in said
