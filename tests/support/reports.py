@@ -1,5 +1,7 @@
 """A small evaluation of `probed`, with tasks of its own words."""
 
+import dataclasses
+
 import numpy as np
 
 from sae_jax.probing import report, tasks
@@ -12,13 +14,17 @@ CONFIG = report.ProbeConfig(
   batch_rows=16,
   downstream_tokens=30,
   n_tasks=2,
-  task_prompts=24,
+  # So many that every direction is one of the prompts' principal ones: probes
+  # on channels and on these are one program.
+  task_prompts=56,
 )
+# Rows of every kind are whole batches, which one program serves.
+WHOLE_BATCHES = dataclasses.replace(CONFIG, batch_rows=10)
 
 
 def made_tasks(names, n_tasks, n_prompts, max_chars, seed):
   """Prompts with w1 or w2 somewhere; stands in for the package's files."""
-  assert (names, n_tasks, n_prompts, max_chars) == (None, 2, 24, 100)
+  assert (names, n_tasks, n_prompts, max_chars) == (None, 2, 56, 100)
   rng = np.random.default_rng(seed)
   labels_P = np.arange(n_prompts, dtype=np.int32) % 2
   out = []

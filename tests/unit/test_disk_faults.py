@@ -9,7 +9,7 @@ from tests.support import runs, toy
 
 def test_a_harvest_whose_folder_is_in_the_way_goes_on(texts, tmp_path):
   clean, url = tmp_path / 'clean', tmp_path / 'store'
-  plan = toy.config(texts)
+  plan = toy.config(texts, n_tokens=300)
   toy.run(plan, clean)
   url.mkdir()
   # Without it the folder would be somebody else's.

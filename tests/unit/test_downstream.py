@@ -196,9 +196,11 @@ def test_the_loss_is_spliced_at_any_site(name):
   kept_BT[:, :2] = False
   both_ND = np.concatenate([np.eye(width), -np.eye(width)]).astype(np.float32)
   config = autoencoder.SaeConfig(width, 2 * width, width, preprocessing='none')
-  sae = jax.tree.map(
-    jnp.zeros_like, autoencoder.init_weights(config, jax.random.key(0))
-  ).replace(w_enc_ND=both_ND, w_dec_ND=both_ND)
+  shapes = jax.eval_shape(
+    lambda: autoencoder.init_weights(config, jax.random.key(0))
+  )
+  sae = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
+  sae = sae.replace(w_enc_ND=both_ND, w_dec_ND=both_ND)
   exact, kl = downstream._losses(
     subject.config, site, config, subject.params, sae, np.zeros(width),
     tokens_BT, kept_BT,
@@ -244,13 +246,13 @@ def test_controls_identity_zero_and_mean(data, trained):
   assert abs(losses.ce_recovered - 1) < 1e-5
   assert losses.delta_ce_low <= losses.delta_ce_high < 1e-5
 
-  silent = by_hand(trained, 3, both_ND, 0 * both_ND, none_D)
+  silent = by_hand(trained, probed.D_MODEL, both_ND, 0 * both_ND, none_D)
   losses = measure(silent, data, 60)
   assert losses.ce_spliced == losses.ce_zero
   assert losses.ce_recovered == 0 and losses.kl > 0.05
 
   mean_D = data.read_rows(0, data.n_train).mean(0)
-  constant = by_hand(trained, 3, both_ND, 0 * both_ND, mean_D)
+  constant = by_hand(trained, probed.D_MODEL, both_ND, 0 * both_ND, mean_D)
   losses = measure(constant, data, 60)
   np.testing.assert_allclose(losses.ce_spliced, losses.ce_mean, rtol=1e-6)
   assert abs(losses.ce_recovered_mean) < 1e-4

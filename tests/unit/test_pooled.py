@@ -1,4 +1,4 @@
-"""Pooled prompts against one forward pass each, without padding."""
+"""Pooled prompts against one forward pass each."""
 
 import numpy as np
 import pytest
@@ -30,10 +30,13 @@ def tokens_first(trained):
   out = []
   for prompt in PROMPTS:
     ids = [int(word[1:]) for word in prompt.split()][:MAX_TOKENS] or [0]
+    # Filled up to one shape, and with another token than the code under test.
+    tokens_BT = np.full((1, MAX_TOKENS), 7)
+    tokens_BT[0, : len(ids)] = ids
     resid_BTD = probed.run_capture(
-      subject.config, subject.params, np.array([ids]), probed.SITE
+      subject.config, subject.params, tokens_BT, probed.SITE
     )
-    out.append(probed.inputs(trained, resid_BTD[0])[0])
+    out.append(probed.inputs(trained, resid_BTD[0, : len(ids)])[0])
   return out
 
 

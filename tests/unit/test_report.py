@@ -26,7 +26,7 @@ from sae_jax.probing.examples import FeatureConfig
 from sae_jax.training import train
 from sae_jax.training.objective import ObjectiveConfig
 from tests.support import planted, probed
-from tests.support.reports import CONFIG, made_tasks, probe
+from tests.support.reports import CONFIG, made_tasks, probe, WHOLE_BATCHES
 
 
 @pytest.fixture(scope='module')
@@ -105,7 +105,7 @@ def test_downstream_scores_are_the_functions_own(finished, parts):
 
 def test_probes_are_the_functions_own(finished, parts):
   trained, _ = parts
-  task = made_tasks(None, 2, 24, 100, 0)[1]
+  task = made_tasks(None, 2, 56, 100, 0)[1]
   x_PD = pooled.pooled_inputs(
     trained,
     probed.make_subject(),
@@ -126,7 +126,7 @@ def test_probes_are_the_functions_own(finished, parts):
   assert list(figures) == ['1_which', '2_again']
   assert figures['2_again']['latent'] == want._asdict()
   assert figures['2_again']['classes'] == ['one', 'two']
-  assert figures['2_again']['prompts'] == 24
+  assert figures['2_again']['prompts'] == 56
   controls = baselines.controls(*sides[0], *sides[1])
   assert list(finished[1]['control_definitions']) == list(controls)
   assert figures['2_again']['controls'] == {
@@ -179,7 +179,7 @@ def test_every_nonlinearity_is_probed_and_browsed(
   )
   workdir = str(tmp_path / 'run')
   train.train(config, store_url, workdir)
-  found = probe(workdir, store_url, tmp_path / 'probe')
+  found = probe(workdir, store_url, tmp_path / 'probe', WHOLE_BATCHES)
   trained = checkpoint.load(workdir)
   data = store_lib.open_store(store_url)
 

@@ -18,7 +18,7 @@ from sae_jax.probing import examples, report, summary, tasks
 from sae_jax.storage import claim
 from sae_jax.storage import finished as storage_finished
 from tests.support import probed
-from tests.support.reports import CONFIG, made_tasks, probe
+from tests.support.reports import CONFIG, made_tasks, probe, WHOLE_BATCHES
 
 
 @pytest.fixture(scope='module', autouse=True)
@@ -143,7 +143,7 @@ def test_a_site_of_another_width_is_probed(tmp_path, monkeypatch):
   store = probed.write_store(str(tmp_path / 'store'), site='blocks.1.mlp_act')
   trained = probed.make_trained(store)
   monkeypatch.setattr(report.checkpoint_lib, 'load', lambda *a, **k: trained)
-  figures = probe('', store.url, tmp_path / 'probe')
+  figures = probe('', store.url, tmp_path / 'probe', WHOLE_BATCHES)
   assert figures['d_model'] == 24 != probed.D_MODEL
   assert figures['delta_ce'] != 0 and figures['kl'] > 0
   table = results.read_features(tmp_path / 'probe', figures)
@@ -157,7 +157,7 @@ def test_latents_without_votes_are_browsed(tmp_path):
     probed.make_trained(store),
     probed.make_subject(),
     store,
-    64,
+    WHOLE_BATCHES.batch_rows,
     0,
   )
   words = [f'w{i}' for i in range(probed.VOCABULARY)]

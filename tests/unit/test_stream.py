@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 import pytest
+from scipy import spatial
 
 from sae_jax import autoencoder, errors
 from sae_jax import subject as subject_lib
@@ -54,7 +55,8 @@ def test_an_epoch_is_what_a_longer_store_has_after_the_store(
   )
 
   def farthest(rows_RD, from_RD, reduce=np.max):
-    return reduce([np.abs(row_D - from_RD).max(1).min() for row_D in rows_RD])
+    nearest_R, _ = spatial.KDTree(from_RD).query(rows_RD, p=np.inf)
+    return reduce(nearest_R)
 
   atol = 0.05 if opened.manifest.dtype == 'bfloat16' else 1e-5
   assert max(farthest(want_RD, got_RD), farthest(got_RD, want_RD)) < atol
@@ -152,20 +154,21 @@ def test_a_sweep_goes_on_from_the_run_that_did_least(
     sae=autoencoder.SaeConfig(d_model=16, n_latents=64, k=4),
     stream=True, batch_size=32, eval_rows=24,
   )  # fmt: skip
-  alone = {str(tmp_path / f'alone{k}'): k for k in (2, 4)}
-  both = {str(tmp_path / f'both{k}'): k for k in (2, 4)}
-
-  def of(k):
-    return dataclasses.replace(config, sae=dataclasses.replace(config.sae, k=k))
-
-  for workdir, k in alone.items():
-    train.train(of(k), opened.url, workdir)
-  for (workdir, k), step in zip(both.items(), (25, 14)):
-    streams.break_off(step, of(k), workdir, opened.url)
+  # Runs that differ only in the rate are of one compiled step.
+  alone, both = (
+    train.sweep(config, str(tmp_path / name), learning_rate=[1e-3, 3e-3])
+    for name in ('alone', 'both')
+  )
+  for workdir, member in alone.items():
+    train.train(member, opened.url, workdir)
+  for (workdir, member), step in zip(both.items(), (25, 14)):
+    streams.break_off(step, member, workdir, opened.url)
   assert [runs.saved_steps(w)[-1] for w in both] == [20, 10]
-  train.train_many({w: of(k) for w, k in both.items()}, opened.url)
+  train.train_many(both, opened.url)
   for got, want in zip(both, alone):
     runs.assert_same_run(got, want)
+  # Control: they are different runs.
+  assert len({runs.log(workdir) for workdir in alone}) == 2
 
 
 @pytest.mark.parametrize('change', ['other text', 'shorter text'])
