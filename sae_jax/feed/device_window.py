@@ -102,9 +102,10 @@ class DeviceWindow:
     return _take(self._data, slots_B, self._forward.mesh)
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
 def _zeros(shape, dtype, mesh):
   sharding = jax.sharding.NamedSharding(mesh, PartitionSpec('data'))
-  return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding)()
+  return jax.lax.with_sharding_constraint(jnp.zeros(shape, dtype), sharding)
 
 
 @functools.partial(jax.jit, static_argnames='mesh', donate_argnums=0)
