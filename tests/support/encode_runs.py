@@ -4,9 +4,11 @@ import dataclasses
 import functools
 
 import jax
+import pytest
 
-from sae_jax.ops.encode_topk import exact
+from sae_jax.ops.encode_topk import exact, kernel
 from sae_jax.ops.encode_topk import tiles as tiles_lib
+from tests.support.programs import QUICKLY
 
 # Bins of 32 that keep two values each, of 64 latents in a block.
 TILES = tiles_lib.Tiles(
@@ -29,3 +31,21 @@ GROUPED = dataclasses.replace(
 @functools.partial(jax.jit, static_argnames=('k', 'tiles'))
 def run(x_BD, w_ND, b_N, mask_N, k, tiles=TILES):
   return exact.encode_topk(x_BD, w_ND, b_N, mask_N, k, None, tiles)
+
+
+@functools.partial(
+  jax.jit, static_argnames=('k', 'tiles'), compiler_options=QUICKLY
+)
+def run_and_raw(x_BD, w_ND, b_N, mask_N, k, tiles=TILES):
+  """What `run` gives, and what the kernel in it gave, from one program."""
+  whole, raws = kernel.encode_topk, []
+
+  def encode_topk(*args, **options):
+    raws.append(whole(*args, **options))
+    return raws[-1]
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(kernel, 'encode_topk', encode_topk)
+    exact_top_k = exact.encode_topk(x_BD, w_ND, b_N, mask_N, k, None, tiles)
+  (raw,) = raws
+  return exact_top_k, raw

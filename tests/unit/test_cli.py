@@ -146,7 +146,7 @@ def swept(tmp_path_factory):
   store, workdir = str(folder / 'store'), folder / 'runs'
   planted.write_store(store)
   flags = runs.flags(store, str(workdir))
-  flags += ['--sweep=k=2,4', '--sweep=activation=topk,relu']
+  flags += ['--sweep=seed=0,1', '--sweep=activation=topk,relu']
   found = binaries.run('sae-train', *flags)
   assert found.returncode == 0, found.stderr
   return store, workdir, found.stdout
@@ -154,20 +154,24 @@ def swept(tmp_path_factory):
 
 def test_a_sweep_trains_all_combinations(swept, tmp_path):
   store, workdir, out = swept
-  names = [f'k={k}_activation={a}' for k in (2, 4) for a in ('topk', 'relu')]
+  names = [
+    f'seed={seed}_activation={activation}'
+    for seed in (0, 1)
+    for activation in ('topk', 'relu')
+  ]
   assert sorted(path.name for path in workdir.iterdir()) == sorted(names)
   assert out.splitlines() == [
     f'{workdir / name}: trained to step 30' for name in names
   ]
   alone = str(tmp_path / 'alone')
-  binaries.run('sae-train', *runs.flags(store, alone, k=2))
-  runs.assert_same_run(str(workdir / 'k=2_activation=topk'), alone)
+  binaries.run('sae-train', *runs.flags(store, alone, seed=1))
+  runs.assert_same_run(str(workdir / 'seed=1_activation=topk'), alone)
 
 
 def test_a_run_that_is_longer_than_asked_is_left_alone(swept):
   store, workdir, _ = swept
-  one = str(workdir / 'k=4_activation=topk')
-  found = binaries.run('sae-train', *runs.flags(store, one, k=4, steps=20))
+  one = str(workdir / 'seed=1_activation=topk')
+  found = binaries.run('sae-train', *runs.flags(store, one, seed=1, steps=20))
   assert found.stdout == f'{one}: trained to step 30\n'
 
 
@@ -179,10 +183,10 @@ def test_verify_prints_a_line_for_each_array(swept, tmp_path):
   assert all(line.endswith(' bytes, as saved') for line in lines)
   places = {line.rpartition(': ')[0] for line in lines}
   assert len(places) == len(lines)
-  for name in ('k=2_activation=topk', 'k=4_activation=relu'):
+  for name in ('seed=0_activation=topk', 'seed=1_activation=relu'):
     assert f'{workdir / name}/checkpoints/30/sae/w_enc_ND' in places
   run = tmp_path / 'run'
-  shutil.copytree(workdir / 'k=2_activation=topk', run)
+  shutil.copytree(workdir / 'seed=0_activation=topk', run)
   (run / 'checkpoints/30/adam/manifest.ocdbt').unlink()
   ended = binaries.run('sae-train', '--verify', f'--workdir={run}')
   assert ended.returncode == 2
@@ -217,6 +221,6 @@ def test_debug_nans_stops_where_one_is_made(tmp_path):
 def test_debug_nans_changes_no_metric(swept, tmp_path):
   store, workdir, _ = swept
   debugged = str(tmp_path / 'run')
-  flags = runs.flags(store, debugged, k=2)
+  flags = runs.flags(store, debugged, seed=1)
   binaries.run('sae-train', *flags, '--debug_nans')
-  assert runs.log(debugged) == runs.log(workdir / 'k=2_activation=topk')
+  assert runs.log(debugged) == runs.log(workdir / 'seed=1_activation=topk')

@@ -4,9 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax.ops.encode_topk import kernel
 from sae_jax.ops.encode_topk import tiles as tiles_lib
-from tests.support.encode_runs import GROUPED, run, TILES
+from tests.support.encode_runs import GROUPED, run_and_raw, TILES
 from tests.support.top_k_checks import stable_top_k
 
 
@@ -18,10 +17,10 @@ def through_identity(pre_BN, k, mask_N=None, tiles=TILES):
   x_BD = np.zeros((len(pre_BN), width), np.float32)
   x_BD[:, :n] = pre_BN
   mask_N = np.ones(n, bool) if mask_N is None else mask_N
-  raw = kernel.encode_topk(
-    x_BD, w_ND, np.zeros(n, np.float32), k, tiles=tiles, interpret=True
+  whole, raw = run_and_raw(
+    x_BD, w_ND, np.zeros(n, np.float32), mask_N, k, tiles
   )
-  return run(x_BD, w_ND, np.zeros(n, np.float32), mask_N, k, tiles)[:3], raw
+  return whole[:3], raw
 
 
 N, K = 192, 9
@@ -99,12 +98,13 @@ def test_values_that_are_no_numbers_come_through():
   x_BD[:, :N] = pre_BN
   x_BD[2, 3] = np.nan
   w_ND = np.eye(N, 256, dtype=np.float32)
-  vals, _, failed, _ = run(x_BD, w_ND, np.zeros(N), np.ones(N, bool), K)
+  rest = np.zeros(N, np.float32), np.ones(N, bool), K, TILES
+  (vals, _, failed, _), _ = run_and_raw(x_BD, w_ND, *rest)
   np.testing.assert_array_equal(failed, np.arange(5) == 2)
   assert np.isnan(vals[2]).any()
   assert np.isfinite(np.delete(vals, 2, 0)).all()
   w_ND[17, 0] = np.nan
-  vals, idx, failed, _ = run(x_BD, w_ND, np.zeros(N), np.ones(N, bool), K)
+  (vals, idx, failed, _), _ = run_and_raw(x_BD, w_ND, *rest)
   assert failed.all()
   # As `lax.top_k` has it, NaN comes first.
   assert (idx[:2, 0] == 17).all()

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
@@ -12,7 +13,6 @@ from experiments import dead_latents, learning_rate, topk_vs_relu
 from experiments import runs as runs_lib
 from experiments.benchmarks import train
 from sae_jax import errors
-from tests.support import planted
 
 
 def last_heldout(workdir):
@@ -36,9 +36,17 @@ def test_dead_latents_are_fewer_with_auxk_and_the_transposed_start(
   assert dead_latents.measure(config, store, str(tmp_path)) == found
 
 
-def test_each_rate_is_a_run_with_its_held_out_metrics(store, tmp_path):
+@pytest.fixture(name='rated', scope='module')
+def rated_fixture(store, tmp_path_factory):
+  """The metrics of a run of 30 steps by its rate, and the runs' folder."""
+  workdir = tmp_path_factory.mktemp('rated')
   config = runs_lib.short_run(1920, 64, n_latents=32, k=4)
-  rows = runs_lib.heldout_by_rate(config, (1e-2, 1e-4), store, str(tmp_path))
+  rows = runs_lib.heldout_by_rate(config, (1e-2, 1e-4), store, str(workdir))
+  return rows, workdir
+
+
+def test_each_rate_is_a_run_with_its_held_out_metrics(rated):
+  rows, _ = rated
   assert set(rows) == {1e-2, 1e-4}
   assert rows[1e-2]['step'] == rows[1e-4]['step'] == 30
   # A rate far too small is seen to be worse.
@@ -112,17 +120,17 @@ def test_topk_and_relu_are_compared_at_the_same_l0(monkeypatch):
     np.testing.assert_allclose((high - low) / 2, half, rtol=1e-3)
 
 
-def test_a_run_that_was_stopped_has_no_figures(store, tmp_path):
-  from sae_jax.training import train
-
-  train.train(planted.train_config(steps=5), store, str(tmp_path))
-  assert runs_lib.heldout(str(tmp_path))['step'] == 5
-  path = tmp_path / 'config.json'
-  path.write_text(path.read_text().replace('"steps": 5', '"steps": 9'))
+def test_a_run_that_was_stopped_has_no_figures(rated, tmp_path):
+  finished = next(rated[1].iterdir())
+  run = tmp_path / 'run'
+  shutil.copytree(finished, run)
+  assert runs_lib.heldout(str(run))['step'] == 30
+  path = run / 'config.json'
+  path.write_text(path.read_text().replace('"steps": 30', '"steps": 39'))
   with pytest.raises(
-    errors.UserError, match='stopped before step 9: run it again'
+    errors.UserError, match='stopped before step 39: run it again'
   ):
-    runs_lib.heldout(str(tmp_path))
+    runs_lib.heldout(str(run))
 
 
 def test_a_short_run_takes_fields_in_place_of_its_own():
@@ -137,7 +145,7 @@ def test_a_short_run_takes_fields_in_place_of_its_own():
     runs_lib.short_run(1001, 10, k=65, n_latents=64)
 
 
-def test_the_benchmark_times_every_part_and_the_step_learns():
+def test_the_benchmark_times_every_part_and_the_step_learns(monkeypatch):
   shape = train.BenchmarkConfig(d=32, n=256, k=4, batch=64, steps=3)
   found = train.measure(shape)
   names = ('encoder_matmul', 'topk', 'decode', 'backward', 'optimizer')
@@ -145,5 +153,7 @@ def test_the_benchmark_times_every_part_and_the_step_learns():
     assert found[name] >= 0, name
   assert found['step_s_min'] <= found['step_s_median']
   assert found['peak_memory_gib'] > 0.05
+  # The parts were timed above; the step alone learns.
+  monkeypatch.setattr(train, 'parts', lambda *_: {'encoder_matmul_s': 1.0})
   longer = train.measure(dataclasses.replace(shape, steps=30))
   assert longer['loss'] < found['loss']

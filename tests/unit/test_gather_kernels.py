@@ -12,6 +12,7 @@ from sae_jax.ops.decode import kernel as decode_kernel
 from sae_jax.ops.decode import tiles as decode_tiles
 from sae_jax.ops.weight_grad import kernel as grad_kernel
 from sae_jax.ops.weight_grad import tiles as grad_tiles
+from tests.support.programs import QUICKLY
 from tests.support.row_sums import (
   chunks_of,
   close,
@@ -31,11 +32,29 @@ def small_blocks(monkeypatch):
   make_small(monkeypatch)
 
 
+@functools.partial(
+  jax.jit, static_argnames='block_tokens', compiler_options=QUICKLY
+)
+def both(rows, token, weights, count, g, w, block_tokens):
+  options = {'block_tokens': block_tokens, 'interpret': True}
+  return (
+    decode_kernel.gather_sum(rows, token, weights, count, w, **options),
+    decode_kernel.sampled_products(rows, token, count, g, w, **options),
+  )
+
+
+def sums_and_products(slots):
+  """Both of `Slots`, from one program."""
+  arrays = *slots.poisoned(), slots.count, slots.g, slots.w
+  sums, products = both(*arrays, slots.tokens)
+  return np.asarray(sums), np.asarray(products)
+
+
 @pytest.mark.parametrize('name', SLOTS)
 def test_sums_and_products_are_those_of_float64(name):
   slots = Slots(*SLOTS[name])
-  assert close(slots.sums(interpret=True), slots.want_sums())
-  products = np.asarray(slots.products(interpret=True))
+  sums, products = sums_and_products(slots)
+  assert close(sums, slots.want_sums())
   assert close(products, slots.want_products())
   assert (products[~slots.real] == 0).all()
 
@@ -46,14 +65,18 @@ def test_blocks_of_several_chunks_and_cores(monkeypatch):
   chunks_of(monkeypatch, 64, 128, 8)
   plan = decode_tiles.choose(5, 150, 128, 8)
   assert (plan.chunks, plan.slots, plan.cores) == (3, 64, 2)
-  assert close(slots.sums(interpret=True), slots.want_sums())
-  assert close(slots.products(interpret=True), slots.want_products())
+  sums, products = sums_and_products(slots)
+  assert close(sums, slots.want_sums())
+  assert close(products, slots.want_products())
 
 
 @pytest.mark.parametrize('cores', [1, 2])
 def test_segment_sums_are_those_of_float64(monkeypatch, cores):
   monkeypatch.setattr(chip, 'cores', lambda: cores)
-  run = jax.jit(functools.partial(segment_sums, 50, 2, interpret=True))
+  run = jax.jit(
+    functools.partial(segment_sums, 50, 2, interpret=True),
+    compiler_options=QUICKLY,
+  )
   for latents in LATENTS.values():
     pairs = Pairs(latents, 200, 50, 23, 128)
     assert is_right(pairs, run(*pairs.poisoned(), pairs.count))

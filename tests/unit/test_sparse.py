@@ -1,5 +1,7 @@
 """The sparse operations against dense ones: values, gradients, ties."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,10 +11,16 @@ from sae_jax import errors, ops
 from sae_jax.ops import dispatch
 from sae_jax.ops.encode_topk import reference as encode_reference
 from sae_jax.ops.top_k import reference as top_k_reference
+from tests.support.programs import QUICKLY
 from tests.support.top_k_checks import ADVERSARIAL, stable_top_k
 
 # B, N, K, D: plain, one latent active, all active, D odd.
 SHAPES = [(6, 40, 5, 16), (3, 7, 1, 4), (4, 6, 6, 3), (1, 64, 9, 17)]
+
+
+def quick(f):
+  """A jitted function that compiles quickly."""
+  return jax.jit(f, compiler_options=QUICKLY)
 
 
 def arrays(shape, seed=0):
@@ -54,8 +62,10 @@ def test_decode_and_its_gradients_equal_the_dense_product(
       return (dense_codes(vals_BK, a['idx_BK'], n) @ w_ND * a['g_BD']).sum()
 
     args = a['vals_BK'], a['w_ND']
-    got = jax.value_and_grad(sparse_total, (0, 1))(*args)
-    want = jax.value_and_grad(dense_total, (0, 1))(*args)
+    got, want = (
+      quick(jax.value_and_grad(total, (0, 1)))(*args)
+      for total in (sparse_total, dense_total)
+    )
     jax.tree.map(
       lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-11),
       got,
@@ -92,8 +102,10 @@ def test_encode_topk_and_its_gradients_equal_the_dense_ones(
       return (vals_BK * g_BK).sum(), (vals_BK, idx_BK)
 
     args = a['x_BD'], a['w_ND'], a['b_N']
-    got = jax.value_and_grad(sparse_total, (0, 1, 2), has_aux=True)(*args)
-    want = jax.value_and_grad(dense_total, (0, 1, 2), has_aux=True)(*args)
+    got, want = (
+      quick(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(*args)
+      for total in (sparse_total, dense_total)
+    )
     jax.tree.map(
       lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-11),
       got,
@@ -113,16 +125,21 @@ def test_a_mask_with_too_few_latents_fills_with_minus_infinity():
   assert set(np.unique(idx_BK[:, :2])) == {3, 7}
 
 
+@functools.partial(jax.jit, static_argnames='k', compiler_options=QUICKLY)
+def all_top_k(x_BN, k):
+  return (
+    top_k_reference.bucketed_top_k(x_BN, k, 16),
+    top_k_reference.sorted_top_k(x_BN, k),
+    ops.top_k(x_BN, k),
+  )
+
+
 @pytest.mark.parametrize('name', ADVERSARIAL)
 @pytest.mark.parametrize('k', [1, 7, 16])
 def test_bucketed_top_k_equals_a_stable_sort(name, k):
   x_BN = ADVERSARIAL[name](np.random.default_rng(1)).astype(np.float32)
   want_vals, want_idx = stable_top_k(x_BN, k)
-  for got in (
-    top_k_reference.bucketed_top_k(jnp.asarray(x_BN), k, 16),
-    top_k_reference.sorted_top_k(x_BN, k),
-    ops.top_k(x_BN, k),
-  ):
+  for got in all_top_k(x_BN, k):
     np.testing.assert_array_equal(got[0], want_vals)
     np.testing.assert_array_equal(got[1], want_idx)
 
@@ -169,10 +186,11 @@ def test_blocks_of_tokens_change_nothing(monkeypatch, batch):
 
     args = a['x_BD'], a['w_ND'], a['b_N']
     run = jax.value_and_grad(total, (0, 1, 2), has_aux=True)
-    want = run(*args)
+    want = quick(run)(*args)
     # Five tokens fit, so that none of these batches is cut evenly.
     monkeypatch.setattr(encode_reference, 'BLOCK_BYTES', 5 * 40 * 8)
-    got = run(*args)
+    # A function of its own: what was traced above has no blocks.
+    got = quick(lambda *args: run(*args))(*args)
     np.testing.assert_array_equal(got[0][1][1], want[0][1][1])
     for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
       np.testing.assert_allclose(one, other, rtol=1e-11, atol=1e-13)
@@ -223,6 +241,11 @@ KERNELS = [
 ]
 
 
+def outputs_and_gradients(f, cotangent, *args):
+  out, back = jax.vjp(f, *args)
+  return out, *back(cotangent)
+
+
 @pytest.mark.parametrize('case', KERNELS, ids=[case[0] for case in KERNELS])
 def test_kernels_by_name_equal_the_gathers_with_their_gradients(case):
   _, make, names, cotangent = case
@@ -232,8 +255,8 @@ def test_kernels_by_name_equal_the_gathers_with_their_gradients(case):
   }
   found = []
   for name in ('pallas', 'gather'):
-    out, back = jax.vjp(jax.jit(make(name, a)), *(a[n] for n in names))
-    found.append((out, *back(a[cotangent])))
+    run = quick(functools.partial(outputs_and_gradients, make(name, a)))
+    found.append(run(a[cotangent], *(a[n] for n in names)))
   for got, want in zip(*found, strict=True):
     np.testing.assert_allclose(
       got, want, rtol=1e-5, atol=3e-6 * np.abs(want).max()

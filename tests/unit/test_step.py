@@ -1,6 +1,7 @@
 """The training step: equal to a dense loop, and what it tells."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import pytest
 from sae_jax import autoencoder, errors
 from sae_jax.training import optimizer, step
 from sae_jax.training import state as state_lib
-from tests.support import dense_reference
+from tests.support import dense_reference, programs
 from tests.support.step_runs import batches, config, make_mesh, ROWS, run, STEPS
 
 
@@ -52,7 +53,8 @@ def test_micro_batches_take_less_memory(config):
       jax.ShapeDtypeStruct((1024, 16), jnp.float32),
       jax.ShapeDtypeStruct((), jnp.float32),
     ]
-    program = step._program(some, made, None, False).lower(*args).compile()
+    lowered = step._program(some, made, None, False).lower(*args)
+    program = lowered.compile(compiler_options=programs.QUICKLY)
     sizes.append(program.memory_analysis().temp_size_in_bytes)
   assert sizes[1] < 0.6 * sizes[0]
 
@@ -113,6 +115,26 @@ def test_steps_equal_a_dense_loop_in_float64(config):
     )
     mse_of_mean, rate = 0.5, config.optimizer.learning_rate
     dead_after = config.objective.dead_after_tokens
+
+    @functools.partial(jax.jit, compiler_options=programs.QUICKLY)
+    def do_densely(state, raw_BD):
+      x_BD, _ = autoencoder.preprocess(config.sae, state.sae, raw_BD)
+      dead_N = state.silent_N >= dead_after
+      grads = jax.grad(dense_reference.loss, has_aux=True)(
+        state.sae, x_BD, dead_N, mse_of_mean, 4, 20, 1 / 32
+      )[0]
+      pre_BN = (x_BD - state.sae.b_pre_D) @ state.sae.w_enc_ND.T
+      fired = dense_reference.topk_codes(pre_BN + state.sae.b_lat_N, 4) > 0
+      new, opt, _ = optimizer.update(
+        config.optimizer, state.sae, state.optimizer, grads, rate
+      )
+      return state.replace(
+        sae=new,
+        optimizer=opt,
+        step=state.step + 1,
+        silent_N=jnp.where(fired.any(0), 0, state.silent_N + len(raw_BD)),
+      )
+
     states, aux_seen = [], []
     for dense in (False, True):
       one = make_mesh(1, 1)
@@ -131,22 +153,7 @@ def test_steps_equal_a_dense_loop_in_float64(config):
           state, values = do(state, raw_BD)
           aux_seen.append(float(values['aux']))
           continue
-        x_BD, _ = autoencoder.preprocess(config.sae, state.sae, raw_BD)
-        dead_N = state.silent_N >= dead_after
-        grads = jax.grad(dense_reference.loss, has_aux=True)(
-          state.sae, x_BD, dead_N, mse_of_mean, 4, 20, 1 / 32
-        )[0]
-        pre_BN = (x_BD - state.sae.b_pre_D) @ state.sae.w_enc_ND.T
-        fired = dense_reference.topk_codes(pre_BN + state.sae.b_lat_N, 4) > 0
-        new, opt, _ = optimizer.update(
-          config.optimizer, state.sae, state.optimizer, grads, rate
-        )
-        state = state.replace(
-          sae=new,
-          optimizer=opt,
-          step=state.step + 1,
-          silent_N=jnp.where(fired.any(0), 0, state.silent_N + len(raw_BD)),
-        )
+        state = do_densely(state, raw_BD)
       states.append(state)
     np.testing.assert_array_equal(states[0].silent_N, states[1].silent_N)
     assert np.count_nonzero(aux_seen) > STEPS // 2
