@@ -1,6 +1,5 @@
 """The experiments run small on planted activations and report what they say."""
 
-import dataclasses
 import json
 import math
 import pathlib
@@ -146,14 +145,25 @@ def test_a_short_run_takes_fields_in_place_of_its_own():
 
 
 def test_the_benchmark_times_every_part_and_the_step_learns(monkeypatch):
-  shape = train.BenchmarkConfig(d=32, n=256, k=4, batch=64, steps=3)
+  whole, losses = train.step.make_step, []
+
+  def make_step(*args):
+    do = whole(*args)
+
+    def recorded(state, raw_BD):
+      state, values = do(state, raw_BD)
+      losses.append(float(values['loss']))
+      return state, values
+
+    return recorded
+
+  monkeypatch.setattr(train.step, 'make_step', make_step)
+  shape = train.BenchmarkConfig(d=32, n=256, k=4, batch=64, steps=30)
   found = train.measure(shape)
   names = ('encoder_matmul', 'topk', 'decode', 'backward', 'optimizer')
   for name in (*(f'{part}_s' for part in names), 'step_s_median', 'step_s_min'):
     assert found[name] >= 0, name
   assert found['step_s_min'] <= found['step_s_median']
   assert found['peak_memory_gib'] > 0.05
-  # The parts were timed above; the step alone learns.
-  monkeypatch.setattr(train, 'parts', lambda *_: {'encoder_matmul_s': 1.0})
-  longer = train.measure(dataclasses.replace(shape, steps=30))
-  assert longer['loss'] < found['loss']
+  assert len(losses) == 2 + shape.steps
+  assert found['loss'] == losses[-1] < losses[4]

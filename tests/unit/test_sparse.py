@@ -37,22 +37,43 @@ def arrays(shape, seed=0):
   }
 
 
+def assert_same(sparse, dense, args, has_aux=False):
+  """Values and gradients of each implementation are those of dense ones."""
+  names = 'gather', 'dense'
+  places = tuple(range(len(args)))
+  totals = [*(functools.partial(sparse, name) for name in names), dense]
+
+  @quick
+  def run(*args):
+    return [
+      jax.value_and_grad(total, places, has_aux=has_aux)(*args)
+      for total in totals
+    ]
+
+  *found, want = run(*args)
+  for name, got in zip(names, found, strict=True):
+    jax.tree.map(
+      lambda x, y, name=name: np.testing.assert_allclose(
+        x, y, rtol=1e-10, atol=1e-11, err_msg=name
+      ),
+      got,
+      want,
+    )
+
+
 def dense_codes(vals_BK, idx_BK, n):
   return (vals_BK[:, :, None] * jax.nn.one_hot(idx_BK, n)).sum(1)
 
 
 @pytest.mark.parametrize('shape', SHAPES)
-@pytest.mark.parametrize('implementation', ['gather', 'dense'])
-def test_decode_and_its_gradients_equal_the_dense_product(
-  shape, implementation
-):
+def test_decode_and_its_gradients_equal_the_dense_product(shape):
   with jax.enable_x64(True):
     a = arrays(shape)
     n = shape[1]
     # A repeated index must add up, not overwrite.
     a['idx_BK'][:, -1] = a['idx_BK'][:, 0]
 
-    def sparse_total(vals_BK, w_ND):
+    def sparse_total(implementation, vals_BK, w_ND):
       out_BD = ops.decode(
         vals_BK, a['idx_BK'], w_ND, implementation=implementation
       )
@@ -62,23 +83,12 @@ def test_decode_and_its_gradients_equal_the_dense_product(
       return (dense_codes(vals_BK, a['idx_BK'], n) @ w_ND * a['g_BD']).sum()
 
     args = a['vals_BK'], a['w_ND']
-    got, want = (
-      quick(jax.value_and_grad(total, (0, 1)))(*args)
-      for total in (sparse_total, dense_total)
-    )
-    jax.tree.map(
-      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-11),
-      got,
-      want,
-    )
+    assert_same(sparse_total, dense_total, args)
 
 
 @pytest.mark.parametrize('shape', SHAPES)
-@pytest.mark.parametrize('implementation', ['gather', 'dense'])
 @pytest.mark.parametrize('masked', [False, True])
-def test_encode_topk_and_its_gradients_equal_the_dense_ones(
-  shape, implementation, masked
-):
+def test_encode_topk_and_its_gradients_equal_the_dense_ones(shape, masked):
   with jax.enable_x64(True):
     a = arrays(shape)
     k = shape[2]
@@ -86,7 +96,7 @@ def test_encode_topk_and_its_gradients_equal_the_dense_ones(
     k = min(k, mask_N.sum()) if masked else k
     g_BK = a['g_BK'][:, :k]
 
-    def sparse_total(x_BD, w_ND, b_N):
+    def sparse_total(implementation, x_BD, w_ND, b_N):
       vals_BK, idx_BK = ops.encode_topk(
         x_BD, w_ND, b_N, k, mask_N=mask_N, implementation=implementation
       )
@@ -102,15 +112,7 @@ def test_encode_topk_and_its_gradients_equal_the_dense_ones(
       return (vals_BK * g_BK).sum(), (vals_BK, idx_BK)
 
     args = a['x_BD'], a['w_ND'], a['b_N']
-    got, want = (
-      quick(jax.value_and_grad(total, (0, 1, 2), has_aux=True))(*args)
-      for total in (sparse_total, dense_total)
-    )
-    jax.tree.map(
-      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-11),
-      got,
-      want,
-    )
+    assert_same(sparse_total, dense_total, args, has_aux=True)
 
 
 def test_a_mask_with_too_few_latents_fills_with_minus_infinity():
