@@ -100,11 +100,13 @@ def test_a_defect_put_back_is_seen(monkeypatch, name):
   (wrong,) = edit if len(edit) == 1 else (edited(module, function, *edit),)
   monkeypatch.setattr(module, function, wrong)
   step._program.cache_clear()
+  objective_checks.program.cache_clear()
   with pytest.raises(AssertionError):
     check()
   # That it passes without the defect is what its own test shows.
   monkeypatch.undo()
   step._program.cache_clear()
+  objective_checks.program.cache_clear()
 
 
 def test_the_optimizer_uses_what_is_edited():

@@ -23,6 +23,9 @@ from tests.support.objective_checks import (
 )
 
 
+encode = jax.jit(autoencoder.encode, static_argnums=0)
+
+
 @pytest.mark.parametrize('implementation', ['gather', 'dense'])
 @pytest.mark.parametrize('weight', [0.0, 1 / 32, 100.0])
 @pytest.mark.parametrize('multi_topk', [0, 4])
@@ -47,7 +50,9 @@ def test_relu_and_its_penalty_equal_dense_autodiff():
   with jax.enable_x64(True):
     sae, x_BD, dead_N = problem()
 
-    def of(params, weight):
+    @jax.jit
+    @jax.value_and_grad
+    def by_autodiff(params, weight):
       return dense_reference.relu_loss(
         sae.replace(**params), x_BD, MSE_OF_MEAN, weight
       )
@@ -57,14 +62,13 @@ def test_relu_and_its_penalty_equal_dense_autodiff():
       value, terms, grads = ours(
         sae, x_BD, dead_N, sae_config=config, k_aux=7, sparsity_weight=weight
       )
-      want, want_grads = jax.value_and_grad(of)(
-        autoencoder.trained(sae), weight
-      )
+      want, want_grads = by_autodiff(autoencoder.trained(sae), weight)
       np.testing.assert_allclose(value, want, rtol=1e-12)
       assert largest_difference(grads, want_grads) < 1e-10
-    assert largest_difference(grads, jax.grad(of)(
-      autoencoder.trained(sae), 0.31)) > 1e-4  # fmt: skip
-    vals_BN, _ = autoencoder.encode(config, sae, x_BD)
+    _, other = by_autodiff(autoencoder.trained(sae), 0.31)
+    assert largest_difference(grads, other) > 1e-4
+    vals_BN, _ = encode(config, sae, x_BD)
+    vals_BN = np.asarray(vals_BN)
     np.testing.assert_allclose(terms.l0, (vals_BN > 0).sum(1).mean())
     np.testing.assert_array_equal(terms.fired_N, (vals_BN > 0).any(0))
 
@@ -74,28 +78,30 @@ def test_jump_relu_and_its_estimates_equal_those_by_hand(bandwidth):
   config = dataclasses.replace(CONFIG, activation='jumprelu')
   with jax.enable_x64(True):
     sae, x_BD, dead_N = problem()
-    thresholds_N = jnp.linspace(0.1, 2, CONFIG.n_latents)
-    sae = sae.replace(extra={'log_threshold_N': jnp.log(thresholds_N)})
+    thresholds_N = np.linspace(0.1, 2, CONFIG.n_latents)
+    log_N = jnp.asarray(np.log(thresholds_N))
+    sae = sae.replace(extra={'log_threshold_N': log_N})
     value, terms, grads = ours(
       sae, x_BD, dead_N, sae_config=config, k_aux=0, sparsity_weight=0.02,
       jump_bandwidth=bandwidth,
     )  # fmt: skip
-    want, want_grads = dense_reference.jump_gradients(
+    want, want_grads = jax.jit(dense_reference.jump_gradients)(
       sae, x_BD, MSE_OF_MEAN, 0.02, bandwidth * MSE_OF_MEAN**0.5
     )
     np.testing.assert_allclose(value, want, rtol=1e-12)
     assert largest_difference(grads, want_grads) < 1e-10
-    assert abs(grads['log_threshold_N']).max() > 0
-    vals_BN, _ = autoencoder.encode(config, sae, x_BD)
+    assert np.abs(grads['log_threshold_N']).max() > 0
+    vals_BN, _ = encode(config, sae, x_BD)
+    vals_BN = np.asarray(vals_BN)
     np.testing.assert_allclose(terms.penalty, (vals_BN > 0).sum(1).mean())
-    assert (np.asarray(vals_BN) > 0).sum() < x_BD.shape[0] * 48 / 2
+    assert (vals_BN > 0).sum() < x_BD.shape[0] * 48 / 2
 
 
 def aux_gradients(args, **kwargs):
   """The gradient of AuxK alone: with it, minus without it."""
   _, _, grads = ours(*args, 1.0, k_aux=48, **kwargs)
   _, _, plain = ours(*args, 1.0, k_aux=0, **kwargs)
-  return jax.tree.map(jnp.subtract, grads, plain)
+  return jax.tree.map(np.subtract, grads, plain)
 
 
 def touched(grad_ND):
@@ -113,18 +119,19 @@ def test_aux_reaches_exactly_the_dead_latents(monkeypatch, dead, sizes):
     np.testing.assert_array_equal(touched(grads['w_enc_ND']), list(dead))
     np.testing.assert_array_equal(touched(grads['w_dec_ND']), list(dead))
     np.testing.assert_array_equal(np.flatnonzero(grads['b_lat_N']), list(dead))
-    assert not grads['b_pre_D'].any()
+    assert not np.any(grads['b_pre_D'])
     _, _, want = dense(*args)
     _, _, got = ours(*args)
     assert largest_difference(got, want) < 1e-10
 
 
 def test_no_dead_latent_means_no_aux():
-  args = problem(dead=[])
-  _, terms, grads = ours(*args, 1.0)
-  assert terms.aux == 0
-  _, _, plain = ours(*args, k_aux=0)
-  assert largest_difference(grads, plain) == 0
+  with jax.enable_x64(True):
+    args = problem(dead=[])
+    _, terms, grads = ours(*args, 1.0)
+    assert terms.aux == 0
+    _, _, plain = ours(*args, k_aux=0)
+    assert largest_difference(grads, plain) == 0
 
 
 def test_fewer_dead_latents_than_k_aux():
@@ -135,36 +142,40 @@ def test_fewer_dead_latents_than_k_aux():
     assert largest_difference(got[2], want[2]) < 1e-10
 
 
+@jax.jit
+def aux_error(sae, x_BD, error_BD, dead_N):
+  settings = auxk.Aux(k=7, weight=1.0)
+  zeros = jax.tree.map(jnp.zeros_like, sae)
+  return auxk.aux_error(
+    settings, sae, zeros, x_BD, error_BD, dead_N, 48, Shards()
+  )
+
+
 @pytest.mark.parametrize('spoilt', ['nothing is missed', 'error', 'latent'])
 def test_aux_that_is_not_finite_counts_as_nothing(spoilt):
   sae, x_BD, dead_N = problem()
-  error_BD = jnp.ones_like(x_BD)
-  told = auxk.Aux(k=7, weight=1.0)
-  zeros = jax.tree.map(jnp.zeros_like, sae)
-
-  def run(sae, error_BD):
-    return auxk.aux_error(
-      told, sae, zeros, x_BD, error_BD, dead_N, 48, Shards()
-    )
-
+  error_BD = np.ones_like(x_BD)
   # Control: what follows would count otherwise.
-  value, grads = run(sae, error_BD)
-  assert value > 0 and grads.w_dec_ND.any()
+  value, grads = aux_error(sae, x_BD, error_BD, dead_N)
+  assert value > 0 and np.any(grads.w_dec_ND)
   if spoilt == 'nothing is missed':
-    error_BD = jnp.zeros_like(x_BD)
+    error_BD[:] = 0
   elif spoilt == 'error':
-    error_BD = error_BD.at[0, 0].set(jnp.inf)
+    error_BD[0, 0] = np.inf
   else:
-    sae = sae.replace(b_lat_N=sae.b_lat_N.at[4].set(jnp.inf))
-  value, grads = run(sae, error_BD)
+    b_lat_N = np.array(sae.b_lat_N)
+    b_lat_N[4] = np.inf
+    sae = sae.replace(b_lat_N=b_lat_N)
+  value, grads = aux_error(sae, x_BD, error_BD, dead_N)
   assert value == 0
-  assert not any(g.any() for g in jax.tree.leaves(grads))
+  assert not any(np.any(g) for g in jax.tree.leaves(grads))
 
 
 def test_terms_count_what_fired():
-  sae, x_BD, dead_N = problem()
-  _, terms, _ = ours(sae, x_BD, dead_N)
-  vals_BK, idx_BK = autoencoder.encode(CONFIG, sae, x_BD)
+  with jax.enable_x64(True):
+    sae, x_BD, dead_N = problem()
+    _, terms, _ = ours(sae, x_BD, dead_N)
+    vals_BK, idx_BK = encode(CONFIG, sae, x_BD)
   vals_BK, idx_BK = np.asarray(vals_BK), np.asarray(idx_BK)
   fired = np.unique(idx_BK[vals_BK > 0])
   np.testing.assert_array_equal(np.flatnonzero(terms.fired_N), fired)
@@ -173,11 +184,12 @@ def test_terms_count_what_fired():
 
 def test_silent_winners_did_not_fire():
   # All pre-activations negative: TopK picks latents, ReLU silences them.
-  sae, x_BD, dead_N = problem()
-  sae = dataclasses.replace(sae, b_lat_N=jnp.full(48, -1e4))
-  _, terms, _ = ours(sae, x_BD, dead_N)
+  with jax.enable_x64(True):
+    sae, x_BD, dead_N = problem()
+    sae = dataclasses.replace(sae, b_lat_N=np.full(48, -1e4))
+    _, terms, _ = ours(sae, x_BD, dead_N)
   assert terms.l0 == 0
-  assert not terms.fired_N.any()
+  assert not np.any(terms.fired_N)
 
 
 def test_counts_do_not_overflow():
@@ -203,9 +215,8 @@ def test_bfloat16_products_are_near_and_leave_float32():
     )  # fmt: skip
     assert all(g.dtype == jnp.float32 for g in jax.tree.leaves(rounded[2]))
     np.testing.assert_allclose(rounded[0], exact[0], rtol=0.01)
-    for got, want in zip(
-      jax.tree.leaves(rounded[2]), jax.tree.leaves(exact[2])
-    ):
+    pairs = zip(jax.tree.leaves(rounded[2]), jax.tree.leaves(exact[2]))
+    for got, want in (map(np.asarray, pair) for pair in pairs):
       assert (got != want).any()
       cosine = (got * want).sum() / np.linalg.norm(got) / np.linalg.norm(want)
       assert cosine > 0.999
