@@ -94,19 +94,27 @@ DEFECTS = {
 }
 
 
+def forget_programs():
+  """What is traced from now on uses the functions as they are now."""
+  for program in (
+    step._program,
+    objective_checks.program,
+    optimizer_checks.program,
+  ):
+    program.cache_clear()
+
+
 @pytest.mark.parametrize('name', DEFECTS)
 def test_a_defect_put_back_is_seen(monkeypatch, name):
   check, module, function, *edit = DEFECTS[name]
   (wrong,) = edit if len(edit) == 1 else (edited(module, function, *edit),)
   monkeypatch.setattr(module, function, wrong)
-  step._program.cache_clear()
-  objective_checks.program.cache_clear()
+  forget_programs()
   with pytest.raises(AssertionError):
     check()
   # That it passes without the defect is what its own test shows.
   monkeypatch.undo()
-  step._program.cache_clear()
-  objective_checks.program.cache_clear()
+  forget_programs()
 
 
 def test_the_optimizer_uses_what_is_edited():

@@ -1,6 +1,7 @@
 """The optimiser, and a float64 loop in numpy that it must equal."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +31,18 @@ def as_sae(params):
   arrays = {name: jnp.asarray(a) for name, a in params.items()}
   return autoencoder.Sae(
     **arrays,
-    data_mean_D=jnp.zeros_like(arrays['b_pre_D']),
-    data_scale=jnp.ones(()),
+    data_mean_D=jnp.asarray(np.zeros(arrays['b_pre_D'].shape)),
+    data_scale=jnp.asarray(np.ones(())),
+  )
+
+
+@functools.cache
+def program(config):
+  """`optimizer.update`, compiled; clear it when its code changes."""
+  # Its results are compared, not its speed.
+  return jax.jit(
+    lambda *args: optimizer.update(config, *args),
+    compiler_options={'xla_backend_optimization_level': 0},
   )
 
 
@@ -39,9 +50,7 @@ def run(params, grads, config=CONFIG, rate=0.01):
   sae, history = as_sae(params), []
   state = optimizer.init(config, sae)
   for grad in grads:
-    sae, state, _ = optimizer.update(
-      config, sae, state, as_sae(grad), jnp.asarray(rate)
-    )
+    sae, state, _ = program(config)(sae, state, as_sae(grad), rate)
     history.append(sae)
   return history, state
 
@@ -75,7 +84,8 @@ def numpy_run(
 def averaged(config, sae, state):
   """The moving average that a run has after its last step."""
   ema = state.ema
-  return autoencoder.averaged(sae, ema.ema, ema.count, config.ema_decay)
+  average = jax.jit(autoencoder.averaged, static_argnums=3)
+  return average(sae, ema.ema, ema.count, config.ema_decay)
 
 
 def difference(sae, params):

@@ -1,5 +1,7 @@
 """The autoencoder's functions against float64 numpy."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,15 +11,32 @@ from scipy import optimize
 from sae_jax import autoencoder, errors
 from sae_jax.ops import rows as rows_lib
 
+# Their results are compared, not their speed.
+compiled = functools.partial(
+  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
+)
+preprocess = compiled(autoencoder.preprocess, static_argnums=0)
+restore = compiled(autoencoder.restore)
+encode = compiled(autoencoder.encode, static_argnums=0)
+decode = compiled(autoencoder.decode)
+geometric_median = compiled(autoencoder.geometric_median)
 
+
+@functools.partial(compiled, static_argnums=0)
+def start(config, raw_BD):
+  sae = autoencoder.init_weights(config, jax.random.key(0))
+  return autoencoder.fit_inputs(config, sae, raw_BD)
+
+
+@functools.cache
 def make(preprocessing='center_unit_norm', **kwargs):
   values = {'d_model': 24, 'n_latents': 96, 'k': 6} | kwargs
   config = autoencoder.SaeConfig(preprocessing=preprocessing, **values)
   rng = np.random.default_rng(0)
   raw_BD = 3 + rng.standard_normal((500, 24)) * np.linspace(0.5, 4, 24)
   raw_BD = raw_BD.astype(np.float32)
-  sae = autoencoder.init_weights(config, jax.random.key(0))
-  sae, mse_of_mean = autoencoder.fit_inputs(config, sae, jnp.asarray(raw_BD))
+  raw_BD.setflags(write=False)
+  sae, mse_of_mean = start(config, raw_BD)
   return config, sae, raw_BD, mse_of_mean
 
 
@@ -38,12 +57,12 @@ def preprocessed(name, raw_BD):
 @pytest.mark.parametrize('name', autoencoder.PREPROCESSING)
 def test_preprocess_is_its_definition_and_restore_undoes_it(name):
   config, sae, raw_BD, _ = make(name)
-  x_BD, affine = autoencoder.preprocess(config, sae, raw_BD)
+  x_BD, affine = preprocess(config, sae, raw_BD)
   np.testing.assert_allclose(
     x_BD, preprocessed(name, raw_BD), rtol=2e-5, atol=2e-5
   )
   np.testing.assert_allclose(
-    autoencoder.restore(affine, x_BD), raw_BD, rtol=1e-4, atol=1e-4
+    restore(affine, x_BD), raw_BD, rtol=1e-4, atol=1e-4
   )
 
 
@@ -51,7 +70,7 @@ def test_layer_norm_of_a_faint_token_is_its_definition():
   # Small enough that it matters where the epsilon is added.
   config, sae, raw_BD, _ = make('layer_norm')
   faint_BD = 1e-4 * raw_BD
-  x_BD, _ = autoencoder.preprocess(config, sae, faint_BD)
+  x_BD, _ = preprocess(config, sae, faint_BD)
   want_BD = preprocessed('layer_norm', faint_BD)
   np.testing.assert_allclose(x_BD, want_BD, rtol=1e-3, atol=1e-3)
 
@@ -60,17 +79,16 @@ def test_layer_norm_of_a_faint_token_is_its_definition():
 @pytest.mark.parametrize('level', [7.0, 0.1, 1000.1, -3.3, 0.0])
 def test_a_constant_token_is_finite(name, level):
   config, sae, _, _ = make(name)
-  x_BD, affine = autoencoder.preprocess(config, sae, jnp.full((2, 24), level))
+  x_BD, affine = preprocess(config, sae, np.full((2, 24), level, np.float32))
   assert np.isfinite(x_BD).all()
   if name == 'center_unit_norm':
     np.testing.assert_array_equal(x_BD, 0)
     # Control: a token that varies a little is brought to unit norm.
-    other, _ = autoencoder.preprocess(
-      config, sae, level + 1e-3 * (1 + abs(level)) * jnp.eye(2, 24)
-    )
+    other_BD = level + 1e-3 * (1 + abs(level)) * np.eye(2, 24)
+    other, _ = preprocess(config, sae, other_BD.astype(np.float32))
     np.testing.assert_allclose(np.linalg.norm(other, axis=1), 1, rtol=1e-5)
   np.testing.assert_allclose(
-    autoencoder.restore(affine, x_BD),
+    restore(affine, x_BD),
     np.full((2, 24), level),
     rtol=1e-5,
     atol=1e-6,
@@ -79,15 +97,15 @@ def test_a_constant_token_is_finite(name, level):
 
 def test_half_precision_activations_are_widened():
   config, sae, raw_BD, _ = make()
-  x_BD, _ = autoencoder.preprocess(config, sae, jnp.bfloat16(raw_BD))
+  x_BD, _ = preprocess(config, sae, jnp.bfloat16(raw_BD))
   assert x_BD.dtype == jnp.float32
 
 
 def test_encode_decode_equal_a_float64_definition():
   config, sae, raw_BD, _ = make()
-  x_BD, _ = autoencoder.preprocess(config, sae, raw_BD)
-  vals_BK, idx_BK = autoencoder.encode(config, sae, x_BD)
-  output_BD = autoencoder.decode(sae, vals_BK, idx_BK)
+  x_BD, _ = preprocess(config, sae, raw_BD)
+  vals_BK, idx_BK = encode(config, sae, x_BD)
+  output_BD = decode(sae, vals_BK, idx_BK)
 
   wide = {
     name: np.asarray(array, np.float64)
@@ -108,14 +126,16 @@ def test_encode_decode_equal_a_float64_definition():
 def test_reconstruct_is_in_the_raw_space():
   config, sae, raw_BD, _ = make('layer_norm', n_latents=24, k=24)
   # An orthonormal decoder with both signs of every direction loses nothing.
-  eye = jnp.eye(24)
-  both = jnp.concatenate([eye, -eye])
-  sae = sae.replace(w_enc_ND=both, w_dec_ND=both, b_lat_N=jnp.zeros(48))
-  got = autoencoder.reconstruct(config, sae, raw_BD)
+  eye = np.eye(24, dtype=np.float32)
+  both = np.concatenate([eye, -eye])
+  zeros_N = np.zeros(48, np.float32)
+  sae = sae.replace(w_enc_ND=both, w_dec_ND=both, b_lat_N=zeros_N)
+  reconstruct = compiled(autoencoder.reconstruct, static_argnums=0)
+  got = reconstruct(config, sae, raw_BD)
   np.testing.assert_allclose(got, raw_BD, rtol=1e-4, atol=1e-4)
   # Control: without the way back it is far off.
-  x_BD, _ = autoencoder.preprocess(config, sae, raw_BD)
-  inside = autoencoder.decode(sae, *autoencoder.encode(config, sae, x_BD))
+  x_BD, _ = preprocess(config, sae, raw_BD)
+  inside = decode(sae, *encode(config, sae, x_BD))
   assert abs(np.asarray(inside) - raw_BD).max() > 1
 
 
@@ -126,11 +146,11 @@ def test_fresh_autoencoder_fits_its_inputs():
   # The encoder is the decoder's transpose up to one factor.
   factor = np.asarray(sae.w_enc_ND) / np.asarray(sae.w_dec_ND)
   np.testing.assert_allclose(factor, factor[0, 0], rtol=1e-4)
-  x_BD, _ = autoencoder.preprocess(config, sae, raw_BD)
-  output_BD = autoencoder.decode(sae, *autoencoder.encode(config, sae, x_BD))
+  x_BD, _ = preprocess(config, sae, raw_BD)
+  output_BD = decode(sae, *encode(config, sae, x_BD))
   np.testing.assert_allclose(
-    np.linalg.norm(output_BD - sae.b_pre_D),
-    np.linalg.norm(x_BD - sae.b_pre_D),
+    np.linalg.norm(np.subtract(output_BD, sae.b_pre_D)),
+    np.linalg.norm(np.subtract(x_BD, sae.b_pre_D)),
     rtol=1e-4,
   )
   wide = np.asarray(x_BD, np.float64)
@@ -141,13 +161,14 @@ def test_fresh_autoencoder_fits_its_inputs():
 
 def test_first_encoder_is_the_transpose_or_drawn_apart():
   _, sae, _, _ = make()
-  cosine_N = (sae.w_enc_ND * sae.w_dec_ND).sum(1)
-  cosine_N /= jnp.linalg.norm(sae.w_enc_ND, axis=1)
+  w_enc_ND, w_dec_ND = map(np.asarray, (sae.w_enc_ND, sae.w_dec_ND))
+  cosine_N = (w_enc_ND * w_dec_ND).sum(1) / np.linalg.norm(w_enc_ND, axis=1)
   np.testing.assert_allclose(cosine_N, 1, rtol=1e-5)
   _, apart, _, _ = make(encoder_init='independent')
   np.testing.assert_array_equal(apart.w_dec_ND, sae.w_dec_ND)
-  norms_N = jnp.linalg.norm(apart.w_enc_ND, axis=1)
-  cosine_N = (apart.w_enc_ND * apart.w_dec_ND).sum(1) / norms_N
+  w_enc_ND = np.asarray(apart.w_enc_ND)
+  norms_N = np.linalg.norm(w_enc_ND, axis=1)
+  cosine_N = (w_enc_ND * np.asarray(apart.w_dec_ND)).sum(1) / norms_N
   assert abs(cosine_N).mean() < 0.3
   # Rows of one norm, as the transpose has them.
   np.testing.assert_allclose(norms_N, norms_N[0], rtol=1e-5)
@@ -157,7 +178,9 @@ def test_first_encoder_is_the_transpose_or_drawn_apart():
 def test_first_thresholds_are_small_beside_the_tokens_spread(name):
   _, sae, _, mse_of_mean = make(name, activation='jumprelu')
   np.testing.assert_allclose(
-    np.exp(sae.extra['log_threshold_N']), 1e-3 * mse_of_mean**0.5, rtol=1e-5
+    np.exp(sae.extra['log_threshold_N']),
+    1e-3 * np.sqrt(mse_of_mean),
+    rtol=1e-5,
   )
   assert not make(name)[1].extra
 
@@ -181,9 +204,7 @@ def test_geometric_median_is_the_minimum(kind):
     points_BD = rng.exponential(size=(61, 1)) * [1.0, 0.0, 0.0]
   with jax.enable_x64(True):
     got_D = np.asarray(
-      autoencoder.geometric_median(
-        jnp.asarray(points_BD), tolerance=1e-12, max_steps=20_000
-      )
+      geometric_median(points_BD, tolerance=1e-12, max_steps=20_000)
     )
   assert np.isfinite(got_D).all()
   best = min(
@@ -200,26 +221,26 @@ def test_geometric_median_is_the_minimum(kind):
 
 def test_geometric_median_starts_on_a_data_point():
   # The mean is a data point that is not the median.
-  points_BD = jnp.array([[0.0], [0.0], [0.0], [1.0], [4.0]])
-  points_BD = jnp.concatenate([points_BD, jnp.array([[1.0]])])
-  got = autoencoder.geometric_median(points_BD, max_steps=2000)
-  assert sum_of_distances(np.asarray(got), np.asarray(points_BD)) < 6.01
+  points_BD = np.float32([0, 0, 0, 1, 4, 1])[:, None]
+  got = geometric_median(points_BD, max_steps=2000)
+  assert sum_of_distances(np.asarray(got), points_BD) < 6.01
 
 
 def test_geometric_median_stays_on_a_heavy_point_it_starts_from():
   # The mean is 0, where five of nine points lie: the median. The pull of the
   # others is less than what holds it there; Weiszfeld's step would leave.
-  points_BD = jnp.array([0.0] * 5 + [3.0, -1.0, -1.0, -1.0])[:, None]
-  assert autoencoder.geometric_median(points_BD) == 0
+  points_BD = np.float32([0] * 5 + [3, -1, -1, -1])[:, None]
+  assert geometric_median(points_BD) == 0
 
 
 def test_geometric_median_of_equal_points_is_that_point():
-  got = autoencoder.geometric_median(jnp.full((9, 4), 2.5))
+  got = geometric_median(np.full((9, 4), 2.5, np.float32))
   np.testing.assert_array_equal(got, np.full(4, 2.5))
 
 
 def test_unit_rows_leaves_a_zero_row():
-  rows = rows_lib.unit_rows(jnp.array([[3.0, 4.0], [0.0, 0.0]]))
+  unit_rows = compiled(rows_lib.unit_rows)
+  rows = unit_rows(np.float32([[3, 4], [0, 0]]))
   np.testing.assert_allclose(rows, [[0.6, 0.8], [0, 0]], rtol=1e-6)
 
 

@@ -22,7 +22,6 @@ from tests.support.objective_checks import (
   problem,
 )
 
-
 encode = jax.jit(autoencoder.encode, static_argnums=0)
 
 
@@ -188,8 +187,8 @@ def test_silent_winners_did_not_fire():
     sae, x_BD, dead_N = problem()
     sae = dataclasses.replace(sae, b_lat_N=np.full(48, -1e4))
     _, terms, _ = ours(sae, x_BD, dead_N)
-  assert terms.l0 == 0
-  assert not np.any(terms.fired_N)
+    assert terms.l0 == 0
+    assert not np.any(terms.fired_N)
 
 
 def test_counts_do_not_overflow():
