@@ -29,13 +29,23 @@ def problem(n, width, steps=1, seed=0):
   return [a.astype(np.float32) for a in state], grads.astype(np.float32)
 
 
+@functools.cache
+def program(implementation, tile, **more):
+  """A step, compiled; `tile` is what `tiles` chooses while it is traced."""
+  del tile
+  do = functools.partial(
+    api.adam_rows, implementation=implementation, **CONFIG, **more
+  )
+  # Its results are compared, not its speed.
+  return jax.jit(
+    lambda *args: do(*args),
+    compiler_options={'xla_backend_optimization_level': 0},
+  )
+
+
 def run(state, grads, implementation, rate=0.01, scale=1.0, **more):
   """The state and the squared norm after all gradients, one at a time."""
-  do = jax.jit(
-    functools.partial(
-      api.adam_rows, implementation=implementation, **CONFIG, **more
-    )
-  )
+  do = program(implementation, tiles.choose(*state[0].shape, 9), **more)
   for count, grad in enumerate(grads):
     corrections = adam.corrections(jnp.int32(count), CONFIG['b1'], CONFIG['b2'])
     *state, squares = do(*state, grad, rate, corrections, scale)

@@ -1,5 +1,6 @@
 """The autoencoder's functions against float64 numpy."""
 
+import dataclasses
 import functools
 
 import jax
@@ -22,12 +23,6 @@ decode = compiled(autoencoder.decode)
 geometric_median = compiled(autoencoder.geometric_median)
 
 
-@functools.partial(compiled, static_argnums=0)
-def start(config, raw_BD):
-  sae = autoencoder.init_weights(config, jax.random.key(0))
-  return autoencoder.fit_inputs(config, sae, raw_BD)
-
-
 @functools.cache
 def make(preprocessing='center_unit_norm', **kwargs):
   values = {'d_model': 24, 'n_latents': 96, 'k': 6} | kwargs
@@ -36,7 +31,8 @@ def make(preprocessing='center_unit_norm', **kwargs):
   raw_BD = 3 + rng.standard_normal((500, 24)) * np.linspace(0.5, 4, 24)
   raw_BD = raw_BD.astype(np.float32)
   raw_BD.setflags(write=False)
-  sae, mse_of_mean = start(config, raw_BD)
+  sae = autoencoder.init_weights(config, jax.random.key(0))
+  sae, mse_of_mean = autoencoder.fit_inputs(config, sae, jnp.asarray(raw_BD))
   return config, sae, raw_BD, mse_of_mean
 
 
@@ -124,7 +120,8 @@ def test_encode_decode_equal_a_float64_definition():
 
 
 def test_reconstruct_is_in_the_raw_space():
-  config, sae, raw_BD, _ = make('layer_norm', n_latents=24, k=24)
+  config, sae, raw_BD, _ = make('layer_norm')
+  config = dataclasses.replace(config, n_latents=48, k=24)
   # An orthonormal decoder with both signs of every direction loses nothing.
   eye = np.eye(24, dtype=np.float32)
   both = np.concatenate([eye, -eye])

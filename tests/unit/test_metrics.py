@@ -13,6 +13,12 @@ from sae_jax import autoencoder
 from sae_jax.autoencoder import metrics
 from sae_jax.training import log
 
+# Their results are compared, not their speed.
+compiled = functools.partial(
+  jax.jit, compiler_options={'xla_backend_optimization_level': 0}
+)
+batch_sums = compiled(metrics.batch_sums, static_argnums=4)
+
 
 def batch(seed, size, offset=0.0, scale=1.0):
   rng = np.random.default_rng(seed)
@@ -28,11 +34,10 @@ def test_metrics_over_batches_equal_their_definitions():
   # A mean a thousand times the spread: sums of raw squares in float32
   # would have no digit of the variance left.
   parts = [batch(seed, size, 100.0, 0.1) for seed, size in ((0, 50), (1, 7))]
-  origin_D = jnp.full(6, 100.0)
+  origin_D = np.full(6, 100, np.float32)
   total = None
   for part in parts:
-    x_BD = jnp.asarray(part[0])
-    sums = metrics.batch_sums(*map(jnp.asarray, part), 10, origin_D, x_BD)
+    sums = batch_sums(*part, 10, origin_D, part[0])
     total = metrics.add_sums(total, sums)
   got = metrics.summarise(total, mse_of_mean=0.05)
 
@@ -56,11 +61,9 @@ def test_metrics_over_batches_equal_their_definitions():
 
 
 def test_fvu_of_predicting_the_mean_is_one_and_of_perfection_zero():
-  x_BD, _, vals_BK, idx_BK = map(jnp.asarray, batch(3, 200))
+  x_BD, _, vals_BK, idx_BK = batch(3, 200)
   for output_BD, want in ((x_BD.mean(0) + 0 * x_BD, 1.0), (x_BD, 0.0)):
-    sums = metrics.batch_sums(
-      x_BD, output_BD, vals_BK, idx_BK, 10, x_BD[0], x_BD
-    )
+    sums = batch_sums(x_BD, output_BD, vals_BK, idx_BK, 10, x_BD[0], x_BD)
     got = metrics.summarise(metrics.add_sums(None, sums), 1.0)
     np.testing.assert_allclose(got.fvu, want, atol=1e-5)
 
@@ -77,9 +80,10 @@ def test_rows_that_rounding_alone_tells_apart_do_not_vary(preprocessing):
   config = autoencoder.SaeConfig(
     d_model=32, n_latents=64, k=4, preprocessing=preprocessing
   )
+  # Compiled as runs compile them, since they are to round as those do.
   fit = jax.jit(functools.partial(autoencoder.fit_inputs, config))
   evaluate = jax.jit(functools.partial(metrics.evaluate_batch, config))
-  fresh = jax.jit(functools.partial(autoencoder.init_weights, config))(
+  fresh = compiled(functools.partial(autoencoder.init_weights, config))(
     jax.random.key(1)
   )
   # Held-out rows are met with weights of a sample that varies.
@@ -94,17 +98,26 @@ def test_rows_that_rounding_alone_tells_apart_do_not_vary(preprocessing):
 
 def test_evaluate_batch_is_encode_decode_and_sums():
   config = autoencoder.SaeConfig(d_model=6, n_latents=12, k=3)
-  raw_BD = jnp.asarray(batch(4, 30)[0])
-  sae = autoencoder.init_weights(config, jax.random.key(1))
-  sae, _ = autoencoder.fit_inputs(config, sae, raw_BD)
-  got = metrics.evaluate_batch(config, sae, raw_BD)
-  x_BD, _ = autoencoder.preprocess(config, sae, raw_BD)
-  vals_BK, idx_BK = autoencoder.encode(config, sae, x_BD)
-  output_BD = autoencoder.decode(sae, vals_BK, idx_BK)
+  raw_BD = batch(4, 30)[0]
+
+  @compiled
+  def start(raw_BD):
+    sae = autoencoder.init_weights(config, jax.random.key(1))
+    return autoencoder.fit_inputs(config, sae, raw_BD)[0]
+
+  @compiled
+  def by_parts(sae, raw_BD):
+    x_BD, _ = autoencoder.preprocess(config, sae, raw_BD)
+    vals_BK, idx_BK = autoencoder.encode(config, sae, x_BD)
+    return x_BD, vals_BK, autoencoder.decode(sae, vals_BK, idx_BK)
+
+  sae = start(raw_BD)
+  got = compiled(metrics.evaluate_batch, static_argnums=0)(config, sae, raw_BD)
+  x_BD, vals_BK, output_BD = map(np.asarray, by_parts(sae, raw_BD))
   np.testing.assert_allclose(
     got.error, ((x_BD - output_BD) ** 2).sum(), rtol=1e-5
   )
-  assert int(got.fired_N.sum()) == int(got.active) == int((vals_BK > 0).sum())
+  assert int(np.sum(got.fired_N)) == int(got.active) == int((vals_BK > 0).sum())
 
 
 def test_density_histogram_counts_the_living_and_the_silent():
