@@ -117,7 +117,10 @@ def test_an_interrupt_is_silent_and_the_run_goes_on(store, tmp_path):
   workdir = str(tmp_path / 'run')
   # On a machine that is busy a short run ends before it is looked at.
   interrupted = [*command(store, workdir), '--steps=100000']
+  # Workers of tests ignore Ctrl-C, and a child inherits it.
+  before = signal.signal(signal.SIGINT, signal.default_int_handler)
   process = runs.start(interrupted, devices=2)
+  signal.signal(signal.SIGINT, before)
   runs.wait_until(lambda: runs.saved_steps(workdir), process)
   process.send_signal(signal.SIGINT)
   _, said = runs.ended(process, -signal.SIGINT)
