@@ -177,10 +177,10 @@ def run(main: Callable[[], Any], description: str) -> None:
     return rest
 
   def guarded(_) -> None:
-    logging.get_absl_handler().addFilter(_own_or_important)
     backend.skip_absent_tpu()
     try:
-      main()
+      with _fewer_records(flags.FLAGS.debug):
+        main()
     except errors.UserError as error:
       if flags.FLAGS.debug:
         raise
@@ -244,15 +244,28 @@ def _unread() -> bool:
   return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
-def _own_or_important(record: python_logging.LogRecord) -> bool:
-  """Whether a record is shown: all warnings, but INFO only if it is ours."""
+@contextlib.contextmanager
+def _fewer_records(debug: bool) -> Iterator[None]:
+  """Shows all warnings while it is open, but INFO only if it is ours.
+
+  A program that has called a stage's `main` shows its own records again.
+  """
   own = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-  # Orbax logs its exceptions, several times, and raises them too.
-  if record.exc_info and 'orbax' in record.pathname and not flags.FLAGS.debug:
-    return False
-  return record.levelno >= python_logging.WARNING or (
-    record.pathname.startswith((own, os.path.abspath(sys.argv[0])))
-  )
+  shown = (own, os.path.abspath(sys.argv[0]))
+
+  def is_shown(record: python_logging.LogRecord) -> bool:
+    # Orbax logs its exceptions, several times, and raises them too.
+    if record.exc_info and 'orbax' in record.pathname and not debug:
+      return False
+    return record.levelno >= python_logging.WARNING or (
+      record.pathname.startswith(shown)
+    )
+
+  handler = logging.get_absl_handler()
+  handler.addFilter(is_shown)
+  # After an error it stays: threads of Orbax may log while the process ends.
+  yield
+  handler.removeFilter(is_shown)
 
 
 def _fail(message: str, code: int) -> None:

@@ -1,12 +1,14 @@
 """What flags take, in process; `test_cli` runs the binaries."""
 
 import importlib
+import logging
 import os
 import signal
 import sys
 import types
 
 from absl import flags as absl_flags
+from absl import logging as absl_logging
 import jax
 import numpy as np
 import pytest
@@ -253,3 +255,19 @@ def test_a_program_that_calls_a_stage_begins_once(name, monkeypatch, capsys):
   with pytest.raises(AssertionError):
     main()
   signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT, signal.SIGTERM})
+
+
+def test_after_a_stage_a_program_shows_its_own_records():
+  def is_shown():
+    record = logging.LogRecord(
+      'absl', logging.ERROR, 'orbax/x.py', 1, 'no', (), (None, None, None)
+    )
+    return bool(absl_logging.get_absl_handler().filter(record))
+
+  before = is_shown()
+  # Flags need not be parsed any more.
+  with flags._fewer_records(debug=False):
+    assert not is_shown()
+  with flags._fewer_records(debug=True):
+    assert is_shown() == before
+  assert is_shown() == before
