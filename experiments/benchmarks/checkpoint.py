@@ -7,7 +7,7 @@ checksums, as older versions did, and with them. `save_ratio` and
 passed; `save_cpu_ratio` and `load_cpu_ratio` of this process's processor time,
 which other programs of the machine change less.
 
-  python -m experiments.benchmarks.checkpoint --workdir=/tmp/checkpoint
+  python -m experiments.benchmarks.checkpoint --workdir=runs/checkpoint
 """
 
 import dataclasses

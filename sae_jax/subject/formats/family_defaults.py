@@ -5,6 +5,18 @@ installed release has, and `tests/` compares. Only sizes that every file has
 are left out.
 """
 
+_QWEN = {
+  'hidden_act': 'silu',
+  'num_key_value_heads': 32,
+  'max_position_embeddings': 32_768,
+  'rms_norm_eps': 1e-6,
+  'use_sliding_window': False,
+  'sliding_window': 4096,
+  'max_window_layers': 28,
+  'tie_word_embeddings': False,
+  'vocab_size': 151_936,
+}
+
 DEFAULTS = {
   'gpt2': {
     'n_positions': 1024,
@@ -37,29 +49,8 @@ DEFAULTS = {
     'sliding_window': 4096,
     'tie_word_embeddings': False,
   },
-  'qwen2': {
-    'hidden_act': 'silu',
-    'num_key_value_heads': 32,
-    'max_position_embeddings': 32_768,
-    'rms_norm_eps': 1e-6,
-    'use_sliding_window': False,
-    'sliding_window': 4096,
-    'max_window_layers': 28,
-    'tie_word_embeddings': False,
-    'vocab_size': 151_936,
-  },
-  'qwen3': {
-    'hidden_act': 'silu',
-    'num_key_value_heads': 32,
-    'max_position_embeddings': 32_768,
-    'rms_norm_eps': 1e-6,
-    'use_sliding_window': False,
-    'sliding_window': 4096,
-    'max_window_layers': 28,
-    'tie_word_embeddings': False,
-    'vocab_size': 151_936,
-    'head_dim': 128,
-  },
+  'qwen2': _QWEN,
+  'qwen3': _QWEN | {'head_dim': 128},
   'gemma': {
     'vocab_size': 256_000,
     'max_position_embeddings': 8192,
