@@ -113,7 +113,7 @@ class HarvestConfig(config_lib.Config):
   holdout_fraction: float = option(
     0.1,
     'share of the rows that are held out from training, those of the last '
-    'documents',
+    'documents: the first half validates, the rest is the test; 0 for none',
     sizes_store=True,
   )
   mask_first: bool = option(

@@ -93,7 +93,7 @@ def measure(
   mean_D: np.ndarray,
   batch_contexts: int = 4,
 ) -> Downstream:
-  """Splices reconstructions into the subject on held-out text.
+  """Splices reconstructions into the subject on test documents.
 
   Only activations that the store keeps are replaced: position 0 and other
   attention sinks stay as they are, for all variants alike. Every next-token
@@ -102,13 +102,13 @@ def measure(
   Args:
     trained: the autoencoder.
     subject: the model that the store was harvested from.
-    store: gives the held-out text and the masked tokens.
-    n_tokens: the fewest tokens of text, or all that are held out if fewer.
+    store: gives the test documents' text and the masked tokens.
+    n_tokens: the fewest tokens of text, or all that there are if fewer.
     mean_D: the mean raw activation, for mean-ablation.
     batch_contexts: contexts in one forward pass.
   """
   site = capture.parse_site(store.site)
-  tokens_CT, length_C, kept_CT, document_C = store_lib.heldout_contexts(
+  tokens_CT, length_C, kept_CT, document_C = store_lib.test_contexts(
     store, n_tokens
   )
   sums, counts = [], []

@@ -54,7 +54,7 @@ def reconstruction(report: dict[str, Any]) -> Figure:
   axes.bar_label(bars, fmt='%.3f', padding=3)
   axes.invert_yaxis()
   axes.set_xlim(0, 1.15 * max(filter(np.isfinite, values), default=1))
-  axes.set_xlabel('fraction of held-out variance unexplained')
+  axes.set_xlabel('fraction of variance unexplained, test rows')
   return figure
 
 

@@ -1,4 +1,4 @@
-"""Reconstruction of held-out activations, by the autoencoder and controls."""
+"""Reconstruction of activations that were not trained on, by the autoencoder and controls."""
 
 from collections.abc import Iterator
 import functools

@@ -33,7 +33,7 @@ from sae_jax.storage import workdir as workdir_lib
 from sae_jax.store import layout
 
 # Raised with every change after which the same inputs give other results.
-RESULTS_VERSION = 2
+RESULTS_VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ProbeConfig(config_lib.Config):
   )
   eval_rows: int = config_lib.option(
     1_000_000,
-    'most held-out rows on which NMSE, FVU, L0 and density are measured',
+    'most test rows on which NMSE, FVU, L0 and density are measured',
     least=1,
   )
   batch_rows: int = config_lib.option(
@@ -57,7 +57,7 @@ class ProbeConfig(config_lib.Config):
   )
   downstream_tokens: int = config_lib.option(
     4096,
-    'number of held-out tokens on which delta CE and KL are measured',
+    'number of tokens of test documents on which delta CE and KL are measured',
     least=1,
   )
   task_names: tuple[str, ...] = config_lib.option(
@@ -108,7 +108,7 @@ def probe(
   Args:
     config: options of the evaluation.
     checkpoint: the workdir of a training run, local path or URL.
-    store_url: the store of activations, whose held-out rows are scored.
+    store_url: the store of activations, whose test rows are scored.
     workdir: the folder that the results are written to.
     subject: the subject model, if it is loaded already.
 
@@ -276,17 +276,16 @@ def scores(
   task_scores = probe_tasks(
     config, trained, subject, store.site, store.manifest.bos
   )
-  start = store.n_train
-  stop = min(store.manifest.n_rows, start + config.eval_rows)
-  rows = (start, stop, config.batch_rows)
-  quality = reconstruction.measure(trained, store, *rows, 'held-out')
+  scored = store.test_rows[: config.eval_rows]
+  rows = (scored.start, scored.stop, config.batch_rows)
+  quality = reconstruction.measure(trained, store, *rows, 'test')
   sample_rows = min(store.n_train, trained.metadata.sample_rows)
   sample_BD = store.finite_rows(0, sample_rows)
   fresh = reconstruction.untrained(trained.config, sample_BD, config.seed + 1)
   control = reconstruction.measure(fresh, store, *rows, 'untrained')
   components = reconstruction.pca_components(quality.l0, store)
   fvu_pca = reconstruction.pca_fvu(
-    trained, store, start, stop, components, config.batch_rows
+    trained, store, scored.start, scored.stop, components, config.batch_rows
   )
   losses = downstream.measure(
     trained,

@@ -20,7 +20,7 @@ def lines(report: dict[str, Any]) -> list[str]:
   out = [
     'NMSE {nmse:.4f}  FVU {fvu:.4f}  (PCA with {pca_components} components '
     '{fvu_pca:.4f}, untrained {fvu_untrained:.4f})',
-    'L0 {l0:.2f}  silent on the held-out tokens {dead_fraction:.2%}',
+    'L0 {l0:.2f}  silent on the test tokens {dead_fraction:.2%}',
     'delta CE {delta_ce:.4f} nats {interval} '
     'from {ce:.4f}, recovered {ce_recovered:.3f} of zero-ablation, '
     'KL {kl:.4f}',

@@ -1,6 +1,7 @@
 """The activation store: rows of activations and the tokens they come from."""
 
+from sae_jax.store.contexts import test_contexts
 from sae_jax.store.manifest import Manifest
-from sae_jax.store.reader import heldout_contexts, open_store, Store
+from sae_jax.store.reader import open_store, Store
 
-__all__ = ['Manifest', 'Store', 'heldout_contexts', 'open_store']
+__all__ = ['Manifest', 'Store', 'open_store', 'test_contexts']

@@ -184,6 +184,31 @@ def read_shards(url: str, plan: StorePlan) -> dict[int, Shard]:
   return shards
 
 
+def read_shard(url: str, manifest: Manifest, number: int) -> Shard:
+  """The record of a shard of a sealed store.
+
+  Raises:
+    UserError: if it cannot be read, or is not what the manifest was written
+      with.
+  """
+  name = shard_name(number)
+  content, where = read_content(url, name), f'{name} in {url}'
+  if content is None:
+    raise errors.UserError(
+      f'{where} is not there: copy the store again, or harvest it again'
+    )
+  if (
+    manifest_lib.digest(content)
+    != (manifest.checksums[manifest_lib.RECORDS][number])
+  ):
+    raise errors.UserError(
+      f'{where} has not the sha256 that the manifest has of it: {_AGAIN}'
+    )
+  shard = config.from_dict(Shard, content, where)
+  checks.check_shard(manifest, shard, array_kinds(manifest), where)
+  return shard
+
+
 def array_name(site: str) -> str:
   """The folder of a site's activations; UserError if it may be another's."""
   return f'{ACTIVATIONS}/' + names.plain(site, 'the manifest')

@@ -4,7 +4,8 @@ Each is a JSON file with a sha256 of its other fields, which is compared when it
 is read. Those of older stores may lack it.
 """
 
-from collections.abc import Iterable, Sequence
+import bisect
+from collections.abc import Callable, Iterable, Sequence
 import dataclasses
 import hashlib
 import json
@@ -107,7 +108,7 @@ class Manifest:
     n_rows: R, kept tokens.
     n_stream: L, tokens of the stream.
     holdout_rows: number of held-out rows, the last ones; the first of them
-      begins a document.
+      begins a document. `first_test_row` divides them.
     shard_counts: rows and tokens of the stream of each shard.
     source_rows: source -> rows that came from it.
     mask: the rule by which tokens were left out, and how many were.
@@ -247,6 +248,9 @@ def _summed(counts: Iterable[dict[str, int]]) -> dict[str, int]:
 def holdout_rows(shards: Sequence[Shard], fraction: float) -> int:
   """Rows of the fewest last documents that are this fraction of all rows.
 
+  They are two or more, for validation and for the test, unless the fraction is
+  0.
+
   Raises:
     UserError: if that is all documents.
   """
@@ -255,18 +259,46 @@ def holdout_rows(shards: Sequence[Shard], fraction: float) -> int:
     for document, rows in shard.documents:
       rows_by_document[document] = rows_by_document.get(document, 0) + rows
   total = sum(rows_by_document.values())
+  if not fraction:
+    return 0
   holdout = 0
-  for rows in reversed(rows_by_document.values()):
-    if holdout >= fraction * total:
+  for number, rows in enumerate(reversed(rows_by_document.values())):
+    if number > 1 and holdout >= fraction * total:
       break
     holdout += rows
   if holdout == total:
     raise errors.UserError(
-      f'{len(rows_by_document)} documents cannot be split with '
-      f'holdout_fraction {fraction}: use more or shorter ones, or a smaller '
-      'fraction'
+      f'{len(rows_by_document)} documents cannot be split into training, '
+      f'validation and test with holdout_fraction {fraction}: use more or '
+      'shorter ones, 3 at the least, or a smaller fraction, or 0'
     )
   return holdout
+
+
+def first_test_row(
+  manifest: Manifest, document: Callable[[int], int]
+) -> int | None:
+  """The held-out row with which the test begins; those before validate.
+
+  It begins the document whose beginning is the nearest to the middle of the
+  held-out rows, the earlier one of two.
+
+  Args:
+    manifest: of a store with held-out rows.
+    document: number of the document that a row is of, never descending.
+
+  Returns:
+    The row; None if all held-out rows are of one document.
+  """
+  first, stop = manifest.n_rows - manifest.holdout_rows, manifest.n_rows
+  middle, rows = (first + stop) // 2, range(stop)
+  number = document(middle)
+  begins = (
+    bisect.bisect_left(rows, number, first, middle, key=document),
+    bisect.bisect_right(rows, number, middle, key=document),
+  )
+  inside = [row for row in begins if first < row < stop]
+  return min(inside, key=lambda row: abs(2 * row - first - stop), default=None)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,8 +23,9 @@ one is an error. `writer` makes stores.
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
+from absl import logging
 import numpy as np
 import tensorstore as ts
 
@@ -59,6 +60,9 @@ class Store:
       {'cache_pool': {'total_bytes_limit': _CACHE_BYTES}}
     )
     self._whole = functools.cache(self._read_whole)
+    self._record = functools.cache(
+      functools.partial(layout.read_shard, url, manifest)
+    )
     self.activations = self._open(layout.array_name(site))
 
   @property
@@ -77,6 +81,51 @@ class Store:
   def n_train(self) -> int:
     """Number of rows that are not held out; they come first."""
     return self.manifest.n_rows - self.manifest.holdout_rows
+
+  @property
+  def validation_rows(self) -> range:
+    """Held-out rows that runs are compared by and choices are made on.
+
+    Raises:
+      UserError: if a shard's record cannot be read.
+    """
+    return self._held_out[0]
+
+  @property
+  def test_rows(self) -> range:
+    """Held-out rows that reports are of, of other documents.
+
+    Of a store that holds out a single document they are the validation rows.
+
+    Raises:
+      UserError: see `validation_rows`.
+    """
+    return self._held_out[1]
+
+  @functools.cached_property
+  def _held_out(self) -> tuple[range, range]:
+    first, stop = self.n_train, self.manifest.n_rows
+    held_out = range(first, stop)
+    if not held_out:
+      return held_out, held_out
+    test = manifest_lib.first_test_row(self.manifest, self._document)
+    if test is None:
+      logging.warning(
+        'store %s holds out one document: its %d rows are both validation and '
+        'test, so a report is of rows that choices were made on; harvest more '
+        'documents, of which two or more are held out',
+        self.url,
+        len(held_out),
+      )
+      return held_out, held_out
+    return range(first, test), range(test, stop)
+
+  def _document(self, row: int) -> int:
+    """Number of the document that a row is of, by its shard's record."""
+    shard = int(np.searchsorted(self.starts, row, 'right')) - 1
+    numbers, counts = zip(*self._record(shard).documents)
+    within = row - self.starts[shard]
+    return numbers[np.searchsorted(np.cumsum(counts), within, 'right')]
 
   def array_rows(self, rows: np.ndarray) -> np.ndarray:
     """Indices of rows along the first axis of `activations`, int64."""
@@ -300,65 +349,3 @@ def _unsealed(url: str) -> Manifest | None:
     if number == i
   ]
   return manifest_lib.make(plan, shards, version=0) if shards else None
-
-
-class Contexts(NamedTuple):
-  """Whole contexts of a store's token stream, C of them.
-
-  Attributes:
-    tokens_CT: int32, padded on the right with the context's last token.
-    length_C: number of tokens of each context.
-    kept_CT: whether the store holds the token's activation (it is not masked).
-    document_C: the document that each context is of.
-  """
-
-  tokens_CT: np.ndarray
-  length_C: np.ndarray
-  kept_CT: np.ndarray
-  document_C: np.ndarray
-
-
-def heldout_contexts(store: Store, n_tokens: int) -> Contexts:
-  """Whole held-out contexts, in the order of the token stream.
-
-  A context of a single token is left out: there is nothing to predict.
-
-  Args:
-    store: the activations.
-    n_tokens: contexts are added until they hold this many tokens or no more
-      are left.
-
-  Raises:
-    UserError: if there is no such context.
-  """
-  place_R, positions = store.stream_index(), store.positions()
-  first = place_R[store.n_train]
-  first -= positions[first]
-  starts = first + np.flatnonzero(positions[first:] == 0)
-  ends = np.append(starts[1:], len(positions))
-  long = ends - starts > 1
-  starts, ends = starts[long], ends[long]
-  if not len(starts):
-    raise errors.UserError(
-      'the held-out text has no context of two or more tokens: harvest with a '
-      'min_context_tokens of 2 or more'
-    )
-  enough = np.searchsorted(np.cumsum(ends - starts), n_tokens) + 1
-  starts, ends = starts[:enough], ends[:enough]
-  kept = np.zeros(len(positions), bool)
-  kept[place_R] = True
-  longest = int((ends - starts).max())
-  length = store.manifest.context_length or longest
-  if longest > length:
-    raise errors.UserError(
-      f'store {store.url} has a context of {longest} tokens, its manifest says '
-      f'that the longest has {length}: harvest it again'
-    )
-  shape = (len(starts), length)
-  tokens_CT, kept_CT = np.zeros(shape, np.int32), np.zeros(shape, bool)
-  for row, (start, end) in enumerate(zip(starts, ends)):
-    tokens_CT[row, : end - start] = store.tokens()[start:end]
-    # One of another context may have an embedding that is not finite.
-    tokens_CT[row, end - start :] = store.tokens()[end - 1]
-    kept_CT[row, : end - start] = kept[start:end]
-  return Contexts(tokens_CT, ends - starts, kept_CT, store.documents()[starts])

@@ -123,14 +123,14 @@ class TrainConfig(config_lib.Config):
   )
   eval_every: int = config_lib.option(
     0,
-    'number of steps between evaluations on held-out rows; 0 to evaluate only '
+    'number of steps between evaluations on validation rows; 0 to evaluate only '
     'at the end',
     least=0,
     may_change=True,
   )
   eval_rows: int = config_lib.option(
     65_536,
-    'most held-out rows in an evaluation',
+    'most validation rows in an evaluation',
     least=2,
     may_change=True,
   )

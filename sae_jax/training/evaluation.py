@@ -1,4 +1,4 @@
-"""Metrics of a state on held-out rows."""
+"""Metrics of a state on validation rows."""
 
 from collections.abc import Callable
 import functools
@@ -19,14 +19,13 @@ from sae_jax.training.config import TrainConfig
 from sae_jax.training.state import TrainState
 
 
-def heldout(
-  config: TrainConfig, manifest: store.Manifest, mesh: Mesh
+def span(
+  config: TrainConfig, data: store.Store, mesh: Mesh
 ) -> tuple[int, int, int]:
-  """The held-out rows that are scored: first, last + 1, and rows of a batch."""
-  first = manifest.n_rows - manifest.holdout_rows
-  last = min(manifest.n_rows, first + config.eval_rows)
-  size = min(config.batch_size, last - first)
-  return first, last, size - size % mesh.shape['data']
+  """The validation rows scored: first, last + 1, and rows of a batch."""
+  scored = data.validation_rows[: config.eval_rows]
+  size = min(config.batch_size, len(scored))
+  return scored.start, scored.stop, size - size % mesh.shape['data']
 
 
 def check_rows(config: TrainConfig, data: store.Store, mesh: Mesh) -> None:
@@ -42,7 +41,7 @@ def check_rows(config: TrainConfig, data: store.Store, mesh: Mesh) -> None:
   Raises:
     UserError: if a row cannot be read or is not finite.
   """
-  first, last, size = heldout(config, data.manifest, mesh)
+  first, last, size = span(config, data, mesh)
   last -= (last - first) % size
   index, count = jax.process_index(), jax.process_count()
   start, stop = (
@@ -58,8 +57,8 @@ def check_rows(config: TrainConfig, data: store.Store, mesh: Mesh) -> None:
     failed = multihost_utils.process_allgather(np.array(error is not None))
     if failed.any() and error is None:
       error = errors.UserError(
-        f'process {int(np.argmax(failed))} cannot use the held-out rows of '
-        f'store {data.url}: see its error'
+        f'process {int(np.argmax(failed))} cannot use the validation rows '
+        f'of store {data.url}: see its error'
       )
   if error is not None:
     raise error
@@ -72,7 +71,7 @@ def evaluate(
   data: store.Store,
   evaluation: Callable[[TrainState, jax.Array], metrics.Sums],
 ) -> metrics.Metrics:
-  """Metrics on held-out rows, in whole batches.
+  """Metrics on validation rows, in whole batches.
 
   Args:
     config: the run.
@@ -82,7 +81,7 @@ def evaluate(
     evaluation: from `make_evaluation`.
   """
   total = None
-  first, last, size = heldout(config, data.manifest, mesh)
+  first, last, size = span(config, data, mesh)
   for start in range(first, last - size + 1, size):
     rows_BD = rows.read_rows(data, start, size, mesh)
     total = metrics.add_sums(total, evaluation(state, rows_BD))
@@ -101,10 +100,10 @@ def evaluate(
 def scores(
   config: TrainConfig, mesh: Mesh, state: TrainState, data: store.Store
 ) -> tuple[dict[str, float], dict[str, list[int]]]:
-  """Metrics of a state on held-out rows by name, and lists by name, to log.
+  """Metrics of a state on validation rows by name, and lists by name, to log.
 
-  Names begin with `heldout_` for the averaged weights and with `heldout_last_`
-  for the last ones. The list is the histogram of latents by density under the
+  Names begin with `validation_` for the averaged weights and with
+  `validation_last_` for the last ones. The list is the histogram of latents by density under the
   averaged weights, with edges `metrics.DENSITY_EDGES`.
   """
   average, last = (
@@ -113,16 +112,16 @@ def scores(
     )
     for of_average in (True, False)
   )
-  scalars = {f'heldout_{n}': v for n, v in average.scalars().items()}
-  scalars |= {f'heldout_last_{n}': v for n, v in last.scalars().items()}
+  scalars = {f'validation_{n}': v for n, v in average.scalars().items()}
+  scalars |= {f'validation_last_{n}': v for n, v in last.scalars().items()}
   density = metrics.density_record(average.density_N)
-  return scalars, {'heldout_log10_density': density['latents']}
+  return scalars, {'validation_log10_density': density['latents']}
 
 
 def make_evaluation(
   config: TrainConfig, mesh: Mesh, average: bool = True
 ) -> Callable[[TrainState, jax.Array], metrics.Sums]:
-  """The jitted sums of one held-out batch.
+  """The jitted sums of one validation batch.
 
   Args:
     config: the run.

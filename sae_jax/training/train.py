@@ -22,8 +22,9 @@ from sae_jax.training.config import check_mesh, TrainConfig
 from sae_jax.training.state import TrainState
 
 
-def check(config: TrainConfig, manifest: store.Manifest, mesh: Mesh) -> None:
+def check(config: TrainConfig, data: store.Store, mesh: Mesh) -> None:
   """Raises UserError if config, store and mesh do not fit each other."""
+  manifest = data.manifest
   if config.sae.d_model != manifest.d_model:
     raise errors.UserError(
       f'd_model {config.sae.d_model} is not the width {manifest.d_model} of '
@@ -31,9 +32,10 @@ def check(config: TrainConfig, manifest: store.Manifest, mesh: Mesh) -> None:
       "store's"
     )
   check_mesh(config, mesh)
-  if evaluation.heldout(config, manifest, mesh)[2] < 2:
+  if evaluation.span(config, data, mesh)[2] < 2:
     raise errors.UserError(
-      f'the store holds {manifest.holdout_rows} rows out, an evaluation needs '
+      f'the store has {len(data.validation_rows)} validation rows, of '
+      f'{manifest.holdout_rows} held out; an evaluation needs '
       f'{max(2, mesh.shape["data"])}: harvest with a larger holdout_fraction'
     )
 
@@ -146,7 +148,7 @@ def train_many(
   first = next(iter(configs.values()))
   mesh = mesh_lib.make_mesh(first.mesh_data, first.mesh_latent)
   for config in configs.values():
-    check(config, data.manifest, mesh)
+    check(config, data, mesh)
   memory.check(list(configs.values()), mesh)
   with contextlib.ExitStack() as stack:
     starts = [

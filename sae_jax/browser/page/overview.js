@@ -7,13 +7,13 @@ import { between, integer, number, percent } from './numbers.js';
 const MEANING = {
   nmse: ['NMSE', 'Normalised mean squared error: the reconstruction’s squared error divided by that of always predicting the mean activation of a sample taken before training. 0 is perfect, 1 is no better than the mean.'],
   l0: ['L0', 'How many latents are active on a token, on average.'],
-  dead_fraction: ['dead', 'Share of latents that were silent on all held-out tokens.'],
+  dead_fraction: ['dead', 'Share of latents that were silent on all tokens of the test documents.'],
   delta_ce: ['Δ cross-entropy', 'How much the language model’s next-token loss rises, in nats per token, when the reconstruction takes the activation’s place; below it the 95 % interval.'],
   kl: ['KL', 'Kullback–Leibler divergence, in nats per token, from the model’s own next-token distribution to the one with the reconstruction in place.'],
   ce_recovered: ['loss recovered', 'Of the loss that zeros in the activation’s place would cost, the share that the reconstruction wins back.'],
 };
 const VARIANCE = [
-  ['fvu', 'this autoencoder', 'Fraction of variance unexplained: squared error of the reconstruction over the squared distance from the mean of the same held-out tokens, after preprocessing.'],
+  ['fvu', 'this autoencoder', 'Fraction of variance unexplained: squared error of the reconstruction over the squared distance from the mean of the same test tokens, after preprocessing.'],
   ['fvu_pca', 'PCA', 'The same for a projection onto the leading principal components, as many as a token has active latents.'],
   ['fvu_untrained', 'untrained', 'The same for an autoencoder at its initialisation: what training is worth.'],
 ];
@@ -54,7 +54,7 @@ function variance(report) {
         el('span', { class: 'track' }, bar),
         el('b', { 'data-metric': key }, number(report[key])));
     }),
-    el('p', { class: 'note' }, 'Share of the variance of held-out ',
+    el('p', { class: 'note' }, 'Share of the variance of the test documents’ ',
       'activations that the reconstruction misses; lower is better.'));
 }
 
