@@ -3,7 +3,7 @@
 Trains two autoencoders on the same batches of a store of real activations and
 prints one JSON line: the share of latents that fired on none of the last
 --window tokens of training (Gao et al. 2024, section 2.4, figure 5), and NMSE
-on held-out rows. Killed, the same command goes on.
+on test rows. Killed, the same command goes on.
 
   sae-harvest --store=runs/500k --n_tokens=500000 --mask_norm_multiple=10
   python -m experiments.dead_latents --store=runs/500k --workdir=runs/dead
@@ -83,12 +83,12 @@ def measure(config: DeadLatentsConfig, store: str, workdir: str) -> dict:
   result = {'tokens': runs['neither'].steps * config.batch_size}
   for name, where in place.items():
     state = states[where]
-    heldout = runs_lib.heldout(where)
+    test = runs_lib.test(where, store)
     silent_N = np.asarray(jax.device_get(state.silent_N))
     result[name] = {
       'dead_share': float((silent_N >= config.window).mean()),
-      'heldout_nmse': heldout['heldout_nmse'],
-      'heldout_l0': heldout['heldout_l0'],
+      'test_nmse': test.nmse,
+      'test_l0': test.l0,
     }
   return dataclasses.asdict(config) | result
 

@@ -1,10 +1,11 @@
 """Whether the best learning rate falls like 1 / sqrt(n).
 
 Trains autoencoders of several sizes with a grid of learning rates on the same
-batches and prints one JSON line: held-out NMSE of each, the best rate of each
-size, and for every size how much worse than its best the rate is that the
-smallest size's best predicts (Gao et al. 2024, appendix A.3: rates are swept
-in factors of two and the best is proportional to 1 / sqrt(n)).
+batches and prints one JSON line: NMSE of each on validation rows and on test
+rows, the best rate of each size by the former, and for every size how much
+worse than its best, on test rows, the rate is that the smallest size's best
+predicts (Gao et al. 2024, appendix A.3: rates are swept in factors of two and
+the best is proportional to 1 / sqrt(n)).
 
   python -m experiments.learning_rate --store=runs/500k --workdir=runs/rates
 """
@@ -43,7 +44,7 @@ class LearningRateConfig(config_lib.Config):
 
 def measure(config: LearningRateConfig, store: str, workdir: str) -> dict:
   """Trains the grid and compares."""
-  nmse = {}
+  chosen_by, nmse = {}, {}
   for size in map(int, config.n_latents):
     base = runs.short_run(
       config.n_tokens,
@@ -54,14 +55,20 @@ def measure(config: LearningRateConfig, store: str, workdir: str) -> dict:
       seed=config.seed,
       order_seed=config.seed,
     )
-    metrics = runs.heldout_by_rate(
+    workdirs = runs.train_rates(
       base,
       tuple(map(float, config.rates)),
       store,
       os.path.join(workdir, str(size)),
     )
-    nmse[size] = {rate: row['heldout_nmse'] for rate, row in metrics.items()}
-  best = {size: min(row, key=row.get) for size, row in nmse.items()}
+    chosen_by[size] = {
+      rate: runs.validation(where)['validation_nmse']
+      for rate, where in workdirs.items()
+    }
+    nmse[size] = {
+      rate: runs.test(where, store).nmse for rate, where in workdirs.items()
+    }
+  best = {size: min(row, key=row.get) for size, row in chosen_by.items()}
   smallest = min(best)
   scaled = {}
   for size, row in nmse.items():
@@ -73,7 +80,12 @@ def measure(config: LearningRateConfig, store: str, workdir: str) -> dict:
       'nmse_over_best': row[nearest] / row[best[size]],
       'unscaled_nmse_over_best': row[best[smallest]] / row[best[size]],
     }
-  return {'nmse': nmse, 'best': best, 'scaled': scaled}
+  return {
+    'validation_nmse': chosen_by,
+    'test_nmse': nmse,
+    'best': best,
+    'scaled': scaled,
+  }
 
 
 def main() -> None:

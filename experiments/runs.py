@@ -1,4 +1,8 @@
-"""What experiments on a store share: flags, short runs, held-out figures."""
+"""What experiments on a store share: flags, short runs, their figures.
+
+What is chosen is chosen by the runs' metrics on validation rows, and what is
+reported is measured on test rows, which no run sees and nothing chooses by.
+"""
 
 from collections.abc import Callable, Sequence
 import json
@@ -6,14 +10,19 @@ from typing import Any, TypeVar
 
 from etils import epath
 
+from sae_jax import checkpoint, errors
 from sae_jax import config as config_lib
-from sae_jax import errors
+from sae_jax import store as store_lib
+from sae_jax.autoencoder import metrics
 from sae_jax.cli import flags
+from sae_jax.probing import reconstruction
 from sae_jax.storage import records
 from sae_jax.training import train
 from sae_jax.training.config import TrainConfig
 
 _Config = TypeVar('_Config')
+# Test rows that are encoded at a time.
+_TEST_BATCH = 4096
 
 
 def run_experiment(
@@ -42,7 +51,7 @@ def run_experiment(
 
 
 def short_run(n_tokens: int, batch_size: int, **fields: Any) -> TrainConfig:
-  """A run that is compared with others by its held-out figures.
+  """A run that is compared with others.
 
   The learning rate warms up over a twentieth of the steps, as the first steps
   of a fresh Adam are large, and the weights are averaged over some 100 steps.
@@ -72,10 +81,10 @@ def short_run(n_tokens: int, batch_size: int, **fields: Any) -> TrainConfig:
   return config_lib.from_flat(TrainConfig, values | fields)
 
 
-def heldout_by_rate(
+def train_rates(
   config: TrainConfig, rates: Sequence[float], store: str, workdir: str
-) -> dict[float, dict[str, float]]:
-  """Trains with each learning rate; the held-out metrics of each.
+) -> dict[float, str]:
+  """Trains with each learning rate; the runs' workdirs by rate.
 
   Args:
     config: what the runs have in common.
@@ -85,13 +94,14 @@ def heldout_by_rate(
   """
   runs = train.sweep(config, workdir, learning_rate=tuple(rates))
   train.train_many(runs, store)
-  return {
-    run.optimizer.learning_rate: heldout(where) for where, run in runs.items()
-  }
+  return {run.optimizer.learning_rate: where for where, run in runs.items()}
 
 
-def heldout(workdir: str) -> dict[str, float]:
-  """The held-out metrics at the end of a finished run, averaged weights.
+def validation(workdir: str) -> dict[str, float]:
+  """A finished run's metrics on validation rows at its end, to choose by.
+
+  Those of averaged weights begin with `validation_`, those of the last weights
+  with `validation_last_`.
 
   Raises:
     UserError: if the run is not finished.
@@ -99,9 +109,34 @@ def heldout(workdir: str) -> dict[str, float]:
   folder = epath.Path(workdir)
   steps = records.read(folder / 'config.json')['steps']
   lines = (folder / 'metrics.jsonl').read_text().splitlines()
-  rows = [row for row in map(json.loads, lines) if 'heldout_nmse' in row]
+  rows = [row for row in map(json.loads, lines) if 'validation_nmse' in row]
   if not rows or rows[-1]['step'] < steps:
     raise errors.UserError(
-      f'{workdir} was stopped before step {steps}: run it again to go on'
+      f'{workdir} was stopped before step {steps}: run it again to go on; or '
+      'it is of a version of sae_jax without validation rows: delete it'
     )
   return rows[-1]
+
+
+def test(workdir: str, store: str, average: bool = True) -> metrics.Metrics:
+  """A finished run's metrics on all test rows of its store, to report.
+
+  Args:
+    workdir: the run's.
+    store: the URL of the activations.
+    average: whether of the averaged weights, or of the last ones.
+
+  Raises:
+    UserError: if the run is not finished, or a row cannot be scored.
+  """
+  # Raises if the run is not finished.
+  _ = validation(workdir)
+  trained = checkpoint.load(workdir, average=average)
+  about = trained.metadata.dataset
+  data = store_lib.open_store(
+    store, about['site'], trained.metadata.dataset_version
+  )
+  rows = data.test_rows
+  return reconstruction.measure(
+    trained, data, rows.start, rows.stop, _TEST_BATCH, 'test'
+  )

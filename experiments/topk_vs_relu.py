@@ -4,11 +4,10 @@ On the first seed each method gets one of --rates: TopK the best at k 32, and
 ReLU, at the first of --weights, the one that does best beside a TopK of its own
 L0 (by NMSE alone a rate would win that leaves more latents active). Then, for
 every seed and penalty, a ReLU autoencoder is trained and a TopK one with k set
-to the ReLU's L0 on held-out rows. Prints one JSON line: L0 and held-out NMSE of
-every pair, and for each penalty the mean of NMSE(ReLU) - NMSE(TopK) with its
-95 % interval over seeds (Student's t), which is above 0 where TopK is better
-(Gao et al. 2024, figure 2). Rates are chosen on the rows that are reported, for
-both alike.
+to the ReLU's L0. Rates and k are chosen on validation rows. Prints one JSON
+line: L0 and NMSE on test rows of every pair, and for each penalty the mean of
+NMSE(ReLU) - NMSE(TopK) with its 95 % interval over seeds (Student's t), which
+is above 0 where TopK is better (Gao et al. 2024, figure 2).
 
   python -m experiments.topk_vs_relu --store=runs/500k --workdir=runs/relu
 """
@@ -49,8 +48,8 @@ def measure(config: TopkVsReluConfig, store: str, workdir: str) -> dict:
   """Trains all pairs and compares."""
   steps = -(-config.n_tokens // config.batch_size)
 
-  def score(name, rates, **fields):
-    """Held-out metrics by learning rate of runs that differ in nothing else."""
+  def trained(name, rates, **fields):
+    """Workdirs by learning rate of runs that differ in nothing else."""
     run = runs.short_run(
       config.n_tokens,
       config.batch_size,
@@ -60,45 +59,52 @@ def measure(config: TopkVsReluConfig, store: str, workdir: str) -> dict:
       decay_steps=steps // 5,
       **fields,
     )
-    return runs.heldout_by_rate(run, rates, store, os.path.join(workdir, name))
+    return runs.train_rates(run, rates, store, os.path.join(workdir, name))
 
   def relu(rates, seed, weight):
-    return score(
+    return trained(
       f'relu_{weight:g}_seed{seed}', rates,
       activation='relu', sparsity_weight=weight, seed=seed,
     )  # fmt: skip
 
   def topk(rates, seed, l0):
     k = max(1, round(l0))
-    return score(f'topk_{k}_seed{seed}', rates, k=k, seed=seed)
+    return trained(f'topk_{k}_seed{seed}', rates, k=k, seed=seed)
 
-  def best(metrics):
-    return min(metrics, key=lambda rate: metrics[rate]['heldout_nmse'])
+  def validation(workdirs, name='nmse'):
+    return {
+      rate: runs.validation(where)[f'validation_{name}']
+      for rate, where in workdirs.items()
+    }
 
   rates = tuple(map(float, config.rates))
   weights = tuple(map(float, config.weights))
-  by_method = {'topk': topk(rates, 0, 32)}
-  topk_rate = best(by_method['topk'])
-  by_method['relu'] = relu(rates, 0, weights[0])
+  nmse = {'topk': validation(topk(rates, 0, 32))}
+  topk_rate = min(nmse['topk'], key=nmse['topk'].get)
+  of_rates = relu(rates, 0, weights[0])
+  nmse['relu'], l0 = validation(of_rates), validation(of_rates, 'l0')
   beside = {
-    rate: row['heldout_nmse']
-    / topk((topk_rate,), 0, row['heldout_l0'])[topk_rate]['heldout_nmse']
-    for rate, row in by_method['relu'].items()
+    rate: nmse['relu'][rate]
+    / validation(topk((topk_rate,), 0, l0[rate]))[topk_rate]
+    for rate in rates
   }
   relu_rate = min(beside, key=beside.get)
   pairs = []
   for weight in weights:
     for seed in range(config.seeds):
-      of_relu = relu((relu_rate,), seed, weight)[relu_rate]
-      of_topk = topk((topk_rate,), seed, of_relu['heldout_l0'])[topk_rate]
+      of_relu = relu((relu_rate,), seed, weight)
+      l0 = validation(of_relu, 'l0')[relu_rate]
+      of_topk = topk((topk_rate,), seed, l0)
+      relu_test = runs.test(of_relu[relu_rate], store)
+      topk_test = runs.test(of_topk[topk_rate], store)
       pairs.append(
         {
           'weight': weight,
           'seed': seed,
-          'relu_l0': of_relu['heldout_l0'],
-          'topk_l0': of_topk['heldout_l0'],
-          'relu_nmse': of_relu['heldout_nmse'],
-          'topk_nmse': of_topk['heldout_nmse'],
+          'relu_l0': relu_test.l0,
+          'topk_l0': topk_test.l0,
+          'relu_nmse': relu_test.nmse,
+          'topk_nmse': topk_test.nmse,
         }
       )
   summary = {}
@@ -113,10 +119,7 @@ def measure(config: TopkVsReluConfig, store: str, workdir: str) -> dict:
     mean = float(np.mean(gains))
     summary[weight] = {'gain': mean, 'interval': [mean - half, mean + half]}
   return {
-    'rates': {
-      name: {rate: row['heldout_nmse'] for rate, row in rows.items()}
-      for name, rows in by_method.items()
-    },
+    'validation_nmse': nmse,
     'relu_over_topk_by_rate': beside,
     'pairs': pairs,
     'gain_of_topk': summary,

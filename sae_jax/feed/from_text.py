@@ -1,7 +1,7 @@
 """Batches made as they are used: the subject runs on the training's devices.
 
 A text feed goes on where the text of a store ends. It takes none of the store's
-documents, and uses the store's mask and held-out rows. So a small store is
+documents, and uses the store's mask and validation rows. So a small store is
 enough: it says how activations are made and what a run is scored and probed on,
 and no others are stored.
 

@@ -1,4 +1,4 @@
-"""Reconstruction of activations that were not trained on, by the autoencoder and controls."""
+"""Reconstruction of a store's rows, by the autoencoder and by controls."""
 
 from collections.abc import Iterator
 import functools

@@ -123,8 +123,8 @@ class TrainConfig(config_lib.Config):
   )
   eval_every: int = config_lib.option(
     0,
-    'number of steps between evaluations on validation rows; 0 to evaluate only '
-    'at the end',
+    'number of steps between evaluations on validation rows; 0 to evaluate '
+    'only at the end',
     least=0,
     may_change=True,
   )

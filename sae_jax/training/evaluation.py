@@ -103,8 +103,8 @@ def scores(
   """Metrics of a state on validation rows by name, and lists by name, to log.
 
   Names begin with `validation_` for the averaged weights and with
-  `validation_last_` for the last ones. The list is the histogram of latents by density under the
-  averaged weights, with edges `metrics.DENSITY_EDGES`.
+  `validation_last_` for the last ones. The list is the histogram of latents by
+  density under the averaged weights, with edges `metrics.DENSITY_EDGES`.
   """
   average, last = (
     evaluate(
