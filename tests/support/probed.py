@@ -32,12 +32,12 @@ CONFIG = transformer.TransformerConfig(
   norm_eps=1e-5,
   rope_pairs='half',
 )
-# Of each document; the last four are held out.
+# Of each document; the last eight are held out, and four of them test.
 LENGTHS = (
   (12, 1, 5), (9,), (12, 12, 12, 3), (1,), (2, 7), (12, 8), (11, 4), (6,),
-  (12, 12, 4), (3, 1, 10), (1, 12, 12), (8, 2),
+  (12, 9), (7,), (3, 11), (12,), (12, 12, 4), (3, 1, 10), (1, 12, 12), (8, 2),
 )  # fmt: skip
-HELDOUT = 4
+HELDOUT = 8
 DEAD = (0, 5)
 
 run_capture = jax.jit(capture.capture, static_argnums=(0, 3))

@@ -27,12 +27,13 @@ def spliced_logits(tokens_T, new_TD, kept_T):
 
 
 def slow_contexts(data, n_tokens):
-  """Held-out contexts of two tokens or more, found token by token."""
-  held_out = set(data.documents()[data.stream_index()[data.n_train :]].tolist())
+  """Contexts of two tokens or more of the test documents, token by token."""
+  first = data.test_rows.start
+  test = set(data.documents()[data.stream_index()[first:]].tolist())
   kept = set(data.stream_index().tolist())
   contexts, taken = [], 0
   for place, position in enumerate(data.positions()):
-    if data.documents()[place] not in held_out:
+    if data.documents()[place] not in test:
       continue
     if position == 0:
       contexts.append(([], [], int(data.documents()[place])))
@@ -47,8 +48,8 @@ def slow_contexts(data, n_tokens):
 
 
 @pytest.mark.parametrize('n_tokens', [1, 12, 13, 30, 10_000])
-def test_contexts_are_the_held_out_ones(data, n_tokens):
-  contexts = store_lib.heldout_contexts(data, n_tokens)
+def test_contexts_are_the_test_documents(data, n_tokens):
+  contexts = store_lib.test_contexts(data, n_tokens)
   want = slow_contexts(data, n_tokens)
   assert len(contexts.tokens_CT) == len(want)
   for row, (tokens, kept, document) in enumerate(want):
@@ -63,13 +64,13 @@ def test_contexts_are_the_held_out_ones(data, n_tokens):
   assert len(want) < 9 or {2, 3, 10, 12} <= set(contexts.length_C.tolist())
 
 
-def test_no_context_is_of_a_training_document(data):
-  trained_on = data.documents()[data.stream_index()[: data.n_train]]
-  contexts = store_lib.heldout_contexts(data, 10_000)
-  assert not set(contexts.document_C) & set(trained_on.tolist())
-  # The case that matters: the first held-out row is not its context's first.
-  first = data.stream_index()[data.n_train]
-  assert data.positions()[first] > 0
+def test_no_context_is_of_a_document_of_another_split(data):
+  first = data.test_rows.start
+  others = data.documents()[data.stream_index()[:first]]
+  contexts = store_lib.test_contexts(data, 10_000)
+  assert not set(contexts.document_C) & set(others.tolist())
+  # The case that matters: the first test row is not its context's first.
+  assert data.positions()[data.stream_index()[first]] > 0
 
 
 def test_a_split_of_single_tokens_is_refused(tmp_path):
@@ -78,9 +79,9 @@ def test_a_split_of_single_tokens_is_refused(tmp_path):
   data = probed.write_store(str(tmp_path / 'store'), lengths, 3, share_kept=9)
   assert data.manifest.holdout_rows
   with pytest.raises(
-    errors.UserError, match='no context of two or more tokens'
+    errors.UserError, match='no context of their own of two or more'
   ):
-    store_lib.heldout_contexts(data, 100)
+    store_lib.test_contexts(data, 100)
 
 
 def test_a_context_that_is_longer_than_the_manifest_says_is_named(
@@ -89,7 +90,7 @@ def test_a_context_that_is_longer_than_the_manifest_says_is_named(
   short = dataclasses.replace(data.manifest, context_length=3)
   monkeypatch.setattr(data, 'manifest', short)
   with pytest.raises(errors.UserError, match=r'context of 12 .* longest has 3'):
-    store_lib.heldout_contexts(data, 10_000)
+    store_lib.test_contexts(data, 10_000)
 
 
 def log_probs(logits_TV):

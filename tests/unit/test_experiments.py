@@ -1,9 +1,8 @@
 """The experiments run small on planted activations and report what they say."""
 
-import json
 import math
-import pathlib
 import shutil
+import types
 
 import numpy as np
 import pytest
@@ -11,12 +10,9 @@ import pytest
 from experiments import dead_latents, learning_rate, topk_vs_relu
 from experiments import runs as runs_lib
 from experiments.benchmarks import train
-from sae_jax import errors
-
-
-def last_heldout(workdir):
-  lines = pathlib.Path(workdir, 'metrics.jsonl').read_text().splitlines()
-  return json.loads(lines[-1])
+from sae_jax import checkpoint, errors
+from sae_jax import store as store_lib
+from tests.support import probed
 
 
 def test_dead_latents_are_fewer_with_auxk_and_the_transposed_start(
@@ -29,43 +25,84 @@ def test_dead_latents_are_fewer_with_auxk_and_the_transposed_start(
   found = dead_latents.measure(config, store, str(tmp_path))
   with_both, neither = found['auxk_and_transposed'], found['neither']
   assert with_both['dead_share'] < neither['dead_share'] - 0.05
-  heldout = last_heldout(tmp_path / 'neither')
-  assert neither['heldout_nmse'] == heldout['heldout_nmse']
+  test = runs_lib.test(str(tmp_path / 'neither'), store)
+  assert (neither['test_nmse'], neither['test_l0']) == (test.nmse, test.l0)
   # Finished runs are reused: the same figures at once.
   assert dead_latents.measure(config, store, str(tmp_path)) == found
 
 
 @pytest.fixture(name='rated', scope='module')
 def rated_fixture(store, tmp_path_factory):
-  """The metrics of a run of 30 steps by its rate, and the runs' folder."""
+  """Runs of 30 steps by their rate."""
   workdir = tmp_path_factory.mktemp('rated')
   config = runs_lib.short_run(1920, 64, n_latents=32, k=4)
-  rows = runs_lib.heldout_by_rate(config, (1e-2, 1e-4), store, str(workdir))
-  return rows, workdir
+  return runs_lib.train_rates(config, (1e-2, 1e-4), store, str(workdir))
 
 
-def test_each_rate_is_a_run_with_its_held_out_metrics(rated):
-  rows, _ = rated
-  assert set(rows) == {1e-2, 1e-4}
+def test_each_rate_is_a_run_with_its_validation_metrics(rated):
+  assert set(rated) == {1e-2, 1e-4}
+  rows = {rate: runs_lib.validation(where) for rate, where in rated.items()}
   assert rows[1e-2]['step'] == rows[1e-4]['step'] == 30
   # A rate far too small is seen to be worse.
-  assert rows[1e-4]['heldout_nmse'] > 1.2 * rows[1e-2]['heldout_nmse']
+  assert rows[1e-4]['validation_nmse'] > 1.2 * rows[1e-2]['validation_nmse']
+
+
+@pytest.mark.parametrize('average', [True, False])
+def test_a_run_is_reported_by_the_test_rows(rated, store, average):
+  figures = runs_lib.test(rated[1e-2], store, average)
+  trained = checkpoint.load(rated[1e-2], average=average)
+  data = store_lib.open_store(store)
+
+  def fvu(rows):
+    """By the definition, in float64."""
+    x_RD, _ = probed.inputs(trained, data.read_rows(rows.start, rows.stop))
+    output_RD = probed.decoded(trained, probed.latents(trained, x_RD))
+    error = ((x_RD - output_RD) ** 2).sum()
+    return error / ((x_RD - x_RD.mean(0)) ** 2).sum()
+
+  assert figures.tokens == len(data.test_rows)
+  want = fvu(data.test_rows)
+  np.testing.assert_allclose(figures.fvu, want, rtol=1e-4)
+  # Controls: other rows, and other weights.
+  for rows in (
+    data.validation_rows,
+    range(data.n_train, data.manifest.n_rows),
+    range(data.n_train),
+  ):
+    assert abs(fvu(rows) / want - 1) > 5e-4
+  other = runs_lib.test(rated[1e-2], store, not average)
+  assert abs(other.fvu / want - 1) > 1e-3
 
 
 def canned(monkeypatch, row):
-  """Runs have the metrics that a function of config and rate gives."""
+  """Runs have metrics that a function of config, rate and split gives."""
   monkeypatch.setattr(
     runs_lib,
-    'heldout_by_rate',
-    lambda config, rates, *_: {rate: row(config, rate) for rate in rates},
+    'train_rates',
+    lambda config, rates, *_: {rate: (config, rate) for rate in rates},
+  )
+  monkeypatch.setattr(
+    runs_lib,
+    'validation',
+    lambda where: {
+      f'validation_{name}': value
+      for name, value in row(*where, 'validation').items()
+    },
+  )
+  monkeypatch.setattr(
+    runs_lib,
+    'test',
+    lambda where, store: types.SimpleNamespace(**row(*where, 'test')),
   )
 
 
 def test_learning_rates_are_scaled_from_the_smallest_size(monkeypatch):
-  def row(config, rate):
+  def row(config, rate, split):
     # Twice as far from the best as 1 / sqrt(n) would have it.
     best = 2e-2 * 32 / config.sae.n_latents
-    return {'heldout_nmse': 0.1 + math.log(rate / best) ** 2}
+    # The test would choose half of it.
+    best /= 2 if split == 'test' else 1
+    return {'nmse': 0.1 + math.log(rate / best) ** 2}
 
   canned(monkeypatch, row)
   config = learning_rate.LearningRateConfig(
@@ -74,25 +111,31 @@ def test_learning_rates_are_scaled_from_the_smallest_size(monkeypatch):
   )  # fmt: skip
   found = learning_rate.measure(config, 'store', 'workdir')
   assert found['best'] == {32: 2e-2, 128: 5e-3}
-  for size, rates in found['nmse'].items():
+  for size, rates in found['validation_nmse'].items():
     assert set(rates) == {2e-2, 1e-2, 5e-3}
     assert found['best'][size] == min(rates, key=rates.get)
+  # Control: chosen on the rows that are reported it would be another.
+  of_test = found['test_nmse'][32]
+  assert min(of_test, key=of_test.get) == 1e-2
   large = found['scaled'][128]
   assert math.isclose(large['predicted'], 1e-2)
   assert large['nearest_of_grid'] == 1e-2
-  over = found['nmse'][128][1e-2] / found['nmse'][128][5e-3]
+  over = found['test_nmse'][128][1e-2] / found['test_nmse'][128][5e-3]
   assert math.isclose(large['nmse_over_best'], over) and over > 1
 
 
 def test_topk_and_relu_are_compared_at_the_same_l0(monkeypatch):
-  def row(config, rate):
+  def row(config, rate, split):
     l0 = config.sae.k
     if config.sae.activation == 'relu':
       l0 = 0.4 / config.objective.sparsity_weight + 0.4 * config.seed
-    nmse = 1 / (1 + l0) + math.log(rate / 1e-2) ** 2
+    # The test would choose the other rate, and shows other figures.
+    best = {'validation': 1e-2, 'test': 3e-3}[split]
+    nmse = 1 / (1 + l0) + math.log(rate / best) ** 2
+    l0 += {'validation': 0, 'test': 0.25}[split]
     if config.sae.activation == 'relu':
       nmse += 0.05 + 0.01 * config.seed
-    return {'heldout_l0': l0, 'heldout_nmse': nmse}
+    return {'l0': l0, 'nmse': nmse}
 
   canned(monkeypatch, row)
   config = topk_vs_relu.TopkVsReluConfig(
@@ -103,6 +146,9 @@ def test_topk_and_relu_are_compared_at_the_same_l0(monkeypatch):
   assert len(found['pairs']) == 4
   for pair in found['pairs']:
     assert abs(pair['relu_l0'] - pair['topk_l0']) <= 0.51
+    # On test rows, at the rate and with the k that validation rows chose.
+    assert pair['topk_l0'] == round(pair['relu_l0'] - 0.25) + 0.25
+    assert pair['topk_nmse'] > math.log(1e-2 / 3e-3) ** 2
   # The heavier penalty leaves fewer latents.
   light, heavy = found['pairs'][0], found['pairs'][-1]
   assert heavy['relu_l0'] < light['relu_l0']
@@ -119,17 +165,17 @@ def test_topk_and_relu_are_compared_at_the_same_l0(monkeypatch):
     np.testing.assert_allclose((high - low) / 2, half, rtol=1e-3)
 
 
-def test_a_run_that_was_stopped_has_no_figures(rated, tmp_path):
-  finished = next(rated[1].iterdir())
+def test_a_run_that_was_stopped_has_no_figures(rated, store, tmp_path):
   run = tmp_path / 'run'
-  shutil.copytree(finished, run)
-  assert runs_lib.heldout(str(run))['step'] == 30
+  shutil.copytree(rated[1e-2], run)
+  assert runs_lib.validation(str(run))['step'] == 30
   path = run / 'config.json'
   path.write_text(path.read_text().replace('"steps": 30', '"steps": 39'))
-  with pytest.raises(
-    errors.UserError, match='stopped before step 39: run it again'
-  ):
-    runs_lib.heldout(str(run))
+  for figures in (runs_lib.validation, lambda run: runs_lib.test(run, store)):
+    with pytest.raises(
+      errors.UserError, match='stopped before step 39: run it again'
+    ):
+      figures(str(run))
 
 
 def test_a_short_run_takes_fields_in_place_of_its_own():

@@ -90,10 +90,13 @@ def test_the_split_is_at_a_document_s_border(texts, tmp_path, fraction):
   manifest = toy.run(config, tmp_path / 'store')
   train, held = _split(tmp_path / 'store')
   assert not set(train) & set(held)
-  # A document less would be too few rows.
+  # A document less would be too few rows, or one document alone.
   first = (held == held[0]).sum()
-  assert len(held) - first < fraction * manifest.n_rows <= len(held)
+  if len(set(held)) > 2:
+    assert len(held) - first < fraction * manifest.n_rows
+  assert fraction * manifest.n_rows <= len(held)
   assert 0 < manifest.holdout_rows == len(held)
+  assert len(set(held)) >= 2
 
 
 def test_a_split_by_rows_alone_would_share_a_document(texts, tmp_path):
@@ -105,14 +108,26 @@ def test_a_split_by_rows_alone_would_share_a_document(texts, tmp_path):
   assert np.mean(shared) > 0.9
 
 
-def test_one_document_cannot_be_split(tmp_path):
-  path = tmp_path / 'one.jsonl'
-  path.write_text(json.dumps({'text': 'one document alone'}))
-  with pytest.raises(errors.UserError, match='1 documents cannot be split'):
+@pytest.mark.parametrize('n_documents', [1, 2])
+def test_fewer_than_three_documents_cannot_be_split(tmp_path, n_documents):
+  path, lines = tmp_path / 'few.jsonl', ['one document', 'the other', 'a third']
+  texts = [json.dumps({'text': line}) + '\n' for line in lines]
+  path.write_text(''.join(texts[:n_documents]))
+  with pytest.raises(
+    errors.UserError,
+    match=f'{n_documents} documents cannot be split into training, validation '
+    r'and test with holdout_fraction 0\.1: .* 3 at the least',
+  ):
     toy.run(toy.config(path), tmp_path / 'store')
   assert toy.run(
     toy.config(path, holdout_fraction=0.0), tmp_path / 'store'
   ).n_rows
+  # Control: three are enough.
+  path.write_text(''.join(texts))
+  toy.run(toy.config(path), tmp_path / 'three')
+  opened = store.open_store(str(tmp_path / 'three'))
+  splits = range(opened.n_train), opened.validation_rows, opened.test_rows
+  assert all(splits)
 
 
 def test_a_killed_harvest_goes_on(texts, tmp_path, monkeypatch):
@@ -328,6 +343,14 @@ def test_packed_contexts_hold_several_documents(texts, tmp_path, bos):
   documents = opened.documents()[opened.stream_index()]
   held = documents[opened.n_train :]
   assert held[0] > documents[opened.n_train - 1]
+  # So is that of validation and test, whose contexts begin after it.
+  test = documents[opened.test_rows.start :]
+  assert test[0] > documents[opened.validation_rows[-1]]
+  within = store.test_contexts(opened, 10**6)
+  assert set(within.document_C) <= set(test)
+  starts = np.flatnonzero(positions == 0)
+  whole = [s for s in starts if opened.documents()[s] >= test[0]]
+  assert len(within.tokens_CT) == len(whole) > 0
   # Control: without packing it is another stream.
   assert len(want) > len(toy.expected_contexts(config)) * 10
 

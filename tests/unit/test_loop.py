@@ -235,7 +235,7 @@ def test_a_batch_that_is_not_on_the_devices_is_refused(fresh, store):
   run.advance(jax.device_put(batch_BD, mesh.sharding(devices, 'BD')))
   # Evaluating and saving read from the devices, outside of the guard.
   run.due()
-  assert runs.rows(run.workdir)[-1]['heldout_tokens'] == 256
+  assert runs.rows(run.workdir)[-1]['validation_tokens'] == 64
   run.close()
   with (
     pytest.raises(jax.errors.JaxRuntimeError),
@@ -273,14 +273,16 @@ def test_evaluations_are_of_the_averaged_and_of_the_last_weights(
 ):
   workdir = str(tmp_path / 'run')
   train.train(planted.train_config(eval_every=10), store, workdir)
-  found = [row for row in runs.rows(workdir) if 'heldout_nmse' in row]
+  found = [row for row in runs.rows(workdir) if 'validation_nmse' in row]
   assert [row['step'] for row in found] == [10, 20, 30]
   data = store_lib.open_store(store)
-  prefix, other = 'heldout', 'heldout_last'
+  prefix, other = 'validation', 'validation_last'
   if not average:
     prefix, other = other, prefix
-  # Batches of 64 are whole ones: the rest of the held-out rows is left.
-  rows_RD = data.read_rows(data.n_train, data.n_train + 256)
+  # Batches of 64 are whole ones: the rest of the validation rows is left.
+  assert 64 < len(data.validation_rows) < 128
+  first = data.validation_rows.start
+  rows_RD = data.read_rows(first, first + 64)
   for row in found[1:]:
     trained = checkpoint.load(workdir, average=average, step=row['step'])
     sums = metrics.evaluate_batch(trained.config, trained.sae, rows_RD)
@@ -291,8 +293,8 @@ def test_evaluations_are_of_the_averaged_and_of_the_last_weights(
       np.testing.assert_allclose(row[f'{prefix}_{name}'], value, rtol=1e-5)
     # Control: the other weights score otherwise.
     assert not math.isclose(row[f'{other}_nmse'], want['nmse'], rel_tol=1e-4)
-    live = sum(row['heldout_log10_density'])
-    dead = row['heldout_dead_fraction'] * trained.config.n_latents
+    live = sum(row['validation_log10_density'])
+    dead = row['validation_dead_fraction'] * trained.config.n_latents
     assert live + dead == trained.config.n_latents and live > 0
 
 

@@ -71,10 +71,16 @@ def parts(run, store_url):
 def test_reconstruction_scores_are_the_functions_own(finished, parts):
   trained, data = parts
   figures = finished[1]
-  span = (data.n_train, data.n_train + 40, 16)
+  first = data.test_rows.start
+  span = (first, first + 40, 16)
   measured = reconstruction.measure(trained, data, *span, 'test')
   for name, value in measured.scalars().items():
     assert figures[name] == value
+  # Control: the rows that choices are made on score otherwise.
+  chosen_on = (data.n_train, data.n_train + 37, 16)
+  assert data.validation_rows == range(*chosen_on[:2])
+  other = reconstruction.measure(trained, data, *chosen_on, 'validation')
+  assert abs(other.fvu / figures['fvu'] - 1) > 1e-3
   # Not the number of predictions that were spliced.
   assert figures['tokens'] == 40 != figures['predictions']
   components = figures['pca_components']
@@ -87,6 +93,26 @@ def test_reconstruction_scores_are_the_functions_own(finished, parts):
   assert figures['fvu_untrained'] == control.fvu
   assert figures['density']['silent'] == (measured.density_N == 0).sum()
   assert sum(figures['density']['latents']) + figures['density']['silent'] == 24
+
+
+def test_no_score_reads_a_row_that_choices_are_made_on(parts, monkeypatch):
+  trained, data = parts
+  read, finite_rows = [], data.finite_rows
+
+  def recorded(start, stop):
+    read.append(range(start, stop))
+    return finite_rows(start, stop)
+
+  monkeypatch.setattr(data, 'finite_rows', recorded)
+  report.scores(CONFIG, trained, probed.make_subject(), data)
+  n_test = 0
+  for rows in read:
+    # The sample and the fit of components are of training rows.
+    if rows.stop > data.n_train:
+      assert rows.start >= data.test_rows.start
+      n_test += len(rows)
+  # By the autoencoder, an untrained one and principal components.
+  assert n_test == 3 * 40
 
 
 def test_downstream_scores_are_the_functions_own(finished, parts):
@@ -188,8 +214,8 @@ def test_every_nonlinearity_is_probed_and_browsed(
     return probed.latents(trained, x_RD) > 0
 
   # What fired, and not k.
-  heldout_RN = active(data.n_train, data.n_train + 40)
-  l0 = heldout_RN.sum(1).mean()
+  first = data.test_rows.start
+  l0 = active(first, first + 40).sum(1).mean()
   np.testing.assert_allclose(found['l0'], l0, rtol=0.01)
   assert found['activation'] == activation
   assert found['pca_components'] == min(round(found['l0']), 16)
@@ -249,7 +275,7 @@ def test_a_store_that_was_not_trained_on_is_warned_of(
   report.check(trained, data)
   assert not warnings
   longer = probed.write_store(
-    str(tmp_path / 'longer'), (*probed.LENGTHS, (9,)), heldout=5
+    str(tmp_path / 'longer'), (*probed.LENGTHS, (9,)), heldout=9
   )
   report.check(trained, longer)
   assert 'may have been trained on' in warnings[0]

@@ -170,13 +170,13 @@ def test_latents_without_votes_are_browsed(tmp_path):
 
 
 def test_a_report_on_one_document_is_strict_json(data, tmp_path, monkeypatch):
-  contexts = store_lib.heldout_contexts
+  contexts = store_lib.test_contexts
 
   def of_one_document(*args):
     found = contexts(*args)
     return found._replace(document_C=np.zeros_like(found.document_C))
 
-  monkeypatch.setattr(store_lib, 'heldout_contexts', of_one_document)
+  monkeypatch.setattr(store_lib, 'test_contexts', of_one_document)
   figures = probe('', data.url, tmp_path)
 
   def refuse(constant):

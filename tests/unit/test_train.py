@@ -30,16 +30,16 @@ def test_training_learns_planted_directions(store, tmp_path):
   train.train(config, store, str(tmp_path / 'run'))
   trained = checkpoint.load(str(tmp_path / 'run'))
   data = store_lib.open_store(store)
-  span = (data.n_train, data.manifest.n_rows, 256)
+  # The rows that the loop scores: a whole batch.
+  span = (data.validation_rows.start, data.validation_rows.start + 64, 64)
   found = reconstruction.measure(trained, data, *span, 'test')
   sample_BD = data.read_rows(0, 500)
   fresh = reconstruction.untrained(config.sae, sample_BD, 5)
   control = reconstruction.measure(fresh, data, *span, 'test')
   pca = reconstruction.pca_fvu(trained, data, *span[:2], config.sae.k, 256)
   assert found.fvu < 0.5 * min(control.fvu, pca)
-  heldout = [row for row in runs.rows(tmp_path / 'run') if 'heldout_fvu' in row]
-  # The loop's evaluation is the same code on whole batches of these rows.
-  np.testing.assert_allclose(heldout[-1]['heldout_fvu'], found.fvu, rtol=0.1)
+  logged = runs.rows(tmp_path / 'run')[-1]
+  np.testing.assert_allclose(logged['validation_fvu'], found.fvu, rtol=1e-4)
 
 
 def test_log_has_every_step_once_and_no_clock(finished):
@@ -78,14 +78,15 @@ def test_a_workdir_with_another_config_is_refused(finished, store):
 def test_a_store_without_held_out_rows_is_refused_at_once(tmp_path):
   planted.write_store(str(tmp_path / 'store'), holdout_documents=0)
   with pytest.raises(
-    errors.UserError, match='holds 0 rows out, an evaluation needs'
+    errors.UserError,
+    match='has 0 validation rows, of 0 held out; an evaluation needs',
   ):
     train.train(
       runs.train_config(), str(tmp_path / 'store'), str(tmp_path / 'run')
     )
 
 
-@pytest.mark.parametrize('row', [5, 1950])
+@pytest.mark.parametrize('row', [5, 1850])
 def test_a_row_that_is_not_finite_is_named_before_the_first_step(tmp_path, row):
   rows_RD = planted.activations(2090)
   rows_RD[row, 3] = np.nan
@@ -98,7 +99,7 @@ def test_a_row_that_is_not_finite_is_named_before_the_first_step(tmp_path, row):
   # Control: no metric depends on a row that is not scored.
   data, mesh = store_lib.open_store(url), mesh_lib.make_mesh(1, 1)
   assert data.n_train == 1805
-  few = runs.train_config(eval_rows=100, batch_size=20)
+  few = runs.train_config(eval_rows=40, batch_size=20)
   evaluation.check_rows(few, data, mesh)
 
 
@@ -115,18 +116,31 @@ def test_held_out_rows_that_do_not_vary_have_no_fvu(tmp_path, caplog):
   assert 'differ by no more than rounding' in caplog.text
 
 
-def test_held_out_rows_teach_nothing(store, tmp_path):
-  """Neither the sample at the start nor a batch may hold them."""
+def test_held_out_rows_teach_nothing_and_test_rows_are_not_seen(
+  store, tmp_path
+):
+  """Neither the sample at the start, nor a batch, nor a metric has test rows."""
   clean = store_lib.open_store(store)
-  rows_RD = clean.read_rows(0, clean.manifest.n_rows)
-  rows_RD[clean.n_train :] += 7
-  planted.write_store(str(tmp_path / 'other'), rows_RD=rows_RD)
+  whole_RD = clean.read_rows(0, clean.manifest.n_rows)
   config = runs.train_config(sample_rows=10**6)
-  states = [
-    train.train(config, url, str(tmp_path / f'run{i}'))
-    for i, url in enumerate((store, str(tmp_path / 'other')))
-  ]
-  runs.assert_same_bits(*states)
+  states = {
+    'as_it_was': train.train(config, store, str(tmp_path / 'as_it_was'))
+  }
+  for name, rows in (
+    ('validation', clean.validation_rows),
+    ('test', clean.test_rows),
+  ):
+    rows_RD = whole_RD.copy()
+    # Nobody may as much as read test rows.
+    rows_RD[rows.start : rows.stop] += {'validation': 7, 'test': np.nan}[name]
+    url = str(tmp_path / f'{name}_store')
+    planted.write_store(url, rows_RD=rows_RD)
+    states[name] = train.train(config, url, str(tmp_path / name))
+    runs.assert_same_bits(states[name], states['as_it_was'])
+  logs = {name: runs.log(tmp_path / name) for name in states}
+  assert logs['test'] == logs['as_it_was']
+  # Control: another row that is scored is seen in the metrics.
+  assert logs['validation'] != logs['as_it_was']
 
 
 def test_a_run_goes_on_with_the_version_of_the_data_that_it_began_with(
@@ -231,7 +245,7 @@ def test_a_finished_run_goes_on_to_more_steps(finished, store, tmp_path):
   # The evaluation at the shorter run's end is all that the log has more.
   more = [row for row in runs.rows(longer) if row not in runs.rows(whole)]
   assert [row['step'] for row in more] == [30]
-  assert 'heldout_nmse' in more[0]
+  assert 'validation_nmse' in more[0]
 
 
 def test_a_finished_run_with_decay_keeps_its_steps(store, tmp_path):
