@@ -119,7 +119,7 @@ def test_held_out_rows_that_do_not_vary_have_no_fvu(tmp_path, caplog):
 def test_held_out_rows_teach_nothing_and_test_rows_are_not_seen(
   store, tmp_path
 ):
-  """Neither the sample at the start, nor a batch, nor a metric has test rows."""
+  """No batch and no sample at the start has them, no metric test rows."""
   clean = store_lib.open_store(store)
   whole_RD = clean.read_rows(0, clean.manifest.n_rows)
   config = runs.train_config(sample_rows=10**6)
