@@ -16,8 +16,9 @@ def averaged(
   """The moving average, bias-corrected as Adam's moments are.
 
   Args:
-    sae: the current parameters, from which untrained ones are taken.
-    sums: the undebiased average of each trained parameter, by name.
+    sae: the current parameters, from which those are taken, to the bit, that
+      are not trained or frozen.
+    sums: the undebiased average of each of the others, by name.
     count: steps that were averaged; before the first step, or if all were
       skipped, the average is the current parameters.
     decay: the decay of the average per step.

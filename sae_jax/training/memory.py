@@ -9,8 +9,9 @@ from jax.sharding import Mesh
 from sae_jax import errors
 from sae_jax.training.config import TrainConfig
 
-# Parameters, both moments of Adam and the moving average, in float32.
-_STATE_BYTES = 4 * 4
+# Bytes of a parameter; both moments of Adam and the moving average are three
+# more of its size, but for a frozen part.
+_BYTES = 4
 _BATCH_BYTES = 2
 _CGROUP = '/sys/fs/cgroup/memory.max'
 
@@ -18,7 +19,10 @@ _CGROUP = '/sys/fs/cgroup/memory.max'
 def state_bytes(config: TrainConfig) -> int:
   """Bytes of the state of a run, in all shards; its counters left out."""
   n_latents, d_model = config.sae.n_latents, config.sae.d_model
-  return _STATE_BYTES * (2 * n_latents * d_model + n_latents + d_model)
+  matrix = n_latents * d_model
+  size = 2 * matrix + n_latents + d_model
+  frozen = 0 if config.optimizer.freeze == 'none' else matrix
+  return _BYTES * (size + 3 * (size - frozen))
 
 
 def check(configs: Sequence[TrainConfig], mesh: Mesh) -> None:

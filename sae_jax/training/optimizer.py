@@ -20,6 +20,8 @@ _ANCHOR_LATENTS = 2**14
 DECAYS = ('linear', 'cosine')
 # The parameter with unit rows, whose step is `ops.adam_rows`.
 _DECODER = 'w_dec_ND'
+# The array of each part that may be frozen.
+_PARTS = {'decoder': _DECODER, 'encoder': 'w_enc_ND'}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,13 +71,20 @@ class OptimizerConfig(config_lib.Config):
     least=1e-6,
     most=0.999999,
   )
+  freeze: str = config_lib.option(
+    'none',
+    'part whose weights keep their initial values, as a control: the decoder '
+    '(w_dec_ND) or the encoder (w_enc_ND). Biases and thresholds are trained '
+    'in any case, so that latents of a frozen encoder still learn when to fire',
+    ('none', *_PARTS),
+  )
 
 
 class OptimizerState(NamedTuple):
   """Moments of Adam and the moving average of the parameters.
 
   Attributes:
-    adam: optax's state: count, mu and nu shaped as the trained parameters.
+    adam: optax's state: count, mu and nu shaped as the parameters of `unfrozen`.
     ema: optax's state: count and the undebiased average, shaped likewise.
   """
 
@@ -123,9 +132,26 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   return optax.join_schedules(pieces, borders)
 
 
+def unfrozen(
+  config: OptimizerConfig, sae: autoencoder.Sae
+) -> dict[str, jax.Array]:
+  """The parameters that a step changes, by name: all but a frozen part.
+
+  A part is the vectors of the latents alone, as in the frozen baselines of
+  Korznikov et al. 2026, section 4.1 (arXiv:2602.14111): with a frozen decoder
+  encoder and biases are learned, with a frozen encoder the decoder and what
+  sets each latent's threshold (b_lat, b_pre and the nonlinearity's own). The
+  frozen vectors have neither moments nor an average: `autoencoder.averaged`
+  takes what it has no average of as it is.
+  """
+  frozen = _PARTS.get(config.freeze)
+  params = autoencoder.trained(sae)
+  return {name: array for name, array in params.items() if name != frozen}
+
+
 def init(config: OptimizerConfig, sae: autoencoder.Sae) -> OptimizerState:
   """Zero moments and a zero average."""
-  params = autoencoder.trained(sae)
+  params = unfrozen(config, sae)
   return OptimizerState(
     adam=optax.scale_by_adam().init(params),
     ema=optax.ema(config.ema_decay).init(params),
@@ -146,8 +172,10 @@ def update(
 ) -> tuple[autoencoder.Sae, OptimizerState, jax.Array]:
   """One step: project, clip, Adam, unit rows, moving average.
 
+  Nothing of a frozen part is read but the part itself.
+
   Args:
-    config: Adam's and the average's settings.
+    config: Adam's and the average's settings, and the part that is frozen.
     sae: parameters; decoder rows of unit norm.
     state: the optimiser's state.
     grads: gradients, shaped as `sae`.
@@ -161,23 +189,29 @@ def update(
 
   Returns:
     The new parameters, decoder rows of unit norm again, the new state, and
-    the global norm of the projected gradients before clipping.
+    the global norm of the projected gradients before clipping, without those
+    of a frozen part.
   """
-  params, gradients = autoencoder.trained(sae), autoencoder.trained(grads)
+  params, gradients = unfrozen(config, sae), unfrozen(config, grads)
   trees = (params, state.adam.mu, state.adam.nu, state.ema.ema, gradients)
   arrays = {name: [tree[name] for tree in trees] for name in params}
-  decoder = arrays.pop(_DECODER)
+  # None if it is frozen.
+  decoder = arrays.pop(_DECODER, None)
   where = {'implementation': implementation, 'mesh': mesh}
+  squares = {name: jnp.sum(g * g) for name, (*_, g) in arrays.items()}
 
-  def global_norm(decoder_squares):
-    squares = {name: jnp.sum(g * g) for name, (*_, g) in arrays.items()}
+  def global_norm():
     # Summed in the order of the names, as optax sums a tree.
-    return jnp.sqrt(optax.tree.sum(squares | {_DECODER: decoder_squares}))
+    return jnp.sqrt(optax.tree.sum(squares))
 
   norm, scale, take = None, 1.0, None
   if config.clip_norm or only_if is not None:
     # The norm must be known before the step overwrites anything.
-    norm = global_norm(adam_rows.squared_norm(decoder[0], decoder[-1], **where))
+    if decoder:
+      squares[_DECODER] = adam_rows.squared_norm(
+        decoder[0], decoder[-1], **where
+      )
+    norm = global_norm()
     if config.clip_norm:
       # With a norm of 0 the quotient is inf, and the minimum 1.
       scale = jnp.minimum(1, config.clip_norm / norm)
@@ -191,15 +225,17 @@ def update(
   new = {
     name: adam.step(*own, *shared, **settings) for name, own in arrays.items()
   }
-  *new[_DECODER], squares = adam_rows.adam_rows(
-    *decoder, *shared, **settings, **where
-  )
+  if decoder:
+    *new[_DECODER], decoder_squares = adam_rows.adam_rows(
+      *decoder, *shared, **settings, **where
+    )
+    squares.setdefault(_DECODER, decoder_squares)
   params, mu, nu, ema = ({name: new[name][i] for name in new} for i in range(4))
   state = OptimizerState(
     optax.ScaleByAdamState(_counted(state.adam.count, take), mu, nu),
     optax.EmaState(_counted(state.ema.count, take), ema),
   )
-  norm = global_norm(squares) if norm is None else norm
+  norm = global_norm() if norm is None else norm
   return autoencoder.with_arrays(sae, params), state, norm
 
 
