@@ -88,6 +88,11 @@ class Metadata:
     return self.train_config['optimizer']['ema_decay']
 
   @property
+  def freeze(self) -> str:
+    """The part that was frozen; checkpoints older than the flag have none."""
+    return self.train_config['optimizer'].get('freeze', 'none')
+
+  @property
   def sample_rows(self) -> int:
     """Rows at the start of the store that the run was fitted to, at most."""
     return self.train_config['sample_rows']

@@ -177,6 +177,7 @@ def _results(
       'k': trained.config.k,
       'd_model': trained.config.d_model,
       'preprocessing': trained.config.preprocessing,
+      'freeze': trained.metadata.freeze,
       'n_tokens': min(store.manifest.n_rows, config.features.feature_rows),
       'mask': store.manifest.mask,
       'metric_definitions': metrics.METRIC_DEFINITIONS,

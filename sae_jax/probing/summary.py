@@ -25,6 +25,8 @@ def lines(report: dict[str, Any]) -> list[str]:
     'from {ce:.4f}, recovered {ce_recovered:.3f} of zero-ablation, '
     'KL {kl:.4f}',
   ]
+  if report['freeze'] != 'none':
+    out.insert(0, 'a control: the {freeze} kept its initial weights')
   out = [text(line, **report, interval=interval) for line in out]
   for task, scores in report['probes'].items():
     controls = ', '.join(

@@ -84,7 +84,7 @@ class OptimizerState(NamedTuple):
   """Moments of Adam and the moving average of the parameters.
 
   Attributes:
-    adam: optax's state: count, mu and nu shaped as the parameters of `unfrozen`.
+    adam: optax's state: count, mu and nu shaped as `unfrozen` parameters.
     ema: optax's state: count and the undebiased average, shaped likewise.
   """
 
