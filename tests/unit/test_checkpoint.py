@@ -37,6 +37,8 @@ def test_load_takes_shapes_and_decay_from_the_checkpoint(tmp_path):
   runs.assert_same_bits(last.sae, saved.sae)
   assert (last.config, last.step, last.mse_of_mean) == (CONFIG, 7, 2.5)
   assert last.metadata.sample_rows == 9
+  # As those have no field of it that are older.
+  assert last.metadata.freeze == 'none'
   average = checkpoint.load(str(tmp_path))
   for name, sums in saved.ema['ema'].items():
     np.testing.assert_allclose(

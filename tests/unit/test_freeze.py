@@ -11,6 +11,7 @@ import pytest
 
 from sae_jax import autoencoder
 from sae_jax.autoencoder import nonlinearity
+from sae_jax.plan import footprint
 from sae_jax.training import optimizer, step
 from sae_jax.training import state as state_lib
 from tests.support import dense_reference, programs, runs
@@ -162,6 +163,18 @@ def test_a_part_is_the_vectors_of_the_latents_alone(activation):
   for part, name in ARRAY.items():
     rest = set(optimizer.unfrozen(frozen(CONFIG, part), sae))
     assert rest == trained - {name}
+
+
+@pytest.mark.parametrize('part', ARRAY)
+def test_a_plan_counts_no_moments_of_a_frozen_part(part):
+  made, mesh = config(), make_mesh(1, 1)
+  whole = footprint.arguments(made, mesh)
+  plan = frozen(made.optimizer, part)
+  less = footprint.arguments(dataclasses.replace(made, optimizer=plan), mesh)
+  matrix = 4 * made.sae.n_latents * made.sae.d_model
+  assert whole.moments - less.moments == 2 * matrix
+  assert whole.average - less.average == matrix
+  assert less.parameters == whole.parameters
 
 
 @pytest.mark.parametrize('part', ARRAY)

@@ -24,11 +24,16 @@ def of(data, latent):
   return mesh.make_mesh(data, latent, jax.devices()[: data * latent])
 
 
-@pytest.mark.parametrize('activation', ['topk', 'batchtopk', 'jumprelu'])
-def test_a_state_has_the_bytes_of_its_arrays(activation):
+@pytest.mark.parametrize(
+  ('activation', 'freeze'),
+  [('topk', 'none'), ('batchtopk', 'decoder'), ('jumprelu', 'encoder')],
+)
+def test_a_state_has_the_bytes_of_its_arrays(activation, freeze):
   made = config(4096)
   made = dataclasses.replace(
-    made, sae=dataclasses.replace(made.sae, activation=activation)
+    made,
+    sae=dataclasses.replace(made.sae, activation=activation),
+    optimizer=dataclasses.replace(made.optimizer, freeze=freeze),
   )
   arrays = jax.tree.leaves(state.abstract_state(made, of(1, 1)))
   size = sum(array.size * array.dtype.itemsize for array in arrays)

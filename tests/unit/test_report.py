@@ -25,7 +25,7 @@ from sae_jax.probing import (
 from sae_jax.probing.examples import FeatureConfig
 from sae_jax.training import train
 from sae_jax.training.objective import ObjectiveConfig
-from tests.support import planted, probed
+from tests.support import planted, probed, runs
 from tests.support.reports import CONFIG, made_tasks, probe, WHOLE_BATCHES
 
 
@@ -337,3 +337,17 @@ def test_lines_say_the_numbers(finished):
   # Nor is a number shown that there is none of.
   text = summary.lines(figures | {'nmse': None, 'kl': None})
   assert text[0].startswith('NMSE none  FVU ') and text[2].endswith('KL none')
+
+
+def test_a_frozen_part_is_named(finished, run, store_url, tmp_path):
+  figures = finished[1]
+  assert figures['freeze'] == 'none'
+  config = runs.saved_config(run)
+  plan = dataclasses.replace(config.optimizer, freeze='decoder')
+  config = dataclasses.replace(config, steps=2, optimizer=plan)
+  train.train(config, store_url, str(tmp_path / 'run'))
+  frozen = probe(str(tmp_path / 'run'), store_url, tmp_path / 'probe')
+  assert frozen['freeze'] == 'decoder'
+  text = summary.lines(frozen)
+  assert text[0] == 'a control: the decoder kept its initial weights'
+  assert text[1:] == summary.lines(frozen | {'freeze': 'none'})
