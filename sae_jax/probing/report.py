@@ -33,7 +33,7 @@ from sae_jax.storage import workdir as workdir_lib
 from sae_jax.store import layout
 
 # Raised with every change after which the same inputs give other results.
-RESULTS_VERSION = 3
+RESULTS_VERSION = 4
 
 
 @dataclasses.dataclass(frozen=True)
