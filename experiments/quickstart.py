@@ -49,16 +49,6 @@ def stages(
   )
   training = sae_jax.TrainConfig(
     sae=sae_jax.SaeConfig(n_latents=config.n_latents, k=config.k),
-    # The paper's 10 million tokens of silence are more than this run has.
-    objective=sae_jax.ObjectiveConfig(dead_after_tokens=2 * config.n_tokens),
-    optimizer=sae_jax.OptimizerConfig(
-      # On held-out rows of this run 3e-3 did better than 1e-3 and 5e-4; the
-      # rule's 4e-4 is meant for many more steps.
-      learning_rate=3e-3,
-      warmup_steps=config.steps // 20,
-      decay_steps=config.steps // 5,
-      ema_decay=0.99,
-    ),
     steps=config.steps,
     batch_size=config.batch_size,
     checkpoint_every=max(1, config.steps // 4),

@@ -21,8 +21,11 @@ def averaged(
     sums: the undebiased average of each of the others, by name.
     count: steps that were averaged; before the first step, or if all were
       skipped, the average is the current parameters.
-    decay: the decay of the average per step.
+    decay: the decay of the average per step; with 0 the average is the current
+      parameters.
   """
+  if not decay:
+    return sae
   # optax has the decay in the parameters' precision and the weight of a new
   # value, 1 - decay, in 64 bits. The weights' sum is computed from just those.
   rounded = float(np.asarray(decay, jax.tree.leaves(sums)[0].dtype))

@@ -61,6 +61,20 @@ class SaeConfig(config_lib.Config):
     'independently of it, which leaves more latents dead',
     ('transposed', 'independent'),
   )
+  decoder_init: str = config_lib.option(
+    'auto',
+    'initial decoder: random directions (random), or rows of the activations '
+    'themselves, half whitened (data), of which sample_rows must be as many as '
+    'there are latents; auto for data in short runs with so many, else random',
+    ('auto', 'random', 'data'),
+  )
+  encoder_gain: str = config_lib.option(
+    'auto',
+    'initial length of the encoder: so that reconstructions have the norm of '
+    'the inputs (norm), or are nearest to them (least_squares), which is '
+    'shorter; auto for least_squares in short runs, else norm',
+    ('auto', 'norm', 'least_squares'),
+  )
 
   @property
   def matmul_dtype(self) -> jnp.dtype | None:

@@ -1,6 +1,7 @@
 """Reconstruction of a store's rows, by the autoencoder and by controls."""
 
 from collections.abc import Iterator
+import dataclasses
 import functools
 import math
 
@@ -80,13 +81,19 @@ def measure(
 def untrained(
   config: autoencoder.SaeConfig, sample_BD: np.ndarray, seed: int
 ) -> Trained:
-  """A control: a fresh autoencoder fitted to the inputs, before any step.
+  """A control: a fresh random autoencoder fitted to the inputs, untrained.
+
+  Also where training starts from rows of the data, which know much already.
 
   Args:
     config: the trained one's config.
     sample_BD: raw training activations.
     seed: seed of its weights.
   """
+
+  config = dataclasses.replace(
+    config, decoder_init='random', encoder_gain='norm'
+  )
 
   @jax.jit
   def make(key, sample_BD):

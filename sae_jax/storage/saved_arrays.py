@@ -30,14 +30,16 @@ def add_digests(spec: dict[str, Any]) -> None:
   codecs = spec.get('base', spec)['metadata'].get('codecs', [])
   for codec in _chunk_codecs(codecs):
     if codec['name'] == 'zstd':
-      codec['configuration']['checksum'] = True
+      # TensorStore may leave out a configuration that is all defaults.
+      codec.setdefault('configuration', {})['checksum'] = True
 
 
 def has_digests(array: ts.TensorStore) -> bool:
   """Whether a checksum is stored with each chunk of an array."""
   metadata = array.spec().to_json()['metadata']
   return any(
-    codec['name'] == 'zstd' and codec['configuration'].get('checksum', False)
+    codec['name'] == 'zstd'
+    and codec.get('configuration', {}).get('checksum', False)
     for codec in _chunk_codecs(metadata.get('codecs', []))
   )
 

@@ -128,7 +128,8 @@ def make_evaluation(
     mesh: where the state lies.
     average: whether to evaluate the averaged weights, or the last ones.
   """
-  return _evaluation(config.sae, config.optimizer.ema_decay, mesh, average)
+  ema_decay = config.optimizer.with_defaults().ema_decay
+  return _evaluation(config.sae, ema_decay, mesh, average)
 
 
 @functools.lru_cache(maxsize=16)

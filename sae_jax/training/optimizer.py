@@ -1,7 +1,6 @@
 """Adam as the paper uses it: projected decoder gradients, unit rows, EMA."""
 
 import dataclasses
-import math
 from typing import NamedTuple
 
 import jax
@@ -14,9 +13,16 @@ from sae_jax import config as config_lib
 from sae_jax.ops import adam, scopes
 from sae_jax.ops.adam_rows import api as adam_rows
 
-# 2e-4 at 2^14 latents, and proportional to 1 / sqrt(n) elsewhere.
-_ANCHOR_RATE = 2e-4
-_ANCHOR_LATENTS = 2**14
+# The value of what is left to the run, see `training.defaults`.
+_AUTO = -1
+# What it is where nothing is known of the run, and in long ones (Gao et al.
+# 2024, appendix A).
+_PAPER = {
+  'warmup_steps': 0,
+  'decay_steps': 0,
+  'adam_b1': 0.9,
+  'ema_decay': 0.999,
+}
 DECAYS = ('linear', 'cosine')
 # The parameter with unit rows, whose step is `ops.adam_rows`.
 _DECODER = 'w_dec_ND'
@@ -30,20 +36,21 @@ class OptimizerConfig(config_lib.Config):
 
   learning_rate: float = config_lib.option(
     0.0,
-    'learning rate after the warm-up; 0 for 2e-4 sqrt(2^14 / n_latents)',
+    'learning rate after the warm-up; 0 for the rule of docs/training.md: 2e-4 '
+    'sqrt(2^14 / n_latents) in runs of 2^33 tokens or more, else higher',
     least=0,
   )
   warmup_steps: int = config_lib.option(
-    0,
+    _AUTO,
     'number of first steps over which the learning rate rises linearly from 0;'
-    ' 0 for no warm-up',
-    least=0,
+    ' 0 for no warm-up; -1 for a twentieth of the steps in short runs, else 0',
+    least=_AUTO,
   )
   decay_steps: int = config_lib.option(
-    0,
+    _AUTO,
     'number of last steps over which the learning rate falls to 0; 0 for a '
-    'constant rate',
-    least=0,
+    'constant rate; -1 for half of the steps in short runs, else 0',
+    least=_AUTO,
   )
   decay: str = config_lib.option(
     'linear', 'shape of the fall of the learning rate over decay_steps', DECAYS
@@ -54,7 +61,10 @@ class OptimizerConfig(config_lib.Config):
     least=0,
   )
   adam_b1: float = config_lib.option(
-    0.9, "decay per step of Adam's first moment", least=0, most=0.999999
+    float(_AUTO),
+    "decay per step of Adam's first moment; -1 for 0.5 in short runs, else 0.9",
+    least=_AUTO,
+    most=0.999999,
   )
   adam_b2: float = config_lib.option(
     0.999,
@@ -66,9 +76,11 @@ class OptimizerConfig(config_lib.Config):
     6.25e-10, "Adam's epsilon, added to the root of the second moment", least=0
   )
   ema_decay: float = config_lib.option(
-    0.999,
-    "decay per step of the parameters' moving average, which evaluations use",
-    least=1e-6,
+    float(_AUTO),
+    "decay per step of the parameters' moving average, which evaluations use; "
+    '0 for the last parameters themselves; -1 for 0 in short runs, whose rate '
+    'falls to 0, else 0.999',
+    least=_AUTO,
     most=0.999999,
   )
   freeze: str = config_lib.option(
@@ -78,6 +90,22 @@ class OptimizerConfig(config_lib.Config):
     'in any case, so that latents of a frozen encoder still learn when to fire',
     ('none', *_PARTS),
   )
+
+  def __post_init__(self):
+    super().__post_init__()
+    for name in ('adam_b1', 'ema_decay'):
+      value = getattr(self, name)
+      if _AUTO < value < 0:
+        raise errors.UserError(f'{name} {value} must be -1, or 0 or more')
+
+  def with_defaults(self, **values: float) -> 'OptimizerConfig':
+    """Values for the settings that are left to the run, by name.
+
+    Those that are not named get the paper's.
+    """
+    left = {n: v for n, v in _PAPER.items() if getattr(self, n) == _AUTO}
+    named = {n: v for n, v in values.items() if n in left}
+    return dataclasses.replace(self, **left | named)
 
 
 class OptimizerState(NamedTuple):
@@ -92,12 +120,6 @@ class OptimizerState(NamedTuple):
   ema: optax.EmaState
 
 
-def peak_rate(config: OptimizerConfig, n_latents: int) -> float:
-  """The configured learning rate, or 2e-4 sqrt(2^14 / n) if it is 0."""
-  rule = _ANCHOR_RATE * math.sqrt(_ANCHOR_LATENTS / n_latents)
-  return config.learning_rate or rule
-
-
 def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   """The share of the peak rate at each step: warm-up, constant, decay.
 
@@ -108,6 +130,7 @@ def schedule(config: OptimizerConfig, steps: int) -> optax.Schedule:
   Raises:
     UserError: if warm-up and decay are longer than the run.
   """
+  config = config.with_defaults()
   if config.warmup_steps + config.decay_steps > steps:
     raise errors.UserError(
       f'warmup_steps {config.warmup_steps} + decay_steps {config.decay_steps} '
@@ -151,6 +174,7 @@ def unfrozen(
 
 def init(config: OptimizerConfig, sae: autoencoder.Sae) -> OptimizerState:
   """Zero moments and a zero average."""
+  config = config.with_defaults()
   params = unfrozen(config, sae)
   return OptimizerState(
     adam=optax.scale_by_adam().init(params),
@@ -192,6 +216,7 @@ def update(
     the global norm of the projected gradients before clipping, without those
     of a frozen part.
   """
+  config = config.with_defaults()
   params, gradients = unfrozen(config, sae), unfrozen(config, grads)
   trees = (params, state.adam.mu, state.adam.nu, state.ema.ema, gradients)
   arrays = {name: [tree[name] for tree in trees] for name in params}

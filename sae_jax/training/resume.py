@@ -18,7 +18,7 @@ from sae_jax import mesh as mesh_lib
 from sae_jax.storage import claim, files
 from sae_jax.storage import url as url_lib
 from sae_jax.storage import workdir as workdir_lib
-from sae_jax.training import run
+from sae_jax.training import defaults, run
 from sae_jax.training import saver as saver_lib
 from sae_jax.training.config import TrainConfig
 from sae_jax.training.state import abstract_state, init_state, TrainState
@@ -32,7 +32,7 @@ def _made_from(config: TrainConfig, dataset: dict[str, Any]) -> dict[str, Any]:
   """What may not differ between a run and its resumption."""
   may_change = set(config_lib.names_with(TrainConfig, 'may_change'))
   # No step depends on the number of steps, unless the rate decays.
-  if not config.optimizer.decay_steps:
+  if not config.optimizer.with_defaults().decay_steps:
     may_change.add('steps')
   values = {
     name: value
@@ -121,6 +121,7 @@ def start(
   latest = saver.checkpointer.latest
   if latest is None:
     _sign(config, workdir, data)
+    defaults.log(config)
     sample_BD = data.finite_rows(0, min(config.sample_rows, data.n_train))
     state = init_state(config, mesh, sample_BD)
     return Start(config, workdir, state, {}, saver)

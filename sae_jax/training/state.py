@@ -77,19 +77,21 @@ def init_state(
   )
   specs = mesh_lib.specs(sae_shapes)
   fit = jax.shard_map(
-    lambda sae, sample_BD: autoencoder.fit_inputs(
-      sae_config, sae, sample_BD, axis='latent'
+    lambda sae, sample_BD, key: autoencoder.fit_inputs(
+      sae_config, sae, sample_BD, key, axis='latent'
     ),
     mesh=mesh,
-    in_specs=(specs, PartitionSpec()),
+    in_specs=(specs, PartitionSpec(), PartitionSpec()),
     out_specs=(specs, PartitionSpec()),
   )
 
-  def build(sae, sample_BD):
-    return _before_the_first_step(config, *fit(sae, sample_BD))
+  def build(sae, sample_BD, key):
+    return _before_the_first_step(config, *fit(sae, sample_BD, key))
 
-  out = mesh_lib.shardings(jax.eval_shape(build, sae, sample_BD), mesh)
-  state = jax.jit(build, out_shardings=out)(sae, sample_BD)
+  # Another key than that of the random weights.
+  key = jax.random.fold_in(jax.random.key(config.seed), 2)
+  out = mesh_lib.shardings(jax.eval_shape(build, sae, sample_BD, key), mesh)
+  state = jax.jit(build, out_shardings=out)(sae, sample_BD, key)
   if not float(state.mse_of_mean) > 0:
     raise errors.UserError(
       f'the variance of the first {len(sample_BD)} rows is '

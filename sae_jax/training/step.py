@@ -12,7 +12,7 @@ import numpy as np
 from sae_jax import autoencoder, ops
 from sae_jax import mesh as mesh_lib
 from sae_jax.autoencoder import nonlinearity
-from sae_jax.training import objective, optimizer
+from sae_jax.training import defaults, objective, optimizer
 from sae_jax.training import state as state_lib
 from sae_jax.training.config import TrainConfig
 from sae_jax.training.state import TrainState
@@ -39,7 +39,7 @@ def make_step(
     share of tokens that were encoded twice) with kernels, and expected_recall
     if their top k is approximate.
   """
-  peak = optimizer.peak_rate(config.optimizer, config.sae.n_latents)
+  peak = defaults.learning_rate(config)
   rate = jax.make_array_from_callback(
     (),
     mesh_lib.sharding(mesh, ''),
@@ -83,13 +83,24 @@ def lowered(
 
 
 def _without_seed_and_rate(config):
-  optimizer_config = dataclasses.replace(config.optimizer, learning_rate=0.0)
-  return dataclasses.replace(config, seed=0, optimizer=optimizer_config)
+  # Nor does a step depend on how the weights began.
+  return dataclasses.replace(
+    config,
+    seed=0,
+    optimizer=dataclasses.replace(config.optimizer, learning_rate=0.0),
+    sae=dataclasses.replace(
+      config.sae,
+      encoder_init='transposed',
+      decoder_init='random',
+      encoder_gain='norm',
+    ),
+  )
 
 
 @functools.lru_cache(maxsize=16)
 def _program(config, mesh, implementation, debug_nans):
   share = optimizer.schedule(config.optimizer, config.steps)
+  dead_after = defaults.dead_after_tokens(config)
   specs = mesh_lib.specs(state_lib.abstract_sae(config.sae))
   latents, tokens = mesh_lib.RULES.spec('N'), mesh_lib.RULES.spec('BD')
   none = PartitionSpec()
@@ -114,7 +125,7 @@ def _program(config, mesh, implementation, debug_nans):
 
   def step(state: TrainState, raw_BD: jax.Array, peak: jax.Array):
     x_BD, _ = autoencoder.preprocess(config.sae, state.sae, raw_BD)
-    dead_N = state.silent_N >= config.objective.dead_after_tokens
+    dead_N = state.silent_N >= dead_after
     (loss, terms), grads = gradients(state.sae, x_BD, dead_N, state.mse_of_mean)
     rate = (peak * share(state.step)).astype(loss.dtype)
     skips = config.on_nonfinite == 'skip'

@@ -16,7 +16,7 @@ from sae_jax import mesh as mesh_lib
 from sae_jax.feed import batches as batches_lib
 from sae_jax.feed import from_store, from_text
 from sae_jax.storage import files
-from sae_jax.training import evaluation, loop, memory, resume
+from sae_jax.training import defaults, evaluation, loop, memory, resume
 from sae_jax.training import run as run_lib
 from sae_jax.training.config import check_mesh, TrainConfig
 from sae_jax.training.state import TrainState
@@ -41,11 +41,13 @@ def check(config: TrainConfig, data: store.Store, mesh: Mesh) -> None:
 
 
 def resolve(config: TrainConfig, manifest: store.Manifest) -> TrainConfig:
-  """The config with the width of the store for a d_model of 0."""
+  """The config with values for all that is left to the store and the run."""
   d_model = config.sae.d_model or manifest.d_model
-  return dataclasses.replace(
+  config = dataclasses.replace(
     config, sae=dataclasses.replace(config.sae, d_model=d_model)
   )
+  n_train = manifest.n_rows - manifest.holdout_rows
+  return defaults.resolve(config, min(config.sample_rows, n_train))
 
 
 def sweep(
@@ -144,6 +146,8 @@ def train_many(
   _check_shared(configs)
   first = next(iter(configs.values()))
   data = store.open_store(store_url, first.site, first.store_version or None)
+  for config in configs.values():
+    defaults.warn_unmeasured(config)
   configs = {w: resolve(c, data.manifest) for w, c in configs.items()}
   first = next(iter(configs.values()))
   mesh = mesh_lib.make_mesh(first.mesh_data, first.mesh_latent)

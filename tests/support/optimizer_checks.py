@@ -10,7 +10,7 @@ import numpy as np
 from sae_jax import autoencoder
 from sae_jax.training import optimizer
 
-CONFIG = optimizer.OptimizerConfig(ema_decay=0.9)
+CONFIG = optimizer.OptimizerConfig(adam_b1=0.9, ema_decay=0.9)
 NAMES = ('w_enc_ND', 'w_dec_ND', 'b_lat_N', 'b_pre_D')
 
 

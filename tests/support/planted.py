@@ -82,7 +82,10 @@ def train_config(**kwargs):
   values = {
     'sae': SaeConfig(d_model=D_MODEL, n_latents=64, k=4),
     'objective': ObjectiveConfig(k_aux=8, dead_after_tokens=600),
-    'optimizer': OptimizerConfig(learning_rate=3e-3, ema_decay=0.9),
+    # A constant rate, so that a run can go on to more steps.
+    'optimizer': OptimizerConfig(
+      learning_rate=3e-3, warmup_steps=0, decay_steps=0, ema_decay=0.9
+    ),
     'batch_size': 64,
     'steps': 30,
     'sample_rows': 500,

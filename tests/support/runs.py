@@ -149,6 +149,7 @@ def flags(store, workdir, **changes):
   values = {
     'store': store, 'workdir': workdir, 'n_latents': 64, 'k': 4, 'k_aux': 8,
     'dead_after_tokens': 300, 'learning_rate': 3e-3, 'ema_decay': 0.9,
+    'warmup_steps': 0, 'decay_steps': 0,
     'clip_norm': 0.25, 'batch_size': 64, 'steps': 30, 'sample_rows': 500,
     'window_chunks': 4, 'log_every': 1,
   }  # fmt: skip

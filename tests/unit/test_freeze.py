@@ -37,6 +37,7 @@ def frozen(config, part):
 
 def masked(config, part):
   """Adam of all but a part by optax's own masks, after the clipping."""
+  config = config.with_defaults()
   return optax.chain(
     optax.masked(
       optax.set_to_zero(), lambda tree: {n: n == ARRAY[part] for n in tree}

@@ -215,13 +215,6 @@ def test_a_step_is_held_unless_all_is_finite(implementation):
   assert np.isnan(spoilt.b_pre_D).any()
 
 
-def test_learning_rate_rule_is_inverse_square_root():
-  for n, want in ((2**14, 2e-4), (2**12, 4e-4), (2**16, 1e-4)):
-    np.testing.assert_allclose(optimizer.peak_rate(CONFIG, n), want, rtol=1e-6)
-  named = dataclasses.replace(CONFIG, learning_rate=0.5)
-  assert optimizer.peak_rate(named, 2**12) == 0.5
-
-
 @pytest.mark.parametrize('decay', optimizer.DECAYS)
 def test_schedule_rises_stays_and_falls(decay):
   config = dataclasses.replace(

@@ -172,7 +172,7 @@ def test_a_run_goes_on_with_the_version_of_the_data_that_it_began_with(
 
 def test_a_start_that_failed_does_not_claim_the_workdir(store, tmp_path):
   workdir = str(tmp_path / 'run')
-  nothing = dataclasses.replace(runs.train_config().optimizer, adam_b1=0.5)
+  nothing = dataclasses.replace(runs.train_config().optimizer, adam_b1=0.25)
   config = runs.train_config(optimizer=nothing)
   runs.break_off(3, {workdir: config}, store)
   # No checkpoint was written, so nothing is lost by other settings.
@@ -229,7 +229,7 @@ def test_load_gives_the_average_or_the_last_weights(finished):
   want = autoencoder.averaged(finished[1].sae, ema.ema, ema.count, decay)
   runs.assert_same_bits(average.sae, want)
   assert (average.sae.w_enc_ND != last.sae.w_enc_ND).any()
-  assert average.config == runs.train_config().sae
+  assert average.config == runs.saved_config(finished[0]).sae
   assert average.metadata.dataset['identity']
   assert average.mse_of_mean == float(finished[1].mse_of_mean)
 

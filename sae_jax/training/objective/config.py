@@ -19,10 +19,10 @@ class ObjectiveConfig(config_lib.Config):
     1 / 32, 'weight of AuxK in the loss, alpha', least=0
   )
   dead_after_tokens: int = config_lib.option(
-    10_000_000,
+    0,
     'number of tokens after which a latent that was active for none of them '
-    'counts as dead',
-    least=1,
+    'counts as dead; 0 for a twentieth of the run, at most 10 million',
+    least=0,
     most=2**30,
   )
   multi_topk: int = config_lib.option(
