@@ -138,12 +138,15 @@ def data_rows(
       f'the data: use sample_rows {config.n_latents} or more, and a store of '
       'as many, or decoder_init random'
     )
+  # All rows are turned before any is chosen: products of one shape round alike
+  # on every mesh.
+  away_BD = ops.matmul(x_BD - sae.b_pre_D, half_whitening(x_BD))
   n_own = sae.w_dec_ND.shape[0]
   first = 0 if axis is None else jax.lax.axis_index(axis) * n_own
-  chosen_N = jax.random.permutation(key, x_BD.shape[0])
-  chosen_N = jax.lax.dynamic_slice(chosen_N, (first,), (n_own,))
-  away_ND = ops.matmul(x_BD[chosen_N] - sae.b_pre_D, half_whitening(x_BD))
-  return rows.unit_rows(rows.unit_rows(away_ND) + _NOISE * sae.w_dec_ND)
+  chosen_B = jax.random.permutation(key, x_BD.shape[0])
+  chosen_N = jax.lax.dynamic_slice(chosen_B, (first,), (n_own,))
+  unit_ND = rows.unit_rows(away_BD[chosen_N])
+  return rows.unit_rows(unit_ND + _NOISE * sae.w_dec_ND)
 
 
 def fit_inputs(

@@ -148,7 +148,10 @@ def test_abstract_state_is_that_of_a_real_one(config):
     assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
 
 
-def test_initial_weights_do_not_depend_on_the_mesh(config):
+@pytest.mark.parametrize('start', ['random', 'data'])
+def test_initial_weights_do_not_depend_on_the_mesh(config, start):
+  sae = dataclasses.replace(config.sae, decoder_init=start)
+  config = dataclasses.replace(config, sae=sae)
   one = state_lib.init_state(config, make_mesh(1, 1), ROWS[:500])
   many = state_lib.init_state(config, make_mesh(2, 4), ROWS[:500])
   np.testing.assert_array_equal(one.sae.w_dec_ND, many.sae.w_dec_ND)

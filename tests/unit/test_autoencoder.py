@@ -32,7 +32,9 @@ def make(preprocessing='center_unit_norm', **kwargs):
   raw_BD = raw_BD.astype(np.float32)
   raw_BD.setflags(write=False)
   sae = autoencoder.init_weights(config, jax.random.key(0))
-  sae, mse_of_mean = autoencoder.fit_inputs(config, sae, jnp.asarray(raw_BD))
+  sae, mse_of_mean = autoencoder.fit_inputs(
+    config, sae, jnp.asarray(raw_BD), jax.random.key(1)
+  )
   return config, sae, raw_BD, mse_of_mean
 
 
@@ -169,6 +171,71 @@ def test_first_encoder_is_the_transpose_or_drawn_apart():
   assert abs(cosine_N).mean() < 0.3
   # Rows of one norm, as the transpose has them.
   np.testing.assert_allclose(norms_N, norms_N[0], rtol=1e-5)
+
+
+def half_whitened(x_BD, b_pre_D):
+  """Unit rows of (x - b_pre) C^(-1/4), in float64."""
+  x_BD = np.asarray(x_BD, np.float64)
+  variance_D, axes_DD = np.linalg.eigh(np.cov(x_BD.T, bias=True))
+  stretch_D = np.maximum(variance_D, 1e-6 * variance_D[-1]) ** -0.25
+  rows_BD = (x_BD - np.asarray(b_pre_D)) @ (axes_DD * stretch_D) @ axes_DD.T
+  return rows_BD / np.linalg.norm(rows_BD, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize('name', autoencoder.PREPROCESSING)
+@pytest.mark.parametrize('encoder_init', ['transposed', 'independent'])
+def test_a_decoder_from_the_data_is_of_different_rows_half_whitened(
+  name, encoder_init
+):
+  values = {'encoder_init': encoder_init, 'encoder_gain': 'least_squares'}
+  config, sae, raw_BD, _ = make(name, decoder_init='data', **values)
+  w_dec_ND = np.asarray(sae.w_dec_ND, np.float64)
+  np.testing.assert_allclose(np.linalg.norm(w_dec_ND, axis=1), 1, rtol=1e-5)
+  x_BD, _ = preprocess(config, sae, raw_BD)
+  rows_BD = half_whitened(x_BD, sae.b_pre_D)
+  nearest_N = (w_dec_ND @ rows_BD.T).argmax(1)
+  assert len(set(nearest_N)) == 96
+  # What is left is a tenth of the random row, once both are put together.
+  _, random, _, _ = make(name, **values)
+  other_ND = rows_BD[nearest_N] + 0.1 * np.asarray(random.w_dec_ND)
+  other_ND /= np.linalg.norm(other_ND, axis=1, keepdims=True)
+  np.testing.assert_allclose(w_dec_ND, other_ND, atol=2e-4)
+  # Control: without the whitening they are other rows.
+  plain_BD = np.asarray(x_BD - sae.b_pre_D, np.float64)
+  plain_BD /= np.linalg.norm(plain_BD, axis=1, keepdims=True)
+  assert (w_dec_ND @ plain_BD.T).max(1).mean() < 0.99
+  w_enc_ND = np.asarray(sae.w_enc_ND, np.float64)
+  cosine_N = (w_enc_ND * w_dec_ND).sum(1) / np.linalg.norm(w_enc_ND, axis=1)
+  if encoder_init == 'transposed':
+    np.testing.assert_allclose(cosine_N, 1, rtol=1e-5)
+  else:
+    assert abs(cosine_N).mean() < 0.5
+
+
+def test_a_decoder_from_fewer_rows_than_latents_is_refused():
+  with pytest.raises(
+    errors.UserError, match=r'501 latents .* from 500 rows .* sample_rows 501'
+  ):
+    make(n_latents=501, decoder_init='data')
+
+
+@pytest.mark.parametrize('activation', ['topk', 'relu'])
+@pytest.mark.parametrize('decoder_init', ['random', 'data'])
+def test_the_least_squares_gain_has_the_least_error(activation, decoder_init):
+  values = {'activation': activation, 'decoder_init': decoder_init}
+  config, sae, raw_BD, _ = make(encoder_gain='least_squares', **values)
+  x_BD, _ = preprocess(config, sae, raw_BD)
+
+  def error(sae, factor):
+    scaled = sae.replace(w_enc_ND=factor * sae.w_enc_ND)
+    output_BD = decode(scaled, *encode(config, scaled, x_BD))
+    return float(((output_BD - x_BD) ** 2).sum())
+
+  errors_of = [error(sae, factor) for factor in (0.95, 1.0, 1.05)]
+  assert min(errors_of) == errors_of[1]
+  # Control: the norm's gain is not the best.
+  _, longer, _, _ = make(encoder_gain='norm', **values)
+  assert error(longer, 1.0) > 1.05 * errors_of[1]
 
 
 @pytest.mark.parametrize('name', autoencoder.PREPROCESSING)
