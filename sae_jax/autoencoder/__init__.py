@@ -10,7 +10,13 @@ from typing import Any
 _MODULES = {
   'average': ('averaged',),
   'encoder': ('pre_activations',),
-  'initial': ('fit_inputs', 'geometric_median', 'init_weights'),
+  'initial': (
+    'DataStart',
+    'data_start',
+    'fit_inputs',
+    'geometric_median',
+    'init_weights',
+  ),
   'model': ('decode', 'encode', 'reconstruct'),
   'params': (
     'MATMULS',

@@ -1,7 +1,11 @@
 """Initial weights, and fitting them to a sample of inputs."""
 
+import dataclasses
+
+import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sae_jax import errors, ops
 from sae_jax.autoencoder import metrics, model, nonlinearity, preprocessing
@@ -90,60 +94,90 @@ def init_weights(
   )
 
 
-def half_whitening(x_BD: jax.Array) -> jax.Array:
-  """C^(-1/4), [D, D], of the covariance C of some rows.
+@flax.struct.dataclass
+class DataStart:
+  """What a decoder that starts from the data needs, see `data_start`.
 
-  Rows times it have variances that are the roots of what they were, so that a
-  few large directions do not make all rows alike.
+  Arrays of the host, equal on every process.
+
+  Attributes:
+    key_data: of the random key of the choice of rows.
+    whitening_DD: half whitening of the preprocessed activations.
   """
-  away_BD = x_BD - x_BD.mean(0)
-  covariance_DD = ops.matmul(away_BD.T, away_BD) / x_BD.shape[0]
-  variance_D, axes_DD = jnp.linalg.eigh(covariance_DD)
-  least = jnp.maximum(
-    _LEAST_VARIANCE * variance_D[-1], jnp.finfo(x_BD.dtype).tiny
-  )
-  stretch_D = jnp.maximum(variance_D, least) ** -0.25
-  return ops.matmul(axes_DD * stretch_D, axes_DD.T)
+
+  key_data: np.ndarray
+  whitening_DD: np.ndarray
 
 
-def data_rows(
-  config: SaeConfig,
-  sae: Sae,
-  x_BD: jax.Array,
-  key: jax.Array,
-  axis: str | None = None,
-) -> jax.Array:
-  """Unit decoder rows from the data: different rows of x - b_pre.
+def data_start(
+  config: SaeConfig, sample_BD: np.ndarray, key: jax.Array
+) -> DataStart:
+  """Prepares a start from the data, on the host.
 
-  They are half whitened, with a random part a tenth as long. On held-out rows
-  this start did better than random ones in all of docs/results.md's runs of
-  0.2 to 20 million tokens.
+  There the roots of a matrix take seconds; compiling them for a TPU took more
+  than minutes.
 
   Args:
     config: the autoencoder's config.
-    sae: its random decoder and b_pre, or this shard of it.
-    x_BD: preprocessed activations, at least as many as all shards' latents.
+    sample_BD: raw activations, at least as many as there are latents.
     key: random key of the choice of rows.
-    axis: the mesh axis of the latents, inside shard_map.
-
-  Returns:
-    [N, D], the rows of this shard. Together they do not depend on the mesh.
 
   Raises:
     UserError: if there are fewer rows than latents.
   """
-  if x_BD.shape[0] < config.n_latents:
+  if len(sample_BD) < config.n_latents:
     raise errors.UserError(
-      f'{config.n_latents} latents cannot start from {x_BD.shape[0]} rows of '
+      f'{config.n_latents} latents cannot start from {len(sample_BD)} rows of '
       f'the data: use sample_rows {config.n_latents} or more, and a store of '
       'as many, or decoder_init random'
     )
+  # The dataset's own mean and scale are no part of unit rows' directions.
+  fresh = init_weights(dataclasses.replace(config, n_latents=config.k), key)
+  x_BD, _ = jax.jit(preprocessing.preprocess, static_argnums=0)(
+    config, fresh, jnp.asarray(sample_BD)
+  )
+  key_data = np.asarray(jax.random.key_data(key))
+  return DataStart(key_data, half_whitening(np.asarray(x_BD)))
+
+
+def half_whitening(x_BD: np.ndarray) -> np.ndarray:
+  """C^(-1/4), [D, D] in float32, of the covariance C of some rows.
+
+  Rows times it have variances that are the roots of what they were, so that a
+  few large directions do not make all rows alike.
+  """
+  away_BD = x_BD - x_BD.mean(0, dtype=np.float64)
+  variance_D, axes_DD = np.linalg.eigh(away_BD.T @ away_BD / len(x_BD))
+  least = max(_LEAST_VARIANCE * variance_D[-1], np.finfo(np.float32).tiny)
+  stretch_D = np.maximum(variance_D, least) ** -0.25
+  return ((axes_DD * stretch_D) @ axes_DD.T).astype(np.float32)
+
+
+def data_rows(
+  sae: Sae, x_BD: jax.Array, start: DataStart, axis: str | None = None
+) -> jax.Array:
+  """Unit decoder rows from the data: different rows of x - b_pre.
+
+  They are half whitened, with a random part a tenth as long. On held-out rows
+  this start did better than random ones in all of docs/results.md's runs.
+
+  Args:
+    sae: its random decoder and b_pre, or this shard of it.
+    x_BD: preprocessed activations, at least as many as all shards' latents.
+    start: from `data_start`.
+    axis: the mesh axis of the latents, inside shard_map.
+
+  Returns:
+    [N, D], the rows of this shard. Together they do not depend on the mesh.
+  """
   # All rows are turned before any is chosen: products of one shape round alike
   # on every mesh.
-  away_BD = ops.matmul(x_BD - sae.b_pre_D, half_whitening(x_BD))
+  away_BD = ops.matmul(x_BD - sae.b_pre_D, start.whitening_DD)
   n_own = sae.w_dec_ND.shape[0]
   first = 0 if axis is None else jax.lax.axis_index(axis) * n_own
-  chosen_B = jax.random.permutation(key, x_BD.shape[0])
+  chosen_B = jax.random.permutation(
+    jax.random.wrap_key_data(start.key_data), x_BD.shape[0]
+  )
   chosen_N = jax.lax.dynamic_slice(chosen_B, (first,), (n_own,))
   unit_ND = rows.unit_rows(away_BD[chosen_N])
   return rows.unit_rows(unit_ND + _NOISE * sae.w_dec_ND)
@@ -153,7 +187,7 @@ def fit_inputs(
   config: SaeConfig,
   sae: Sae,
   sample_BD: jax.Array,
-  key: jax.Array | None = None,
+  start: DataStart | None = None,
   *,
   axis: str | None = None,
 ) -> tuple[Sae, jax.Array]:
@@ -168,16 +202,13 @@ def fit_inputs(
     config: the autoencoder's config.
     sae: from `init_weights`, or this shard of it.
     sample_BD: raw activations; the paper's code takes 32,768 of them.
-    key: random key; only decoder_init 'data' needs it.
+    start: from `data_start`, for decoder_init 'data'.
     axis: the mesh axis of the latents, inside shard_map.
 
   Returns:
     The autoencoder, and the squared error per token of predicting the mean of
     the preprocessed sample: the constant that NMSE divides by. It is 0 if the
     rows differ by no more than rounding.
-
-  Raises:
-    UserError: if the decoder cannot start from so few rows.
   """
   mean_D = sample_BD.mean(0)
   sae = sae.replace(
@@ -191,8 +222,8 @@ def fit_inputs(
   varies = apart > metrics.rounding(sample_BD / affine.scale).sum()
   mse_of_mean = jnp.where(varies, mse_of_mean, 0)
   sae = sae.replace(b_pre_D=geometric_median(x_BD))
-  if config.decoder_init == 'data':
-    w_dec_ND = data_rows(config, sae, x_BD, key, axis)
+  if start is not None:
+    w_dec_ND = data_rows(sae, x_BD, start, axis)
     sae = sae.replace(w_dec_ND=w_dec_ND)
     if config.encoder_init == 'transposed':
       sae = sae.replace(w_enc_ND=w_dec_ND)

@@ -64,7 +64,8 @@ def init_state(
     sample_BD: raw activations from the start of the run.
 
   Raises:
-    UserError: if they are all equal but for rounding, or not finite.
+    UserError: if they are all equal but for rounding, or not finite, or fewer
+      than a decoder that starts from them has latents.
   """
   sae_config = config.sae
 
@@ -77,21 +78,24 @@ def init_state(
   )
   specs = mesh_lib.specs(sae_shapes)
   fit = jax.shard_map(
-    lambda sae, sample_BD, key: autoencoder.fit_inputs(
-      sae_config, sae, sample_BD, key, axis='latent'
+    lambda sae, sample_BD, start: autoencoder.fit_inputs(
+      sae_config, sae, sample_BD, start, axis='latent'
     ),
     mesh=mesh,
     in_specs=(specs, PartitionSpec(), PartitionSpec()),
     out_specs=(specs, PartitionSpec()),
   )
 
-  def build(sae, sample_BD, key):
-    return _before_the_first_step(config, *fit(sae, sample_BD, key))
+  def build(sae, sample_BD, start):
+    return _before_the_first_step(config, *fit(sae, sample_BD, start))
 
-  # Another key than that of the random weights.
-  key = jax.random.fold_in(jax.random.key(config.seed), 2)
-  out = mesh_lib.shardings(jax.eval_shape(build, sae, sample_BD, key), mesh)
-  state = jax.jit(build, out_shardings=out)(sae, sample_BD, key)
+  start = None
+  if sae_config.decoder_init == 'data':
+    # Another key than that of the random weights.
+    key = jax.random.fold_in(jax.random.key(config.seed), 2)
+    start = autoencoder.data_start(sae_config, sample_BD, key)
+  out = mesh_lib.shardings(jax.eval_shape(build, sae, sample_BD, start), mesh)
+  state = jax.jit(build, out_shardings=out)(sae, sample_BD, start)
   if not float(state.mse_of_mean) > 0:
     raise errors.UserError(
       f'the variance of the first {len(sample_BD)} rows is '

@@ -32,8 +32,11 @@ def make(preprocessing='center_unit_norm', **kwargs):
   raw_BD = raw_BD.astype(np.float32)
   raw_BD.setflags(write=False)
   sae = autoencoder.init_weights(config, jax.random.key(0))
+  start = None
+  if config.decoder_init == 'data':
+    start = autoencoder.data_start(config, raw_BD, jax.random.key(1))
   sae, mse_of_mean = autoencoder.fit_inputs(
-    config, sae, jnp.asarray(raw_BD), jax.random.key(1)
+    config, sae, jnp.asarray(raw_BD), start
   )
   return config, sae, raw_BD, mse_of_mean
 
