@@ -101,26 +101,26 @@ class DataStart:
   Arrays of the host, equal on every process.
 
   Attributes:
-    key_data: of the random key of the choice of rows.
+    chosen_N: which row each latent starts from, all different.
     whitening_DD: half whitening of the preprocessed activations.
   """
 
-  key_data: np.ndarray
+  chosen_N: np.ndarray
   whitening_DD: np.ndarray
 
 
 def data_start(
-  config: SaeConfig, sample_BD: np.ndarray, key: jax.Array
+  config: SaeConfig, sample_BD: np.ndarray, seed: int
 ) -> DataStart:
   """Prepares a start from the data, on the host.
 
-  There the roots of a matrix take seconds; compiling them for a TPU took more
-  than minutes.
+  There a permutation and the root of a matrix take seconds; compiling them for
+  a TPU takes minutes.
 
   Args:
     config: the autoencoder's config.
     sample_BD: raw activations, at least as many as there are latents.
-    key: random key of the choice of rows.
+    seed: seed of the choice of rows.
 
   Raises:
     UserError: if there are fewer rows than latents.
@@ -132,12 +132,17 @@ def data_start(
       'as many, or decoder_init random'
     )
   # The dataset's own mean and scale are no part of unit rows' directions.
-  fresh = init_weights(dataclasses.replace(config, n_latents=config.k), key)
+  fresh = init_weights(
+    dataclasses.replace(config, n_latents=config.k), jax.random.key(0)
+  )
   x_BD, _ = jax.jit(preprocessing.preprocess, static_argnums=0)(
     config, fresh, jnp.asarray(sample_BD)
   )
-  key_data = np.asarray(jax.random.key_data(key))
-  return DataStart(key_data, half_whitening(np.asarray(x_BD)))
+  order_B = np.random.default_rng(seed).permutation(len(sample_BD))
+  return DataStart(
+    order_B[: config.n_latents].astype(np.int32),
+    half_whitening(np.asarray(x_BD)),
+  )
 
 
 def half_whitening(x_BD: np.ndarray) -> np.ndarray:
@@ -175,10 +180,9 @@ def data_rows(
   away_BD = ops.matmul(x_BD - sae.b_pre_D, start.whitening_DD)
   n_own = sae.w_dec_ND.shape[0]
   first = 0 if axis is None else jax.lax.axis_index(axis) * n_own
-  chosen_B = jax.random.permutation(
-    jax.random.wrap_key_data(start.key_data), x_BD.shape[0]
+  chosen_N = jax.lax.dynamic_slice(
+    jnp.asarray(start.chosen_N), (first,), (n_own,)
   )
-  chosen_N = jax.lax.dynamic_slice(chosen_B, (first,), (n_own,))
   unit_ND = rows.unit_rows(away_BD[chosen_N])
   return rows.unit_rows(unit_ND + _NOISE * sae.w_dec_ND)
 

@@ -91,9 +91,7 @@ def init_state(
 
   start = None
   if sae_config.decoder_init == 'data':
-    # Another key than that of the random weights.
-    key = jax.random.fold_in(jax.random.key(config.seed), 2)
-    start = autoencoder.data_start(sae_config, sample_BD, key)
+    start = autoencoder.data_start(sae_config, sample_BD, config.seed)
   out = mesh_lib.shardings(jax.eval_shape(build, sae, sample_BD, start), mesh)
   state = jax.jit(build, out_shardings=out)(sae, sample_BD, start)
   if not float(state.mse_of_mean) > 0:

@@ -34,7 +34,7 @@ def make(preprocessing='center_unit_norm', **kwargs):
   sae = autoencoder.init_weights(config, jax.random.key(0))
   start = None
   if config.decoder_init == 'data':
-    start = autoencoder.data_start(config, raw_BD, jax.random.key(1))
+    start = autoencoder.data_start(config, raw_BD, 1)
   sae, mse_of_mean = autoencoder.fit_inputs(
     config, sae, jnp.asarray(raw_BD), start
   )

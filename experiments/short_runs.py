@@ -1,0 +1,225 @@
+"""What short runs should start from, and how their rate should fall.
+
+Trains the defaults and variants that differ from them in one thing, on the same
+batches, and prints for each shape the FVU on validation rows, by which defaults
+are chosen, and on test rows, with the share of latents that are silent on all
+training rows: means over the seeds with 95 % intervals of their spread.
+
+Each run that is finished is a line of --results and is never run again.
+
+  sae-harvest --store=runs/1m --n_tokens=1150000 --mask_norm_multiple=10
+  python -m experiments.short_runs --store=runs/1m --workdir=runs/short
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import json
+import os
+import pathlib
+import statistics
+from typing import Any
+
+from etils import epath
+from scipy import stats
+
+from experiments import runs as runs_lib
+from sae_jax import checkpoint
+from sae_jax import config as config_lib
+from sae_jax import store as store_lib
+from sae_jax.cli import huge_pages
+from sae_jax.probing import reconstruction
+from sae_jax.training import defaults, train
+from sae_jax.training.config import TrainConfig
+
+# What differs from the defaults. A share is of the steps, a factor of the rate
+# that the defaults have.
+VARIANTS = {
+  'defaults': {},
+  'random, least squares': {'decoder_init': 'random'},
+  'random, norm': {'decoder_init': 'random', 'encoder_gain': 'norm'},
+  'Adam b1 0.7': {'adam_b1': 0.7},
+  'Adam b1 0.9': {'adam_b1': 0.9},
+  'half the rate': {'rate_factor': 0.5},
+  'twice the rate': {'rate_factor': 2.0},
+  'decay over a fifth': {'decay_share': 0.2},
+  'decay over all': {'decay_share': 0.95},
+  'no warm-up': {'warmup_steps': 0},
+  'average 0.99': {'ema_decay': 0.99},
+  'dead after 10M': {'dead_after_tokens': 10_000_000},
+}
+_ROWS_AT_A_TIME = 4096
+
+
+@dataclasses.dataclass(frozen=True)
+class ShortRunsConfig(config_lib.Config):
+  """Which cells."""
+
+  shapes: tuple[str, ...] = config_lib.option(
+    ('2048:16:200000', '4096:32:300000'),
+    'latents:k:tokens of each shape',
+  )
+  variants: tuple[str, ...] = config_lib.option(
+    tuple(VARIANTS), 'which variants, by name'
+  )
+  seeds: tuple[str, ...] = config_lib.option(
+    ('0', '1', '2'), 'seeds of weights and order'
+  )
+  batch_size: int = config_lib.option(
+    1024, 'number of tokens in a step', least=1
+  )
+  results: str = config_lib.option(
+    'experiments/short_runs.jsonl', 'file of finished cells, a line each'
+  )
+  machine: str = config_lib.option(
+    'cpu', 'what is written beside each figure as the machine'
+  )
+
+
+def run_config(
+  shape: str, variant: str, seed: int, config: ShortRunsConfig
+) -> TrainConfig:
+  """The config of a cell, with what is left to the run in place.
+
+  Args:
+    shape: latents:k:tokens.
+    variant: a name in VARIANTS.
+    seed: of weights and order.
+    config: the batch size.
+  """
+  n_latents, k, tokens = map(int, shape.split(':'))
+  changes = dict(VARIANTS[variant])
+  factor = changes.pop('rate_factor', 1.0)
+  share = changes.pop('decay_share', None)
+  steps = -(-tokens // config.batch_size)
+  if share is not None:
+    changes['decay_steps'] = int(share * steps)
+  values = {
+    'n_latents': n_latents,
+    'k': k,
+    'steps': steps,
+    'batch_size': config.batch_size,
+    'seed': seed,
+    'order_seed': seed,
+    'log_every': 100,
+    'checkpoint_every': 0,
+  }
+  made = config_lib.from_flat(TrainConfig, values | changes)
+  if factor == 1.0:
+    return made
+  rate = factor * defaults.learning_rate(made)
+  return config_lib.from_flat(
+    TrainConfig, values | changes | {'learning_rate': rate}
+  )
+
+
+def silent_share(workdir: str, store: str) -> float:
+  """The share of a run's latents that are active for no training row."""
+  trained = checkpoint.load(workdir)
+  data = store_lib.open_store(store, trained.metadata.dataset['site'])
+  return reconstruction.measure(
+    trained, data, 0, data.n_train, _ROWS_AT_A_TIME, 'training rows'
+  ).dead_fraction
+
+
+def cells(config: ShortRunsConfig) -> Iterator[tuple[str, int, list[str]]]:
+  """Shapes and seeds, with the variants that are not in the results yet."""
+  done = {
+    (line['shape'], line['seed'], line['batch_size'], line['variant'])
+    for line in lines(config.results)
+  }
+  for shape in config.shapes:
+    for seed in map(int, config.seeds):
+      missing = [
+        variant
+        for variant in config.variants
+        if (shape, seed, config.batch_size, variant) not in done
+      ]
+      if missing:
+        yield shape, seed, missing
+
+
+def lines(path: str) -> list[dict[str, Any]]:
+  """The finished cells."""
+  file = pathlib.Path(path)
+  return (
+    list(map(json.loads, file.read_text().splitlines()))
+    if file.exists()
+    else []
+  )
+
+
+def measure(config: ShortRunsConfig, store: str, workdir: str) -> dict:
+  """Runs the missing cells; means and intervals of all."""
+  for shape, seed, variants in cells(config):
+    # All variants of a seed are trained on one reading.
+    place = {
+      variant: os.path.join(
+        workdir,
+        f'{shape.replace(":", "_")}_{seed}_{config.batch_size}',
+        variant.replace(' ', '_').replace(',', ''),
+      )
+      for variant in variants
+    }
+    train.train_many(
+      {
+        where: run_config(shape, variant, seed, config)
+        for variant, where in place.items()
+      },
+      store,
+    )
+    for variant, where in place.items():
+      trained = runs_lib.validation(where)
+      test = runs_lib.test(where, store)
+      line = {
+        'shape': shape,
+        'batch_size': config.batch_size,
+        'variant': variant,
+        'seed': seed,
+        'validation_fvu': trained['validation_fvu'],
+        'validation_last_fvu': trained['validation_last_fvu'],
+        'test_fvu': test.fvu,
+        'test_l0': test.l0,
+        'test_silent': test.dead_fraction,
+        'train_silent': silent_share(where, store),
+        'machine': config.machine,
+      }
+      with open(config.results, 'a') as file:
+        file.write(json.dumps(line) + '\n')
+      epath.Path(where).rmtree()
+  return table(lines(config.results))
+
+
+def table(results: list[dict[str, Any]]) -> dict[str, dict[str, dict]]:
+  """For each shape and variant the means over seeds, with 95 % intervals."""
+  groups = {}
+  for line in results:
+    shape = f'{line["shape"]} by {line["batch_size"]}'
+    group = groups.setdefault(shape, {}).setdefault(line['variant'], [])
+    group.append(line)
+  return {
+    shape: {variant: _summary(rows) for variant, rows in variants.items()}
+    for shape, variants in groups.items()
+  }
+
+
+def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+  """Means of a cell's seeds; half the width of their 95 % interval by t."""
+  summary = {'seeds': len(rows)}
+  for name in ('validation_fvu', 'test_fvu', 'train_silent'):
+    values = [row[name] for row in rows]
+    summary[name] = round(statistics.fmean(values), 4)
+    if len(values) > 1:
+      error = statistics.stdev(values) / len(values) ** 0.5
+      width = float(stats.t.ppf(0.975, len(values) - 1)) * error
+      summary[f'{name}_pm'] = round(width, 4)
+  return summary
+
+
+def main() -> None:
+  """Entry point."""
+  runs_lib.run_experiment(ShortRunsConfig, measure, __doc__)
+
+
+if __name__ == '__main__':
+  huge_pages.use_huge_pages()
+  main()
