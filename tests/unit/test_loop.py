@@ -302,4 +302,7 @@ def test_the_config_lies_in_the_workdir(store, tmp_path):
   config = planted.train_config(steps=2)
   train.train(config, store, str(tmp_path))
   found = json.loads((tmp_path / 'config.json').read_text())
-  assert found == dataclasses.asdict(config)
+  # Whole, with what was left to the run in place.
+  assert found == dataclasses.asdict(runs.saved_config(tmp_path))
+  assert found['optimizer']['adam_b1'] == 0.5
+  assert found['steps'] == config.steps
