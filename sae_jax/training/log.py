@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+from typing import Any
 
 from absl import logging
 from etils import epath
@@ -20,7 +21,7 @@ def _lines_until(path: epath.Path, step: int) -> list[str]:
   if not path.exists():
     return []
   rows, damaged = records.parse_lines(path.read_bytes())
-  whole = [row for row in rows if type(row.get('step')) is int]
+  whole = [row for row in rows if _is_written(row)]
   damaged += len(rows) - len(whole)
   if damaged:
     logging.warning('%d lines of %s are damaged: left out', damaged, path)
@@ -29,6 +30,20 @@ def _lines_until(path: epath.Path, step: int) -> list[str]:
     for row in whole
     if row['step'] <= step
   ]
+
+
+def _is_written(row: dict[str, Any]) -> bool:
+  """Whether a row holds a step and numbers, as `Writer.write` gives them."""
+  step = row.get('step')
+  if type(step) is not int or step < 0:
+    return False
+  return all(
+    {type(number) for number in value} <= {int}
+    if isinstance(value, list)
+    # By its type, for True is an int.
+    else type(value) in (int, float, type(None))
+    for value in row.values()
+  )
 
 
 class _BucketEvents:

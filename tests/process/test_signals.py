@@ -152,6 +152,8 @@ def test_a_background_job_goes_on_ignoring_an_interrupt(commands):
 
 
 @pytest.mark.skipif(not MOMENTS, reason='SAE_JAX_SIGNALS is not set')
+# As many runs as there are moments, each of a minute on a loaded machine.
+@pytest.mark.timeout(60 * (MOMENTS + 10))
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize('stage', STAGES)
 def test_a_signal_at_any_moment(stage, number, commands, capsys):

@@ -119,6 +119,45 @@ def test_the_files_say_what_contexts_begin_with(
   assert tokenizer_lib.context_start(again) == want
 
 
+def test_ids_that_are_not_read_are_pointed_out(tmp_path, caplog):
+  fields = json.loads(tokenizer().to_str())
+  from_folder(tmp_path, tokenizer())
+  assert 'not read' not in caplog.text
+  path, vocab = tmp_path / 'tokenizer.json', fields['model']['vocab']
+  texts = sorted(vocab, key=vocab.get)
+  twice = vocab | {texts[5]: 3}
+  for change, words in (
+    ({'model': fields['model'] | {'vocab': twice}}, '1 tokens an id'),
+    (
+      {
+        'added_tokens': [
+          fields['added_tokens'][0] | {'content': 'new', 'id': 5}
+        ]
+      },
+      f"as 'new' 5, which is read as {texts[5]!r}",
+    ),
+  ):
+    path.write_text(json.dumps(fields | change))
+    caplog.clear()
+    tokenizer_lib.from_folder(tmp_path)
+    assert words in caplog.text
+
+
+def test_gguf_tokens_without_a_text_of_their_own_are_pointed_out(caplog):
+  fields = metadata()
+  tokenizer_lib.from_metadata(fields)
+  assert 'tokens of the GGUF' not in caplog.text
+  tokens = fields['tokenizer.ggml.tokens']
+  tokenizer_lib.from_metadata(metadata(tokens=[*tokens[:-1], tokens[2]]))
+  assert '1 tokens of the GGUF file have the text of a later one' in caplog.text
+
+
+@pytest.mark.parametrize('name', ['token_type', 'scores'])
+def test_gguf_lists_are_as_long_as_the_vocabulary(name):
+  with pytest.raises(errors.UserError, match=f'1 entries of .*{name}'):
+    tokenizer_lib.from_metadata(metadata(**{name: [1]}))
+
+
 def test_a_token_after_texts_is_pointed_out(tmp_path, caplog):
   saved = tokenizer()
   saved.post_processor = template('<s> $A </s>')

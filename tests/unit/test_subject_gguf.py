@@ -71,6 +71,7 @@ def test_the_largest_gemmas_scale_by_their_width():
       {
         'general.architecture': 'gemma2',
         'gemma2.block_count': n_layers,
+        'gemma2.context_length': 8192,
         'gemma2.embedding_length': 4608,
         'gemma2.feed_forward_length': 36_864,
         'gemma2.attention.head_count': 32,

@@ -25,6 +25,7 @@ def config_of(architecture, vocab_size=256_000, factors=(), **more):
   """The shape of a small model with these keys; `__` stands for a dot."""
   values = {
     'block_count': 12,
+    'context_length': 4096,
     'embedding_length': 64,
     'feed_forward_length': 96,
     'attention.head_count': 4,
@@ -196,6 +197,7 @@ REFUSED = [
    'sliding windows of 64 are not supported in this family'),
   ('gemma2', {'rope__freq_base_swa': 5e5, 'rope__scaling__factor': 2.0},
    'rotary scaling beside rope.freq_base_swa 500000 is not supported'),
+  ('qwen3', {'context_length': None}, 'does not say context_length: convert'),
   ('llama', {'block_count': 2**40}, 'it must be a whole number from 1 to 10,0'),
   ('llama', {'block_count': 'x'}, "says block_count 'x', it must be a whole"),
   ('llama', {'rope__freq_base': float('inf')}, 'it must be a finite number'),

@@ -17,6 +17,7 @@ from sae_jax.subject.formats import tokenizer as tokenizer_lib
 
 CONFIG = transformer.TransformerConfig(
   n_layers=2,
+  context_length=64,
   d_model=64,
   n_heads=4,
   n_kv_heads=2,
@@ -65,6 +66,7 @@ def write_gguf(
   """Writes a small model; `settings` adds metadata, None drops a key."""
   values = {
     'block_count': 2,
+    'context_length': 64,
     'embedding_length': 64,
     'feed_forward_length': 96,
     'attention.head_count': 4,

@@ -197,7 +197,7 @@ def transformer_config(
     d_head=d_head,
     d_ff=settings.whole('feed_forward_length'),
     vocab_size=vocab_size,
-    context_length=_context_length(settings),
+    context_length=settings.whole('context_length'),
     norm_eps=settings.number(
       'attention.layer_norm_epsilon'
       if layer_norm
@@ -283,7 +283,7 @@ def _windows(settings, family, n_layers) -> dict[str, Any]:
   )
   if not family.window_period:
     # No longer than any context, it changes nothing.
-    if window and not 0 < _context_length(settings) <= window:
+    if window and window < settings.whole('context_length'):
       raise errors.UserError(
         f'{settings.where}: sliding windows of {window} are not supported in '
         'this family: use the model as safetensors'
@@ -334,11 +334,6 @@ def _rope(settings, d_head, factors) -> dict[str, Any]:
     'rotary_dim': 0 if rotary == d_head else rotary,
     'rope_scaling': scaling,
   }
-
-
-def _context_length(settings) -> int:
-  key = 'context_length'
-  return settings.whole(key) if settings.says(key) else 0
 
 
 def _factor(settings) -> float:

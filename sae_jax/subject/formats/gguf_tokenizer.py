@@ -100,6 +100,7 @@ def build(metadata: dict[str, Any]) -> tokenizers.Tokenizer:
   """
   model = metadata.get('tokenizer.ggml.model')
   splitter = metadata.get('tokenizer.ggml.pre')
+  _check_lengths(metadata)
   if model == 'llama':
     return _sentencepiece(metadata)
   if model == 'gpt2' and splitter in _SPLITTERS:
@@ -144,12 +145,39 @@ def bos(metadata: dict[str, Any]) -> int | None:
   return token
 
 
+def _check_lengths(metadata) -> None:
+  tokens = _value(metadata, 'tokens')
+  for name in ('token_type', 'scores'):
+    values = metadata.get(f'tokenizer.ggml.{name}', tokens)
+    if len(values) != len(tokens):
+      raise errors.UserError(
+        f'the GGUF file has {len(tokens)} tokens and {len(values)} entries of '
+        f'tokenizer.ggml.{name}: convert the model again'
+      )
+
+
+def _ids(texts) -> dict[str, int]:
+  """Text -> id; of equal texts the last one is read."""
+  ids = {text: i for i, text in enumerate(texts)}
+  again = [i for i, text in enumerate(texts) if ids[text] != i]
+  if again:
+    logging.warning(
+      '%d tokens of the GGUF file have the text of a later one, as %d and %d '
+      'both %r: no text gives them',
+      len(again),
+      again[0],
+      ids[texts[again[0]]],
+      texts[again[0]],
+    )
+  return ids
+
+
 def _byte_level(metadata, splitter) -> tokenizers.Tokenizer:
   """Byte-level BPE, as of GPT-2, GPT-NeoX, Llama 3 and Qwen."""
   texts = _value(metadata, 'tokens')
   result = tokenizers.Tokenizer(
     models.BPE(
-      {text: i for i, text in enumerate(texts)},
+      _ids(texts),
       _pairs(_value(metadata, 'merges')),
       ignore_merges=splitter.whole_first,
     )
@@ -196,7 +224,7 @@ def _sentencepiece(metadata) -> tokenizers.Tokenizer:
     merges = _merges(texts, kinds, _value(metadata, 'scores'))
   result = tokenizers.Tokenizer(
     models.BPE(
-      {text: i for i, text in enumerate(texts)},
+      _ids(texts),
       merges,
       unk_token=None if unknown is None else texts[unknown],
       fuse_unk=True,

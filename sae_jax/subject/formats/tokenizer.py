@@ -73,6 +73,7 @@ def from_folder(url: str | os.PathLike[str]) -> tokenizers.Tokenizer:
     largest = max(result.get_vocab().values(), default=0)
     if largest >= _MOST_IDS:
       raise ValueError(f'a token has the id {largest}')
+    _name_other_ids(result, json.loads(data.decode('utf-8-sig')), path)
     start = _start(result, epath.Path(url))
   except BaseException as error:
     if isinstance(error, errors.UserError) or not errors.is_failure(error):
@@ -81,6 +82,35 @@ def from_folder(url: str | os.PathLike[str]) -> tokenizers.Tokenizer:
       f'{path} is not a tokenizer ({errors.reason(error)}): {_AGAIN}'
     ) from error
   return _settle(result, start)
+
+
+def _name_other_ids(
+  tokenizer: tokenizers.Tokenizer, fields: dict[str, Any], path: epath.Path
+) -> None:
+  """Warns of tokens that are not read as the ids that a file gives them.
+
+  An id may stand there twice, and `tokenizers` counts up the ids of added
+  tokens, whatever the file says.
+  """
+  vocab = fields['model']['vocab']
+  said = list(
+    vocab.items()
+    if isinstance(vocab, dict)
+    else ((piece[0], i) for i, piece in enumerate(vocab))
+  )
+  said += [(x['content'], x['id']) for x in fields.get('added_tokens') or ()]
+  other = [x for x in said if tokenizer.id_to_token(x[1]) != x[0]]
+  if other:
+    text, token = other[0]
+    logging.warning(
+      '%s gives %d tokens an id that is not read as theirs, as %r %d, which is '
+      'read as %r',
+      path,
+      len(other),
+      text[:40],
+      token,
+      (tokenizer.id_to_token(token) or '')[:40],
+    )
 
 
 def _start(tokenizer: tokenizers.Tokenizer, folder: epath.Path) -> list[int]:
