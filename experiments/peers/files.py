@@ -34,6 +34,11 @@ def rows(folder: str, split: str) -> np.ndarray:
   return np.load(path(folder, split), mmap_mode='r')
 
 
+def counts(folder: str) -> dict[str, int]:
+  """Rows of each split."""
+  return {split: len(rows(folder, split)) for split in SPLITS}
+
+
 def order(folder: str, seed: int, n_tokens: int) -> np.ndarray:
   """The rows that a run of some tokens is trained on, in order, int64.
 

@@ -88,6 +88,20 @@ def append(path: str, cell: Cell, result: dict[str, Any]) -> None:
     file.write(json.dumps(dataclasses.asdict(cell) | result) + '\n')
 
 
+def line(cell: Cell, result: dict[str, Any]) -> str:
+  """What is shown of a cell that was just run."""
+  return (
+    f'{cell.trainer} n {cell.n} k {cell.k} tokens {cell.tokens} rate '
+    f'{cell.rate:g} seed {cell.seed}: test FVU {_shown(result["test_fvu"])}, '
+    f'silent on training rows {_shown(result["train_silent"])}, '
+    f'{result["train_seconds"]:.1f} s'
+  )
+
+
+def _shown(value: float | None) -> str:
+  return 'none' if value is None else f'{value:.4f}'
+
+
 def validation_by_rate(
   group: Cell, seeds: Sequence[int], results: Results
 ) -> dict[float, float]:
@@ -136,38 +150,3 @@ def wanted(
   if best == min(fvus):
     return wanted(group, [*fvus, best / 2], seeds, results)
   return []
-
-
-def best(
-  group: Cell, seeds: Sequence[int], results: Results
-) -> dict[str, Any] | None:
-  """A group's figures at the rate that is best on validation rows.
-
-  Returns:
-    None if no rate is done, else rate, rates, at_edge (whether the best rate
-    is an end of the grid), and of test rows the mean over seeds: fvu, l0,
-    silent_test, silent_train; fvus, that of each seed.
-  """
-  fvus = validation_by_rate(group, seeds, results)
-  if not fvus:
-    return None
-  rate = min(fvus, key=fvus.get)
-  records = [
-    results[dataclasses.replace(group, rate=rate, seed=seed)] for seed in seeds
-  ]
-
-  def mean(name):
-    values = [record[name] for record in records]
-    return None if None in values else sum(values) / len(values)
-
-  return {
-    'rate': rate,
-    'rates': sorted(fvus),
-    'at_edge': rate in (min(fvus), max(fvus)),
-    'fvu': mean('test_fvu'),
-    'fvus': [record['test_fvu'] for record in records],
-    'validation_fvu': fvus[rate],
-    'l0': mean('test_l0'),
-    'silent_test': mean('test_silent'),
-    'silent_train': mean('train_silent'),
-  }

@@ -42,7 +42,9 @@ class RowsConfig(config_lib.Config):
   batch_size: int = config_lib.option(
     grid.BATCH, 'number of tokens in a step', least=1
   )
-  seeds: int = config_lib.option(2, 'number of seeds, and of orders', least=1)
+  seeds: tuple[str, ...] = config_lib.option(
+    ('0', '1'), 'seeds, each of which has an order'
+  )
 
 
 def unit(rows_BD: np.ndarray) -> np.ndarray:
@@ -74,10 +76,10 @@ def split_rows(store: Store) -> dict[str, range]:
 
 
 def write(config: RowsConfig, store_url: str, workdir: str) -> str:
-  """Writes the files and the store, unless they are there.
+  """Writes the files and the store, those that are not there.
 
   Args:
-    config: which rows, and how many places of the order.
+    config: which rows, and how many places of the orders.
     store_url: a finished store.
     workdir: a local folder.
 
@@ -85,43 +87,46 @@ def write(config: RowsConfig, store_url: str, workdir: str) -> str:
     The URL of the store of these rows.
 
   Raises:
-    UserError: if the workdir has other rows, or the store has too few.
+    UserError: if the workdir has rows of another store, or the store has too
+      few documents.
   """
   source = open_store(store_url, config.site)
-  unit_url = os.path.join(workdir, 'store')
-  config = dataclasses.replace(config, site=source.site)
-  about = {'store': source.manifest.identity} | dataclasses.asdict(config)
-  path = os.path.join(workdir, _ABOUT)
-  if os.path.exists(path):
-    if records.read(path) != about:
-      raise errors.UserError(
-        f'{workdir} has rows of another store or other settings: use another '
-        'workdir or delete it'
-      )
-    return unit_url
+  about = {'store': source.manifest.identity, 'site': source.site}
+  unit_url, path = os.path.join(workdir, 'store'), os.path.join(workdir, _ABOUT)
   os.makedirs(workdir, exist_ok=True)
+  if not os.path.exists(path):
+    _write_rows(source, unit_url, workdir)
+    # The last one: without it rows are written again.
+    storage_files.write_text(path, config_lib.to_json(about))
+  elif records.read(path) != about:
+    raise errors.UserError(
+      f'{workdir} has rows of another store or site than {source.site} of '
+      f'{source.url}: use another workdir or delete it'
+    )
+  store = open_store(unit_url)
+  n_places = -(-config.n_tokens // config.batch_size) * config.batch_size
+  for seed in map(int, config.seeds):
+    path = files.order_path(workdir, seed)
+    if not os.path.exists(path) or len(np.load(path)) < n_places:
+      order = from_store.train_order(store, seed, WINDOW_CHUNKS, LANES)
+      numbers = order_lib.batch_rows(order, 0, n_places)
+      np.save(path, numbers.astype(np.int32))
+  return unit_url
+
+
+def _write_rows(source: Store, unit_url: str, workdir: str) -> None:
+  """Writes the store of the rows and the files of the splits."""
   plan = dataclasses.replace(
     layout.read_plan(source.url),
     sites=(source.site,),
     dtype='float32',
     config={'rows': 'less their own mean, at unit norm'},
   )
-  writer.write(
-    unit_url,
-    plan,
-    _stretches(source),
-    holdout_rows=source.manifest.holdout_rows,
-  )
+  holdout_rows = source.manifest.holdout_rows
+  writer.write(unit_url, plan, _stretches(source), holdout_rows=holdout_rows)
   store = open_store(unit_url)
   for split, numbers in split_rows(store).items():
     _save(store, numbers, files.path(workdir, split))
-  for seed in range(config.seeds):
-    order = from_store.train_order(store, seed, WINDOW_CHUNKS, LANES)
-    steps = -(-config.n_tokens // config.batch_size)
-    numbers = order_lib.batch_rows(order, 0, steps * config.batch_size)
-    np.save(files.order_path(workdir, seed), numbers.astype(np.int32))
-  storage_files.write_text(path, config_lib.to_json(about))
-  return unit_url
 
 
 def _stretches(source: Store) -> Iterator[tuple]:

@@ -397,8 +397,10 @@ def run(
     workers: processes that run cells at the same time.
   """
   rows = files.digest(folder)
+  ordered = all(os.path.exists(files.order_path(folder, s)) for s in seeds)
+  settings = '' if ordered else "in the file's order"
   groups = {
-    grid.Cell(trainer, *shape, batch, 0.0, 0, rows): RATES[trainer]
+    grid.Cell(trainer, *shape, batch, 0.0, 0, rows, settings): RATES[trainer]
     # The longest first, so that none is left over at the end.
     for shape in sorted(shapes, key=lambda s: -s[0] * s[2])
     for trainer in trainers
@@ -429,13 +431,7 @@ def run(
           failed.add(cell)
           continue
         grid.append(path, cell, results[cell])
-        print(
-          f'{cell.trainer} n {cell.n} k {cell.k} rate {cell.rate:g} seed '
-          f'{cell.seed}: test FVU {results[cell]["test_fvu"]}, silent '
-          f'{results[cell]["train_silent"]}, '
-          f'{results[cell]["train_seconds"]} s',
-          flush=True,
-        )
+        print(grid.line(cell, results[cell]), flush=True)
 
 
 def main() -> None:
