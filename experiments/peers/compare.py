@@ -24,7 +24,8 @@ import os
 import pathlib
 import subprocess
 
-from experiments.peers import files, grid, ours, table
+from experiments.peers import files, grid, table
+from experiments.peers import ours as ours_lib
 from experiments.peers import rows as rows_lib
 from sae_jax import config as config_lib
 from sae_jax import errors
@@ -40,7 +41,9 @@ PEERS = ('sparsify_adam', 'sparsify', 'saelens', 'dictionary_learning')
 class PeersConfig(config_lib.Config):
   """The comparison."""
 
-  ours: ours.OursConfig = dataclasses.field(default_factory=ours.OursConfig)
+  ours: ours_lib.OursConfig = dataclasses.field(
+    default_factory=ours_lib.OursConfig
+  )
   site: str = config_lib.option(
     '', 'site of the store to read; may be left out if it has only one'
   )
@@ -90,7 +93,7 @@ def compare(config: PeersConfig, store: str, workdir: str) -> dict:
     seeds=config.ours.seeds,
   )
   rows_lib.write(rows_config, store, workdir)
-  ours.run(config.ours, workdir)
+  ours_lib.run(config.ours, workdir)
   if config.torch_python:
     _run_peers(config, workdir)
   result = summary(config, workdir)
@@ -102,13 +105,13 @@ def compare(config: PeersConfig, store: str, workdir: str) -> dict:
 def summary(config: PeersConfig, workdir: str) -> dict:
   """The comparison of the cells that are done."""
   rows = files.digest(workdir)
-  results = grid.read(os.path.join(workdir, ours.RESULTS))
+  results = grid.read(os.path.join(workdir, ours_lib.RESULTS))
   seeds = tuple(map(int, config.ours.seeds))
   out = {'rows': rows, 'row_counts': files.counts(workdir), 'shapes': []}
   for n, k, tokens in grid.shapes(config.ours.shapes):
     batch = config.ours.batch_size
     groups = {
-      ours.TRAINER: ours.group(config.ours, (n, k, tokens), rows),
+      ours_lib.TRAINER: ours_lib.group(config.ours, (n, k, tokens), rows),
       **{
         peer: grid.Cell(peer, n, k, tokens, batch, 0.0, 0, rows)
         for peer in config.peers
@@ -118,7 +121,7 @@ def summary(config: PeersConfig, workdir: str) -> dict:
       name: table.at_best_rate(group, seeds, results)
       for name, group in groups.items()
     }
-    own = trainers[ours.TRAINER]
+    own = trainers[ours_lib.TRAINER]
     others = {p: trainers[p] for p in config.peers if trainers[p]}
     out['shapes'].append(
       {
@@ -139,7 +142,7 @@ def _run_peers(config: PeersConfig, workdir: str) -> None:
   command = [
     os.path.abspath(config.torch_python), '-m', 'experiments.peers.torch_peers',
     f'--rows={workdir}',
-    f'--results={os.path.join(workdir, ours.RESULTS, "torch.jsonl")}',
+    f'--results={os.path.join(workdir, ours_lib.RESULTS, "torch.jsonl")}',
     f'--trainers={",".join(config.peers)}',
     f'--shapes={",".join(config.ours.shapes)}',
     f'--batch={config.ours.batch_size}',
@@ -171,7 +174,7 @@ def main() -> None:
     config = flags.read(PeersConfig)
     result = compare(config, flags.url('store'), flags.url('workdir'))
     for shape in result['shapes']:
-      print('\n'.join(table.lines(shape, ours.TRAINER)))
+      print('\n'.join(table.lines(shape, ours_lib.TRAINER)))
 
   flags.run(work, __doc__)
 

@@ -14,7 +14,7 @@ from typing import Any
 
 # Each shape's latents, active latents and tokens.
 SHAPES = ('2048:16:200000', '4096:32:300000', '8192:32:1000000')
-BATCH = 2048
+BATCH = 256
 # A grid is extended no further than this many times by a factor of two.
 _MOST_RATES = 12
 

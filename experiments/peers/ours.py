@@ -4,8 +4,8 @@
 
 The workdir is that of `experiments.peers.rows`. Runs warm up over a twentieth
 of the steps and then fall linearly to 0, as the other trainers' do; all else is
-as in `TrainConfig`, or as --settings says. What is scored is what `sae_jax.load`
-gives. A run is deleted once its line is written.
+as in `TrainConfig`, or as --settings says. What is scored is what
+`sae_jax.load` gives. A run is deleted once its line is written.
 """
 
 import dataclasses
