@@ -111,7 +111,7 @@ def summary(config: PeersConfig, workdir: str) -> dict:
   for n, k, tokens in grid.shapes(config.ours.shapes):
     batch = config.ours.batch_size
     groups = {
-      ours_lib.TRAINER: ours_lib.group(config.ours, (n, k, tokens), rows),
+      ours_lib.TRAINER: ours_lib.group(config.ours, (n, k, tokens), workdir),
       **{
         peer: grid.Cell(peer, n, k, tokens, batch, 0.0, 0, rows)
         for peer in config.peers

@@ -26,9 +26,11 @@ import sae_jax
 from sae_jax import config as config_lib
 from sae_jax import errors
 from sae_jax.cli import flags, huge_pages
+from sae_jax.training import defaults
 
 TRAINER = 'sae_jax'
-RATES = (1e-3, 2e-3, 4e-3)
+# The rates to begin with.
+RATES = (2e-3, 4e-3, 8e-3)
 RESULTS = 'results'
 _CHECKED_ROWS = 512
 # See `torch_peers`.
@@ -36,7 +38,7 @@ _TOLERANCE, _GAP = 1e-5, 1e-5
 # What a cell says itself, or what changes no weight.
 _OF_CELLS = {
   'n_latents', 'k', 'steps', 'batch_size', 'learning_rate', 'seed',
-  'order_seed', 'warmup_steps', 'decay_steps',
+  'order_seed',
   *config_lib.names_with(sae_jax.TrainConfig, 'may_change'),
 }  # fmt: skip
 
@@ -123,22 +125,30 @@ def parsed(settings: tuple[str, ...]) -> dict[str, Any]:
 
 
 def group(
-  config: OursConfig, shape: tuple[int, int, int], rows: str
+  config: OursConfig, shape: tuple[int, int, int], workdir: str
 ) -> grid.Cell:
   """The cell of a shape, without rate and seed.
 
   Args:
-    config: its settings and all other fields of a run become a digest.
+    config: its settings, all other fields of a run and what is left to the run
+      become a digest.
     shape: n, k, tokens.
-    rows: see `grid.Cell`.
+    workdir: of `rows.write`.
   """
+  rows = files.digest(workdir)
   cell = grid.Cell(TRAINER, *shape, config.batch_size, 0.0, 0, rows)
-  fields = config_lib.flat(run_config(cell, parsed(config.settings)))
+  fields = _resolved(run_config(cell, parsed(config.settings)), workdir)
   content = {n: v for n, v in fields.items() if n not in _OF_CELLS}
-  schedule = {n: fields[n] for n in ('warmup_steps', 'decay_steps')}
-  text = json.dumps(content | schedule | {'label': config.label})
+  text = json.dumps(content | {'label': config.label})
   digest = hashlib.sha256(text.encode()).hexdigest()[:12]
   return dataclasses.replace(cell, settings=digest)
+
+
+def _resolved(config: sae_jax.TrainConfig, workdir: str) -> dict[str, Any]:
+  """All fields of a run, with a value for what is left to the run."""
+  n_train = files.counts(workdir)['train']
+  sample_rows = min(config.sample_rows, n_train)
+  return config_lib.flat(defaults.resolve(config, sample_rows))
 
 
 def export(trained: sae_jax.Trained, sample_BD: np.ndarray) -> metric.Arrays:
@@ -222,11 +232,10 @@ def run(config: OursConfig, workdir: str) -> None:
   Raises:
     UserError: if a setting is not allowed, or a run was stopped.
   """
-  rows = files.digest(workdir)
   seeds = tuple(map(int, config.seeds))
   results = grid.read(os.path.join(workdir, RESULTS))
   for shape in grid.shapes(config.shapes):
-    of_shape = group(config, shape, rows)
+    of_shape = group(config, shape, workdir)
     while cells := grid.wanted(of_shape, RATES, seeds, results):
       # Runs of one order share its batches, and the compiled step.
       cells = [cell for cell in cells if cell.seed == cells[0].seed]
@@ -254,7 +263,7 @@ def _run_together(config, cells, workdir) -> grid.Results:
       'version': sae_jax.__version__,
       'device': jax.devices()[0].device_kind,
       'train_seconds': round(seconds, 2),
-      'config': config_lib.flat(configs[folder]),
+      'config': _resolved(configs[folder], workdir),
       'label': config.label,
       **scores(cell, trained, workdir),
     }

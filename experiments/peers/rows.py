@@ -59,19 +59,15 @@ def split_rows(store: Store) -> dict[str, range]:
   """The rows of each split; no two splits share a document.
 
   Raises:
-    UserError: if the held-out rows are of a single document.
+    UserError: if the held-out rows are of a single document, or of none.
   """
-  first, stop = store.n_train, store.manifest.n_rows
-  documents = store.documents()[store.stream_index()[first:]]
-  begins = first + 1 + np.flatnonzero(np.diff(documents))
-  if not len(begins):
+  ranges = range(store.n_train), store.validation_rows, store.test_rows
+  if ranges[1] == ranges[2]:
     raise errors.UserError(
-      f'store {store.url} holds out {stop - first} rows of '
-      f'{min(1, stop - first)} document, validation and test need one each: '
-      'harvest with a larger holdout_fraction'
+      f'store {store.url} holds out {len(ranges[2])} rows of one document or '
+      'none, validation and test need one each: harvest with a larger '
+      'holdout_fraction'
     )
-  middle = int(begins[np.abs(2 * begins - first - stop).argmin()])
-  ranges = range(first), range(first, middle), range(middle, stop)
   return dict(zip(files.SPLITS, ranges))
 
 

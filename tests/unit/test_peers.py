@@ -187,7 +187,7 @@ def test_exported_arrays_reconstruct_as_the_autoencoder(
     ours.scores(cell, trained, unit_rows)
 
 
-def test_settings_replace_fields_and_name_the_cells():
+def test_settings_replace_fields_and_name_the_cells(unit_rows):
   config = ours.OursConfig(settings=('ema_decay=0.5', 'on_nonfinite=stop'))
   cell = grid.Cell('sae_jax', 64, 4, 6400, 64, 1e-3, 1, 'rows')
   run = ours.run_config(cell, ours.parsed(config.settings))
@@ -195,13 +195,13 @@ def test_settings_replace_fields_and_name_the_cells():
   assert (run.steps, run.optimizer.warmup_steps, run.seed) == (100, 5, 1)
   assert run.optimizer.decay_steps == 95
   shape = (64, 4, 6400)
-  of_shape = ours.group(config, shape, 'rows').settings
+  of_shape = ours.group(config, shape, unit_rows).settings
   for change in ({'settings': ()}, {'label': 'again'}):
     other = dataclasses.replace(config, **change)
-    assert ours.group(other, shape, 'rows').settings != of_shape
+    assert ours.group(other, shape, unit_rows).settings != of_shape
   # Nothing of the weights changes.
   config = dataclasses.replace(config, settings=('ema_decay=0.5',))
-  assert ours.group(config, shape, 'rows').settings == of_shape
+  assert ours.group(config, shape, unit_rows).settings == of_shape
   with pytest.raises(errors.UserError, match="no field 'ema'"):
     ours.parsed(('ema=0.5',))
   with pytest.raises(errors.UserError, match="ema_decay 'x' is not of"):
