@@ -107,7 +107,12 @@ def summary(config: PeersConfig, workdir: str) -> dict:
   rows = files.digest(workdir)
   results = grid.read(os.path.join(workdir, ours_lib.RESULTS))
   seeds = tuple(map(int, config.ours.seeds))
-  out = {'rows': rows, 'row_counts': files.counts(workdir), 'shapes': []}
+  out = {
+    'made_from': rows_lib.about(workdir),
+    'rows': rows,
+    'row_counts': files.counts(workdir),
+    'shapes': [],
+  }
   for n, k, tokens in grid.shapes(config.ours.shapes):
     batch = config.ours.batch_size
     groups = {

@@ -20,6 +20,11 @@ import numpy as np
 
 # Elements of a block of pre-activations: 128 MiB in float64.
 _BLOCK_ELEMENTS = 2**24
+# Of rows of norm 1: what rounding to float32 may change in a reconstruction,
+# and how near pre-activations are between which it may choose another latent.
+_ROUNDING = 1e-5
+# Rows of such a check.
+CHECKED_ROWS = 512
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,23 +84,38 @@ def forward(arrays: Arrays, x_BD: np.ndarray) -> Pass:
   return Pass(output_BD, int((vals_BK > 0).sum()), fired_N)
 
 
-def clear_rows(arrays: Arrays, x_BD: np.ndarray, gap: float) -> np.ndarray:
-  """Rows whose choice of latents rounding by less than `gap` can't change.
+def check(
+  arrays: Arrays, x_BD: np.ndarray, theirs_BD: np.ndarray, fvu: float
+) -> float:
+  """Compares a pass with a trainer's own forward, which is in float32.
 
   Args:
     arrays: the autoencoder.
-    x_BD: rows.
-    gap: least difference between the k-th largest pre-activation and the next,
-      unless the k-th is itself below it.
+    x_BD: rows of norm 1.
+    theirs_BD: what the trainer's own code makes of them.
+    fvu: the autoencoder's; that of one that diverged is large, and so are its
+      roundings.
 
   Returns:
-    bool [B].
+    The largest difference.
+
+  Raises:
+    ValueError: if it is not one of rounding.
   """
+  limit = _ROUNDING * max(1, fvu)
+  x_BD = np.asarray(x_BD, np.float64)
   pre_BN = np.sort(pre_activations(arrays, x_BD), -1)
-  if arrays.k == pre_BN.shape[-1]:
-    return np.ones(len(pre_BN), bool)
   least_B, next_B = pre_BN[:, -arrays.k], pre_BN[:, -arrays.k - 1]
-  return (least_B - next_B > gap) | (least_B < gap)
+  # Of others rounding may choose another latent.
+  clear_B = (least_B - next_B > limit) | (least_B < limit)
+  difference_BD = np.abs(theirs_BD - forward(arrays, x_BD).output_BD)
+  error = float(difference_BD[clear_B].max(initial=0))
+  if not error < limit or clear_B.mean() < 0.5:
+    raise ValueError(
+      f"reconstructions differ by {error:.2g} from the trainer's own, of "
+      f'{clear_B.sum()} rows of {len(clear_B)} whose latents are clear'
+    )
+  return error
 
 
 def score(blocks: Blocks, passes: Forward) -> dict[str, float]:

@@ -87,14 +87,14 @@ def write(config: RowsConfig, store_url: str, workdir: str) -> str:
       few documents.
   """
   source = open_store(store_url, config.site)
-  about = {'store': source.manifest.identity, 'site': source.site}
+  made_from = {'store': source.manifest.identity, 'site': source.site}
   unit_url, path = os.path.join(workdir, 'store'), os.path.join(workdir, _ABOUT)
   os.makedirs(workdir, exist_ok=True)
   if not os.path.exists(path):
     _write_rows(source, unit_url, workdir)
     # The last one: without it rows are written again.
-    storage_files.write_text(path, config_lib.to_json(about))
-  elif records.read(path) != about:
+    storage_files.write_text(path, config_lib.to_json(made_from))
+  elif about(workdir) != made_from:
     raise errors.UserError(
       f'{workdir} has rows of another store or site than {source.site} of '
       f'{source.url}: use another workdir or delete it'
@@ -108,6 +108,11 @@ def write(config: RowsConfig, store_url: str, workdir: str) -> str:
       numbers = order_lib.batch_rows(order, 0, n_places)
       np.save(path, numbers.astype(np.int32))
   return unit_url
+
+
+def about(workdir: str) -> dict[str, str]:
+  """Identity of the store that a workdir's rows are from, and the site."""
+  return records.read(os.path.join(workdir, _ABOUT))
 
 
 def _write_rows(source: Store, unit_url: str, workdir: str) -> None:

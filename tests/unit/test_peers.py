@@ -74,10 +74,19 @@ def test_silent_is_of_the_rows_that_are_looked_at(arrays):
     assert math.isclose(share, by_definition(arrays, rows[numbers])[2])
 
 
-def test_rows_that_rounding_could_change_are_not_clear():
+def test_rows_that_rounding_could_change_are_not_compared():
   arrays = metric.Arrays(np.eye(3), np.zeros(3), np.eye(3), np.zeros(3), 1)
   rows = np.array([[1, 0.5, 0], [1, 1 - 1e-7, 0], [-1, -1, -1]])
-  assert metric.clear_rows(arrays, rows, 1e-6).tolist() == [True, False, True]
+  theirs = np.array([[1, 0, 0], [0, 1, 0], [0, 0, 0]])
+  assert metric.check(arrays, rows, theirs, 0.5) == 0
+  for wrong in ([1, 0, 1e-4], [np.nan, 0, 0]):
+    with pytest.raises(ValueError, match='differ by'):
+      metric.check(arrays, rows, np.array([wrong, *theirs[1:]]), 0.5)
+  # The roundings of one that diverged are as large as it is.
+  wrong = np.array([[1, 0, 1e-4], *theirs[1:]])
+  assert metric.check(arrays, rows, wrong, 1e3) == 1e-4
+  with pytest.raises(ValueError, match='of 0 rows of 2'):
+    metric.check(arrays, rows[[1, 1]], theirs[[1, 1]], 0.5)
 
 
 @pytest.fixture(name='unit_rows', scope='module')
@@ -183,7 +192,7 @@ def test_exported_arrays_reconstruct_as_the_autoencoder(
     ours.export(trained, sample_BD), b_dec_D=1.001 * np.array(sae.b_pre_D)
   )
   monkeypatch.setattr(ours, 'export', lambda *_: wrong)
-  with pytest.raises(errors.UserError, match='the export is wrong'):
+  with pytest.raises(ValueError, match='differ by '):
     ours.scores(cell, trained, unit_rows)
 
 
