@@ -20,6 +20,10 @@ library has it by default, in float32, except:
   dictionary_learning  `normalize_activations=True`, by which it scales rows to
                        a mean squared norm of 1 itself
 
+Auxiliary losses for dead latents are left as they are too: sparsify's is off,
+dictionary_learning's waits for 10 million silent tokens, SAELens's for 1000
+silent steps.
+
 The rates of each trainer and shape are extended by factors of two until the
 best on validation rows is not at an edge. A cell (trainer, shape, rate, seed)
 with a line in any .jsonl file of the results' folder is not run again.
