@@ -5,11 +5,14 @@
 # make test-chips   every kernel at every shape, compiled for every chip
 # make test-newest  what new releases can break, on Python 3.12 or later and the
 #                   newest jax
+# make peers        training beside that of other libraries, in an environment of
+#                   their own, on the rows of the demo or of STORE
 # make lint         linter and formatter check
 
 PYTHON ?= python3
 VENV ?= .venv
 WORKDIR ?= runs/demo
+STORE ?= $(WORKDIR)/store
 BIN := $(VENV)/bin
 # uv knows no pip.conf: an index that is set there is handed on.
 INDEX = $(or $(UV_DEFAULT_INDEX),$(PIP_INDEX_URL),$(shell \
@@ -32,7 +35,8 @@ COVERAGE ?=
 # uv compiles no package, and each process would do it again where this is set.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-all test-rest test-chips test-newest lint clean
+.PHONY: demo test test-all test-rest test-chips test-newest peers \
+  lint clean
 
 $(VENV)/.package: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -85,5 +89,17 @@ lint: $(VENV)/.test
 test-newest:
 	UV_DEFAULT_INDEX='$(INDEX)' VENV=$(VENV)-newest tests/run_newest.sh
 
+# dictionary-learning brings torchvision, which it does not need, and which keeps
+# transformers from importing if it was built for another torch.
+$(VENV)-peers/.package: experiments/peers/requirements.txt
+	$(PYTHON) -m venv $(VENV)-peers
+	$(VENV)-peers/bin/pip --disable-pip-version-check -qq install -r $<
+	$(VENV)-peers/bin/pip --disable-pip-version-check -qq uninstall -y torchvision
+	touch $@
+
+peers: $(VENV)/.package $(VENV)-peers/.package
+	$(BIN)/python -m experiments.peers.compare --store=$(STORE) \
+	  --workdir=$(WORKDIR)-peers --torch_python=$(VENV)-peers/bin/python $(FLAGS)
+
 clean:
-	rm -rf $(VENV) $(VENV)-newest build *.egg-info
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-peers build *.egg-info

@@ -1,18 +1,9 @@
 """Times a training step of public PyTorch TopK-SAE trainers on the CPU.
 
-It does not import this package, and runs in an environment of its own:
+It imports no jax and nothing of sae_jax, and runs in the environment of
+experiments/peers/requirements.txt, which `make peers` makes:
 
-  python -m venv torch-venv
-  torch-venv/bin/pip install torch==2.13.0
-  torch-venv/bin/pip install torch==2.13.0 eai-sparsify==1.3.3 \
-    sae-lens==6.54.12 dictionary-learning==0.1.0
-  torch-venv/bin/pip uninstall -y torchvision
-
-torch is a CPU build. dictionary-learning brings torchvision, which it does not
-need, and which keeps transformers from importing if it was built for another
-torch.
-
-  torch-venv/bin/python experiments/benchmarks/torch_trainers.py \
+  .venv-peers/bin/python -m experiments.benchmarks.torch_trainers \
     --d=768 --n=32768 --k=32 --batch=4096 --steps=8
 
 Each run is the library's own training loop, with its default settings, given
@@ -62,6 +53,8 @@ import sys
 import time
 import traceback
 
+from experiments.peers import torch_libraries
+
 _WARMUP = 2
 
 
@@ -91,49 +84,14 @@ def _matmul(args, batches: Iterator) -> str:
   return 'none'
 
 
+def _shape(args) -> dict[str, int]:
+  shape = {name: getattr(args, name) for name in ('d', 'n', 'k', 'batch')}
+  return shape | {'steps': _WARMUP + args.steps}
+
+
 def _sparsify(args, batches: Iterator, **options) -> str:
   """Trains by sparsify and returns the optimizer's name."""
-  import sparsify
-  import torch
-
-  class Stub(torch.nn.Module):
-    """Has what `Trainer` asks of a model; its one site gives the batches."""
-
-    def __init__(self):
-      super().__init__()
-      self.device = torch.device('cpu')
-      self.dummy_inputs = {'input_ids': torch.zeros(1, 1, dtype=torch.long)}
-      self.site = torch.nn.Identity()
-      # `Trainer.__init__` runs the model once, to learn the site's width.
-      self.batches = iter([torch.zeros(1, args.d)])
-
-    @property
-    def base_model(self):
-      return self
-
-    def forward(self, input_ids):
-      return self.site(next(self.batches)[None])
-
-  class Trainer(sparsify.Trainer):
-    # `fit` ends with a checkpoint, which would count in the last step.
-    def save(self):
-      pass
-
-  model = Stub()
-  tokens = torch.zeros(args.batch, dtype=torch.long)
-  trainer = Trainer(
-    sparsify.TrainConfig(
-      sparsify.SparseCoderConfig(num_latents=args.n, k=args.k),
-      batch_size=1,
-      hookpoints=['site'],
-      log_to_wandb=False,
-      **options,
-    ),
-    [{'input_ids': tokens}] * (_WARMUP + args.steps),
-    model,
-  )
-  model.batches = batches
-  trainer.fit()
+  trainer = torch_libraries.sparsify(batches, **_shape(args), **options)
   (optimizer,) = trainer.optimizers
   if base := getattr(optimizer, 'base', None):
     return f'{_class_name(optimizer)}({_class_name(base)})'
@@ -142,52 +100,18 @@ def _sparsify(args, batches: Iterator, **options) -> str:
 
 def _saelens(args, batches: Iterator, **options) -> str:
   """Trains by SAELens and returns the optimizer's name."""
-  from sae_lens.config import SAETrainerConfig
-  from sae_lens.saes.topk_sae import TopKTrainingSAE, TopKTrainingSAEConfig
-  from sae_lens.training.sae_trainer import SAETrainer
-
-  trainer = SAETrainer(
-    SAETrainerConfig(
-      total_training_samples=(_WARMUP + args.steps) * args.batch,
-      train_batch_size_samples=args.batch,
-      # It must be set, but the default schedule, constant, does not read it.
-      lr_end=3e-5,
-    ),
-    TopKTrainingSAE(
-      TopKTrainingSAEConfig(d_in=args.d, d_sae=args.n, k=args.k, **options)
-    ),
-    batches,
-  )
-  trainer.fit()
+  trainer = torch_libraries.saelens(batches, **_shape(args), options=options)
   return _class_name(trainer.optimizer)
 
 
 def _dictionary_learning(args, batches: Iterator) -> str:
   """Trains by dictionary_learning and returns the optimizer's name."""
-  from dictionary_learning.trainers.top_k import TopKTrainer
-  from dictionary_learning.training import trainSAE
-
-  trainers = []
-
-  # `trainSAE` makes the trainer and does not return it.
-  def make(**config):
-    trainers.append(TopKTrainer(**config))
-    return trainers[0]
-
+  shape = _shape(args)
+  del shape['batch']
   # The schedule wants more than its warm-up's 1000; the batches end first.
-  steps = 100_000
-  config = {
-    'trainer': make,
-    'steps': steps,
-    'activation_dim': args.d,
-    'dict_size': args.n,
-    'k': args.k,
-    'layer': 0,
-    'lm_name': 'none',
-    'device': 'cpu',
-  }
-  trainSAE(batches, [config], steps, device='cpu')
-  return _class_name(trainers[0].optimizer)
+  shape['steps'] = 100_000
+  trainer = torch_libraries.dictionary_learning(batches, **shape)
+  return _class_name(trainer.optimizer)
 
 
 # What each run is called: module, distribution, function.
@@ -263,7 +187,7 @@ def measure(name: str, args) -> dict:
 def _measure_apart(name: str, args) -> dict:
   """Does one run in a process of its own; a failure is returned as 'error'."""
   # This process stays small: on Linux a child's peak starts at its parent's.
-  command = [sys.executable, __file__, f'--run={name}']
+  command = [sys.executable, '-m', __spec__.name, f'--run={name}']
   command += [
     f'--{key}={getattr(args, key)}' for key in ('d', 'n', 'k', 'batch', 'steps')
   ]

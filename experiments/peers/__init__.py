@@ -1,0 +1,1 @@
+"""This package's autoencoders and those of other trainers, on the same rows."""
