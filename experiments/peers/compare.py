@@ -9,7 +9,7 @@ file) and another store:
     --workdir=runs/peers --torch_python=.venv-peers/bin/python
 
 All get the same rows (less their own mean, at unit norm) in the same order and
-batches, and the same schedule where a library has one: `torch_peers` says what
+batches, and the same schedule where a library has one: `torch_cell` says what
 each library is given. Documents are split in three: trained on, chosen on (the
 rate) and reported on. Rates begin as three each and are extended by factors of
 two until the best is not at an end. `metric` is the one metric for all.

@@ -7,7 +7,7 @@ An autoencoder is four arrays in the units of the rows:
 
 What else a library does between rows and reconstructions (a scale of its
 inputs, norms of the decoder in the pre-activations) is folded into the arrays.
-Numpy is all that it needs; `torch_peers` gives it torch's tensors, on which the
+Numpy is all that it needs; `torch_cell` gives it torch's tensors, on which the
 same passes are faster.
 """
 

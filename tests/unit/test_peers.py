@@ -173,11 +173,12 @@ def test_exported_arrays_reconstruct_as_the_autoencoder(
   )
   sae = initial.init_weights(config, jax.random.key(0))
   sample_BD = np.array(files.rows(unit_rows, 'train')[:256])
-  sae, _ = initial.fit_inputs(config, sae, sample_BD)
   rng = np.random.default_rng(0)
   sae = sae.replace(
     b_lat_N=np.float32(0.1 * rng.standard_normal(32)),
-    b_pre_D=sae.b_pre_D + np.float32(0.1 * rng.standard_normal(16)),
+    b_pre_D=np.float32(0.1 * rng.standard_normal(16)),
+    data_mean_D=sample_BD.mean(0),
+    data_scale=np.float32(0.7),
   )
   trained = sae_jax.Trained(config, sae, 1.0, 20)
   cell = grid.Cell('sae_jax', 32, 4, 1280, 64, 1e-3, 0, '')
