@@ -1,0 +1,87 @@
+"""The study of short runs: its cells, and the means and intervals it prints."""
+
+import json
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from experiments import short_runs
+from sae_jax.training import defaults
+
+CONFIG = short_runs.ShortRunsConfig(shapes=('4096:32:300000',))
+
+
+def resolved(variant):
+  run = short_runs.run_config('4096:32:300000', variant, 3, CONFIG)
+  return defaults.resolve(run, 32_768)
+
+
+def test_a_variant_differs_from_the_defaults_in_one_thing():
+  same = short_runs.run_config('4096:32:300000', 'defaults', 3, CONFIG)
+  assert (same.steps, same.seed, same.order_seed) == (293, 3, 3)
+  flat = {
+    name: short_runs.config_lib.flat(resolved(name))
+    for name in short_runs.VARIANTS
+  }
+  first = flat.pop('defaults')
+  for name, values in flat.items():
+    changed = [field for field in first if values[field] != first[field]]
+    wanted = ['decoder_init', 'encoder_gain'] if 'norm' in name else [None]
+    assert len(changed) == len(wanted), (name, changed)
+
+
+@pytest.mark.parametrize(
+  ('variant', 'factor'), [('half the rate', 0.5), ('twice the rate', 2.0)]
+)
+def test_a_factor_is_of_the_rate_of_the_rule(variant, factor):
+  rate = resolved('defaults').optimizer.learning_rate
+  np.testing.assert_allclose(
+    resolved(variant).optimizer.learning_rate, factor * rate, rtol=1e-12
+  )
+
+
+def test_finished_cells_are_not_run_again(tmp_path):
+  file = tmp_path / 'results.jsonl'
+  config = short_runs.ShortRunsConfig(
+    shapes=CONFIG.shapes,
+    variants=('defaults', 'no warm-up'),
+    seeds=('0', '1'),
+    results=str(file),
+  )
+  assert [c[1:] for c in short_runs.cells(config)] == [
+    (0, ['defaults', 'no warm-up']), (1, ['defaults', 'no warm-up'])
+  ]  # fmt: skip
+  line = {
+    'shape': CONFIG.shapes[0], 'seed': 0, 'batch_size': 1024,
+    'variant': 'no warm-up',
+  }  # fmt: skip
+  other = line | {'batch_size': 512, 'variant': 'defaults'}
+  file.write_text(''.join(json.dumps(row) + '\n' for row in (line, other)))
+  assert [c[1:] for c in short_runs.cells(config)] == [
+    (0, ['defaults']), (1, ['defaults', 'no warm-up'])
+  ]  # fmt: skip
+
+
+def test_means_have_the_interval_of_their_seeds():
+  fvus = [0.2, 0.21, 0.25]
+  rows = [
+    {
+      'shape': 'a', 'batch_size': 8, 'variant': 'b', 'seed': seed,
+      'validation_fvu': fvu, 'test_fvu': 2 * fvu, 'train_silent': 0.0,
+    }
+    for seed, fvu in enumerate(fvus)
+  ]  # fmt: skip
+  summary = short_runs.table(rows)['a by 8']['b']
+  low, high = stats.t.interval(
+    0.95, 2, np.mean(fvus), np.std(fvus, ddof=1) / 3**0.5
+  )
+  assert summary['seeds'] == 3
+  np.testing.assert_allclose(summary['validation_fvu'], 0.22, atol=1e-4)
+  np.testing.assert_allclose(
+    summary['validation_fvu_pm'], (high - low) / 2, atol=1e-4
+  )
+  np.testing.assert_allclose(
+    summary['test_fvu_pm'], 2 * summary['validation_fvu_pm'], atol=2e-4
+  )
+  assert 'test_fvu_pm' not in short_runs.table(rows[:1])['a by 8']['b']
