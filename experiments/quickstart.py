@@ -27,7 +27,7 @@ class QuickstartConfig(sae_jax.Config):
     200, 'number of prompts of each probe task'
   )
   downstream_tokens: int = sae_jax.option(
-    4096, 'number of held-out tokens on which delta CE and KL are measured'
+    4096, 'number of test tokens on which delta CE and KL are measured'
   )
   seed: int = sae_jax.option(0, 'seed of text, weights and order')
 
