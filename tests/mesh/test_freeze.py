@@ -108,7 +108,9 @@ def test_runs_on_one_reading_stop_and_go_on_as_alone(store, alone, tmp_path):
     runs.assert_same_run(workdir, alone[pathlib.Path(workdir).name])
     data = store_lib.open_store(store)
     sample_BD = data.finite_rows(0, config.sample_rows)
-    start = state_lib.init_state(config, mesh.make_mesh(1, 8), sample_BD).sae
+    # With what was left to the run in place.
+    saved = runs.saved_config(workdir)
+    start = state_lib.init_state(saved, mesh.make_mesh(1, 8), sample_BD).sae
     for average in (True, False):
       sae = checkpoint.load(workdir, average=average).sae
       for part, name in ARRAY.items():
