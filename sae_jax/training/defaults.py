@@ -1,8 +1,8 @@
 """Values for the settings of a run that are left to it.
 
 A run of at most SHORT_TOKENS tokens begins from rows of its data, with a higher
-learning rate that falls to 0. That rests on the study in docs/results.md, of
-0.2 to 20 million tokens. Longer runs take the paper's settings.
+learning rate that falls to 0. That rests on runs of 0.2 to 4 million tokens,
+see docs/results.md. Longer runs take the paper's settings.
 """
 
 import dataclasses
@@ -14,24 +14,24 @@ from sae_jax.training import objective
 from sae_jax.training.config import TrainConfig
 
 SHORT_TOKENS = 2**30
-# Up to the first number of tokens the learning rate is that of the study, from
-# the second on the paper's. No run between them was measured: there the
-# logarithm of the rate is interpolated in the logarithm of the tokens.
-_STUDY_TOKENS, _PAPER_TOKENS = 2**25, 2**33
+# Up to the first number of tokens the learning rate is what was best in short
+# runs, from the second on the paper's. No run between them was measured: there
+# the logarithm of the rate is interpolated in the logarithm of the tokens.
+_FULL_RATE_TOKENS, _PAPER_TOKENS = 2**25, 2**33
 # The paper's: 2e-4 at 2^14 latents, and proportional to 1 / sqrt(n) elsewhere
 # (Gao et al. 2024, appendix A.3).
 _PAPER_RATE = 2e-4
 _PAPER_LATENTS = 2**14
-# How often the paper's the study's best rate is, at a batch of so many tokens.
-# It grew as the root of the batch from 512 to 4,096 tokens.
-_STUDY_FACTOR = 10.0
-_STUDY_BATCH = 1024
-_STUDY_BATCHES = (512, 4096)
-# Where the rule was measured: latents, active latents, tokens of the run.
+# How often the paper's rate the best one was, at a batch of so many tokens. It
+# grew with the batch, about as its root, over these batches.
+_SHORT_FACTOR = 10.0
+_SHORT_BATCH = 1024
+_SHORT_BATCHES = (512, 2048)
+# Where that was measured: latents, active latents, tokens of the run.
 _MEASURED = {
-  'n_latents': (2048, 16_384),
-  'k': (16, 64),
-  'tokens': (200_000, 20_000_000),
+  'n_latents': (2048, 8192),
+  'k': (16, 32),
+  'tokens': (200_000, 4_000_000),
 }
 _DEAD_AFTER = 10_000_000
 _DEAD_SHARE = 1 / 20
@@ -45,9 +45,9 @@ def tokens(config: TrainConfig) -> int:
 
 
 def is_short(config: TrainConfig) -> bool:
-  """Whether the run is one that the study speaks for.
+  """Whether the run takes the settings of short ones.
 
-  It was of TopK; the baselines with a penalty keep the paper's settings.
+  They were measured with TopK; baselines with a penalty keep the paper's.
   """
   method = objective.of(config.sae.activation)
   return method.AUXK and tokens(config) <= SHORT_TOKENS
@@ -65,11 +65,11 @@ def learning_rate(config: TrainConfig) -> float:
   rate = paper_rate(config.sae.n_latents)
   if not objective.of(config.sae.activation).AUXK:
     return rate
-  low, high = _STUDY_BATCHES
+  low, high = _SHORT_BATCHES
   batch = min(max(config.batch_size, low), high)
-  factor = _STUDY_FACTOR * math.sqrt(batch / _STUDY_BATCH)
-  beyond = math.log(tokens(config) / _STUDY_TOKENS)
-  share = 1 - beyond / math.log(_PAPER_TOKENS / _STUDY_TOKENS)
+  factor = _SHORT_FACTOR * math.sqrt(batch / _SHORT_BATCH)
+  beyond = math.log(tokens(config) / _FULL_RATE_TOKENS)
+  share = 1 - beyond / math.log(_PAPER_TOKENS / _FULL_RATE_TOKENS)
   return rate * factor ** min(1, max(0, share))
 
 
@@ -143,7 +143,9 @@ def warn_unmeasured(config: TrainConfig) -> None:
   Args:
     config: the run as it was configured, before `resolve`.
   """
-  if config.optimizer.learning_rate or tokens(config) >= _PAPER_TOKENS:
+  rule = objective.of(config.sae.activation).AUXK
+  given = config.optimizer.learning_rate
+  if given or not rule or tokens(config) >= _PAPER_TOKENS:
     return
   values = {
     'n_latents': config.sae.n_latents,

@@ -47,7 +47,7 @@ def test_the_largest_run_has_the_papers_settings():
   assert config.objective.dead_after_tokens == 10_000_000
   assert config.sae.decoder_init == 'random'
   assert config.sae.encoder_gain == 'norm'
-  # Even if its rows were enough: then it is too long for the study.
+  # Even if its rows were enough: then it is too long.
   assert defaults.resolve(LARGEST, 2**25).sae.decoder_init == 'random'
   # Control: a short run of the same shape has other settings.
   short = dataclasses.replace(LARGEST, steps=100)
@@ -61,7 +61,7 @@ def test_the_papers_rate_is_inverse_to_the_root_of_latents(n, want):
   np.testing.assert_allclose(defaults.paper_rate(n), want, rtol=1e-12)
 
 
-def test_the_rate_falls_from_the_studys_to_the_papers():
+def test_the_rate_falls_from_that_of_short_runs_to_the_papers():
   rates = [defaults.learning_rate(run(2**e)) for e in range(18, 36)]
   np.testing.assert_allclose(rates[:8], 4e-3, rtol=1e-12)
   np.testing.assert_allclose(rates[-3:], 4e-4, rtol=1e-12)
@@ -71,7 +71,7 @@ def test_the_rate_falls_from_the_studys_to_the_papers():
 
 @pytest.mark.parametrize(
   ('batch', 'factor'), [(256, 0.5**0.5), (512, 0.5**0.5), (2048, 2**0.5),
-                        (4096, 2.0), (65_536, 2.0)]
+                        (4096, 2**0.5), (65_536, 2**0.5)]
 )  # fmt: skip
 def test_the_rate_grows_as_the_root_of_measured_batches(batch, factor):
   got = defaults.learning_rate(run(2**20, batch))
@@ -128,7 +128,7 @@ def test_an_extrapolated_rate_is_warned_of(caplog, monkeypatch):
   defaults.warn_unmeasured(run(2**16, n_latents=64, k=4))
   (record,) = caplog.records
   line = record.getMessage()
-  for part in ('n_latents 64 (measured: 2048 to 16384)', 'k 4', 'tokens 65536'):
+  for part in ('n_latents 64 (measured: 2048 to 8192)', 'k 4', 'tokens 65536'):
     assert part in line
   caplog.clear()
   given = dataclasses.replace(
@@ -136,4 +136,6 @@ def test_an_extrapolated_rate_is_warned_of(caplog, monkeypatch):
   )
   defaults.warn_unmeasured(given)
   defaults.warn_unmeasured(LARGEST)
+  # It is the paper's for a baseline.
+  defaults.warn_unmeasured(run(2**16, n_latents=64, activation='relu'))
   assert not caplog.records
