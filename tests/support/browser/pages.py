@@ -69,7 +69,8 @@ def visit(chromium, url, **context):
   context.setdefault('viewport', {'width': 1400, 'height': 800})
   opened = chromium.new_context(**context)
   page = opened.new_page()
-  page.set_default_timeout(10_000)
+  # The other tests may have all the cores.
+  page.set_default_timeout(60_000)
   problems = []
 
   def on_dialog(dialog):
