@@ -37,7 +37,7 @@ VARIANTS = {
   'defaults': {},
   'random, least squares': {'decoder_init': 'random'},
   'random, norm': {'decoder_init': 'random', 'encoder_gain': 'norm'},
-  'Adam b1 0.7': {'adam_b1': 0.7},
+  'Adam b1 0.5': {'adam_b1': 0.5},
   'Adam b1 0.9': {'adam_b1': 0.9},
   'half the rate': {'rate_factor': 0.5},
   'twice the rate': {'rate_factor': 2.0},

@@ -36,7 +36,7 @@ _MEASURED = {
 _DEAD_AFTER = 10_000_000
 _DEAD_SHARE = 1 / 20
 _WARMUP_SHARE, _DECAY_SHARE = 1 / 20, 1 / 2
-_SHORT_B1 = 0.5
+_SHORT_B1 = 0.7
 
 
 def tokens(config: TrainConfig) -> int:

@@ -62,7 +62,7 @@ class OptimizerConfig(config_lib.Config):
   )
   adam_b1: float = config_lib.option(
     float(_AUTO),
-    "decay per step of Adam's first moment; -1 for 0.5 in short runs, else 0.9",
+    "decay per step of Adam's first moment; -1 for 0.7 in short runs, else 0.9",
     least=_AUTO,
     most=0.999999,
   )

@@ -304,5 +304,5 @@ def test_the_config_lies_in_the_workdir(store, tmp_path):
   found = json.loads((tmp_path / 'config.json').read_text())
   # Whole, with what was left to the run in place.
   assert found == dataclasses.asdict(runs.saved_config(tmp_path))
-  assert found['optimizer']['adam_b1'] == 0.5
+  assert found['optimizer']['adam_b1'] == 0.7
   assert found['steps'] == config.steps
