@@ -4,6 +4,7 @@ import logging
 import os
 import random
 import shutil
+import types
 
 import jax
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 
 from sae_jax import checkpoint, errors
 from sae_jax.storage import orbax as orbax_lib
+from sae_jax.storage import saved_arrays
 from sae_jax.training import saver as saver_lib
 from tests.support import runs
 from tests.support.checkpoints import (
@@ -198,3 +200,16 @@ def test_a_warning_is_left_out_of_buckets_alone(caplog):
       caplog.clear()
       logging.getLogger(name).warning('Skipping merge of OCDBT in %s', place)
       assert len(caplog.records) == shown
+
+
+def test_a_codec_without_a_configuration_gets_a_checksum():
+  """TensorStore leaves the configuration out where it is all defaults."""
+  codecs = [{'name': 'bytes'}, {'name': 'zstd'}]
+  spec = {'base': {'metadata': {'codecs': codecs}}}
+  stored = types.SimpleNamespace(
+    spec=lambda: types.SimpleNamespace(to_json=lambda: spec['base'])
+  )
+  assert not saved_arrays.has_digests(stored)
+  saved_arrays.add_digests(spec)
+  assert codecs[1]['configuration'] == {'checksum': True}
+  assert saved_arrays.has_digests(stored)
