@@ -106,12 +106,12 @@ def scores(
   `validation_last_` for the last ones. The list is the histogram of latents by
   density under the averaged weights, with edges `metrics.DENSITY_EDGES`.
   """
-  average, last = (
-    evaluate(
-      config, mesh, state, data, make_evaluation(config, mesh, of_average)
-    )
-    for of_average in (True, False)
-  )
+  average = evaluate(config, mesh, state, data, make_evaluation(config, mesh))
+  last = average
+  # Without an average both are the last weights.
+  if config.optimizer.with_defaults().ema_decay:
+    last_weights = make_evaluation(config, mesh, average=False)
+    last = evaluate(config, mesh, state, data, last_weights)
   scalars = {f'validation_{n}': v for n, v in average.scalars().items()}
   scalars |= {f'validation_last_{n}': v for n, v in last.scalars().items()}
   density = metrics.density_record(average.density_N)
