@@ -87,16 +87,19 @@ def test_damage_that_was_mended_is_not_kept(made, chromium, tmp_path, name):
 def test_a_cache_that_stays_old_is_named(made, chromium, tmp_path):
   """A server that hands out an old page beside new data."""
   index.build_index(*made, tmp_path)
-  old = (tmp_path / 'data' / 'meta.json').read_text()
-  (tmp_path / 'data' / 'meta.json').write_text(
+  meta = tmp_path / 'data' / 'meta.json'
+  old = meta.read_text()
+  meta.write_text(
     old.replace(static.digest(), '0123456789abcdef').replace(
       '"format_version":2', '"format_version":3'
     )
   )
+  # The server tells versions apart by the second in which they were written.
+  age(tmp_path)
   with serve(tmp_path) as url, visit(chromium, url) as (page, problems):
     page.wait_for_selector('text=This page is older than its data')
     assert 'Clear the browser' in page.locator('main').inner_text()
-    (tmp_path / 'data' / 'meta.json').write_text(old)
+    meta.write_text(old)
     page.reload()
     page.wait_for_selector('#rows .preview .token')
     assert problems == []
