@@ -91,6 +91,11 @@ def make_mesh(
   return Mesh(grid, AXES, axis_types=auto)
 
 
+def one_device() -> Mesh:
+  """A mesh of this process's first device alone."""
+  return make_mesh(1, 1, jax.local_devices()[:1])
+
+
 def check_divides(
   name: str,
   value: int,

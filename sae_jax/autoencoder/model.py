@@ -57,10 +57,12 @@ def decode(
   return total_BD + sae.b_pre_D
 
 
-def reconstruct(config: SaeConfig, sae: Sae, raw_BD: jax.Array) -> jax.Array:
+def reconstruct(
+  config: SaeConfig, sae: Sae, raw_BD: jax.Array, *, axis: str | None = None
+) -> jax.Array:
   """The autoencoder's reconstruction of raw activations, [B, D]."""
   x_BD, affine = preprocessing.preprocess(config, sae, raw_BD)
-  codes = encode(config, sae, x_BD)
+  codes = encode(config, sae, x_BD, axis=axis)
   return preprocessing.restore(
-    affine, decode(sae, *codes, dtype=config.matmul_dtype)
+    affine, decode(sae, *codes, axis=axis, dtype=config.matmul_dtype)
   )

@@ -169,9 +169,7 @@ class Forward:
     self.config, self.mesh = config, mesh
     self.names = tuple(map(str, sites))
     self._sites, self.subject = sites, subject
-    self._params = jax.device_put(
-      subject.params, sharding.param_shardings(subject.config, mesh)
-    )
+    self._params = sharding.place(subject.config, subject.params, mesh)
 
   def dispatch(self, pool: list[contexts.Context]) -> list[Batch]:
     """Starts the forward passes of a pool, and does not wait for them."""

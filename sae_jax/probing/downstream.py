@@ -9,9 +9,10 @@ import numpy as np
 from scipy import special
 
 from sae_jax import autoencoder, progress
+from sae_jax import mesh as mesh_lib
 from sae_jax import store as store_lib
 from sae_jax.checkpoint import Trained
-from sae_jax.subject import capture, splice, Subject
+from sae_jax.subject import capture, sharding, splice, Subject
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,16 +51,31 @@ class Downstream:
   documents: int
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
 def _losses(
-  subject_config, site, sae_config, params, sae, mean_D, tokens_BT, kept_BT
+  subject_config,
+  site,
+  sae_config,
+  mesh,
+  params,
+  sae,
+  mean_D,
+  tokens_BT,
+  kept_BT,
 ):
   """Cross-entropies [variant, B, T-1] and KL [B, T-1] of a batch."""
+  contexts = sharding.tokens_sharding(mesh)
+  tokens_BT = jax.lax.with_sharding_constraint(tokens_BT, contexts)
   raw_BTD = capture.capture(subject_config, params, tokens_BT, site)
-  flat_BD = raw_BTD.reshape(-1, raw_BTD.shape[-1])
-  spliced_BTD = autoencoder.reconstruct(sae_config, sae, flat_BD).reshape(
-    raw_BTD.shape
+  rows = mesh_lib.RULES.spec('BD')
+  reconstruct = jax.shard_map(
+    functools.partial(autoencoder.reconstruct, sae_config, axis='latent'),
+    mesh=mesh,
+    in_specs=(mesh_lib.specs(sae), rows),
+    out_specs=rows,
   )
+  flat_BD = raw_BTD.reshape(-1, raw_BTD.shape[-1])
+  spliced_BTD = reconstruct(sae, flat_BD).reshape(raw_BTD.shape)
 
   def log_probs(replacement_BTD):
     mixed_BTD = jnp.where(kept_BT[:, :, None], replacement_BTD, raw_BTD)
@@ -82,7 +98,10 @@ def _losses(
   ce.append(cross_entropy(log_probs(jnp.zeros_like(raw_BTD))))
   mean_BTD = jnp.broadcast_to(mean_D, raw_BTD.shape)
   ce.append(cross_entropy(log_probs(mean_BTD)))
-  return jnp.stack(ce), kl
+  # Whole on every process, so that each can read it.
+  return jax.lax.with_sharding_constraint(
+    (jnp.stack(ce), kl), mesh_lib.sharding(mesh, '')
+  )
 
 
 def measure(
@@ -92,6 +111,7 @@ def measure(
   n_tokens: int,
   mean_D: np.ndarray,
   batch_contexts: int = 4,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> Downstream:
   """Splices reconstructions into the subject on test documents.
 
@@ -105,8 +125,13 @@ def measure(
     store: gives the test documents' text and the masked tokens.
     n_tokens: the fewest tokens of text, or all that there are if fewer.
     mean_D: the mean raw activation, for mean-ablation.
-    batch_contexts: contexts in one forward pass.
+    batch_contexts: contexts in one forward pass; on a mesh as many more as its
+      data axis needs.
+    mesh: where the autoencoder lies; None for one device.
   """
+  mesh = mesh or mesh_lib.one_device()
+  batch_contexts += -batch_contexts % mesh.shape['data']
+  params = sharding.place(subject.config, subject.params, mesh)
   site = capture.parse_site(store.site)
   tokens_CT, length_C, kept_CT, document_C = store_lib.test_contexts(
     store, n_tokens
@@ -125,9 +150,10 @@ def measure(
         subject.config,
         site,
         trained.config,
-        subject.params,
+        mesh,
+        params,
         trained.sae,
-        jnp.asarray(mean_D, jnp.float32),
+        np.asarray(mean_D, np.float32),
         np.pad(tokens_CT[take], fill),
         np.pad(kept_CT[take], fill),
       )

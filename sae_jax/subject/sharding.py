@@ -59,6 +59,15 @@ def param_shardings(
   )
 
 
+def place(
+  config: transformer.TransformerConfig,
+  params: transformer.Params,
+  mesh: jax.sharding.Mesh,
+) -> transformer.Params:
+  """A subject's parameters over a mesh; every process has all of them."""
+  return jax.device_put(params, param_shardings(config, mesh))
+
+
 def tokens_sharding(mesh: jax.sharding.Mesh) -> NamedSharding:
   """The sharding of tokens_BT: sequences over `data`."""
   return NamedSharding(mesh, PartitionSpec('data'))

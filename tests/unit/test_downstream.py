@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax import autoencoder, errors
+from sae_jax import autoencoder, errors, mesh
 from sae_jax import store as store_lib
 from sae_jax.probing import downstream
 from sae_jax.subject import capture, splice
@@ -203,8 +203,8 @@ def test_the_loss_is_spliced_at_any_site(name):
   sae = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
   sae = sae.replace(w_enc_ND=both_ND, w_dec_ND=both_ND)
   exact, kl = downstream._losses(
-    subject.config, site, config, subject.params, sae, np.zeros(width),
-    tokens_BT, kept_BT,
+    subject.config, site, config, mesh.one_device(), subject.params, sae,
+    np.zeros(width), tokens_BT, kept_BT,
   )  # fmt: skip
   original, spliced, zero, mean = np.asarray(exact)
   # The identity changes nothing; zeros do, from where they first stand.
