@@ -190,23 +190,43 @@ def measure(config: ShortRunsConfig, store: str, workdir: str) -> dict:
 
 
 def table(results: list[dict[str, Any]]) -> dict[str, dict[str, dict]]:
-  """For each shape and variant the means over seeds, with 95 % intervals."""
+  """For each shape and variant the means over seeds, with 95 % intervals.
+
+  A change is that of the test FVU against the defaults with the same seed and
+  the same batches: seeds may differ by more.
+  """
   groups = {}
   for line in results:
     shape = f'{line["shape"]} by {line["batch_size"]}'
     group = groups.setdefault(shape, {}).setdefault(line['variant'], [])
     group.append(line)
   return {
-    shape: {variant: _summary(rows) for variant, rows in variants.items()}
+    shape: {
+      variant: _summary(rows, variants.get('defaults', []))
+      for variant, rows in variants.items()
+    }
     for shape, variants in groups.items()
   }
 
 
-def _summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _summary(
+  rows: list[dict[str, Any]], defaults_rows: list[dict[str, Any]]
+) -> dict[str, Any]:
   """Means of a cell's seeds; half the width of their 95 % interval by t."""
   summary = {'seeds': len(rows)}
-  for name in ('validation_fvu', 'test_fvu', 'train_silent'):
-    values = [row[name] for row in rows]
+  columns = {
+    name: [row[name] for row in rows]
+    for name in ('validation_fvu', 'test_fvu', 'train_silent')
+  }
+  fvu_of = {row['seed']: row['test_fvu'] for row in defaults_rows}
+  columns['change'] = [
+    row['test_fvu'] / fvu_of[row['seed']] - 1
+    for row in rows
+    if row['seed'] in fvu_of
+  ]
+  for name, values in columns.items():
+    if not values:
+      continue
     summary[name] = round(statistics.fmean(values), 4)
     if len(values) > 1:
       error = statistics.stdev(values) / len(values) ** 0.5

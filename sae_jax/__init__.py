@@ -8,7 +8,7 @@ Array names end in the letters of their axes, as in an einsum:
   V  vocabulary                   R  rows of an activation store
   M  examples kept for a latent   W  tokens of an example's context
   P  prompts of a probe task      C  classes or tasks
-  H  histogram bins
+  H  histogram bins                E  tokens of a device's share of B
 
 so `w_dec_ND` is a decoder with one row per latent and `vals_BK` holds the K
 activations of each token of a batch.
@@ -29,9 +29,11 @@ if typing.TYPE_CHECKING:
   from sae_jax.checkpoint.trained import load, Trained
   from sae_jax.config import Config, option
   from sae_jax.errors import UserError
+  from sae_jax.features.reader import Features, open_features
   from sae_jax.harvesting.config import HarvestConfig
   from sae_jax.harvesting.harvest import harvest
   from sae_jax.probing.examples import FeatureConfig
+  from sae_jax.probing.explain import explain
   from sae_jax.probing.report import probe, ProbeConfig
   from sae_jax.probing.summary import lines as report_lines
   from sae_jax.store.reader import open_store, Store
@@ -46,6 +48,7 @@ __all__ = [
   'Codes',
   'Config',
   'FeatureConfig',
+  'Features',
   'HarvestConfig',
   'ObjectiveConfig',
   'OptimizerConfig',
@@ -56,9 +59,11 @@ __all__ = [
   'Trained',
   'UserError',
   'browse',
+  'explain',
   'harvest',
   'load',
   'load_subject',
+  'open_features',
   'open_store',
   'option',
   'probe',
@@ -72,6 +77,7 @@ _PLACES = {
   'Codes': 'autoencoder.raw:Codes',
   'Config': 'config:Config',
   'FeatureConfig': 'probing.examples:FeatureConfig',
+  'Features': 'features.reader:Features',
   'HarvestConfig': 'harvesting.config:HarvestConfig',
   'ObjectiveConfig': 'training.objective:ObjectiveConfig',
   'OptimizerConfig': 'training.optimizer:OptimizerConfig',
@@ -82,9 +88,11 @@ _PLACES = {
   'Trained': 'checkpoint.trained:Trained',
   'UserError': 'errors:UserError',
   'browse': 'browser.build:browse',
+  'explain': 'probing.explain:explain',
   'harvest': 'harvesting.harvest:harvest',
   'load': 'checkpoint.trained:load',
   'load_subject': 'subject:load',
+  'open_features': 'features.reader:open_features',
   'open_store': 'store.reader:open_store',
   'option': 'config:option',
   'probe': 'probing.report:probe',

@@ -1,17 +1,21 @@
-"""Times saving and loading a checkpoint with its checksums and without.
+"""Saving and loading a checkpoint: the price of checksums, and the memory.
 
 Prints one JSON line last. In one process, by turns and --repeats times each, a
 checkpoint of an autoencoder's state is saved and read as a run does, without
 checksums, as older versions did, and with them. `save_ratio` and
 `load_ratio` are the medians of the ratios of each repeat, of the time that
 passed; `save_cpu_ratio` and `load_cpu_ratio` of this process's processor time,
-which other programs of the machine change less.
+which other programs of the machine change less. `load_peak` is the peak of
+memory of `checkpoint.load` in a new process, as a multiple of the bytes of the
+autoencoder that it gives: of the average, and of the last parameters.
 
   python -m experiments.benchmarks.checkpoint --workdir=runs/checkpoint
 """
 
 import dataclasses
 import json
+import multiprocessing
+import pathlib
 import shutil
 import statistics
 import time
@@ -21,6 +25,7 @@ from etils import epath
 import jax
 import jax.numpy as jnp
 
+from experiments.benchmarks import memory
 from sae_jax import autoencoder, checkpoint
 from sae_jax import config as config_lib
 from sae_jax.cli import flags
@@ -74,6 +79,30 @@ def measure(workdir: str, saved: checkpoint.Contents, metadata) -> list[float]:
   ]
 
 
+def load_peak(workdir: str, average: bool) -> float:
+  """The peak of this process's memory in a load, over the bytes it gives."""
+  jax.devices()
+  start = memory.resident()
+  sae = checkpoint.load(workdir, average=average).sae
+  jax.block_until_ready(sae)
+  # Not getrusage, whose peak is the parent's where that was higher.
+  status = pathlib.Path('/proc/self/status').read_text()
+  peak = int(status.partition('VmHWM:')[2].split()[0]) / 2**10
+  n_bytes = sum(a.nbytes for a in jax.tree.leaves(sae))
+  return (peak - start) * 2**20 / n_bytes
+
+
+def peaks(workdir: str) -> list[float]:
+  """`load_peak` of the average and of the last parameters."""
+  new = multiprocessing.get_context('spawn')
+  shares = []
+  for average in (True, False):
+    # A process each: a peak is never forgotten.
+    with new.Pool(1) as pool:
+      shares.append(round(pool.apply(load_peak, (workdir, average)), 3))
+  return shares
+
+
 def main() -> None:
   """Measures and prints."""
   config, workdir = flags.read(BenchmarkConfig), flags.url('workdir')
@@ -103,7 +132,7 @@ def main() -> None:
   medians = [statistics.median(column) for column in zip(*ratios)]
   n_bytes = sum(a.nbytes for a in jax.tree.leaves(saved.parts()))
   result = {name: round(m, 3) for name, m in zip(names, medians)}
-  print(json.dumps({'bytes': n_bytes} | result))
+  print(json.dumps({'bytes': n_bytes, 'load_peak': peaks(folder)} | result))
 
 
 if __name__ == '__main__':

@@ -8,7 +8,7 @@ import importlib
 from typing import Any
 
 _MODULES = {
-  'average': ('averaged',),
+  'average': ('averaged', 'corrected', 'sum_of_weights'),
   'encoder': ('pre_activations',),
   'initial': (
     'DataStart',

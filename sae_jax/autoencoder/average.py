@@ -26,20 +26,36 @@ def averaged(
   """
   if not decay:
     return sae
+  any_steps = count > 0
+  current = params.to_dict(sae)
+
+  def average(name, a):
+    weight = jnp.where(any_steps, sum_of_weights(count, decay, a.dtype), 1)
+    return jnp.where(any_steps, corrected(a, weight), current[name])
+
+  return params.with_arrays(
+    sae, {name: average(name, a) for name, a in sums.items()}
+  )
+
+
+def sum_of_weights(
+  count: jax.Array, decay: float, dtype: jnp.dtype
+) -> jax.Array:
+  """What the weights of the values in an undebiased average add up to.
+
+  Args:
+    count: values that were averaged, 1 or more.
+    decay: the decay of the average per step, more than 0.
+    dtype: precision of the average.
+  """
   # optax has the decay in the parameters' precision and the weight of a new
   # value, 1 - decay, in 64 bits. The weights' sum is computed from just those.
-  rounded = float(np.asarray(decay, jax.tree.leaves(sums)[0].dtype))
-  steps = count.astype(jnp.result_type(float))
+  rounded = float(np.asarray(decay, dtype))
   share = (1 - decay) / (1 - rounded)
-  any_steps = count > 0
-  weight = jnp.where(
-    any_steps, -share * jnp.expm1(steps * math.log(rounded)), 1
-  )
-  current = params.to_dict(sae)
-  return params.with_arrays(
-    sae,
-    {
-      name: jnp.where(any_steps, (a / weight).astype(a.dtype), current[name])
-      for name, a in sums.items()
-    },
-  )
+  steps = count.astype(jnp.result_type(float))
+  return -share * jnp.expm1(steps * math.log(rounded))
+
+
+def corrected(sums: jax.Array, weight: jax.Array) -> jax.Array:
+  """An average without its bias, from its `sum_of_weights`."""
+  return (sums / weight).astype(sums.dtype)

@@ -228,5 +228,9 @@ METRIC_DEFINITIONS = {
   'nmse': 'mean squared error per token / mse_of_mean, a constant: that of '
   'predicting the mean of a sample taken before training',
   'fvu': 'squared error / squared distance from the mean of the same tokens',
+  'norm_ratio': 'mean of |reconstruction| / |activation|',
+  'tied_rows': 'rows whose k-th and next value differ by no more than rounding,'
+  ' so that another machine may choose another last latent',
+  'by_position': 'the same metrics by position in the context',
   'tokens': 'masked ones (position 0, attention sinks) are in no metric',
 }

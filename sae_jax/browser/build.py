@@ -7,7 +7,7 @@ from etils import epath
 
 from sae_jax import subject as subject_lib
 from sae_jax.browser import index
-from sae_jax.features import results, table
+from sae_jax.features import results
 from sae_jax.storage import finished, workdir
 from sae_jax.subject.formats import tokenizer as tokenizer_lib
 
@@ -55,8 +55,7 @@ def browse(config: index.BrowseConfig, probe_url: str, out_url: str) -> str:
     if finished.vouches(out_url, inputs, index.NAMES):
       logging.info('%s is finished: reused', out_url)
       return str(epath.Path(out_url) / 'index.html')
-    features = results.read_features(probe_url, report)
+    features = results.open_features(probe_url, report)
     words = vocabulary(report, config.subject)
-    table.check(features, len(words))
     workdir.sign(out_url, STAGE, made_from)
     return index.build_index(features, report, words, out_url, config)

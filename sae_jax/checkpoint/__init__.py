@@ -1,5 +1,6 @@
 """Checkpoints: what training saves and all that probing needs."""
 
+from sae_jax.checkpoint.bit_sums import fingerprint
 from sae_jax.checkpoint.format import (
   Contents,
   Metadata,
@@ -17,6 +18,7 @@ __all__ = [
   'Contents',
   'Metadata',
   'Trained',
+  'fingerprint',
   'load',
   'look',
   'open_checkpointer',

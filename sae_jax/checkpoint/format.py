@@ -264,48 +264,42 @@ def read(
   Raises:
     UserError: if a part is missing, damaged or of another shape.
   """
-  names = tuple(wanted.parts())
-  parts = _read_parts(checkpointer, step, names, lambda _: wanted.parts())
-  return Contents(**parts | {'sae': autoencoder.from_dict(parts['sae'])})
+  parts = wanted.parts()
+  saved = saved_parts(checkpointer, step, tuple(parts), parts)
+  # Once a parameter that an activation has not was saved as None. Orbax asks
+  # for the very names that were saved.
+  nothing = {name: None for name, a in saved['sae'].items() if a is None}
+  parts = _load(checkpointer, step, parts | {'sae': nothing | parts['sae']})
+  arrays = {name: a for name, a in parts['sae'].items() if a is not None}
+  return Contents(**parts | {'sae': autoencoder.from_dict(arrays)})
 
 
-def read_parameters(
+def saved_parts(
   checkpointer: ocp.training.Checkpointer,
   step: int,
-  sharding: jax.sharding.Sharding,
-) -> tuple[autoencoder.Sae, dict[str, Any]]:
-  """The parameters of a checkpoint and their moving average.
+  names: tuple[str, ...],
+  wanted: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+  """What the arrays of parts are, without reading them.
 
   Args:
     checkpointer: from `open_checkpointer`.
     step: of the checkpoint.
-    sharding: where every array is put.
+    names: the parts.
+    wanted: shapes and dtypes that they must have; None for any.
 
   Returns:
-    The parameters, and the part `ema` of `Contents`.
+    A tree for each part, whose leaves have `shape` and `dtype`; or are None.
 
   Raises:
-    UserError: if they are missing or damaged.
+    UserError: if a part is missing, or its description damaged or not that
+      which the checkpoint declares.
   """
-  names = ('sae', 'ema')
-
-  def wanted(saved):
-    return jax.tree.map(
-      lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding),
-      {name: saved[name] for name in names},
-    )
-
-  parts = _read_parts(checkpointer, step, names, wanted)
-  return autoencoder.from_dict(parts['sae']), parts['ema']
-
-
-def _read_parts(checkpointer, step, names, wanted) -> dict[str, Any]:
-  """Parts by name; `wanted` gives arrays to read, from those that are saved."""
   place = checkpointer.directory
   path, remedy = place / str(step), remedy_of(place, step)
   _, declared = read_record(place, step)
 
-  def load():
+  def describe():
     # Orbax opens the arrays of all parts to list them.
     for part in PARTS:
       saved_arrays.check_json(os.fspath(path / part), remedy)
@@ -313,20 +307,62 @@ def _read_parts(checkpointer, step, names, wanted) -> dict[str, Any]:
     for name in names:
       if saved.get(name) is None:
         raise ValueError(f'{name} is absent, or not as Orbax wrote it')
-    parts = wanted(saved)
+    parts = {name: saved[name] for name in names}
     if declared is not None:
-      _check_declared(declared, {name: saved[name] for name in names})
       _check_declared(declared, parts)
-    # Once a parameter that an activation has not was saved as None. Orbax asks
-    # for the very names that were saved.
-    nothing = {name: None for name, a in saved['sae'].items() if a is None}
-    parts = parts | {'sae': nothing | parts['sae']}
-    parts = checkpointer.load_checkpointables(step, parts)
-    arrays = {n: a for n, a in parts['sae'].items() if a is not None}
-    return parts | {'sae': arrays}
+      _check_declared(declared, wanted or {})
+    return parts
 
+  return _explained(describe, checkpointer, step, names)
+
+
+def read_array(
+  checkpointer: ocp.training.Checkpointer,
+  step: int,
+  saved: dict[str, Any],
+  path: tuple[str, ...],
+  sharding: jax.sharding.Sharding,
+) -> jax.Array:
+  """One array of a checkpoint; no other is read.
+
+  Args:
+    checkpointer: from `open_checkpointer`.
+    step: of the checkpoint.
+    saved: from `saved_parts`.
+    path: the part's name, and those under which its tree has the array.
+    sharding: of the array; every process reads its own shards.
+
+  Raises:
+    UserError: if it is damaged.
+  """
+  part, *keys = path
+
+  def wanted(place, array):
+    if [entry.key for entry in place] != keys:
+      return ocp.PLACEHOLDER
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding)
+
+  tree = jax.tree_util.tree_map_with_path(wanted, saved[part])
+  tree = _load(checkpointer, step, {part: tree})[part]
+  for key in keys:
+    tree = tree[key]
+  return tree
+
+
+def _load(checkpointer, step, wanted) -> dict[str, Any]:
+  return _explained(
+    lambda: checkpointer.load_checkpointables(step, wanted),
+    checkpointer,
+    step,
+    tuple(wanted),
+  )
+
+
+def _explained(load, checkpointer, step, names) -> Any:
+  place = checkpointer.directory
+  path = place / str(step)
   folders = [path / name for name in names]
-  return orbax_lib.explained(load, path, folders, remedy)
+  return orbax_lib.explained(load, path, folders, remedy_of(place, step))
 
 
 def _check_declared(declared, parts) -> None:

@@ -1,12 +1,18 @@
 """An autoencoder read from a run's checkpoint."""
 
 import dataclasses
+import gc
+import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from sae_jax import autoencoder, errors
+from sae_jax import mesh as mesh_lib
 from sae_jax.checkpoint import format
+
+_LARGE = 2**26
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,17 +54,30 @@ class Trained:
     return autoencoder.raw.reconstruct(self.config, self.sae, raw)
 
 
-def load(url: str, *, average: bool = True, step: int | None = None) -> Trained:
-  """Reads an autoencoder from a run's workdir, on one device.
+def load(
+  url: str,
+  *,
+  mesh: jax.sharding.Mesh | None = None,
+  average: bool = True,
+  step: int | None = None,
+) -> Trained:
+  """Reads an autoencoder from a run's workdir.
+
+  No more is read than it is made of, an array at a time: beside the
+  autoencoder there is memory for one array.
 
   Args:
     url: the run's workdir, a local path or URL.
+    mesh: a mesh with the axes of `mesh.AXES` on which the arrays are split by
+      the letters of their names; each process reads what its devices hold.
+      None for one device of this process.
     average: whether to take the moving average, bias-corrected, or the last
       parameters themselves.
     step: which checkpoint; None for the latest.
 
   Raises:
-    UserError: if there is no checkpoint, or none of that step.
+    UserError: if there is no checkpoint, or none of that step; if it is
+      damaged; if the mesh does not divide its latents.
   """
   folder = format.folder(url)
   if not folder.exists():
@@ -74,16 +93,63 @@ def load(url: str, *, average: bool = True, step: int | None = None) -> Trained:
       )
     step = steps[-1] if step is None else step
     metadata = format.read_metadata(checkpointer, step)
-    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    sae, ema = format.read_parameters(checkpointer, step, device)
-  if average:
-    sae = autoencoder.averaged(
-      sae, ema['ema'], ema['count'], metadata.ema_decay
-    )
+    config = metadata.sae_config
+    if mesh is not None:
+      _check_divides(url, config.n_latents, mesh)
+    decay = metadata.ema_decay if average else 0
+    arrays = _read(checkpointer, step, mesh, decay)
   return Trained(
-    config=metadata.sae_config,
-    sae=jax.tree.map(jnp.asarray, sae),
+    config=config,
+    sae=autoencoder.from_dict(arrays),
     mse_of_mean=metadata.mse_of_mean,
     step=step,
     metadata=metadata,
   )
+
+
+def _read(checkpointer, step, mesh, decay) -> dict[str, jax.Array]:
+  """The arrays by name: `autoencoder.averaged`, or with no decay the last."""
+
+  def array(*path: str) -> jax.Array:
+    device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    sharding = device
+    if mesh is not None:
+      sharding = mesh_lib.sharding(mesh, mesh_lib.letters(path[-1]))
+    read = format.read_array(checkpointer, step, saved, path, sharding)
+    if read.nbytes >= _LARGE:
+      # Orbax leaves what it has read on the host in a cycle of references, and
+      # the copy to the device needs it until it is done.
+      read.block_until_ready()
+      gc.collect()
+    return read
+
+  saved = format.saved_parts(checkpointer, step, ('sae', 'ema'))
+  names = [name for name, a in saved['sae'].items() if a is not None]
+  in_average, count = (), 0
+  if decay:
+    # Every process has it whole.
+    count = np.asarray(array('ema', 'count'))
+    in_average = saved['ema']['ema'] if count else ()
+  arrays = {}
+  for name in names:
+    if name not in in_average:
+      arrays[name] = array('sae', name)
+      continue
+    sums = array('ema', 'ema', name)
+    weight = autoencoder.sum_of_weights(jnp.asarray(count), decay, sums.dtype)
+    # In place. Not in the program, where it might be rounded otherwise.
+    arrays[name] = _corrected(sums, np.asarray(weight))
+  return arrays
+
+
+_corrected = jax.jit(autoencoder.corrected, donate_argnums=0)
+
+
+def _check_divides(url: str, n_latents: int, mesh: jax.sharding.Mesh) -> None:
+  parts = mesh.shape['latent']
+  if n_latents % parts:
+    raise errors.UserError(
+      f'the {n_latents} latents of {url} are no multiple of the latent axis '
+      f'({parts}) of the mesh: use --mesh_latent='
+      f'{math.gcd(n_latents, mesh.size)}'
+    )

@@ -14,7 +14,7 @@ from sae_jax.ops.dense import matmul
 from sae_jax.ops.dispatch import choose
 from sae_jax.ops.encode_topk.api import encode_topk
 from sae_jax.ops.pairs import least_micro_batches
-from sae_jax.ops.top_k.api import global_top_k, top_k
+from sae_jax.ops.top_k.api import global_top_k, ranks, top_k
 from sae_jax.ops.weight_grad.api import weight_grad
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
   'global_top_k',
   'least_micro_batches',
   'matmul',
+  'ranks',
   'top_k',
   'weight_grad',
   'with_few_candidates',

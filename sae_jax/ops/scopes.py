@@ -13,3 +13,13 @@ WEIGHT_GRADIENTS = 'weight gradients'
 EXCHANGE = 'top-k over shards'
 AUXK = 'AuxK'
 OPTIMIZER = 'optimizer'
+
+# Of the pass over a store when probing.
+CODES = 'codes'
+PAIRS = 'sorting of pairs'
+STATISTICS = 'statistics'
+TOP = 'top examples'
+RANDOM = 'random examples'
+NEAR = 'near misses'
+METRICS = 'metrics'
+COMPONENTS = 'principal components'

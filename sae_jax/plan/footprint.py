@@ -1,5 +1,6 @@
-"""Compiles the training step and reads how much HBM it takes."""
+"""Compiles a step and reads how much HBM it takes."""
 
+from collections.abc import Mapping
 import dataclasses
 import math
 import pathlib
@@ -11,10 +12,7 @@ import warnings
 import jax
 from jax.sharding import Mesh
 
-from sae_jax import mesh as mesh_lib
-from sae_jax.training import state as state_lib
-from sae_jax.training import step
-from sae_jax.training.config import TrainConfig
+from sae_jax.plan import steps
 
 _UNITS = {'': 1, 'K': 2**10, 'M': 2**20, 'G': 2**30, 'T': 2**40}
 _OUT_OF_MEMORY = re.compile(
@@ -28,41 +26,42 @@ class Footprint:
   """Bytes of HBM that a step takes on one device.
 
   Attributes:
-    parameters: the autoencoder.
-    moments: Adam's first and second moments.
-    average: the moving average of the parameters.
-    counters: the rest of the training state.
-    batch: the activations of a step.
+    arguments: what is in memory before a step and after it, by name.
     temporaries: the compiler's temporary arrays, at their peak. Where the
-      program does not fit, everything beyond the five above.
+      program does not fit, everything beyond the arguments.
     program: the program's code.
     padding: padding of the arguments, and results that do not reuse the memory
       of an argument.
   """
 
-  parameters: int
-  moments: int
-  average: int
-  counters: int
-  batch: int
+  arguments: Mapping[str, int]
   temporaries: int = 0
   program: int = 0
   padding: int = 0
 
   @property
-  def total(self) -> int:
-    """The sum of all attributes."""
-    return sum(dataclasses.asdict(self).values())
+  def parts(self) -> dict[str, int]:
+    """Bytes of all by name, the arguments first."""
+    others = ('temporaries', 'program', 'padding')
+    return {
+      **self.arguments,
+      **{name: getattr(self, name) for name in others},
+    }
 
   @property
-  def arguments(self) -> int:
-    """State and batch, which are in memory before a step and after it."""
-    return self.total - self.temporaries - self.program - self.padding
+  def total(self) -> int:
+    """The sum of all parts."""
+    return sum(self.parts.values())
+
+  @property
+  def held(self) -> int:
+    """The sum of the arguments."""
+    return sum(self.arguments.values())
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-  """A compiled training step.
+  """A compiled step.
 
   Attributes:
     text: the optimised program; '' if the compiler wrote none.
@@ -78,30 +77,15 @@ class Compiled:
   implementation: str | None = None
 
 
-def arguments(config: TrainConfig, mesh: Mesh) -> Footprint:
-  """Bytes of the state and the batch on each device, without padding.
+def arguments(config: Any, mesh: Mesh) -> Footprint:
+  """Bytes of a step's arguments on each device, without padding.
 
   Args:
-    config: the run.
+    config: of a program, see `steps`.
     mesh: the mesh of devices.
   """
-  state = state_lib.abstract_state(config, mesh)
-  trees = {
-    'parameters': state.sae,
-    'moments': state.optimizer.adam,
-    'average': state.optimizer.ema,
-  }
-  sizes = {name: _bytes(tree) for name, tree in trees.items()}
-  raw_BD = jax.ShapeDtypeStruct(
-    (config.batch_size, config.sae.d_model),
-    jax.numpy.bfloat16,
-    sharding=mesh_lib.sharding(mesh, 'BD'),
-  )
-  return Footprint(
-    **sizes,
-    counters=_bytes(state) - sum(sizes.values()),
-    batch=_bytes(raw_BD),
-  )
+  trees = steps.of(config).arguments(config, mesh)
+  return Footprint({name: _bytes(tree) for name, tree in trees.items()})
 
 
 def _bytes(tree: Any) -> int:
@@ -113,12 +97,12 @@ def _bytes(tree: Any) -> int:
 
 
 def compile_step(
-  config: TrainConfig, mesh: Mesh, implementation: str | None = None
+  config: Any, mesh: Mesh, implementation: str | None = None
 ) -> Compiled:
-  """Compiles the real training step without making an array.
+  """Compiles the real step of a program without making an array.
 
   Args:
-    config: the run.
+    config: of the program, see `steps`.
     mesh: the devices it is compiled for.
     implementation: of the sparse products, see `ops.decode`.
 
@@ -128,8 +112,8 @@ def compile_step(
   Raises:
     JaxRuntimeError: if it can't be compiled for a reason other than memory.
   """
-  state_and_batch = arguments(config, mesh)
-  lowered = step.lowered(config, mesh, implementation)
+  held = arguments(config, mesh)
+  lowered = steps.of(config).lowered(config, mesh, implementation)
   with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
     # A program for absent chips is cached, but can't be read back.
     warnings.filterwarnings('ignore', 'Error reading persistent compilation')
@@ -140,16 +124,16 @@ def compile_step(
       if needed is None:
         raise
       too_large = dataclasses.replace(
-        state_and_batch, temporaries=max(0, needed - state_and_batch.total)
+        held, temporaries=max(0, needed - held.total)
       )
       return Compiled(_dumped(folder), too_large, False, implementation)
     # as_text can't print a program that runs in part on SparseCores.
     text = _dumped(folder) or executable.as_text()
   memory = executable.memory_analysis()
-  padding = memory.argument_size_in_bytes - state_and_batch.total
+  padding = memory.argument_size_in_bytes - held.total
   padding += memory.output_size_in_bytes - memory.alias_size_in_bytes
   whole = dataclasses.replace(
-    state_and_batch,
+    held,
     temporaries=memory.temp_size_in_bytes,
     program=memory.generated_code_size_in_bytes,
     padding=padding,

@@ -2,18 +2,14 @@
 
 import dataclasses
 import math
+from typing import Any
 
-import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from sae_jax import errors
 from sae_jax import mesh as mesh_lib
-from sae_jax.ops import dispatch
-from sae_jax.ops.encode_topk.reference import BLOCK_BYTES
-from sae_jax.plan import footprint, roofline
-from sae_jax.plan.footprint import Footprint
+from sae_jax.plan import footprint, steps
 from sae_jax.tpu.slices import Slices
-from sae_jax.training.config import check_mesh, TrainConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +30,7 @@ class Guess:
 
 
 def make_mesh(slices: Slices, data: int, latent: int) -> Mesh:
-  """The mesh as training makes it.
+  """The mesh as a run makes it.
 
   Args:
     slices: the chips.
@@ -78,15 +74,16 @@ def _is_possible(slices: Slices, data: int, latent: int) -> bool:
   return True
 
 
-def _divides(config: TrainConfig, data: int, latent: int) -> bool:
+def _divides(config: Any, data: int, latent: int) -> bool:
   try:
-    check_mesh(config, AbstractMesh((data, latent), mesh_lib.AXES))
+    mesh = AbstractMesh((data, latent), mesh_lib.AXES)
+    steps.of(config).check_mesh(config, mesh)
   except errors.UserError:
     return False
   return True
 
 
-def allowed(config: TrainConfig, slices: Slices) -> list[tuple[int, int]]:
+def allowed(config: Any, slices: Slices) -> list[tuple[int, int]]:
   """The meshes (data, latent) that both the config and the chips allow."""
   count, shapes = len(slices.devices), []
   for latent in range(1, count + 1):
@@ -102,7 +99,7 @@ def allowed(config: TrainConfig, slices: Slices) -> list[tuple[int, int]]:
 
 
 def guess(
-  config: TrainConfig,
+  config: Any,
   slices: Slices,
   mesh: Mesh,
   implementation: str | None = None,
@@ -113,72 +110,14 @@ def guess(
   which meshes are compiled.
 
   Args:
-    config: the run.
+    config: of a program, see `steps`.
     slices: the chips.
     mesh: the mesh of their devices.
     implementation: of the sparse products, see `ops.decode`.
   """
-  device = slices.device
-  data, latent = mesh.shape['data'], mesh.shape['latent']
-  d, k = config.sae.d_model, config.sae.k * max(1, config.objective.multi_topk)
-  tokens, latents = config.batch_size // data, config.sae.n_latents // latent
-  at_a_time = tokens // config.micro_batches
-  with jax.set_mesh(mesh):
-    name = dispatch.choose(config.sae.n_latents, k, implementation, d)
-  arguments = footprint.arguments(config, mesh)
-  # Dense codes, or pairs of value and latent.
-  codes = at_a_time * (8 * latents if name == 'dense' else 32 * k)
-  hbm_bytes = arguments.total + lasting(arguments, data) + codes
-  products = tokens * latents * d * 2 * (5 if name == 'dense' else 1)
-  moved = (
-    # Adam reads and writes parameters, moments and the average.
-    2 * (arguments.total - arguments.batch)
-    + arguments.parameters * config.micro_batches
-    # Each block of tokens reads the rounded encoder and writes its codes.
-    + _blocks(tokens, latents, name) * latents * d * 2
-    + tokens * latents * 4 * (8 if name == 'dense' else 2)
-    # Decoder rows of the pairs, for two sums and two scatters. Kernels touch
-    # the rows of a shard's winners alone, other code those of all k latents
-    # that the shard offers.
-    + tokens * k * d * 24 * {'dense': 0, 'pallas': 1 / latent}.get(name, 1)
+  held = footprint.arguments(config, mesh)
+  temporaries, seconds = steps.of(config).guess(
+    config, slices, mesh, implementation, dict(held.arguments)
   )
-  seconds = max(products / device.flops, moved / device.hbm_bandwidth)
-  seconds += _link_seconds(config, slices, mesh)
-  return Guess(data, latent, hbm_bytes, seconds)
-
-
-def lasting(arguments: Footprint, data: int) -> float:
-  """A guess of the bytes of temporaries that micro-batches do not shrink.
-
-  These are gradients and rounded weights, which are summed over the data axis
-  into arrays of their own, and inputs and errors of all tokens in float32.
-
-  Args:
-    arguments: state and batch of the run.
-    data: shards of the batch.
-  """
-  return arguments.parameters * (1.5 if data == 1 else 3) + 4 * arguments.batch
-
-
-def _blocks(tokens: int, latents: int, name: str) -> float:
-  """Blocks of tokens that the encoder works on, one after another."""
-  return 1 if name == 'pallas' else tokens * latents * 4 / BLOCK_BYTES
-
-
-def _link_seconds(config: TrainConfig, slices: Slices, mesh: Mesh) -> float:
-  """Seconds for gradients over data, and for codes and outputs over latents."""
   data, latent = mesh.shape['data'], mesh.shape['latent']
-  tokens, latents = config.batch_size // data, config.sae.n_latents // latent
-  d, k = config.sae.d_model, config.sae.k
-  along_data, along_latent = mesh.devices[:, 0], mesh.devices[0]
-  inside = along_data[: data // slices.count]
-  gradients = 2 * latents * d * 4
-  terms = [
-    roofline.link_seconds('all-reduce', gradients, inside, slices),
-    roofline.link_seconds('all-to-all', tokens * k * 4, along_latent, slices),
-    roofline.link_seconds('all-reduce', tokens * d * 4, along_latent, slices),
-  ]
-  if slices.count > 1:
-    across = gradients / len(inside) * 2 * (slices.count - 1) / slices.count
-    terms.append(across / slices.device.dcn_bandwidth)
-  return sum(terms)
+  return Guess(data, latent, held.total + temporaries, seconds)

@@ -1,13 +1,14 @@
-"""Plans a training run for TPUs that are not here."""
+"""Plans a run for TPUs that are not here."""
 
 from collections.abc import Callable
 import dataclasses
 import time
+from typing import Any
 
 from jax.sharding import Mesh
 
 from sae_jax import errors
-from sae_jax.plan import footprint, meshes, remedies, roofline
+from sae_jax.plan import footprint, meshes, remedies, roofline, steps
 from sae_jax.plan.footprint import Compiled
 from sae_jax.plan.program import costs as costs_lib
 from sae_jax.plan.program import parts, text
@@ -16,36 +17,36 @@ from sae_jax.plan.program.text import Module
 from sae_jax.plan.record import MeshChoice, Plan
 from sae_jax.tpu import slices as slices_lib
 from sae_jax.tpu.slices import Slices
-from sae_jax.training.config import check_mesh, TrainConfig
 
-DEAD = ('none', 'few', 'all')
 # The most meshes that a plan lists.
 _LISTED = 12
 
 
 def plan(
-  config: TrainConfig,
+  config: Any,
   topology: str,
   num_slices: int = 1,
   mesh: str | tuple[int, int] = 'auto',
   *,
   implementation: str | None = None,
-  dead: str = 'few',
+  case: str = '',
   compiles: int = 2,
   tokens: int = 0,
   price_per_chip_hour: float = 0.0,
   report: Callable[[str], None] = lambda line: None,
 ) -> Plan:
-  """Compiles the training step for TPUs that are not here, and reads it.
+  """Compiles the step of a program for TPUs that are not here, and reads it.
 
   Args:
-    config: the run, with d_model set.
+    config: of the program, see `steps`, with d_model set.
     topology: a slice such as 'v6e:16x16'.
     num_slices: number of such slices.
     mesh: shards of batch and latents, or 'auto' to look for the best.
     implementation: of the sparse products, see `ops.decode`.
-    dead: the dead latents that AuxK is assumed to work on: 'none', 'few' (its
-      smallest size) or 'all'.
+    case: what is assumed where the program decides by data, one of the CASES
+      of its step; '' for the first. For training it is the dead latents that
+      AuxK works on: 'none', 'few' (its smallest size) or 'all'; for probing,
+      whether rows are of 'train' or of 'test'.
     compiles: the most programs that are compiled to rank meshes, and again to
       look for remedies.
     tokens: tokens of the whole run, for hours and cost.
@@ -61,14 +62,16 @@ def plan(
     raise errors.UserError(
       'd_model 0: say how wide the activations are, as --d=768'
     )
-  if dead not in DEAD:
+  cases = steps.of(config).CASES
+  case = case or cases[0]
+  if case not in cases:
     raise errors.UserError(
-      f'dead {dead!r} is not known: use one of {", ".join(DEAD)}'
+      f'case {case!r} is not known: use one of {", ".join(cases)}'
     )
   slices = slices_lib.find(topology, num_slices)
   guesses = _guesses(config, slices, mesh, implementation)
   ranked, refused = _compiled_plans(
-    config, slices, guesses, implementation, dead, max(1, compiles), report
+    config, slices, guesses, implementation, case, max(1, compiles), report
   )
   best = ranked[0]
   changes = ()
@@ -93,14 +96,15 @@ def plan(
 
 def _guesses(config, slices, mesh, implementation) -> list[meshes.Guess]:
   """Guesses about the given mesh, or about all, the most promising first."""
+  step = steps.of(config)
   if mesh != 'auto':
     given = meshes.make_mesh(slices, *mesh)
-    check_mesh(config, given)
+    step.check_mesh(config, given)
     return [meshes.guess(config, slices, given, implementation)]
   shapes = meshes.allowed(config, slices)
   if not shapes:
     # Raises with the nearest sizes that the devices divide.
-    check_mesh(config, meshes.make_mesh(slices, len(slices.devices), 1))
+    step.check_mesh(config, meshes.make_mesh(slices, len(slices.devices), 1))
     raise errors.UserError(
       f'no mesh of {slices.name} divides batch_size {config.batch_size:,} and '
       f'n_latents {config.sae.n_latents:,}: use multiples of '
@@ -116,15 +120,17 @@ def _guesses(config, slices, mesh, implementation) -> list[meshes.Guess]:
   return sorted(
     guesses,
     key=lambda g: (
-      (False, g.step_s) if g.hbm_bytes <= limit else (True, g.hbm_bytes)
+      (False, *step.rank(g.data, g.step_s))
+      if g.hbm_bytes <= limit
+      else (True, g.hbm_bytes)
     ),
   )
 
 
 def _compiled_plans(
-  config, slices, guesses, implementation, dead, compiles, report
+  config, slices, guesses, implementation, case, compiles, report
 ) -> tuple[list[Plan], dict[meshes.Guess, str]]:
-  """Plans of the first meshes that the training step accepts, best first.
+  """Plans of the first meshes that the step accepts, best first.
 
   And the reason for each mesh that it refuses before it has accepted
   `compiles` of them.
@@ -135,7 +141,7 @@ def _compiled_plans(
       break
     report(f'compiling mesh {guess.data}x{guess.latent} ...')
     try:
-      compiled = _compiled_plan(config, slices, guess, implementation, dead)
+      compiled = _compiled_plan(config, slices, guess, implementation, case)
     except errors.UserError as error:
       refused[guess] = str(error)
       report(f'refused: {error}')
@@ -153,10 +159,11 @@ def _compiled_plans(
   return sorted(plans, key=_order), refused
 
 
-def _order(plan: Plan) -> tuple[bool, float]:
+def _order(plan: Plan) -> tuple:
   """Plans that fit first, by time; then those that lack least."""
   if plan.fits:
-    return False, plan.roofline.step_s
+    step = steps.of(plan.config)
+    return False, *step.rank(plan.config.mesh_data, plan.roofline.step_s)
   return True, plan.footprint.total
 
 
@@ -190,7 +197,7 @@ def _choices(ranked, guesses, refused, hbm_limit) -> tuple[MeshChoice, ...]:
   return (*compiled, *guessed)
 
 
-def _compiled_plan(config, slices, guess, implementation, dead) -> Plan:
+def _compiled_plan(config, slices, guess, implementation, case) -> Plan:
   """The plan of one mesh."""
   mesh = meshes.make_mesh(slices, guess.data, guess.latent)
   config = dataclasses.replace(
@@ -198,15 +205,15 @@ def _compiled_plan(config, slices, guess, implementation, dead) -> Plan:
   )
   began = time.monotonic()
   compiled = footprint.compile_step(config, mesh, implementation)
-  return read(config, slices, mesh, compiled, dead, time.monotonic() - began)
+  return read(config, slices, mesh, compiled, case, time.monotonic() - began)
 
 
 def read(
-  config: TrainConfig,
+  config: Any,
   slices: Slices,
   mesh: Mesh,
   compiled: Compiled,
-  dead: str = 'few',
+  case: str = '',
   compile_s: float = 0.0,
 ) -> Plan:
   """The plan of a compiled step, without other meshes or remedies.
@@ -216,30 +223,40 @@ def read(
     slices: the chips.
     mesh: the mesh of their devices.
     compiled: the step.
-    dead: the dead latents that AuxK is assumed to work on.
+    case: what is assumed, see `plan`.
     compile_s: seconds that compiling took.
 
   Raises:
     DefectError: if a part of the step is nowhere in the program.
   """
-  module = text.parse(compiled.text)
-  parts.check(module, parts.expected(config, mesh, compiled.implementation))
+  step, module = steps.of(config), text.parse(compiled.text)
+  parts.check(module, step.expected(config, mesh, compiled.implementation))
+  case = case or step.CASES[0]
 
   def seconds(costs: Costs) -> float:
     return roofline.roofline(costs, slices, mesh).without_overlap_s
 
-  def choose(by_dead: bool, branches: list[Costs]) -> int:
-    if by_dead:
-      last = len(branches) - 1
-      return {'none': 0, 'few': min(1, last), 'all': last}[dead]
-    # The bound must hold whichever branch is taken.
-    return min(range(len(branches)), key=lambda i: seconds(branches[i]))
+  def costs_of(case: str) -> Costs:
+    def choose(choice: str, branches: list[Costs]) -> int:
+      index = step.branch(case, choice, len(branches)) if choice else None
+      if index is not None:
+        return index
+      # The bound must hold whichever branch is taken.
+      return min(range(len(branches)), key=lambda i: seconds(branches[i]))
 
-  costs = costs_lib.costs(module, choose)
+    return costs_lib.costs(
+      module, choose, lambda part: step.runs(config, mesh, part, case)
+    )
+
+  every = {name: costs_of(name) for name in step.CASES}
+  costs = every[case]
   at_a_time = config.batch_size // mesh.shape['data'] // config.micro_batches
   codes = at_a_time * config.sae.n_latents // mesh.shape['latent']
   buffers = _step_buffers(module)
-  choices = [b for b in costs.branches if b.by_dead]
+  choices = {}
+  for branches in costs.branches:
+    if branches.choice:
+      choices.setdefault(branches.choice, tuple(map(seconds, branches.costs)))
   return Plan(
     config=config,
     slices=slices,
@@ -247,8 +264,12 @@ def read(
     footprint=compiled.footprint,
     roofline=roofline.roofline(costs, slices, mesh),
     costs=costs,
-    dead=dead,
-    auxk_s=tuple(map(seconds, choices[0].costs)) if choices else (),
+    case=case,
+    cases={
+      name: roofline.roofline(of, slices, mesh) for name, of in every.items()
+    },
+    choices=choices,
+    encoder_product_s=steps.seconds_of_products(config, slices),
     loops_s=tuple(map(seconds, costs.endless.values())),
     largest=buffers[0] if buffers else None,
     codes=codes,

@@ -4,13 +4,13 @@ import dataclasses
 from typing import Any
 
 from sae_jax.plan import roofline as roofline_lib
+from sae_jax.plan import steps
 from sae_jax.plan.footprint import Footprint
 from sae_jax.plan.program.costs import Buffer, Costs, Kernel
 from sae_jax.plan.remedies import Remedy
 from sae_jax.plan.roofline import Roofline
 from sae_jax.tpu.chips import CHIPS
 from sae_jax.tpu.slices import Slices
-from sae_jax.training.config import TrainConfig
 
 GIB = 2**30
 NOTHING_MEASURED = (
@@ -41,7 +41,7 @@ class MeshChoice:
     fits: whether the step fits in HBM.
     hbm_bytes: HBM that a device needs.
     step_s: seconds of a step by its roofline.
-    refused: why the training step does not accept this mesh; '' if it does.
+    refused: why the step does not accept this mesh; '' if it does.
   """
 
   data: int
@@ -58,14 +58,17 @@ class Plan:
   """Memory and time of a run, by compiler and arithmetic; nothing is measured.
 
   Attributes:
-    config: the run, with the chosen mesh.
+    config: of the program, with the chosen mesh.
     slices: the chips.
     fits: whether the compiler found room for the step.
     footprint: HBM that a device needs.
     roofline: the least time of a step.
     costs: the work of the program on a device.
-    dead: the dead latents that AuxK is assumed to work on: none, few or all.
-    auxk_s: seconds of AuxK with none dead, few, ..., all.
+    case: what is assumed where the program decides by data, one of the CASES
+      of its step.
+    cases: the least time of a step in each case.
+    choices: scope of each such choice -> seconds of its branches.
+    encoder_product_s: seconds of the encoder's product with a batch alone.
     loops_s: seconds of one run of each loop whose length depends on data; the
       roofline leaves these loops out.
     largest: the largest array other than state and batch.
@@ -79,14 +82,16 @@ class Plan:
     compile_s: seconds that compiling took on this machine.
   """
 
-  config: TrainConfig
+  config: Any
   slices: Slices
   fits: bool
   footprint: Footprint
   roofline: Roofline
   costs: Costs
-  dead: str
-  auxk_s: tuple[float, ...]
+  case: str
+  cases: dict[str, Roofline]
+  choices: dict[str, tuple[float, ...]]
+  encoder_product_s: float
   loops_s: tuple[float, ...]
   largest: Buffer | None
   codes: int
@@ -100,7 +105,7 @@ class Plan:
 
   @property
   def tokens_per_s(self) -> float:
-    """The most tokens that the whole mesh can train on in a second."""
+    """The most tokens that the whole mesh can take in a second."""
     return self.config.batch_size / self.roofline.step_s
 
   @property
@@ -121,8 +126,9 @@ class Plan:
   def to_dict(self) -> dict[str, Any]:
     """All figures, for JSON."""
     share, chip = self.slices.devices_per_chip, CHIPS[self.slices.chip]
-    memory = dataclasses.asdict(self.footprint)
+    step, memory = steps.of(self.config), self.footprint.parts
     return {
+      'program': step.NAME,
       'measured': False,
       'note': NOTHING_MEASURED,
       'fits': self.fits,
@@ -153,8 +159,7 @@ class Plan:
       'link_bytes_per_device': sum(
         exchange.link_bytes for exchange in self.roofline.exchanges
       ),
-      'dead_latents': self.dead,
-      'auxk_s': list(self.auxk_s),
+      **step.figures(self),
       'loops_left_out_s': list(self.loops_s),
       'codes_per_device': self.codes,
       'buffers_as_large_as_codes': [_described(b) for b in self.dense],

@@ -3,17 +3,14 @@
 from collections.abc import Callable, Iterator
 import dataclasses
 import math
+from typing import Any
 
 from sae_jax import errors
-from sae_jax.plan import footprint, meshes
+from sae_jax.plan import footprint, meshes, steps
 from sae_jax.plan.footprint import Footprint
 from sae_jax.tpu import slices as slices_lib
 from sae_jax.tpu.slices import Slices
-from sae_jax.training import step
-from sae_jax.training.config import TrainConfig
 
-# Micro-batches of fewer tokens leave a matrix unit idle.
-_LEAST_TOKENS = 256
 # A guess must leave this share of HBM free.
 _SPARE = 0.1
 _LARGER_SLICES = 4
@@ -36,7 +33,7 @@ class Remedy:
 
 
 def find(
-  config: TrainConfig,
+  config: Any,
   slices: Slices,
   needs: Footprint,
   implementation: str | None,
@@ -59,7 +56,7 @@ def find(
   """
   remedies, left = [], compiles
   for changes in (
-    _smaller_micro_batches(config, slices),
+    _smaller(config, slices),
     _more_shards(config, slices),
     _larger_slices(config, slices, needs),
     _fewer_latents(config, slices),
@@ -86,22 +83,22 @@ def find(
 
 
 def accepted(
-  config: TrainConfig, slices: Slices, implementation: str | None
+  config: Any, slices: Slices, implementation: str | None
 ) -> str | None:
-  """Flags with the fewest micro-batches that the training step accepts.
+  """Flags for the most tokens at a time that the step accepts.
 
   Args:
-    config: the run, with its mesh, which the training step refuses.
+    config: the run, with its mesh, which the step refuses.
     slices: the chips.
     implementation: of the sparse products, see `ops.decode`.
 
   Returns:
-    The flags, or None where no number of micro-batches helps.
+    The flags, or None where fewer tokens do not help.
   """
   mesh = meshes.make_mesh(slices, config.mesh_data, config.mesh_latent)
-  for flags, changed, _ in _smaller_micro_batches(config, slices):
+  for flags, changed, _ in _smaller(config, slices):
     try:
-      step.lowered(changed, mesh, implementation)
+      steps.of(changed).lowered(changed, mesh, implementation)
     except errors.UserError:
       continue
     return flags
@@ -109,17 +106,13 @@ def accepted(
 
 
 # Flags, the changed run and the chips it runs on.
-_Changes = Iterator[tuple[str, TrainConfig, Slices]]
+_Changes = Iterator[tuple[str, Any, Slices]]
 
 
-def _smaller_micro_batches(config, slices) -> _Changes:
+def _smaller(config, slices) -> _Changes:
   """Fewer tokens at a time."""
-  tokens = config.batch_size // config.mesh_data
-  count = 2 * config.micro_batches
-  while tokens % count == 0 and tokens // count >= _LEAST_TOKENS:
-    changed = dataclasses.replace(config, micro_batches=count)
-    yield f'--micro_batches={count}', changed, slices
-    count *= 2
+  for flags, changed in steps.of(config).smaller(config):
+    yield flags, changed, slices
 
 
 def _more_shards(config, slices) -> _Changes:
@@ -130,7 +123,7 @@ def _more_shards(config, slices) -> _Changes:
     changed = dataclasses.replace(config, mesh_data=data, mesh_latent=latent)
     flag = f'--mesh={data}x{latent}'
     yield flag, changed, slices
-    for more, fewer, _ in _smaller_micro_batches(changed, slices):
+    for more, fewer, _ in _smaller(changed, slices):
       yield f'{flag} {more}', fewer, slices
 
 
@@ -158,15 +151,15 @@ def _larger_slices(config, slices, needs) -> _Changes:
 
 
 def _least_chips(config, slices, needs) -> int:
-  """The fewest chips of a slice that the training state fits on."""
-  state = needs.arguments - needs.batch + needs.parameters
+  """The fewest chips of a slice that the state fits on."""
+  state = steps.of(config).state_bytes(dict(needs.arguments))
   room = (1 - _SPARE) * slices.hbm_limit
   return math.ceil(state * config.mesh_latent / room / slices.devices_per_chip)
 
 
 def _fewer_latents(config, slices) -> _Changes:
   """Fewer latents, each time by a tenth, in whole tiles of each shard."""
-  least = config.sae.k * max(1, config.objective.multi_topk)
+  least = steps.of(config).fewest_latents(config)
   unit = 128 * config.mesh_latent
   latents = config.sae.n_latents
   while True:
@@ -180,7 +173,7 @@ def _fewer_latents(config, slices) -> _Changes:
 def _expected_bytes(config, needs, changed, other, implementation) -> float:
   """HBM of a changed run on a device, scaled from the compiled run's.
 
-  The temporaries of `meshes.lasting` follow the shard's parameters and tokens;
+  The temporaries that are `lasting` follow the shard's parameters and tokens;
   all others are taken to be proportional to the tokens at a time. The result
   is never below `meshes.guess`.
 
@@ -192,15 +185,16 @@ def _expected_bytes(config, needs, changed, other, implementation) -> float:
     implementation: of the sparse products.
   """
   mesh = meshes.make_mesh(other, changed.mesh_data, changed.mesh_latent)
-  arguments = footprint.arguments(changed, mesh)
-  passing = needs.temporaries - meshes.lasting(needs, config.mesh_data)
+  step, held = steps.of(changed), footprint.arguments(changed, mesh)
+  before = step.lasting(dict(needs.arguments), config.mesh_data)
+  passing = needs.temporaries - before
   passing = max(0, passing) * _tokens_at_a_time(changed)
   passing /= _tokens_at_a_time(config)
   # Codes that are dense shrink with the latents, too.
   passing *= min(1, changed.sae.n_latents / config.sae.n_latents)
   scaled = (
-    arguments.total
-    + meshes.lasting(arguments, changed.mesh_data)
+    held.total
+    + step.lasting(dict(held.arguments), changed.mesh_data)
     + passing
     + needs.program
   )
@@ -208,6 +202,6 @@ def _expected_bytes(config, needs, changed, other, implementation) -> float:
   return max(scaled, guess.hbm_bytes)
 
 
-def _tokens_at_a_time(config: TrainConfig) -> float:
+def _tokens_at_a_time(config: Any) -> float:
   """Tokens of a micro-batch on one device."""
   return config.batch_size / config.mesh_data / config.micro_batches

@@ -2,16 +2,11 @@
 
 from collections.abc import Iterator, Sequence
 
-from sae_jax.plan import roofline
+from sae_jax.plan import roofline, steps
 from sae_jax.plan.program.costs import Buffer
 from sae_jax.plan.record import GIB, NOTHING_MEASURED, Plan
 
 _NAMES = {
-  'parameters': 'parameters',
-  'moments': "Adam's moments",
-  'average': 'moving average',
-  'counters': 'counters',
-  'batch': 'batch',
   'temporaries': 'temporaries',
   'program': 'program',
   'padding': 'padding, results',
@@ -62,7 +57,7 @@ def _run(plan: Plan) -> Iterator[str]:
   yield (
     f'd {config.sae.d_model:,}, n {config.sae.n_latents:,}, '
     f'k {config.sae.k:,}, batch {config.batch_size:,} tokens, '
-    f'micro_batches {config.micro_batches}, k_aux {config.objective.k_aux}'
+    f'{steps.of(config).settings(config)}'
   )
 
 
@@ -94,9 +89,10 @@ def _verdict(plan: Plan) -> Iterator[str]:
 
 def _memory(plan: Plan) -> Iterator[str]:
   share = plan.slices.devices_per_chip
+  names = steps.of(plan.config).ARGUMENTS | _NAMES
   rows = [
-    (name, f'{share * getattr(plan.footprint, key) / GIB:.3f}')
-    for key, name in _NAMES.items()
+    (names[key], f'{share * size / GIB:.3f}')
+    for key, size in plan.footprint.parts.items()
   ]
   total = f'{share * plan.footprint.total / GIB:.3f}'
   yield from _aligned(('HBM per chip', 'GiB'), [*rows, ('all', total)], '<>')
@@ -175,6 +171,7 @@ def _step(plan: Plan) -> Iterator[str]:
     f'{_ms(bound.without_overlap_s)} ms if none is'
   )
   yield f'tokens/s: at most {plan.tokens_per_s:,.0f}'
+  yield from steps.of(plan.config).lines(plan)
   if plan.tokens:
     cost = ''
     if plan.price_per_chip_hour:
@@ -252,13 +249,8 @@ def _own_assumptions(plan: Plan) -> Iterator[str]:
     f'{chip.ici_bandwidth / 1e9:,.0f} GB/s out over its links, '
     f'{chip.dcn_bandwidth / 1e9:,.2f} GB/s between slices (published)'
   )
-  if plan.auxk_s:
-    each = [f'{_ms(seconds)} ms' for seconds in plan.auxk_s]
-    yield (
-      f"AuxK's work is that of {plan.dead} dead latents; by its sizes, from "
-      f'none to all: {", ".join(each)}'
-    )
-  if any(not branch.by_dead for branch in plan.costs.branches):
+  yield from steps.of(plan.config).assumptions(plan)
+  if any(not branch.choice for branch in plan.costs.branches):
     yield 'of other choices of the program the cheapest branch is taken'
   if plan.loops_s:
     each = [f'{_ms(seconds)} ms' for seconds in plan.loops_s]

@@ -8,7 +8,7 @@ import numpy as np
 from sae_jax import errors
 from sae_jax.probing import probes
 
-# The meaning of each of `controls`, for readers of the report.
+# The meaning of each control of a task, for readers of the report.
 CONTROL_DEFINITIONS = {
   'permuted': 'The best latent after the labels were shuffled: what chance '
   'gives.',
@@ -102,7 +102,20 @@ def fit_pca(batches: Iterable, n_components: int | None = None) -> Pca:
     if state is None:
       state = empty_state(np.shape(x_BD)[-1])
     state = accumulate(state, x_BD)
-  count = state.count if state else 0
+  return principal(state or empty_state(0), n_components)
+
+
+def principal(state: PcaState, n_components: int | None = None) -> Pca:
+  """Principal components of rows, from their mean and scatter.
+
+  Args:
+    state: from `accumulate`.
+    n_components: see `fit_pca`.
+
+  Raises:
+    UserError: see `fit_pca`.
+  """
+  count = state.count
   if count < 2:
     raise errors.UserError(f'PCA of {count} rows: give at least 2')
   rank = min(count - 1, len(state.mean_D))
@@ -143,6 +156,11 @@ def pca_fvu(pca: Pca, batches: Iterable) -> np.ndarray:
   seen = empty_state(len(pca.mean_D))
   for x_BD in batches:
     seen = accumulate(seen, x_BD)
+  return fvu(pca, seen)
+
+
+def fvu(pca: Pca, seen: PcaState) -> np.ndarray:
+  """`pca_fvu` of rows of which mean and scatter are known."""
   variance = np.trace(seen.scatter_DD)
   if not variance > 0:
     raise errors.UserError(
@@ -160,55 +178,32 @@ def pca_fvu(pca: Pca, batches: Iterable) -> np.ndarray:
   return np.maximum(error_K1, 0.0) / variance
 
 
-def controls(
-  train_feature_PN,
-  train_resid_PD,
-  train_labels_P,
-  test_feature_PN,
-  test_resid_PD,
-  test_labels_P,
-  seed: int = 0,
+def of_activations(
+  train_x_PD, train_labels_P, test_x_PD, test_labels_P
 ) -> dict[str, probes.TaskScore]:
-  """Scores a task by `probes.score_task` on features that are not learnt.
-
-  A probe is blind to a feature's scale and offset, so a random direction
-  stands for a random latent's pre-activation, whatever its norm and bias.
+  """Scores a task by `probes.score_task` on activations themselves.
 
   Args:
-    train_feature_PN, test_feature_PN: the autoencoder's latents.
-    train_resid_PD, test_resid_PD: the activations it read, on the same
-      prompts and preprocessed as it does.
-    train_labels_P, test_labels_P: 0 or 1.
-    seed: seed of the permutations and directions.
+    train_x_PD, test_x_PD: pooled activations, as the autoencoder reads them.
+    train_labels_P, test_labels_P: 0 or 1, both present.
 
   Returns:
-    Scores by the names of `CONTROL_DEFINITIONS`: `permuted` (the same latents,
-    labels shuffled within each side of the split), `random` (as many random
-    directions as latents), `channel` (single channels of the activations),
-    `pca` (principal directions of the training prompts).
+    Scores by name: `channel` (single channels of the activations) and `pca`
+    (principal directions of the training prompts).
   """
-  label_rng, direction_rng = np.random.default_rng(seed).spawn(2)
-  train_resid_PD = np.asarray(train_resid_PD, np.float32)
-  test_resid_PD = np.asarray(test_resid_PD, np.float32)
-  n_latents, d_model = np.shape(train_feature_PN)[1], train_resid_PD.shape[1]
-  random_ND = direction_rng.standard_normal((n_latents, d_model), np.float32)
-  pca = fit_pca([train_resid_PD])
+  train_x_PD = np.asarray(train_x_PD, np.float32)
+  test_x_PD = np.asarray(test_x_PD, np.float32)
+  mean_D = train_x_PD.mean(0, dtype=np.float64)
   # Centred first: float32 would lose the signal under a large common mean.
-  train_PD, test_PD = (
-    (x_PD - pca.mean_D).astype(np.float32)
-    for x_PD in (train_resid_PD, test_resid_PD)
-  )
-  components_KD = pca.components_KD.astype(np.float32)
+  train_PD, test_PD = train_x_PD - mean_D, test_x_PD - mean_D
+  # As `fit_pca`, but prompts are few: no matrix of D by D is needed.
+  components_KD = np.linalg.svd(train_PD, full_matrices=False)[2]
+  components_KD = components_KD[: len(train_PD) - 1]
   pairs = {
-    'permuted': (train_feature_PN, test_feature_PN),
-    'random': (train_PD @ random_ND.T, test_PD @ random_ND.T),
-    'channel': (train_resid_PD, test_resid_PD),
+    'channel': (train_x_PD, test_x_PD),
     'pca': (train_PD @ components_KD.T, test_PD @ components_KD.T),
   }
-  scores = {}
-  for name, (train_PN, test_PN) in pairs.items():
-    train, test = train_labels_P, test_labels_P
-    if name == 'permuted':
-      train, test = label_rng.permutation(train), label_rng.permutation(test)
-    scores[name] = probes.score_task(train_PN, train, test_PN, test)
-  return scores
+  return {
+    name: probes.score_task(train_PN, train_labels_P, test_PN, test_labels_P)
+    for name, (train_PN, test_PN) in pairs.items()
+  }

@@ -1,68 +1,32 @@
-"""Decoder directions: the tokens they vote for, and nearest neighbours."""
+"""The tokens that decoder rows vote for (logit lens)."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 import numpy as np
 
-from sae_jax.subject import capture, Subject
-
-# A TPU multiplies float32 in bfloat16 by default, which swaps near ties.
-_EXACT = jax.lax.Precision.HIGHEST
-
-# Matrix that puts a site's activations into the stream, of those it has one.
-_OUTPUT = {'z': 'attn_out', 'mlp_act': 'down'}
-# What a block's output is normed by before it is added, where it is.
-_POST_NORM = {
-  'z': 'attn_post_norm',
-  'attn_raw': 'attn_post_norm',
-  'mlp_act': 'ffn_post_norm',
-  'mlp_raw': 'ffn_post_norm',
-}
-# What is read from the stream, and reaches it only by way of a softmax or a
-# nonlinearity: its directions have no logits.
-_WITHOUT_VOTES = ('attn_in', 'q', 'k', 'v', 'mlp_in')
+from sae_jax import mesh as mesh_lib
+from sae_jax.probing import dots, row_blocks
+from sae_jax.subject import logit_lens, sites, Subject
 
 
-def has_votes(site: capture.Site) -> bool:
-  """Whether a row at the site is in the stream, or a matrix puts it there."""
-  return site.name not in _WITHOUT_VOTES
+class Votes(NamedTuple):
+  """Tokens of each latent, the strongest first, and their logits.
 
+  Attributes:
+    up_ids_NV: tokens that it pushes up, int32; -1 where it has no votes.
+    up_NV: their logits, less the mean over all tokens.
+    down_ids_NV: tokens that it pushes down.
+    down_NV: their logits.
+  """
 
-def _normed(config, weight_D, w_ND):
-  """A norm without the scale and the bias that depend on no row."""
-  if config.norm == 'layer':
-    w_ND -= w_ND.mean(-1, keepdims=True)
-  return w_ND * weight_D
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _logits(config, site, params, w_ND):
-  """What each row adds to the logits, as far as it is linear."""
-  blocks = params['blocks']
-  if site.name in _OUTPUT:
-    matrix_JD = blocks[_OUTPUT[site.name]][site.block]
-    w_ND = jnp.matmul(w_ND, matrix_JD, precision=_EXACT)
-  if config.post_norms and site.name in _POST_NORM:
-    w_ND = _normed(config, blocks[_POST_NORM[site.name]][site.block], w_ND)
-  if site.name != 'final_norm':
-    w_ND = _normed(config, params['final_norm'], w_ND)
-  unembed_VD = params.get('unembed', params['embed'])
-  return jnp.matmul(w_ND, unembed_VD.T, precision=_EXACT)
-
-
-@functools.partial(jax.jit, static_argnums=2)
-def _strongest(logits_NV, is_token_V, n_votes):
-  mean_N1 = logits_NV.mean(-1, keepdims=True, where=is_token_V)
-  logits_NV -= mean_N1
-  up, up_ids = jax.lax.top_k(
-    jnp.where(is_token_V, logits_NV, -jnp.inf), n_votes
-  )
-  down, down_ids = jax.lax.top_k(
-    jnp.where(is_token_V, -logits_NV, -jnp.inf), n_votes
-  )
-  return up_ids, up, down_ids, -down
+  up_ids_NV: jax.Array
+  up_NV: jax.Array
+  down_ids_NV: jax.Array
+  down_NV: jax.Array
 
 
 def tokens_of(subject: Subject) -> np.ndarray:
@@ -78,76 +42,94 @@ def tokens_of(subject: Subject) -> np.ndarray:
 
 def votes(
   subject: Subject,
-  site: capture.Site,
-  w_dec_ND: np.ndarray,
+  site: sites.Site,
+  w_dec_ND: jax.Array | np.ndarray,
   n_votes: int,
-  chunk: int = 256,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+  block_rows: int = 0,
+) -> Votes:
   """Tokens that each decoder row pushes up and down most (logit lens).
 
-  The row goes through the final norm (its centring, if it has one, and its
-  weights) and the unembedding, as if no block lay between. A row at a
-  feed-forward's or a head's hidden activations first goes through the matrix,
-  and the norm if there is one, that adds them to the stream. Norms'
-  data-dependent scales are left out. Rows of the embedding that have no token
-  take no part, and each row of logits has its mean over the tokens removed.
+  See `subject.logit_lens` for what a row does to the logits. Rows of the
+  embedding that have no token take no part, and each row of logits has its
+  mean over the tokens removed.
 
   Args:
     subject: the model.
-    site: where the rows are directions; see `has_votes`.
-    w_dec_ND: decoder rows.
+    site: where the rows are directions; see `logit_lens.has_logits`.
+    w_dec_ND: decoder rows; on a mesh, each device takes a share of them.
     n_votes: tokens up, and as many down; fewer where there are fewer tokens.
-    chunk: rows at a time, which bounds the memory at chunk x V.
+      With 0 the subject is not read.
+    block_rows: most rows at a time, which bounds the memory at block_rows x V;
+      0 for what 128 MiB hold.
 
   Returns:
-    up_ids, up_logits, down_ids, down_logits, each [N, n_votes], the strongest
-    first. At a site without votes all ids are -1 and all logits 0.
+    The votes, split over "latent" as the rows are. At a site without votes all
+    ids are -1 and all logits 0.
+
+  Raises:
+    UserError: if a row, or what it adds to the logits, is not finite.
   """
-  is_token_V = tokens_of(subject)
-  n_votes = min(n_votes, int(is_token_V.sum()))
-  if not has_votes(site):
-    ids = np.full((len(w_dec_ND), n_votes), -1)
-    return ids, np.zeros(ids.shape), ids, np.zeros(ids.shape)
-  chunks = []
-  for start in range(0, len(w_dec_ND), chunk):
-    rows = np.asarray(w_dec_ND[start : start + chunk])
-    fill = ((0, chunk - len(rows)), (0, 0))
-    logits_NV = _logits(
-      subject.config, site, subject.params, np.pad(rows, fill)
-    )
-    strongest = _strongest(logits_NV, is_token_V, n_votes)
-    chunks.append([np.asarray(a)[: len(rows)] for a in strongest])
-  up_ids, up, down_ids, down = (np.concatenate(a) for a in zip(*chunks))
-  return up_ids, up, down_ids, down
+  w_dec_ND = row_blocks.on_mesh(w_dec_ND)
+  mesh = w_dec_ND.sharding.mesh
+  if n_votes:
+    is_token_V = tokens_of(subject)
+    n_votes = min(n_votes, int(is_token_V.sum()))
+  if not n_votes or not logit_lens.has_logits(site):
+    shape, latents = (len(w_dec_ND), n_votes), mesh_lib.sharding(mesh, 'N')
+    ids = jnp.full(shape, -1, jnp.int32, device=latents)
+    logits = jnp.zeros(shape, jnp.float32, device=latents)
+    return Votes(ids, logits, ids, logits)
+  row_blocks.check_decoder(w_dec_ND)
+  lens = logit_lens.lens(subject.config, subject.params, site)
+  blocks = row_blocks.blocks_of(w_dec_ND, len(is_token_V), block_rows)
+  strongest = row_blocks.run(
+    functools.partial(_strongest, n_votes),
+    blocks,
+    'votes',
+    *row_blocks.replicated((lens, is_token_V), mesh),
+    w_dec_ND,
+  )
+  remedy = f'weights of {subject.name} are damaged or too large'
+  for logits_NV in (strongest.up_NV, strongest.down_NV):
+    row_blocks.check_finite(logits_NV, 'votes', remedy)
+  return strongest
 
 
-@functools.partial(jax.jit, static_argnums=3)
-def _nearest(unit_ND, rows_SD, first, count):
-  cosine_SN = jnp.matmul(rows_SD, unit_ND.T, precision=_EXACT)
-  own_S = first + jnp.arange(rows_SD.shape[0])
-  itself_SN = own_S[:, None] == jnp.arange(unit_ND.shape[0])
-  cosines, ids = jax.lax.top_k(jnp.where(itself_SN, -2, cosine_SN), count)
-  return ids, cosines
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _strongest(n_votes, blocks, lens, is_token_V, w_dec_ND, call):
+  """Votes of the rows of one call."""
 
+  def of_shard(lens, is_token_V, own_ND, call):
+    # Logits' mean over the tokens is the logit of the tokens' mean.
+    mean_D = lens.unembed_VD.mean(0, jnp.float32, where=is_token_V[:, None])
 
-def neighbours(
-  w_dec_ND: np.ndarray, count: int, chunk: int = 1024
-) -> tuple[np.ndarray, np.ndarray]:
-  """The latents with the most similar decoder rows.
+    def of_block(place_B):
+      rows_BD = logit_lens.normed(lens, own_ND[place_B])
+      logits_BV = logit_lens.unembedded(lens, rows_BD)
+      mean_B1 = dots.dot(rows_BD, mean_D)[:, None]
 
-  Args:
-    w_dec_ND: decoder rows.
-    count: neighbours of each, fewer than N.
-    chunk: rows at a time, which bounds the memory at chunk x N.
+      def strongest(sign):
+        logits, ids = dots.largest(
+          *dots.candidates(
+            jnp.where(is_token_V, sign * logits_BV, -jnp.inf),
+            sign * rows_BD,
+            lens.unembed_VD,
+            n_votes,
+          ),
+          n_votes,
+        )
+        return ids, sign * logits - mean_B1
 
-  Returns:
-    ids and cosines, each [N, count], the nearest first, never itself.
-  """
-  norm_N1 = np.linalg.norm(w_dec_ND, axis=1, keepdims=True)
-  unit_ND = jnp.asarray(w_dec_ND / np.where(norm_N1 > 0, norm_N1, 1))
-  chunks = []
-  for start in range(0, len(unit_ND), chunk):
-    nearest = _nearest(unit_ND, unit_ND[start : start + chunk], start, count)
-    chunks.append([np.asarray(a) for a in nearest])
-  ids, cosines = (np.concatenate(a) for a in zip(*chunks))
-  return ids, cosines
+      return Votes(*strongest(1), *strongest(-1))
+
+    place_GB = blocks.places(call)
+    strongest = jax.lax.map(of_block, place_GB)
+    return jax.tree.map(lambda a: a.reshape(place_GB.size, n_votes), strongest)
+
+  none = PartitionSpec()
+  return jax.shard_map(
+    of_shard,
+    mesh=blocks.mesh,
+    in_specs=(none, none, mesh_lib.RULES.spec('N'), none),
+    out_specs=row_blocks.SHARES,
+  )(lens, is_token_V, w_dec_ND, call)

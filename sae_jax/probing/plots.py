@@ -28,16 +28,16 @@ def _number(value: float | None) -> float:
   return np.nan if value is None else value
 
 
-def density(density_N: np.ndarray) -> Figure:
+def density(report: dict[str, Any]) -> Figure:
   """Histogram of log10 density; silent latents are named, not drawn."""
-  counts, silent = metrics.density_histogram(density_N)
+  counts, silent = report['density']['latents'], report['density']['silent']
   figure = Figure(figsize=(6, 3.2))
   axes = figure.subplots()
   edges = metrics.DENSITY_EDGES
   axes.bar(edges[:-1], counts, np.diff(edges), align='edge', color='#4669a8')
-  axes.set_xlabel('log10 of the share of tokens a latent fires on')
+  axes.set_xlabel('log10 of the share of test tokens a latent fires on')
   axes.set_ylabel('latents')
-  axes.set_title(f'{len(density_N):,} latents, {silent:,} silent')
+  axes.set_title(f'{report["n_latents"]:,} latents, {silent:,} silent')
   return figure
 
 
@@ -94,18 +94,15 @@ def probe_aucs(report: dict[str, Any]) -> Figure:
   return figure
 
 
-def save(
-  folder: epath.PathLike, report: dict[str, Any], table: dict[str, np.ndarray]
-) -> None:
+def save(folder: epath.PathLike, report: dict[str, Any]) -> None:
   """Writes density.png, reconstruction.png and probes.png.
 
   Args:
     folder: the folder to write to.
     report: from `report.probe`.
-    table: the feature table, for the density.
   """
   folder = epath.Path(folder)
-  _write(folder / 'density.png', density(table['density']))
+  _write(folder / 'density.png', density(report))
   _write(folder / 'reconstruction.png', reconstruction(report))
   if report['probes']:
     _write(folder / 'probes.png', probe_aucs(report))

@@ -15,19 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from sae_jax import errors
-from sae_jax.probing import intervals
+from sae_jax.probing import intervals, newton
 
-_HESSIAN_FLOOR = 1e-4
-_MAX_STEPS = 64
-_TINY = 1e-20
-# The trust region bounds how far any prompt's logit moves in one step.
-_FIRST_RADIUS = 4.0
-# The predicted gain in nats below which a Newton step changes nothing.
-_CONVERGED = 1e-12
-# A rise in loss that float32 rounding alone can cause.
-_ROUNDING = 5e-7
-# Elements of one chunk of features, which bounds the memory of a fit.
+# Elements of one chunk of features, which bounds the memory that a score takes.
 _CHUNK_ELEMENTS = 1 << 22
+# Columns are fitted in multiples of so many, so that few programs serve all.
+_WIDTH = 256
+# Losses that differ by less, in nats, are equal: float32 rounds as much.
+_NEAR_TIE = 1e-6
 
 
 class Probes(NamedTuple):
@@ -67,10 +62,8 @@ class TaskScore(NamedTuple):
   prevalence_ce: float
 
 
-def fit_probes(
-  feature_PN, labels_P, chunk_elements: int = _CHUNK_ELEMENTS
-) -> Probes:
-  """Fits a probe to every column by damped Newton-Raphson.
+def fit_probes(feature_PN, labels_P) -> Probes:
+  """Fits a probe to every column by `newton.fit`.
 
   The loss has no penalty, so this is the maximum-likelihood fit where that is
   finite. Where a column separates the classes the fit stops at a large finite
@@ -81,7 +74,6 @@ def fit_probes(
     feature_PN: one column per latent, any float type; its pre-activations in
       the paper's metric.
     labels_P: 0 or 1, both present.
-    chunk_elements: features fitted at a time, P times the columns of a chunk.
 
   Returns:
     Probes, as host arrays.
@@ -89,20 +81,27 @@ def fit_probes(
   Raises:
     UserError: if shapes do not match or the labels are not both 0 and 1.
   """
-  labels_P = _checked_labels(feature_PN, labels_P)
-  y_P = jnp.asarray(labels_P, jnp.float32)
-  chunks = [[np.zeros(0, np.float32)] * 3]
-  n_bad = 0
-  for x_PS in _chunks(feature_PN, chunk_elements):
-    n_bad += np.count_nonzero(~np.isfinite(x_PS).all(0))
-    chunks.append([np.asarray(a) for a in _fit_chunk(x_PS, y_P)])
-  if n_bad:
-    logging.warning(
-      '%d of %d features hold values that are not finite and got no probe',
-      n_bad,
-      np.shape(feature_PN)[1],
+  labels_P = checked_labels(np.shape(feature_PN), labels_P)
+  n_prompts, n_latents = np.shape(feature_PN)
+  signs_LP = newton.signs(labels_P, newton.padded(n_prompts))[None]
+  width = min(newton.columns(), -(-n_latents // _WIDTH) * _WIDTH)
+  width = max(width, 1)
+
+  def fit(block):
+    x_PS = np.asarray(
+      feature_PN[:, block * width : (block + 1) * width], np.float32
     )
-  return Probes(*(np.concatenate(arrays) for arrays in zip(*chunks)))
+    more = (signs_LP.shape[1] - n_prompts, width - x_PS.shape[1])
+    return _fit(np.pad(x_PS, [(0, n) for n in more]), signs_LP)
+
+  parts = newton.on_cores(fit, -(-n_latents // width))
+  empty = np.zeros((1, 0), np.float32)
+  weight_N, bias_N, ce_N, is_finite_N = (
+    np.concatenate([empty, *arrays], 1)[0, :n_latents]
+    for arrays in (zip(*parts) if parts else [()] * 4)
+  )
+  warn_of(int(np.count_nonzero(is_finite_N == 0)), n_latents)
+  return Probes(weight_N, bias_N, ce_N)
 
 
 def probe_loss(
@@ -120,7 +119,7 @@ def probe_loss(
     float32 ce_N in nats. A feature that is not finite makes its latent's loss
     nan or inf, unless the weight is 0.
   """
-  labels_P = _checked_labels(feature_PN, labels_P, both=False)
+  labels_P = checked_labels(np.shape(feature_PN), labels_P, both=False)
   y_P = jnp.asarray(labels_P, jnp.float32)
   losses, start = [np.zeros(0, np.float32)], 0
   for x_PS in _chunks(feature_PN, chunk_elements):
@@ -150,7 +149,7 @@ def auc(
   Raises:
     UserError: as in `fit_probes`.
   """
-  labels_P = _checked_labels(feature_PN, labels_P)
+  labels_P = checked_labels(np.shape(feature_PN), labels_P)
   n_ones = int(labels_P.sum())
   n_zeros = len(labels_P) - n_ones
   place_P1 = np.arange(len(labels_P))[:, None]
@@ -179,7 +178,7 @@ def score_task(
   test_feature_PN,
   test_labels_P,
 ) -> TaskScore:
-  """Picks the best latent on the training prompts, scores it on held-out ones.
+  """Picks the best column on the training prompts, scores it on held-out ones.
 
   Args:
     train_feature_PN: one column per latent.
@@ -197,20 +196,60 @@ def score_task(
       'give the same ones, at least one'
     )
   probes = fit_probes(train_feature_PN, train_labels_P)
-  best = int(np.argmin(probes.train_ce_N))
+  (best,) = best_first(probes.train_ce_N, np.arange(n_train), 1)
   chosen = Probes(*(a[best : best + 1] for a in probes))
-  feature_P1 = np.asarray(test_feature_PN[:, best : best + 1], np.float32)
+  return held_out(
+    best, chosen, train_labels_P, test_feature_PN[:, best], test_labels_P
+  )
+
+
+def best_first(
+  ce_Q: np.ndarray, column_Q: np.ndarray, n_best: int
+) -> np.ndarray:
+  """Places of the probes with the least loss, best first.
+
+  Losses that differ by less than rounding count as equal, and the lower column
+  comes first: which is the least would else depend on the machine and on the
+  devices that share the columns.
+
+  Args:
+    ce_Q: training losses.
+    column_Q: the columns that they are of.
+    n_best: number of places.
+  """
+  left_Q = np.array(ce_Q, np.float64)
+  order = []
+  for _ in range(min(n_best, len(left_Q))):
+    ties = np.flatnonzero(left_Q <= left_Q.min() + _NEAR_TIE)
+    order.append(ties[np.argmin(column_Q[ties])])
+    left_Q[order[-1]] = np.inf
+  return np.array(order, np.int64)
+
+
+def held_out(
+  column: int, probe: Probes, train_labels_P, feature_P, labels_P
+) -> TaskScore:
+  """Scores one probe that was chosen on the training prompts on others.
+
+  Args:
+    column: the latent that it is of.
+    probe: it alone.
+    train_labels_P: labels it was fitted to.
+    feature_P: the latent on held-out prompts.
+    labels_P: their labels.
+  """
+  feature_P1 = np.asarray(feature_P, np.float32)[:, None]
   # A probe with negative weight ranks by the feature's opposite; without
   # weight it ranks nothing.
-  score_P = np.sign(chosen.weight_N[0]) * feature_P1[:, 0]
-  low, high = intervals.auc_interval(score_P, test_labels_P)
+  score_P = np.sign(probe.weight_N[0]) * feature_P1[:, 0]
+  low, high = intervals.auc_interval(score_P, labels_P)
   share = np.mean(train_labels_P, dtype=np.float64)
-  test_share = np.mean(test_labels_P, dtype=np.float64)
+  test_share = np.mean(labels_P, dtype=np.float64)
   return TaskScore(
-    best_latent=best,
-    train_ce=float(chosen.train_ce_N[0]),
-    test_ce=float(probe_loss(chosen, feature_P1, test_labels_P)[0]),
-    test_auc=float(auc(score_P[:, None], test_labels_P)[0]),
+    best_latent=int(column),
+    train_ce=float(probe.train_ce_N[0]),
+    test_ce=float(probe_loss(probe, feature_P1, labels_P)[0]),
+    test_auc=float(auc(score_P[:, None], labels_P)[0]),
     test_auc_low=low,
     test_auc_high=high,
     prevalence_ce=float(
@@ -219,9 +258,26 @@ def score_task(
   )
 
 
-def _checked_labels(feature_PN, labels_P, both: bool = True) -> np.ndarray:
+def warn_of(n_bad: int, n_columns: int) -> None:
+  """Tells of columns that got no probe."""
+  if n_bad:
+    logging.warning(
+      '%d of %d features hold values that are not finite and got no probe',
+      n_bad,
+      n_columns,
+    )
+
+
+def checked_labels(
+  shape: tuple[int, ...], labels_P, both: bool = True
+) -> np.ndarray:
+  """The labels of features of this shape, as int32.
+
+  Raises:
+    UserError: unless there is one for each prompt, and all are 0 or 1, and
+      with `both`, there are some of each.
+  """
   labels_P = np.asarray(labels_P)
-  shape = np.shape(feature_PN)
   if len(shape) != 2 or labels_P.shape != shape[:1]:
     raise errors.UserError(
       f'features of shape {shape} and labels of shape {labels_P.shape}: '
@@ -245,8 +301,9 @@ def _chunks(feature_PN, chunk_elements: int, dtype=np.float32):
 
 
 @jax.jit
-def _fit_chunk(x_PS, y_P):
-  return jax.vmap(_fit_one, in_axes=(1, None))(x_PS, y_P)
+def _fit(x_PS, signs_LP):
+  """Weights, biases, losses, and whether columns are finite, [1, S] each."""
+  return *newton.fit([(x_PS, signs_LP)]), jnp.isfinite(x_PS).all(0)[None]
 
 
 @jax.jit
@@ -258,89 +315,3 @@ def _loss_chunk(weight_S, bias_S, x_PS, y_P):
 
 def _cross_entropy(logit, y):
   return jax.nn.softplus(logit) - y * logit
-
-
-def _fit_one(x_P, y_P):
-  """Weight, bias and loss of one column; see `fit_probes`."""
-  z_P, shift, scale, is_usable = _standardise(x_P)
-
-  def loss(weight, bias):
-    return _cross_entropy(weight * z_P + bias, y_P).mean()
-
-  def newton_step(weight, bias):
-    logit_P = weight * z_P + bias
-    p_P, q_P = jax.nn.sigmoid(logit_P), jax.nn.sigmoid(-logit_P)
-    # Not p - y and p (1 - p), which round to 0 where p is close to 1.
-    error_P = jnp.where(y_P == 1, -q_P, p_P)
-    curvature_P = p_P * q_P
-    # About the curvature's own centre the Hessian is diagonal, and no
-    # determinant cancels for a latent that hardly fires. The floor is on the
-    # mean curvature, in the spread of the prompts that still count: on the
-    # entry itself it would stall a latent with one outlying value.
-    total = curvature_P.mean()
-    share_P = curvature_P / jnp.maximum(curvature_P.sum(), _TINY)
-    centre = (share_P * z_P).sum()
-    away_P = z_P - centre
-    spread = jnp.maximum((share_P * away_P**2).sum(), _TINY)
-    hess_bias = jnp.maximum(total, _HESSIAN_FLOOR)
-    grad_weight, grad_bias = (error_P * away_P).mean(), error_P.mean()
-    step_weight = -grad_weight / hess_bias / spread
-    step_bias = -grad_bias / hess_bias
-    gain = -(grad_weight * step_weight + grad_bias * step_bias) / 2
-    reach = jnp.abs(step_weight * away_P + step_bias).max()
-    return step_weight, step_bias - step_weight * centre, reach, gain
-
-  def improve(state):
-    step, weight, bias, ce, radius, _ = state
-    step_weight, step_bias, reach, gain = newton_step(weight, bias)
-    shrink = jnp.minimum(1.0, radius / jnp.maximum(reach, radius * 1e-3))
-    new_weight = weight + shrink * step_weight
-    new_bias = bias + shrink * step_bias
-    new_ce = loss(new_weight, new_bias)
-    # `<=` is false for nan, so such a step is refused as well.
-    accept = new_ce <= ce + _ROUNDING
-    return (
-      step + 1,
-      jnp.where(accept, new_weight, weight),
-      jnp.where(accept, new_bias, bias),
-      jnp.where(accept, new_ce, ce),
-      jnp.where(accept, 2 * radius, radius / 4),
-      gain,
-    )
-
-  def unfinished(state):
-    step, *_, gain = state
-    return (step < _MAX_STEPS) & (gain > _CONVERGED)
-
-  share = y_P.mean()
-  bias = jnp.log(share) - jnp.log1p(-share)
-  start = (0, 0.0, bias, loss(0.0, bias), _FIRST_RADIUS, jnp.inf)
-  start = jax.tree.map(jnp.asarray, start)
-  _, weight, bias, _, _, _ = jax.lax.while_loop(unfinished, improve, start)
-  weight = jnp.where(is_usable, weight / scale, 0.0)
-  bias = bias - weight * shift
-  # The loss is that of the returned weights, which the change of units rounds.
-  logit_P = jnp.where(is_usable, weight * x_P, 0.0) + bias
-  return weight, bias, _cross_entropy(logit_P, y_P).mean()
-
-
-def _standardise(x_P):
-  """x in units of its spread about its mean, and whether it has any."""
-  is_finite = jnp.isfinite(x_P).all()
-  x_P = jnp.where(is_finite, x_P, 0.0)
-  tiny = jnp.finfo(jnp.float32).tiny
-  largest = jnp.maximum(jnp.abs(x_P).max(), tiny)
-  # Of values scaled to at most 1, neither sum nor square overflows. The mean
-  # is taken twice, as the first one of values far from zero is rounded.
-  unit_P = x_P / largest
-  mean = unit_P.mean()
-  mean += (unit_P - mean).mean()
-  reach = jnp.abs(unit_P - mean).max()
-  # A spread of rounding errors, or too small to divide by, counts as none.
-  eps = jnp.finfo(jnp.float32).eps
-  is_usable = is_finite & (reach > 8 * eps) & (reach * largest > 1e-30)
-  reach = jnp.where(is_usable, reach, 1.0)
-  away_P = jnp.where(is_usable, (unit_P - mean) / reach, 0.0)
-  spread = jnp.sqrt(jnp.square(away_P).mean())
-  spread = jnp.where(is_usable, spread, 1.0)
-  return away_P / spread, mean * largest, spread * reach * largest, is_usable

@@ -1,4 +1,4 @@
-"""Reconstruction of a store's rows, by the autoencoder and by controls."""
+"""Reconstruction of a store's rows, and an autoencoder that knows nothing."""
 
 from collections.abc import Iterator
 import dataclasses
@@ -6,14 +6,14 @@ import functools
 import math
 
 import jax
-import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 import numpy as np
 
 from sae_jax import autoencoder, errors, progress
+from sae_jax import mesh as mesh_lib
 from sae_jax import store as store_lib
 from sae_jax.autoencoder import metrics
 from sae_jax.checkpoint import Trained
-from sae_jax.probing import baselines
 
 # Far more rows than directions: with more, components no longer change.
 _PCA_ROWS = 1_000_000
@@ -22,11 +22,6 @@ _PCA_ROWS = 1_000_000
 @functools.partial(jax.jit, static_argnums=0)
 def _sums(config, sae, raw_BD):
   return metrics.evaluate_batch(config, sae, raw_BD)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _preprocessed(config, sae, raw_BD):
-  return autoencoder.preprocess(config, sae, raw_BD)[0]
 
 
 def batches(
@@ -79,7 +74,10 @@ def measure(
 
 
 def untrained(
-  config: autoencoder.SaeConfig, sample_BD: np.ndarray, seed: int
+  config: autoencoder.SaeConfig,
+  sample_BD: np.ndarray,
+  seed: int,
+  mesh: jax.sharding.Mesh | None = None,
 ) -> Trained:
   """A control: a fresh random autoencoder fitted to the inputs, untrained.
 
@@ -89,18 +87,31 @@ def untrained(
     config: the trained one's config.
     sample_BD: raw training activations.
     seed: seed of its weights.
+    mesh: where it is made; None for one device. Its values do not depend on it.
   """
-
   config = dataclasses.replace(
     config, decoder_init='random', encoder_gain='norm'
   )
+  mesh = mesh or mesh_lib.one_device()
 
-  @jax.jit
-  def make(key, sample_BD):
-    sae = autoencoder.init_weights(config, key)
-    return autoencoder.fit_inputs(config, sae, sample_BD)
+  def weights():
+    return autoencoder.init_weights(config, jax.random.key(seed))
 
-  sae, mse_of_mean = make(jax.random.key(seed), jnp.asarray(sample_BD))
+  shapes = jax.eval_shape(weights)
+  shardings = mesh_lib.shardings(shapes, mesh)
+  none = PartitionSpec()
+  fit = jax.jit(
+    jax.shard_map(
+      lambda sae, sample_BD: autoencoder.fit_inputs(
+        config, sae, sample_BD, axis='latent'
+      ),
+      mesh=mesh,
+      in_specs=(mesh_lib.specs(shapes), none),
+      out_specs=(mesh_lib.specs(shapes), none),
+    ),
+    out_shardings=(shardings, mesh_lib.sharding(mesh, '')),
+  )
+  sae, mse_of_mean = fit(jax.jit(weights, out_shardings=shardings)(), sample_BD)
   return Trained(config, sae, float(mse_of_mean), step=0)
 
 
@@ -113,34 +124,3 @@ def pca_components(l0: float, store: store_lib.Store) -> int:
   """
   spanned = min(store.manifest.d_model, min(store.n_train, _PCA_ROWS) - 1)
   return max(1, min(round(l0), spanned))
-
-
-def pca_fvu(
-  trained: Trained,
-  store: store_lib.Store,
-  start: int,
-  stop: int,
-  n_components: int,
-  batch_rows: int,
-) -> float:
-  """FVU of the best linear code with n_components numbers per token.
-
-  Principal components are fitted on the first million training rows and
-  applied to the given ones, after the autoencoder's own preprocessing.
-
-  Args:
-    trained: the autoencoder, whose preprocessing is applied.
-    store: the activations.
-    start: first row that is scored.
-    stop: one past the last.
-    n_components: how many components are kept, `pca_components` for as many
-      numbers per token as the autoencoder has.
-    batch_rows: rows at a time.
-  """
-
-  def rows(start, stop):
-    for raw_BD in batches(store, start, stop, batch_rows):
-      yield np.asarray(_preprocessed(trained.config, trained.sae, raw_BD))
-
-  pca = baselines.fit_pca(rows(0, min(store.n_train, _PCA_ROWS)), n_components)
-  return float(baselines.pca_fvu(pca, rows(start, stop))[-1])

@@ -1,18 +1,22 @@
-"""The whole evaluation of a checkpoint: report.json, features.npz, plots."""
+"""The whole evaluation of a checkpoint: report.json, features/, plots."""
 
+from collections.abc import Iterator, Mapping
+import contextlib
 import dataclasses
-import hashlib
+import shutil
+import tempfile
 from typing import Any
 
 from absl import logging
 from etils import epath
 import jax
-import numpy as np
+from jax.experimental import multihost_utils
 
 import sae_jax
 from sae_jax import checkpoint as checkpoint_lib
 from sae_jax import config as config_lib
 from sae_jax import errors
+from sae_jax import mesh as mesh_lib
 from sae_jax import store as store_lib
 from sae_jax import subject as subject_lib
 from sae_jax.autoencoder import metrics
@@ -20,75 +24,39 @@ from sae_jax.features import results
 from sae_jax.probing import (
   baselines,
   downstream,
-  examples,
   plots,
-  pooled,
-  probes,
   reconstruction,
+  references,
+  sources,
+  table,
+  task_scores,
   tasks,
 )
-from sae_jax.probing.examples import FeatureConfig
-from sae_jax.storage import finished
+from sae_jax.probing.config import ProbeConfig, scan_config
+from sae_jax.probing.scan import run as scan_lib
+from sae_jax.probing.scan.result import ScanResult
+from sae_jax.probing.scan.step import TRAINED
+from sae_jax.storage import files, finished, joined
+from sae_jax.storage import url as url_lib
 from sae_jax.storage import workdir as workdir_lib
 from sae_jax.store import layout
 
 # Raised with every change after which the same inputs give other results.
-RESULTS_VERSION = 4
-
-
-@dataclasses.dataclass(frozen=True)
-class ProbeConfig(config_lib.Config):
-  """Options of the evaluation of a checkpoint."""
-
-  features: FeatureConfig = dataclasses.field(default_factory=FeatureConfig)
-  subject: str = config_lib.option('', subject_lib.MOVED)
-  average: bool = config_lib.option(
-    True,
-    "evaluate the moving average of the weights; otherwise the last step's "
-    'weights',
-  )
-  eval_rows: int = config_lib.option(
-    1_000_000,
-    'most test rows on which NMSE, FVU, L0 and density are measured',
-    least=1,
-  )
-  batch_rows: int = config_lib.option(
-    4096, 'number of rows of activations that are encoded at a time', least=1
-  )
-  downstream_tokens: int = config_lib.option(
-    4096,
-    'number of tokens of test documents on which delta CE and KL are measured',
-    least=1,
-  )
-  task_names: tuple[str, ...] = config_lib.option(
-    (), 'names of probe tasks to use; empty for the first n_tasks'
-  )
-  n_tasks: int = config_lib.option(
-    4,
-    'number of probe tasks if task_names is empty; 0 for all without a known '
-    'flaw',
-    least=0,
-  )
-  task_prompts: int = config_lib.option(
-    200, 'number of prompts of each probe task, an even number', least=4
-  )
-  task_chars: int = config_lib.option(
-    100,
-    "most characters of a probe task's prompt; longer prompts are not used",
-    least=1,
-  )
-  task_tokens: int = config_lib.option(
-    64, "most tokens that the subject reads of a probe task's prompt", least=1
-  )
-  pooling: str = config_lib.option(
-    'mean',
-    "how a prompt's activations become one vector: their mean, or the last "
-    "token's",
-    pooled.POOLING,
-  )
-  seed: int = config_lib.option(
-    0, 'seed of train/test splits, controls and examples', least=0
-  )
+RESULTS_VERSION = 6
+UNTRAINED = 'untrained'
+_PLOTS, _SCRATCH = 'plots', 'scratch'
+# What a feature table says of itself where its report is not at hand.
+_RECORDED = (
+  'subject',
+  'weights_sha256',
+  'site',
+  'activation',
+  'k',
+  'd_model',
+  'n_tokens',
+  'made_from',
+  'versions',
+)
 
 
 def probe(
@@ -100,7 +68,7 @@ def probe(
 ) -> dict[str, Any]:
   """Evaluates an autoencoder and writes a report, a feature table and plots.
 
-  The workdir gets plots/, features.npz (see `features.table`), report.json
+  The workdir gets plots/, features/ (see `sae_jax.features`), report.json
   and, last, finished.json (`storage.finished`). Finished results of the same
   checkpoint, store, config and version of this code are reused if they are
   undamaged, and made again if not.
@@ -120,25 +88,30 @@ def probe(
     UserError: if checkpoint, store and subject do not fit each other, or the
       workdir is in use, somebody else's or holds results of other inputs.
   """
-  trained = checkpoint_lib.load(checkpoint, average=config.average)
+  mesh = mesh_lib.make_mesh(config.mesh_data, config.mesh_latent)
+  trained = checkpoint_lib.load(checkpoint, mesh=mesh, average=config.average)
   store = _open(store_url, trained.metadata)
   check(trained, store)
+  controls = {
+    url: checkpoint_lib.load(url, mesh=mesh, average=config.average)
+    for url in config.controls
+  }
+  for control in controls.values():
+    check(control, store)
   if subject is not None:
     store.check_subject(subject.name, subject.weights_sha256)
-  made_from = {
-    'step': trained.step,
-    'sae_sha256': _sha256(trained.sae),
-    'checkpoint_dataset': trained.metadata.dataset['identity'],
-    'train_config': trained.metadata.train_config,
-    'store': store.manifest.identity,
-    # The same model, wherever it is.
-    'probe_config': dataclasses.asdict(dataclasses.replace(config, subject='')),
-  }
-  # Through JSON, which turns tuples into lists.
-  made_from = config_lib.through_json(made_from)
-  with workdir_lib.hold(workdir, results.STAGE, made_from):
-    if results.are_finished(workdir, _vouched(made_from)):
+  made_from = _made_from(config, trained, controls, store)
+  vouched = {'inputs': made_from, 'versions': versions()}
+  with contextlib.ExitStack() as stack:
+    joined.claim(
+      workdir,
+      lambda: stack.enter_context(
+        workdir_lib.hold(workdir, results.STAGE, made_from)
+      ),
+    )
+    if results.are_finished(workdir, vouched):
       logging.info('%s is finished: reused', workdir)
+      joined.by_first(workdir, lambda: _clean(workdir))
       return results.read_report(workdir)
     if (epath.Path(workdir) / finished.NAME).exists():
       logging.warning(
@@ -148,73 +121,152 @@ def probe(
       subject = subject_lib.load_recorded(
         store.manifest.subject, store.manifest.weights_sha256, config.subject
       )
-    report, table = _results(config, trained, subject, store, made_from)
-    workdir_lib.sign(workdir, results.STAGE, made_from)
-    _write(workdir, report, table)
+    # First, so that a missing package or an unknown task fails at once.
+    task_figures = probe_tasks(
+      config, trained, subject, store.site, store.manifest.bos, mesh
+    )
+    joined.by_first(
+      workdir, lambda: workdir_lib.sign(workdir, results.STAGE, made_from)
+    )
+    result, figures = scores(
+      config, trained, controls, subject, store, workdir, vouched, mesh
+    )
+    report = config_lib.through_json(
+      figures
+      | {'probes': task_figures}
+      | _about(config, trained, store, result)
+      | {'made_from': made_from, 'versions': versions()}
+    )
+    _finish(
+      config, trained, subject, store, result, report, workdir, vouched, mesh
+    )
   return report
 
 
-def _results(
+def _made_from(
+  config: ProbeConfig,
+  trained: checkpoint_lib.Trained,
+  controls: Mapping[str, checkpoint_lib.Trained],
+  store: store_lib.Store,
+) -> dict[str, Any]:
+  """All that results depend on but this code's version, as JSON has it."""
+  own = {
+    name: value
+    for name, value in dataclasses.asdict(config).items()
+    if name not in config_lib.names_with(ProbeConfig, 'may_change')
+  }
+  made_from = {
+    'step': trained.step,
+    'sae_fingerprint': checkpoint_lib.fingerprint(trained.sae),
+    'checkpoint_dataset': trained.metadata.dataset['identity'],
+    'train_config': trained.metadata.train_config,
+    'store': store.manifest.identity,
+    'controls': [
+      checkpoint_lib.fingerprint(control.sae) for control in controls.values()
+    ],
+    # The same model and controls, wherever they are.
+    'probe_config': own | {'subject': '', 'controls': len(controls)},
+  }
+  # Through JSON, which turns tuples into lists.
+  return config_lib.through_json(made_from)
+
+
+def _about(
+  config: ProbeConfig,
+  trained: checkpoint_lib.Trained,
+  store: store_lib.Store,
+  result: ScanResult,
+) -> dict[str, Any]:
+  """What a report is about, and what its figures mean."""
+  return {
+    'subject': store.manifest.subject,
+    'weights_sha256': store.manifest.weights_sha256,
+    'site': store.site,
+    'n_latents': trained.config.n_latents,
+    'activation': trained.config.activation,
+    'k': trained.config.k,
+    'd_model': trained.config.d_model,
+    'preprocessing': trained.config.preprocessing,
+    'freeze': trained.metadata.freeze,
+    'n_tokens': result.rows,
+    'mask': store.manifest.mask,
+    'metric_definitions': metrics.METRIC_DEFINITIONS,
+    'control_definitions': baselines.CONTROL_DEFINITIONS,
+    'reference_definitions': references.REFERENCE_DEFINITIONS,
+    'task_sources': sources.records(),
+  }
+
+
+def _finish(
   config: ProbeConfig,
   trained: checkpoint_lib.Trained,
   subject: subject_lib.Subject,
   store: store_lib.Store,
-  made_from: dict[str, Any],
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-  """The report and the feature table."""
-  report = scores(config, trained, subject, store)
-  table = examples.build(
-    config.features, trained, subject, store, config.batch_rows, config.seed
-  )
-  report = config_lib.through_json(
-    report
-    | {
-      'subject': store.manifest.subject,
-      'weights_sha256': store.manifest.weights_sha256,
-      'site': store.site,
-      'n_latents': trained.config.n_latents,
-      'activation': trained.config.activation,
-      'k': trained.config.k,
-      'd_model': trained.config.d_model,
-      'preprocessing': trained.config.preprocessing,
-      'freeze': trained.metadata.freeze,
-      'n_tokens': min(store.manifest.n_rows, config.features.feature_rows),
-      'mask': store.manifest.mask,
-      'metric_definitions': metrics.METRIC_DEFINITIONS,
-      'control_definitions': baselines.CONTROL_DEFINITIONS,
-      'made_from': made_from,
-      'versions': versions(),
-    }
-  )
-  return report, table
+  result: ScanResult,
+  report: dict[str, Any],
+  workdir: str,
+  vouched: dict[str, Any],
+  mesh: jax.sharding.Mesh,
+) -> None:
+  """Writes the results, and last what makes the workdir finished."""
+  # On another mesh sums are rounded otherwise: it is another table.
+  begun = vouched | {
+    'mesh': dict(mesh.shape),
+    'processes': jax.process_count(),
+  }
+  joined.by_first(workdir, lambda: results.begin(workdir, begun))
+  with _scratch(workdir) as scratch:
+    writer = table.fill(
+      config.features,
+      trained,
+      subject,
+      store,
+      result,
+      results.features_url(workdir),
+      scratch,
+      config.seed,
+    )
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices('the feature table is written')
+
+  def write():
+    plots.save(epath.Path(workdir) / _PLOTS, report)
+    writer.seal({name: report[name] for name in _RECORDED})
+    results.write(workdir, vouched, report)
+    _clean(workdir)
+
+  joined.by_first(workdir, write)
 
 
-def _sha256(sae: Any) -> str:
-  """A digest of an autoencoder's arrays: no config says how it was trained."""
-  digest = hashlib.sha256()
-  for path, array in jax.tree_util.tree_leaves_with_path(sae):
-    array = np.asarray(array)
-    digest.update(f'{path} {array.dtype} {array.shape}'.encode())
-    digest.update(array.reshape(-1).view(np.uint8))
-  return digest.hexdigest()
+@contextlib.contextmanager
+def _scratch(workdir: str) -> Iterator[str]:
+  """A local folder of this process, in the workdir if that is local.
+
+  There the same command removes what a killed one has left.
+  """
+  if url_lib.is_remote(workdir):
+    with tempfile.TemporaryDirectory() as folder:
+      yield folder
+  else:
+    yield str(epath.Path(workdir) / _SCRATCH / str(jax.process_index()))
+
+
+def _clean(workdir: str) -> None:
+  """Removes what finished results do not need; by one process, last.
+
+  Killed commands too have left it: nothing else in the workdir is theirs.
+  """
+  scan_lib.remove(workdir)
+  folder = epath.Path(workdir)
+  if not url_lib.is_remote(workdir):
+    shutil.rmtree(folder / _SCRATCH, ignore_errors=True)
+  for part in (folder, folder / _PLOTS, folder / results.FEATURES):
+    files.remove_partial(part)
 
 
 def versions() -> dict[str, Any]:
   """What the results depend on beside the inputs: versions of this code."""
   return {'sae_jax': sae_jax.__version__, 'results': RESULTS_VERSION}
-
-
-def _vouched(made_from: dict[str, Any]) -> dict[str, Any]:
-  return {'inputs': made_from, 'versions': versions()}
-
-
-def _write(
-  workdir: str, report: dict[str, Any], table: dict[str, np.ndarray]
-) -> None:
-  """Writes the results, and last what makes the workdir finished."""
-  finished.remove(workdir)
-  plots.save(epath.Path(workdir) / 'plots', report, table)
-  results.write(workdir, _vouched(report['made_from']), report, table)
 
 
 def _open(url: str, saved: checkpoint_lib.Metadata) -> store_lib.Store:
@@ -269,40 +321,50 @@ def check(trained: checkpoint_lib.Trained, store: store_lib.Store) -> None:
 def scores(
   config: ProbeConfig,
   trained: checkpoint_lib.Trained,
+  controls: Mapping[str, checkpoint_lib.Trained],
   subject: subject_lib.Subject,
   store: store_lib.Store,
-) -> dict[str, Any]:
-  """All scores of an autoencoder with their controls, as JSON-able values."""
-  # First, so that a missing package or an unknown task fails at once.
-  task_scores = probe_tasks(
-    config, trained, subject, store.site, store.manifest.bos
-  )
-  scored = store.test_rows[: config.eval_rows]
-  rows = (scored.start, scored.stop, config.batch_rows)
-  quality = reconstruction.measure(trained, store, *rows, 'test')
+  workdir: str,
+  vouched: dict[str, Any],
+  mesh: jax.sharding.Mesh,
+) -> tuple[ScanResult, dict[str, Any]]:
+  """The scan's result, and all scores but those of tasks, by name."""
   sample_rows = min(store.n_train, trained.metadata.sample_rows)
   sample_BD = store.finite_rows(0, sample_rows)
-  fresh = reconstruction.untrained(trained.config, sample_BD, config.seed + 1)
-  control = reconstruction.measure(fresh, store, *rows, 'untrained')
-  components = reconstruction.pca_components(quality.l0, store)
-  fvu_pca = reconstruction.pca_fvu(
-    trained, store, scored.start, scored.stop, components, config.batch_rows
+  fresh = reconstruction.untrained(
+    trained.config, sample_BD, config.seed + 1, mesh
   )
+  result = scan_lib.scan(
+    scan_config(config),
+    trained,
+    store,
+    workdir,
+    mesh,
+    {UNTRAINED: fresh} | dict(controls),
+    vouched,
+  )
+  components = reconstruction.pca_components(result.metrics.l0, store)
   losses = downstream.measure(
     trained,
     subject,
     store,
     config.downstream_tokens,
     sample_BD.mean(0),
+    mesh=mesh,
   )
-  return {
-    **quality.scalars(),
-    'fvu_pca': fvu_pca,
+  return result, {
+    **result.metrics.scalars(),
+    'norm_ratio': result.norm_ratio[TRAINED],
+    'tied_rows': result.tied,
+    'fvu_pca': result.fvu_pca(components),
     'pca_components': components,
-    'fvu_untrained': control.fvu,
+    'fvu_untrained': result.quality[UNTRAINED].fvu,
+    'controls': {url: result.quality[url].scalars() for url in controls},
+    'by_position': {
+      name: curve.tolist() for name, curve in result.curves[TRAINED].items()
+    },
     **dataclasses.asdict(losses),
-    'density': metrics.density_record(quality.density_N),
-    'probes': task_scores,
+    'density': metrics.density_record(result.metrics.density_N),
   }
 
 
@@ -312,14 +374,11 @@ def probe_tasks(
   subject: subject_lib.Subject,
   site: str,
   bos: str = '',
+  mesh: jax.sharding.Mesh | None = None,
 ) -> dict[str, Any]:
-  """1-d probes of every latent on every task, with controls.
+  """Probes of every latent on every task, see `task_scores.measure`.
 
   Prompts begin as the contexts of a store do whose manifest has this `bos`.
-
-  Returns:
-    task -> score of the latent chosen on the training prompts (`latent`) and
-    of each control, as `probes.TaskScore` fields.
   """
   loaded = tasks.load_tasks(
     config.task_names or None,
@@ -328,42 +387,14 @@ def probe_tasks(
     config.task_chars,
     config.seed,
   )
-  return {
-    task.name: _probe_task(config, trained, subject, site, bos, task)
-    for task in loaded
-  }
-
-
-def _probe_task(config, trained, subject, site, bos, task) -> dict[str, Any]:
-  """Scores of the best latent and of the controls on one task."""
-  x_PD = pooled.pooled_inputs(
+  return task_scores.measure(
+    loaded,
     trained,
     subject,
     site,
-    list(task.prompts),
     config.task_tokens,
     config.pooling,
-    task.name,
-    bos,
-  )
-  pre_PN = pooled.pre_activations(trained, x_PD)
-  train, test = tasks.split(task, config.seed)
-  labels = np.asarray(task.labels_P)
-  score = probes.score_task(
-    pre_PN[train], labels[train], pre_PN[test], labels[test]
-  )
-  controls = baselines.controls(
-    pre_PN[train],
-    x_PD[train],
-    labels[train],
-    pre_PN[test],
-    x_PD[test],
-    labels[test],
+    bos=bos,
     seed=config.seed,
+    mesh=mesh,
   )
-  return {
-    'classes': list(task.classes),
-    'prompts': len(labels),
-    'latent': score._asdict(),
-    'controls': {name: s._asdict() for name, s in controls.items()},
-  }

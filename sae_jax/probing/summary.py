@@ -33,12 +33,22 @@ def lines(report: dict[str, Any]) -> list[str]:
       text('{} {test_auc:.3f}', name, **score)
       for name, score in scores['controls'].items()
     )
+    known = scores['references']
+    references = ', '.join(
+      text('{} {test_auc:.3f}', name, **score)
+      for name, score in (
+        ('logistic', known['logistic']),
+        ('mean difference', known['mean_difference']),
+        *((f'{s["k"]}-sparse', s) for s in known['k_sparse'] if s['k'] == 16),
+      )
+    )
     out.append(
       text(
         '{}: AUC {test_auc:.3f} [{test_auc_low:.3f}, {test_auc_high:.3f}] '
-        'by latent {best_latent}  ({})',
+        'by latent {best_latent}  ({}; of many inputs: {})',
         task,
         controls,
+        references,
         **scores['latent'],
       )
     )

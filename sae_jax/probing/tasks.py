@@ -1,25 +1,22 @@
-"""Binary text tasks for probing, from the installed package sae_probes.
+"""Binary text tasks for probing, from each of `sources`.
 
-The package's files repeat prompts to balance the classes, and in several of
+Their files repeat prompts to balance the classes, and in several of
 them the length of a prompt tells its label. So prompts are made unique first,
 and the two classes are then drawn in pairs of like length: neither a repeated
 prompt on both sides of a split nor counting characters can score.
 """
 
-from collections.abc import Sequence
-import csv
+from collections.abc import Iterator, Sequence
 import dataclasses
 import difflib
 import re
 import zlib
 
 from absl import logging
-from etils import epath
 import numpy as np
-import zstandard
 
 from sae_jax import errors
-from sae_jax.storage import packages
+from sae_jax.probing import sources
 from sae_jax.text.flaws import FLAWED_TASKS
 
 # A person's sex from the name, the verdict of a review, a place's country, a
@@ -32,9 +29,13 @@ DEMO_TASKS = (
   '23_headline_ischina',
 )
 
-_REQUIREMENT = 'sae-probes==0.4.2'
-_SUFFIX = '.csv.zst'
 _LENGTH_BANDS = 16
+# Of all tasks, those with fewer prompts than are asked for have so many.
+_LEAST_PROMPTS = 100
+
+
+class _TooFewError(errors.UserError):
+  """A task has too few prompts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,16 +43,18 @@ class Task:
   """A binary task: unique prompts, equally many of both classes.
 
   Attributes:
-    name: the file's name in the package, without its ending.
+    name: its name in its source.
     prompts: P texts without white space at either end.
     labels_P: int32, 0 or 1.
-    classes: the file's names of label 0 and label 1, in sorted order.
+    classes: the source's names of label 0 and label 1, in sorted order.
+    source: one of `sources.NAMES`.
   """
 
   name: str
   prompts: tuple[str, ...]
   labels_P: np.ndarray
   classes: tuple[str, str] = ('0', '1')
+  source: str = sources.NAMES[0]
 
 
 def load_tasks(
@@ -64,49 +67,58 @@ def load_tasks(
   """Loads tasks with `n_prompts` short prompts each.
 
   A prompt counts once whatever its case and spacing, and not at all where the
-  file gives it both labels. Prompts over `max_chars` are dropped, and the rest
-  is drawn in pairs, one of each class, from the same band of lengths. A task's
-  prompts depend on its name and the seed, not on the other tasks loaded.
+  source gives it both labels. Prompts over `max_chars` are dropped, and the
+  rest is drawn in pairs, one of each class, from the same band of lengths. A
+  task's prompts depend on its name and the seed, not on the other tasks loaded.
 
   Args:
     names: tasks to load, flawed ones too; None takes `DEMO_TASKS` first, then
-      in the package's order the others that have no flaw, skipping those that
-      are not binary or too small.
-    n_tasks: number of tasks to take when `names` is None; 0 takes all.
+      in the order of the sources the others that have no flaw, skipping those
+      that are not binary or too small.
+    n_tasks: number of tasks to take when `names` is None; 0 takes all, and of
+      those with fewer prompts what they have, if that is 100 or more.
     n_prompts: prompts of each task, even.
     max_chars: the longest prompt, in characters.
     seed: seed of the choice of prompts.
 
   Raises:
-    UserError: if the package is missing, a name is unknown or not a binary
-      task, or there are too few prompts or tasks.
+    UserError: if a source is missing, a name is unknown or not a binary task,
+      or there are too few prompts or tasks.
   """
   if n_prompts < 4 or n_prompts % 2:
     raise errors.UserError(
       f'{n_prompts} prompts of a task must be an even number from 4 up: '
       f'use {max(4, n_prompts + n_prompts % 2)}'
     )
-  folder = _folder()
-  known = _names(folder)
+  drawing = (n_prompts, max_chars, seed)
   if names is not None:
-    for name in names:
-      _check_known(name, known)
-    return [_load(folder, name, n_prompts, max_chars, seed) for name in names]
-  others = set(known) - set(DEMO_TASKS) - set(FLAWED_TASKS)
-  tasks = []
-  for name in [*DEMO_TASKS, *(name for name in known if name in others)]:
+    return [
+      _load(_source_of(name), name, n_prompts, *drawing) for name in names
+    ]
+  least = n_prompts if n_tasks else min(n_prompts, _LEAST_PROMPTS)
+  tasks, reasons = [], []
+  for source, name in _without_flaw():
     if n_tasks and len(tasks) == n_tasks:
       break
     try:
-      _check_known(name, known)
-      tasks.append(_load(folder, name, n_prompts, max_chars, seed))
+      tasks.append(_load(source, name, least, *drawing))
     except errors.UserError as error:
+      reasons.append(error)
       logging.info('Skipped a probe task: %s', error)
   if len(tasks) < max(n_tasks, 1):
     raise errors.UserError(
-      f'only {len(tasks)} of {n_tasks or len(known)} probe tasks have '
-      f'{n_prompts} prompts of at most {max_chars} characters: '
+      f'only {len(tasks)} of {n_tasks or len(reasons)} probe tasks have '
+      f'{least} prompts of at most {max_chars} characters: '
       'lower n_prompts or n_tasks, or raise max_chars'
+    )
+  n_small = sum(isinstance(reason, _TooFewError) for reason in reasons)
+  if not n_tasks and n_small:
+    logging.warning(
+      '%d binary tasks have fewer than %d prompts of at most %d characters and '
+      'are left out: raise task_chars, and task_tokens with it',
+      n_small,
+      least,
+      max_chars,
     )
   return tasks
 
@@ -147,32 +159,25 @@ def _generator(seed: int, purpose: str) -> np.random.Generator:
   return np.random.default_rng([seed, zlib.crc32(purpose.encode())])
 
 
-def _folder() -> epath.Path:
-  package = packages.folder('sae_probes', _REQUIREMENT, 'a probe task')
-  folder = epath.Path(package) / 'data' / 'cleaned_data'
-  if not folder.is_dir():
-    raise errors.UserError(
-      f'{package} has no probe tasks: pip install --no-deps {_REQUIREMENT}'
-    )
-  return folder
+def _without_flaw() -> Iterator[tuple[str, str]]:
+  """Sources and names of tasks in the order in which they are taken."""
+  for source in sources.NAMES:
+    known = sources.of(source).names()
+    taken = [name for name in DEMO_TASKS if source == sources.NAMES[0]]
+    taken += [name for name in known if name not in {*taken, *FLAWED_TASKS}]
+    for name in taken:
+      if name in known:
+        yield source, name
 
 
-def _names(folder: epath.Path) -> list[str]:
-  """Names of all files in the order of their leading numbers."""
-  names = [
-    path.name.removesuffix(_SUFFIX) for path in folder.glob(f'*{_SUFFIX}')
-  ]
-
-  def order(name):
-    number = re.match(r'\d+', name)
-    return (int(number[0]) if number else len(names), name)
-
-  return sorted(names, key=order)
-
-
-def _check_known(name: str, known: list[str]) -> None:
-  if name in known:
-    return
+def _source_of(name: str) -> str:
+  """The source that has a task."""
+  known = []
+  for source in sources.NAMES:
+    names = sources.of(source).names()
+    if name in names:
+      return source
+    known += names
   # Names begin with a number that nobody remembers: compare without it too.
   bare = {re.sub(r'^\d+_', '', k): k for k in known}
   close = difflib.get_close_matches(name, known, cutoff=0.5)
@@ -184,9 +189,10 @@ def _check_known(name: str, known: list[str]) -> None:
 
 
 def _load(
-  folder: epath.Path, name: str, n_prompts: int, max_chars: int, seed: int
+  source: str, name: str, least: int, n_prompts: int, max_chars: int, seed: int
 ) -> Task:
-  classes, labels = _read(folder / f'{name}{_SUFFIX}')
+  """A task with `n_prompts` prompts, or what there are from `least` up."""
+  classes, labels = sources.of(source).read(name)
   if len(classes) != 2:
     raise errors.UserError(
       f'{name} is not a binary task ({len(classes)} or more classes): '
@@ -195,47 +201,16 @@ def _load(
   short = {p: label for p, label in labels.items() if len(p) <= max_chars}
   rng = _generator(seed, name)
   pairs = _pairs(short, rng)
-  if 2 * len(pairs) < n_prompts:
-    raise errors.UserError(
-      f'{name} has {2 * len(pairs)} prompts of at most {max_chars} characters '
-      f'in two classes of like length, n_prompts is {n_prompts}: '
+  if 2 * len(pairs) < least:
+    raise _TooFewError(
+      f'{name} has {2 * len(pairs)} prompts of at most {max_chars} '
+      f'characters in two classes of like length, n_prompts is {n_prompts}: '
       'lower it or raise max_chars'
     )
   chosen = [p for pair in pairs[: n_prompts // 2] for p in pair]
-  prompts = tuple(chosen[i] for i in rng.permutation(n_prompts))
+  prompts = tuple(chosen[i] for i in rng.permutation(len(chosen)))
   labels_P = np.array([short[p] for p in prompts], np.int32)
-  return Task(name, prompts, labels_P, classes)
-
-
-def _read(path: epath.Path) -> tuple[tuple[str, ...], dict[str, int]]:
-  """The classes in sorted order and the label of each unique prompt.
-
-  Reading ends at a third class: the file is then not a binary task.
-  """
-  # White space goes from both ends: in some files only one of the classes has
-  # it, so the last token would tell the label.
-  first, targets = {}, {}
-  classes = set()
-  with (
-    path.open('rb') as raw,
-    zstandard.open(raw, 'rt', encoding='utf-8', newline='') as text,
-  ):
-    for row in csv.DictReader(text):
-      prompt, target = row['prompt'].strip(), row['target']
-      classes.add(target)
-      if len(classes) > 2:
-        return tuple(sorted(classes)), {}
-      key = ' '.join(prompt.casefold().split())
-      if key:
-        first.setdefault(key, prompt)
-        targets.setdefault(key, set()).add(target)
-  ordered = tuple(sorted(classes))
-  labels = {
-    first[key]: ordered.index(next(iter(seen)))
-    for key, seen in targets.items()
-    if len(seen) == 1
-  }
-  return ordered, labels
+  return Task(name, prompts, labels_P, classes, source)
 
 
 def _pairs(

@@ -27,6 +27,10 @@ _ALARMS = ('Skipping merge of OCDBT', 'TensorStore data files not found')
 # The folder of a tree's arrays in that of the tree.
 _TREE = 'arrays'
 
+# Whoever reads a part of a chunk, such as a process of another mesh, reads and
+# unpacks all of it. In a bucket each is a file.
+_CHUNK_BYTES = 2**26
+
 
 def context(url: str) -> v1.Context:
   """Orbax's settings for checkpoints under a URL.
@@ -48,6 +52,7 @@ def context(url: str) -> v1.Context:
       )
   settings = v1.Context()
   settings.array.saving.use_zarr3 = True
+  settings.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
   if url_lib.is_remote(url):
     # If a bucket's answer to a write is lost, a transaction on OCDBT takes its
     # own write for another's, and the checkpoint fails with ALREADY_EXISTS.

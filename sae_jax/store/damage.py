@@ -6,6 +6,7 @@ import functools
 import tensorstore as ts
 
 from sae_jax import errors
+from sae_jax.storage import sharded
 from sae_jax.store import layout
 from sae_jax.store.manifest import Manifest, StorePlan
 
@@ -22,7 +23,7 @@ def damaged_files(url: str, manifest: Manifest) -> list[str]:
     layout.MASK: layout.read_mask,
   }
   for name in layout.array_kinds(manifest):
-    checks[f'{name}/{layout.METADATA}'] = functools.partial(
+    checks[f'{name}/{sharded.METADATA}'] = functools.partial(
       _check_metadata, array=name
     )
   for shard in range(len(manifest.shard_counts)):
@@ -54,7 +55,7 @@ def _check_plan(url, manifest):
 def _check_metadata(url, manifest, *, array):
   """Raises UserError if the `zarr.json` of an array does not describe it."""
   # Read first, since TensorStore's parser has no limit of depth.
-  if layout.read_content(url, f'{array}/{layout.METADATA}') is None:
+  if layout.read_content(url, f'{array}/{sharded.METADATA}') is None:
     raise errors.UserError('it is not there')
   kind, n_shards = (
     layout.array_kinds(manifest)[array],

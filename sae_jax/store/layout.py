@@ -1,24 +1,25 @@
 """The layout of a store's folder: its objects and arrays, and their specs."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorstore as ts
 
 from sae_jax import config, errors
-from sae_jax.storage import names, records
+from sae_jax.storage import names, records, sharded, signed
 from sae_jax.storage import url as url_lib
+from sae_jax.storage.sharded import Kind
 from sae_jax.store import checks
 from sae_jax.store import manifest as manifest_lib
 from sae_jax.store.manifest import Manifest, Mask, Shard, StorePlan
 
 PLAN = 'plan.json'
 MASK = 'mask.json'
-METADATA = 'zarr.json'
 ACTIVATIONS = 'activations'
 STREAM_INDEX = 'stream_index'
 STREAM = ('tokens', 'documents', 'positions')
-_AGAIN = 'it is damaged: copy the store again, or harvest it again'
+_AGAIN = 'copy the store again, or harvest it again'
+_DAMAGED = f'it is damaged: {_AGAIN}'
 # Of a store of a million shards.
 _LONGEST_MANIFEST = 2**30
 
@@ -62,7 +63,7 @@ def _read_version(url: str, version: int) -> Manifest | None:
   where = f'{name} in {url}'
   # Manifests of older stores have no digest, but all have the identity.
   if content.get('identity') != manifest_lib.identity(content):
-    raise _damaged(where)
+    raise signed.damaged(where, _AGAIN)
   manifest = config.from_dict(Manifest, content, where)
   checks.check_plan(manifest, where)
   checks.check_manifest(manifest, version, array_kinds(manifest), where)
@@ -124,7 +125,7 @@ def read_content(url: str, name: str) -> dict[str, Any] | None:
 
 def _content(data: bytes, url: str, where: str) -> dict[str, Any]:
   """The fields of a record's file, once its digest is known to be theirs."""
-  content = records.parse(data, where, _AGAIN, _LONGEST_MANIFEST)
+  content = records.parse(data, where, _DAMAGED, _LONGEST_MANIFEST)
   known = manifest_lib.FORMAT_VERSION
   version = content.get('format_version', known)
   if version != known:
@@ -132,17 +133,10 @@ def _content(data: bytes, url: str, where: str) -> dict[str, Any]:
       f'store {url} has format version {version}, this sae_jax reads version '
       f'{known}: harvest it again'
     )
-  if manifest_lib.DIGEST in content:
-    digest = content.pop(manifest_lib.DIGEST)
-    if digest != manifest_lib.digest(content):
-      raise _damaged(where)
+  # Those of older stores have none.
+  if signed.DIGEST in content:
+    signed.check(content, where, _AGAIN)
   return content
-
-
-def _damaged(where: str) -> errors.UserError:
-  return errors.UserError(
-    f'{where} was edited, its content does not give its sha256, or {_AGAIN}'
-  )
 
 
 def read_shards(url: str, plan: StorePlan) -> dict[int, Shard]:
@@ -198,11 +192,10 @@ def read_shard(url: str, manifest: Manifest, number: int) -> Shard:
       f'{where} is not there: copy the store again, or harvest it again'
     )
   if (
-    manifest_lib.digest(content)
-    != (manifest.checksums[manifest_lib.RECORDS][number])
+    signed.digest(content) != (manifest.checksums[manifest_lib.RECORDS][number])
   ):
     raise errors.UserError(
-      f'{where} has not the sha256 that the manifest has of it: {_AGAIN}'
+      f'{where} has not the sha256 that the manifest has of it: {_DAMAGED}'
     )
   shard = config.from_dict(Shard, content, where)
   checks.check_shard(manifest, shard, array_kinds(manifest), where)
@@ -212,22 +205,6 @@ def read_shard(url: str, manifest: Manifest, number: int) -> Shard:
 def array_name(site: str) -> str:
   """The folder of a site's activations; UserError if it may be another's."""
   return f'{ACTIVATIONS}/' + names.plain(site, 'the manifest')
-
-
-class Kind(NamedTuple):
-  """Element type and shapes of an array.
-
-  Attributes:
-    dtype: type of its elements.
-    row: shape of a row.
-    chunk: rows of an inner chunk.
-    shard: rows that a shard has room for.
-  """
-
-  dtype: np.dtype
-  row: tuple[int, ...]
-  chunk: int
-  shard: int
 
 
 def array_kinds(plan: StorePlan | Manifest) -> dict[str, Kind]:
@@ -260,76 +237,5 @@ def _flat_chunk(shard: int, chunk_rows: int) -> int:
 def array_spec(
   url: str, name: str, kind: Kind, n_shards: int
 ) -> dict[str, Any]:
-  """TensorStore's spec of one of a store's arrays.
-
-  It holds the array's metadata, so that what reads by it need not parse its
-  `zarr.json`, which nothing vouches for. Reading a missing chunk is an error,
-  so that a lost shard does not pass for zeros; hence chunks that are all zeros
-  are written too.
-  """
-  folder = url_lib.kvstore(url)
-  folder['path'] += name + '/'
-  return {
-    'driver': 'zarr3',
-    'kvstore': folder,
-    'metadata': _metadata(kind, n_shards),
-    'fill_missing_data_reads': False,
-    'store_data_equal_to_fill_value': True,
-  }
-
-
-def _metadata(kind: Kind, n_shards: int) -> dict[str, Any]:
-  """Zarr3 metadata of an array of `n_shards`, cut along its first axis."""
-  checked = [
-    {'name': 'bytes', 'configuration': {'endian': 'little'}},
-    {'name': 'crc32c'},
-  ]
-  sharding = {
-    'chunk_shape': [kind.chunk, *kind.row],
-    'codecs': checked,
-    'index_codecs': checked,
-  }
-  grid = {'chunk_shape': [kind.shard, *kind.row]}
-  return {
-    'shape': [n_shards * kind.shard, *kind.row],
-    'data_type': kind.dtype.name,
-    'fill_value': 0,
-    'chunk_grid': {'name': 'regular', 'configuration': grid},
-    'codecs': [{'name': 'sharding_indexed', 'configuration': sharding}],
-  }
-
-
-def _in_memory(kind: Kind, n_shards: int) -> tuple[ts.TensorStore, ts.KvStore]:
-  array = ts.open(
-    {
-      'driver': 'zarr3',
-      'kvstore': {'driver': 'memory'},
-      'store_data_equal_to_fill_value': True,
-      'metadata': _metadata(kind, n_shards),
-    },
-    create=True,
-  ).result()
-  return array, array.kvstore
-
-
-def array_metadata(kind: Kind, n_shards: int) -> bytes:
-  """The `zarr.json` of an array of `n_shards`."""
-  _, files = _in_memory(kind, n_shards)
-  return files.read(METADATA).result().value
-
-
-def encode(kind: Kind, values: np.ndarray) -> bytes:
-  """The bytes of the zarr3 object of a shard that holds these rows.
-
-  They are made in memory, so that the object can be created only where there is
-  none; TensorStore would overwrite one.
-  """
-  array, files = _in_memory(kind, 1)
-  array[: len(values)].write(values).result()
-  return files.read(object_name('', kind, 0)).result().value
-
-
-def object_name(name: str, kind: Kind, shard: int) -> str:
-  """Name of the object of one shard of an array."""
-  folder = f'{name}/' if name else ''
-  return f'{folder}c/{shard}' + '/0' * len(kind.row)
+  """TensorStore's spec of one of a store's arrays, see `sharded.spec`."""
+  return sharded.spec(url, name, kind, n_shards * kind.shard)

@@ -14,14 +14,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from sae_jax import config as config_lib
 from sae_jax import errors
+from sae_jax.storage import signed
 
 FORMAT_VERSION = 3
 # The key of the records among the checksums.
 RECORDS = 'shards'
-# The key of a file's digest of its own content.
-DIGEST = 'sha256'
 DTYPES = {'float32': np.dtype('<f4'), 'bfloat16': np.dtype(ml_dtypes.bfloat16)}
 # Tokens of the stream that a shard has room for, for each row: more than one,
 # since the stream includes the tokens that the mask leaves out.
@@ -174,17 +172,6 @@ def check_subject(
     )
 
 
-def digest(content: dict[str, Any]) -> str:
-  """The sha256 of a record's fields, as JSON in their order."""
-  return sha256(config_lib.to_json(content).encode())
-
-
-def to_file(record: Any) -> bytes:
-  """A record as JSON, with its digest."""
-  content = dataclasses.asdict(record)
-  return config_lib.to_json(content | {DIGEST: digest(content)}).encode()
-
-
 def make(
   plan: StorePlan,
   shards: Sequence[Shard],
@@ -213,7 +200,7 @@ def make(
     name: tuple(shard.checksums[name] for shard in shards) for name in names
   }
   checksums[RECORDS] = tuple(
-    digest(dataclasses.asdict(shard)) for shard in shards
+    signed.digest(dataclasses.asdict(shard)) for shard in shards
   )
   manifest = Manifest(
     version=version,

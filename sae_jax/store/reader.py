@@ -30,6 +30,7 @@ import numpy as np
 import tensorstore as ts
 
 from sae_jax import errors
+from sae_jax.storage import sharded
 from sae_jax.store import damage, layout
 from sae_jax.store import manifest as manifest_lib
 from sae_jax.store.manifest import Manifest
@@ -60,6 +61,7 @@ class Store:
       {'cache_pool': {'total_bytes_limit': _CACHE_BYTES}}
     )
     self._whole = functools.cache(self._read_whole)
+    self._opened = functools.cache(self._open)
     self._record = functools.cache(
       functools.partial(layout.read_shard, url, manifest)
     )
@@ -190,12 +192,44 @@ class Store:
     """Position of each token in its context, int32 [L]; 0 starts a context."""
     return self._whole('positions')
 
-  def stream_index(self) -> np.ndarray:
-    """Index of each row's token in the stream, int64 [R], ascending."""
-    shard = np.repeat(
-      np.arange(len(self.starts) - 1), np.diff(self.starts).astype(int)
-    )
-    return self._whole(layout.STREAM_INDEX) + self._stream_starts[shard]
+  def stream_index(self, start: int = 0, stop: int | None = None) -> np.ndarray:
+    """Index of each row's token in the stream, int64 [R], ascending.
+
+    Args:
+      start: the first row; the whole index is kept, a part is not.
+      stop: the row after the last; None for all that follow.
+
+    Raises:
+      IndexError: if there are no such rows.
+      UserError: if they cannot be read.
+    """
+    n_rows = self.manifest.n_rows
+    stop = n_rows if stop is None else stop
+    self._check_rows(start, stop - 1, stop == start)
+    if (start, stop) == (0, n_rows):
+      within_R = self._whole(layout.STREAM_INDEX)
+    else:
+      within_R = self._part(layout.STREAM_INDEX, start, stop)
+    shard_R = np.searchsorted(self.starts, np.arange(start, stop), 'right') - 1
+    return within_R + self._stream_starts[shard_R]
+
+  def stream(
+    self, start: int, stop: int
+  ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Tokens, documents and positions of a part of the stream, int32 each.
+
+    Args:
+      start: index of the first token in the stream.
+      stop: that of the token after the last.
+
+    Raises:
+      IndexError: if there are no such tokens.
+      UserError: if they cannot be read.
+    """
+    n_stream = self.manifest.n_stream
+    if not 0 <= start <= stop <= n_stream:
+      raise IndexError(f'tokens {start} to {stop} of a stream of {n_stream}')
+    return tuple(self._part(name, start, stop) for name in layout.STREAM)
 
   def verify(self) -> int:
     """Reads every byte and compares checksums.
@@ -223,7 +257,7 @@ class Store:
           problem = 'is not what was written'
         except errors.UserError as error:
           problem = str(error)
-        damaged.append(f'{layout.object_name(name, kind, shard)} {problem}')
+        damaged.append(f'{sharded.object_name(name, kind, shard)} {problem}')
     if damaged:
       raise errors.UserError(
         f'{len(damaged)} objects of store {self.url} are damaged: '
@@ -242,8 +276,12 @@ class Store:
     return self._stream_starts if name in layout.STREAM else self.starts
 
   def _read_whole(self, name: str) -> np.ndarray:
-    starts = self._starts_of(name)
-    return self._read_range(name, self._open(name), starts, 0, starts[-1])
+    return self._part(name, 0, self._starts_of(name)[-1])
+
+  def _part(self, name: str, start: int, stop: int) -> np.ndarray:
+    return self._read_range(
+      name, self._opened(name), self._starts_of(name), start, stop
+    )
 
   def _read_range(self, name, array, starts, start, stop):
     """Rows start to stop of an array whose shards begin at rows `starts`."""

@@ -13,7 +13,7 @@ import numpy as np
 
 from sae_jax import config, errors
 from sae_jax.storage import files as files_lib
-from sae_jax.storage import workdir
+from sae_jax.storage import sharded, signed, workdir
 from sae_jax.store import checks, layout
 from sae_jax.store import manifest as manifest_lib
 from sae_jax.store.manifest import Manifest, Mask, Shard, StorePlan
@@ -42,7 +42,7 @@ class StoreWriter:
     try:
       workdir.check_own(url, 'sae-harvest', {layout.PLAN: ()})
       self._files = files_lib.folder(url)
-      data = manifest_lib.to_file(plan)
+      data = signed.to_file(plan)
       if not files_lib.create(self._files, layout.PLAN, data):
         self._check_plan()
     except errors.UserError:
@@ -58,7 +58,7 @@ class StoreWriter:
       UserError: if it can't be written, or is not of this store.
     """
     try:
-      data = manifest_lib.to_file(mask)
+      data = signed.to_file(mask)
       files_lib.create(self._files, layout.MASK, data)
     except (ValueError, OSError) as error:
       raise self._error(error) from error
@@ -113,10 +113,10 @@ class StoreWriter:
       self._check_sealed(before, manifest)
     try:
       for name, kind in layout.array_kinds(self.plan).items():
-        metadata = layout.array_metadata(kind, len(shards))
-        self._files.write(f'{name}/{layout.METADATA}', metadata).result()
+        metadata = sharded.metadata(kind, len(shards) * kind.shard)
+        self._files.write(f'{name}/{sharded.METADATA}', metadata).result()
       name = layout.manifest_name(manifest.version)
-      data = manifest_lib.to_file(manifest)
+      data = signed.to_file(manifest)
       if not files_lib.create(self._files, name, data):
         # Another process was first, with the same shards.
         return layout.read_manifest(self.url, manifest.version)
@@ -259,11 +259,13 @@ class ShardWriter:
     files = self._writer._files
     try:
       for name, values in arrays.items():
-        key = layout.object_name(name, kinds[name], self.number)
-        if not files_lib.create(files, key, layout.encode(kinds[name], values)):
+        key = sharded.object_name(name, kinds[name], self.number)
+        if not files_lib.create(
+          files, key, sharded.encode(kinds[name], values)
+        ):
           raise self._conflict(key)
       key = layout.shard_name(self.number)
-      data = manifest_lib.to_file(shard)
+      data = signed.to_file(shard)
       if not files_lib.create(files, key, data) and not self._is_stored(shard):
         raise self._conflict(key)
     except errors.UserError:
@@ -276,8 +278,8 @@ class ShardWriter:
     """Whether the stored record says the same, if in other bytes."""
     url, name = self._writer.url, layout.shard_name(self.number)
     content = layout.read_content(url, name)
-    digest = manifest_lib.digest(dataclasses.asdict(shard))
-    return content is not None and manifest_lib.digest(content) == digest
+    digest = signed.digest(dataclasses.asdict(shard))
+    return content is not None and signed.digest(content) == digest
 
   def _add(self, name, values):
     dtype = layout.array_kinds(self._plan)[name].dtype

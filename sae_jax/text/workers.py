@@ -1,30 +1,18 @@
 """Tokenizing documents, in this process or in others."""
 
-import collections
 from collections.abc import Callable, Iterable, Iterator
-import contextlib
-from multiprocessing import connection
-import os
-import queue
-import signal
-import socket
-import subprocess
-import sys
-import threading
+import functools
 
 import numpy as np
 import tokenizers
 
-from sae_jax import errors
+from sae_jax import errors, processes
 from sae_jax.text import corpus
 
 # A process is sent a batch of documents at a time. A batch is full at either of
 # these.
 _BATCH_DOCUMENTS = 32
 _BATCH_CHARACTERS = 2**18
-# Largest number of batches sent to a process, the one it works on included.
-_BATCHES_AHEAD = 2
-_SECONDS_TO_END = 5
 
 
 def tokenize(
@@ -128,110 +116,31 @@ def _batches(documents) -> Iterator[list[corpus.Document] | Exception]:
 
 
 def _tokenize_there(documents, model, workers):
-  failure, waiting = None, collections.deque()
-  with contextlib.ExitStack() as stack:
-    processes = []
-    for number, batch in enumerate(_batches(documents)):
+  failures = []
+
+  def jobs():
+    for batch in _batches(documents):
       if isinstance(batch, Exception):
-        failure = batch
-        break
-      if len(processes) < workers:
-        processes.append(_Worker(model, len(processes) + 1, workers))
-        stack.callback(processes[-1].close)
-      elif len(waiting) == _BATCHES_AHEAD * workers:
-        oldest, worker = waiting.popleft()
-        yield from _paired(oldest, *worker.receive())
-      # Processes take batches in turn: so results come in the batches' order.
-      worker = processes[number % workers]
-      worker.send([document.text for document in batch])
-      waiting.append((batch, worker))
-    for batch, worker in waiting:
-      yield from _paired(batch, *worker.receive())
-  if failure is not None:
-    raise failure
+        failures.append(batch)
+        return
+      yield batch, [document.text for document in batch]
+
+  work = processes.Work(
+    'sae_jax.text.workers:_encoder',
+    model,
+    'tokenizing process',
+    'use fewer workers, or 0 to tokenize in the main process',
+    {'TOKENIZERS_PARALLELISM': 'false'},
+  )
+  for batch, result in processes.run(work, jobs(), workers):
+    yield from _paired(batch, *result)
+  if failures:
+    raise failures[0]
 
 
-class _Worker:
-  """A process that tokenizes; it ends when our end of the line is closed.
-
-  The kernel closes the line however this process ends. multiprocessing is not
-  used: it would import the main program again, and with it JAX.
-  """
-
-  def __init__(self, model, number: int, workers: int):
-    self._name = f'tokenizing process {number} of {workers}'
-    ours, theirs = socket.socketpair()
-    with theirs:
-      code = (
-        f'from sae_jax.text import workers; workers._serve({theirs.fileno()})'
-      )
-      path = os.pathsep.join(folder or os.getcwd() for folder in sys.path)
-      self._process = subprocess.Popen(
-        [sys.executable, '-c', code],
-        env=os.environ
-        | {'PYTHONPATH': path, 'TOKENIZERS_PARALLELISM': 'false'},
-        stdin=subprocess.DEVNULL,
-        pass_fds=[theirs.fileno()],
-        # Ctrl-C goes to the whole group of the main process, which says when to
-        # end: there it would be a traceback while Python starts.
-        process_group=0,
-      )
-    self._line = connection.Connection(ours.detach())
-    self.send(model)
-
-  def send(self, job) -> None:
-    try:
-      self._line.send(job)
-    except OSError as error:
-      raise self._died() from error
-
-  def receive(self):
-    try:
-      return self._line.recv()
-    except (EOFError, OSError) as error:
-      raise self._died() from error
-
-  def _died(self) -> errors.UserError:
-    self._line.close()
-    code = self._end()
-    how = f'with exit code {code}'
-    if code < 0:
-      how = f'by {signal.Signals(-code).name}'
-      if -code == signal.SIGKILL:
-        how += ', which often means too little memory'
-    return errors.UserError(
-      f'{self._name} was ended {how}: use fewer workers, or 0 to tokenize in '
-      'the main process'
-    )
-
-  def _end(self) -> int:
-    try:
-      return self._process.wait(_SECONDS_TO_END)
-    except subprocess.TimeoutExpired:
-      self._process.kill()
-      return self._process.wait()
-
-  def close(self) -> None:
-    self._line.close()
-    self._end()
-
-
-def _serve(descriptor: int) -> None:
-  """Runs a worker until the other end of the line is closed."""
-  line = connection.Connection(descriptor)
-  jobs = queue.SimpleQueue()
-
-  def listen():
-    try:
-      while True:
-        jobs.put(line.recv())
-    except (EOFError, OSError):
-      os._exit(0)
-
-  # A thread receives jobs while others run: otherwise both ends could wait for
-  # the other to read. It also ends a long job when the line is closed.
-  threading.Thread(target=listen, daemon=True).start()
-  text, special_is_text = jobs.get()
+def _encoder(model: tuple[str, bool]):
+  """The function of a process: texts to their tokens, see `_encode`."""
+  text, special_is_text = model
   tokenizer = tokenizers.Tokenizer.from_str(text)
   tokenizer.encode_special_tokens = special_is_text
 
@@ -239,9 +148,4 @@ def _serve(descriptor: int) -> None:
     # Unlike `tokenizer.encode` this lets other threads run.
     return tokenizer.encode_batch([text], add_special_tokens=False)[0]
 
-  while True:
-    result = _encode(encode, jobs.get())
-    try:
-      line.send(result)
-    except OSError:
-      os._exit(0)
+  return functools.partial(_encode, encode)

@@ -1,21 +1,16 @@
 """Where a run begins: fresh, or where an earlier process stopped."""
 
-from collections.abc import Callable
 import contextlib
 import dataclasses
 from typing import Any
 
 from absl import logging
-from etils import epath
-import jax
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-import numpy as np
 
 from sae_jax import checkpoint, errors, store
 from sae_jax import config as config_lib
 from sae_jax import mesh as mesh_lib
-from sae_jax.storage import claim, files
+from sae_jax.storage import claim, joined
 from sae_jax.storage import url as url_lib
 from sae_jax.storage import workdir as workdir_lib
 from sae_jax.training import defaults, run
@@ -145,52 +140,16 @@ def start(
 
 
 def claim_workdir(workdir: str, stack: contextlib.ExitStack) -> None:
-  """Claims the workdir by process 0 and checks that all processes see it.
+  """Claims the workdir, see `joined.claim`.
 
   A folder that is somebody else's is refused.
-
-  Either every process returns or every one raises, so that none waits for
-  another forever.
   """
-  if jax.process_count() == 1:
-    _claim_own(workdir, stack)
-    return
-  seed = np.random.default_rng().integers(2**31)
-  number = int(multihost_utils.broadcast_one_to_all(seed))
-  path = epath.Path(workdir) / f'.seen_by_all_{number}'
 
-  def claim_and_show():
-    _claim_own(workdir, stack)
-    files.write_text(path, '')
+  def take():
+    stack.enter_context(claim.claim(workdir))
+    workdir_lib.check_own(workdir, _STAGE, _MARKS)
 
-  _by_first_process(workdir, claim_and_show)
-  visible = multihost_utils.process_allgather(np.array(path.exists()))
-  if jax.process_index() == 0:
-    path.unlink()
-  if not visible.all():
-    raise errors.UserError(
-      f'workdir {workdir} is local to a host: {int((~visible).sum())} of '
-      f'{jax.process_count()} processes do not see what process 0 writes '
-      'there; use a bucket or a shared disk'
-    )
-
-
-def _by_first_process(workdir: str, act: Callable[[], None]) -> None:
-  """Has process 0 act; where that fails every process raises."""
-  error = None
-  if jax.process_index() == 0:
-    try:
-      act()
-    except (errors.UserError, OSError) as raised:
-      error = raised
-  if jax.process_count() == 1:
-    failed = error is not None
-  else:
-    failed = multihost_utils.broadcast_one_to_all(np.array(error is not None))
-  if failed:
-    raise error or errors.UserError(
-      f'process 0 cannot use workdir {workdir}: see its error'
-    )
+  joined.claim(workdir, take)
 
 
 def _sign(config: TrainConfig, workdir: str, data: store.Store) -> None:
@@ -198,11 +157,4 @@ def _sign(config: TrainConfig, workdir: str, data: store.Store) -> None:
   if not url_lib.is_remote(workdir):
     return
   made_from = config_lib.through_json(_made_from(config, data.about))
-  _by_first_process(
-    workdir, lambda: workdir_lib.sign(workdir, _STAGE, made_from)
-  )
-
-
-def _claim_own(workdir: str, stack: contextlib.ExitStack) -> None:
-  stack.enter_context(claim.claim(workdir))
-  workdir_lib.check_own(workdir, _STAGE, _MARKS)
+  joined.by_first(workdir, lambda: workdir_lib.sign(workdir, _STAGE, made_from))

@@ -20,7 +20,9 @@ def made():
 @pytest.fixture(scope='module')
 def folder(made, tmp_path_factory):
   out = tmp_path_factory.mktemp('page')
-  index.build_index(*made, out, index.BrowseConfig(title='A test of features'))
+  synthetic_features.build(
+    *made, out, index.BrowseConfig(title='A test of features')
+  )
   return out
 
 

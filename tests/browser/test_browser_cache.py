@@ -7,7 +7,8 @@ import time
 from etils import epath
 import pytest
 
-from sae_jax.browser import index, static
+from sae_jax.browser import static
+from tests.support import synthetic_features
 from tests.support.browser.pages import serve, visit
 
 MONTH = 30 * 86_400
@@ -49,13 +50,13 @@ def test_new_scripts_run_after_a_rebuild(
   if not addressed:
     plain = {path.name: path.read_bytes() for path in static.PAGE.iterdir()}
     monkeypatch.setattr(static, 'contents', lambda: plain)
-  index.build_index(*made, out)
+  synthetic_features.build(*made, out)
   age(out)
   with serve(out) as url, visit(chromium, url) as (page, problems):
     page.wait_for_selector('#rows .preview .token')
     assert page.evaluate(VERSION) == ['overview', None, '']
     monkeypatch.setattr(static, 'PAGE', upgrade(tmp_path / 'new'))
-    index.build_index(*made, out)
+    synthetic_features.build(*made, out)
     again = page.context.new_page()
     again.goto(url)
     if addressed:
@@ -70,14 +71,14 @@ def test_new_scripts_run_after_a_rebuild(
 @pytest.mark.parametrize('name', ['columns.json', 'features/00000.json'])
 def test_damage_that_was_mended_is_not_kept(made, chromium, tmp_path, name):
   """A build of the same results has the same addresses."""
-  index.build_index(*made, tmp_path)
+  synthetic_features.build(*made, tmp_path)
   path = tmp_path / 'data' / name
   path.write_bytes(path.read_bytes()[:-9])
   age(tmp_path)
   with serve(tmp_path) as url, visit(chromium, url) as (page, _):
     page.evaluate("location.hash = '#/latent/7'")
     page.wait_for_selector('main [role=alert]')
-    index.build_index(*made, tmp_path)
+    synthetic_features.build(*made, tmp_path)
     again = page.context.new_page()
     again.goto(url + '#/latent/7')
     again.wait_for_selector('.feature .columns:not([aria-busy])')
@@ -86,7 +87,7 @@ def test_damage_that_was_mended_is_not_kept(made, chromium, tmp_path, name):
 
 def test_a_cache_that_stays_old_is_named(made, chromium, tmp_path):
   """A server that hands out an old page beside new data."""
-  index.build_index(*made, tmp_path)
+  synthetic_features.build(*made, tmp_path)
   meta = tmp_path / 'data' / 'meta.json'
   old = meta.read_text()
   meta.write_text(

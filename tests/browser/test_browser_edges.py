@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from sae_jax.browser import index
-from sae_jax.features import table
+from sae_jax.features.columns import MOMENTS
+from tests.support import synthetic_features
 from tests.support.browser.pages import open_latent, serve, visit
 
 NAN = float('nan')
@@ -33,7 +33,7 @@ def none_live(made):
 
 def not_finite(made):
   features = changed(made)
-  for name in table.MOMENTS:
+  for name in MOMENTS:
     features[name][:] = np.nan
   report = dict.fromkeys(made[1], NAN) | {'subject': 'toy', 'probes': {}}
   score = {'best_latent': 1, 'test_auc': 0.9, 'test_auc_low': NAN}
@@ -68,6 +68,7 @@ def one_latent(made):
     name: array if name == 'hist_edges' else array[alive]
     for name, array in features.items()
   }
+  features['latent_ids'][:] = 0
   features['neighbour_ids'][:] = -1
   return features, {'probes': {}}
 
@@ -87,7 +88,7 @@ UNREADABLE = """() => [...document.querySelectorAll('svg *')].flatMap((node) =>
 )
 def test_a_page_is_shown_whole(made, chromium, tmp_path, edit):
   features, report = edit(made)
-  index.build_index(features, report, made[2], tmp_path)
+  synthetic_features.build(features, report, made[2], tmp_path)
   with serve(tmp_path) as url, visit(chromium, url) as (page, problems):
     page.wait_for_selector('.overview .actions')
     page.wait_for_selector('#rows .facts')
@@ -113,7 +114,7 @@ def test_a_page_is_shown_whole(made, chromium, tmp_path, edit):
 
 def test_one_part_that_fails_stops_no_other(made, chromium, tmp_path):
   report = made[1] | {'probes': 'none', 'n_tokens': {}, 'site': 3}
-  index.build_index(made[0], report, made[2], tmp_path)
+  synthetic_features.build(made[0], report, made[2], tmp_path)
   with serve(tmp_path) as url, visit(chromium, url) as (page, problems):
     alert = page.locator('.overview [role=alert]')
     alert.wait_for()

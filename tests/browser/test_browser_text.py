@@ -5,7 +5,7 @@ import re
 import numpy as np
 import pytest
 
-from sae_jax.browser import index
+from tests.support import synthetic_features
 from tests.support.browser.pages import open_latent, serve, visit
 
 # Each in pieces, as a tokenizer may cut it: text, or bytes of characters.
@@ -33,7 +33,7 @@ def text_url(made, tmp_path_factory):
       features[f'{kind}_acts'][latent, 0, [1, 2]] = 1, 0.5
     vocabulary += text
   out = tmp_path_factory.mktemp('text')
-  index.build_index(features, made[1], vocabulary, out)
+  synthetic_features.build(features, made[1], vocabulary, out)
   with serve(out) as url:
     yield url
 

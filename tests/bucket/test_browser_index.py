@@ -16,15 +16,15 @@ def made():
 
 
 def test_a_bucket_holds_the_same_bytes_as_a_folder(made, tmp_path, monkeypatch):
-  index.build_index(*made, tmp_path)
+  synthetic_features.build(*made, tmp_path)
   server = fake_gcs.FakeGcs(['bucket'])
   with server as url:
     monkeypatch.setenv('STORAGE_EMULATOR_HOST', url)
     # File systems are kept by their arguments, which do not name the server.
     gcsfs.GCSFileSystem.clear_instance_cache()
     small = index.BrowseConfig(features_per_shard=7)
-    index.build_index(*made, 'gs://bucket/some/page', small)
-    page = index.build_index(*made, 'gs://bucket/some/page')
+    synthetic_features.build(*made, 'gs://bucket/some/page', small)
+    page = synthetic_features.build(*made, 'gs://bucket/some/page')
     gcsfs.GCSFileSystem.clear_instance_cache()
   assert page == 'gs://bucket/some/page/index.html'
   objects = {

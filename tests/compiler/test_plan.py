@@ -20,6 +20,7 @@ from sae_jax.autoencoder import SaeConfig
 from sae_jax.plan import footprint, meshes, planner, remedies, roofline, table
 from sae_jax.plan.program import costs as costs_lib
 from sae_jax.plan.program import exchange, parts
+from sae_jax.plan.steps import training
 from sae_jax.tpu import aot
 from sae_jax.tpu import slices as slices_lib
 from sae_jax.tpu.chips import CHIPS
@@ -145,14 +146,11 @@ def test_memory_has_its_parts(planned):
   memory = planned.footprint
   weights = 2 * S * D * 4 + S * 4 + D * 4
   # The mean and scale of the data are not trained.
-  assert memory.parameters == weights + D * 4 + 4
-  assert memory.moments == 2 * weights + 4
-  assert memory.average == weights + 4
-  assert memory.counters == S * 4 + 3 * 4
-  assert memory.batch == B * D * 2
+  state = weights + D * 4 + 4, 2 * weights + 4, weights + 4, S * 4 + 3 * 4
+  assert tuple(memory.arguments.values()) == (*state, B * D * 2)
   assert memory.temporaries > 0 and memory.program > 0
   # The compiler's arguments are these, but for tiles of small ones.
-  assert 0 <= memory.padding < 0.02 * memory.arguments
+  assert 0 <= memory.padding < 0.02 * memory.held
   assert planned.fits and memory.total < planned.slices.hbm_limit
 
 
@@ -177,11 +175,13 @@ def test_auxk_counts_by_the_dead_latents_that_are_assumed(
     dead: planner.read(config, v5e, line, compiled, dead)
     .costs.parts.get(parts.AUXK, costs_lib.Work())
     .flops
-    for dead in planner.DEAD
+    for dead in training.CASES
   }
   assert flops['none'] == 0 < flops['few'] < flops['all']
   assert planned.costs.parts[parts.AUXK].flops == flops['few']
-  assert list(planned.auxk_s) == sorted(planned.auxk_s)
+  seconds = planned.choices[parts.AUXK]
+  assert list(seconds) == sorted(seconds)
+  assert planned.cases['few'] == planned.roofline != planned.cases['all']
   assert any('few dead latents' in text for text in table.lines(planned))
 
 
@@ -367,14 +367,14 @@ def test_a_part_that_is_missing_is_no_refused_mesh(
 
 
 def test_a_step_that_refuses_a_config_says_what_it_takes(monkeypatch):
-  real = remedies.step.lowered
+  real = training.step.lowered
 
   def refuses(config, *args):
     if config.micro_batches < 4:
       raise errors.UserError('too many pairs: use a smaller batch')
     return real(config, *args)
 
-  monkeypatch.setattr(remedies.step, 'lowered', refuses)
+  monkeypatch.setattr(training.step, 'lowered', refuses)
   with pytest.raises(errors.UserError) as error:
     plan_lib.plan(train_config(batch_size=2**12), 'v5e:2x2', mesh=(2, 2))
   assert str(error.value) == (

@@ -11,6 +11,7 @@ from sae_jax.autoencoder import preprocessing, SaeConfig
 from sae_jax.ops import scopes
 from sae_jax.plan import footprint, meshes, planner
 from sae_jax.plan.program import parts
+from sae_jax.plan.steps import training
 from sae_jax.tpu import slices as slices_lib
 from sae_jax.training import step
 from sae_jax.training.config import TrainConfig
@@ -91,7 +92,7 @@ def test_what_a_step_must_have_is_known(
   v5e, config, mesh, implementation, names
 ):
   mesh = meshes.make_mesh(v5e, *mesh)
-  present = parts.expected(config, mesh, implementation)
+  present = training.expected(config, mesh, implementation)
   assert present == {parts.OPTIMIZER, *names.split(', ')}
 
 

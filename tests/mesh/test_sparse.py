@@ -6,6 +6,7 @@ import pytest
 from sae_jax import ops
 from tests.support.top_k_checks import (
   ADVERSARIAL,
+  assert_ranks,
   sharded_winners,
   unsharded_winners,
   winners_that_crowd_one_shard_are_kept,
@@ -26,3 +27,22 @@ def test_top_k_over_shards_equals_one_stable_sort(name, k, batch):
 
 def test_top_k_over_shards_keeps_winners_that_crowd_one_shard():
   winners_that_crowd_one_shard_are_kept()
+
+
+@pytest.mark.parametrize('name', ADVERSARIAL)
+@pytest.mark.parametrize('most', [1, 8, 24])
+@pytest.mark.parametrize('shards', [1, 8])
+def test_ranks_over_shards_equal_one_stable_sort(name, most, shards):
+  rng = np.random.default_rng(5)
+  x_BN = np.concatenate([ADVERSARIAL[name](rng) for _ in range(4)])
+  assert_ranks(x_BN[:16].astype(np.float32), most, shards, most)
+
+
+def test_ranks_within_a_shard_are_not_those_of_all():
+  def own(vals_BK, idx_BK, axis, most):
+    rank_BK, *_ = ops.ranks(vals_BK, idx_BK, None, most)
+    return ops.ranks(vals_BK, idx_BK, axis, most)._replace(rank_BK=rank_BK)
+
+  x_BN = np.random.default_rng(6).standard_normal((8, 64)).astype(np.float32)
+  with pytest.raises(AssertionError):
+    assert_ranks(x_BN, 8, 8, 8, own)

@@ -65,7 +65,10 @@ def test_the_binaries_walk_the_same_path(tmp_path):
   assert manifest['subject'] == model
   # What is lost is made again, and nothing else, by a model that was moved.
   moved = shutil.move(model, tmp_path / 'moved.gguf')
-  lost = (tmp_path / 'probe/features.npz', tmp_path / 'page/data/columns.json')
+  lost = (
+    tmp_path / 'probe/features/top_acts/c/0/0/0',
+    tmp_path / 'page/data/columns.json',
+  )
   before = [path.read_bytes() for path in lost]
   for path in lost:
     path.unlink()

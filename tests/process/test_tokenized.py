@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from sae_jax import errors
+from sae_jax.processes import _JOBS_AHEAD as JOBS_AHEAD
 from sae_jax.text import contexts as contexts_lib
 from sae_jax.text import corpus
 from sae_jax.text import workers as workers_lib
@@ -81,7 +82,7 @@ def test_little_is_read_ahead_and_closing_ends_the_processes():
   )
   assert not taken
   assert len(list(itertools.islice(stream, 5))) == 5
-  ahead = workers_lib._BATCH_DOCUMENTS * (2 * workers_lib._BATCHES_AHEAD + 1)
+  ahead = workers_lib._BATCH_DOCUMENTS * (2 * JOBS_AHEAD + 1)
   assert 0 < len(taken) <= ahead
   assert len(processes.children() - before) == 2
   stream.close()

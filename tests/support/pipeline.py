@@ -33,37 +33,43 @@ def made_tasks(names, n_tasks, n_prompts, max_chars, seed):
   return [tasks.Task('1_end', tuple(prompts), labels_P, ('x', 'y'))]
 
 
-def harvested(texts, url):
+def harvested(texts, url, family='llama', site=toy.SITE):
   """A store of some thousand rows: chunks of 32, eight to a shard."""
-  plan = toy.config(texts, chunk_rows=32, shard_rows=256)
-  return harvest.harvest(plan, url, toy.subject())
+  plan = toy.config(texts, chunk_rows=32, shard_rows=256, sites=(str(site),))
+  return harvest.harvest(plan, url, toy.subject(family))
 
 
 def trained(store_url, workdir, steps=STEPS):
   run = planted.train_config(
-    sae=SaeConfig(16, 32, 4), batch_size=BATCH, steps=steps
+    sae=SaeConfig(n_latents=32, k=4), batch_size=BATCH, steps=steps
   )
   return train.train(run, store_url, workdir)
 
 
-def run(texts, root):
+def run(texts, root, family='llama', site=toy.SITE):
   """Every stage, training in two parts; the folders are below the root.
+
+  Args:
+    texts: the texts.
+    root: a folder or URL.
+    family: of the subject, a key of `toy.FAMILIES`.
+    site: of the subject.
 
   Returns:
     The report.
   """
-  harvested(texts, f'{root}/store')
+  harvested(texts, f'{root}/store', family, site)
   # The second part reads what the first one saved.
   trained(f'{root}/store', f'{root}/run', STEPS // 2)
   trained(f'{root}/store', f'{root}/run')
-  subject = toy.subject()
+  subject = toy.subject(family)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(tasks, 'load_tasks', made_tasks)
     found = report.probe(
       PROBE, f'{root}/run', f'{root}/store', f'{root}/probe', subject
     )
   index.build_index(
-    f'{root}/probe/features.npz',
+    f'{root}/probe/features',
     found,
     [subject.tokenizer.decode([i]) for i in range(256)],
     f'{root}/page',

@@ -5,11 +5,14 @@ every array is then computed from those activations, so they agree with each
 other as real ones do.
 """
 
+import os
 import re
+import tempfile
 
 import numpy as np
 
-from sae_jax.features import table
+from sae_jax.browser import index
+from sae_jax.features import columns, results, writer
 
 SENTENCES = r"""
 The Prime Minister told Parliament on Tuesday that the budget would be late.
@@ -92,7 +95,7 @@ def make(
   arrays = {
     'latent_ids': np.arange(n_latents),
     'count': count,
-    **dict(zip(table.MOMENTS, (count / len(stream), *moments.T))),
+    **dict(zip(columns.MOMENTS, (count / len(stream), *moments.T))),
     'hist_edges': edges,
     'hist_counts': np.stack([np.histogram(p, edges)[0] for p in positive]),
   }
@@ -126,7 +129,26 @@ def make(
   arrays['neighbour_ids'] = near
   arrays['neighbour_cosines'] = np.take_along_axis(cosines, near, axis=1)
   report = _report(n_latents, n_tokens, dead_N)
-  return table.make(arrays), report, vocabulary
+  arrays = {
+    name: np.asarray(array, columns.COLUMNS[name].dtype)
+    for name, array in arrays.items()
+  }
+  return arrays, report, vocabulary
+
+
+def build(features, report, vocabulary, out, config=None):
+  """Writes a table to a folder of its own, and a page of it; the page's URL."""
+  with tempfile.TemporaryDirectory() as folder:
+    url = os.path.join(folder, 'features')
+    writer.write(url, features)
+    return index.build_index(url, report, vocabulary, out, config)
+
+
+def write_results(workdir, made_from, report, features):
+  """Finished results as sae-probe writes them, but for its plots."""
+  results.begin(workdir, made_from)
+  writer.write(results.features_url(workdir), features)
+  results.write(workdir, made_from, report)
 
 
 def _text(rng, n_tokens):

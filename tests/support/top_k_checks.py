@@ -81,3 +81,51 @@ def winners_that_crowd_one_shard_are_kept():
   # Control: a capacity factor loses them.
   limited = sharded_winners(x_BN, 8, 8, capacity_limited)
   assert (limited != want).any()
+
+
+def sharded_ranks(x_BN, k, shards, most, ranks=ops.ranks):
+  """Each latent's rank, and the first of all, of rows over a sharded axis.
+
+  Args:
+    x_BN: rows of values.
+    k: candidates of a shard.
+    shards: number of shards.
+    most: places that are told apart.
+    ranks: the function that is checked.
+
+  Returns:
+    rank_BN, `most` where a latent is no candidate; vals_BM, idx_BM.
+  """
+  line = jax.make_mesh(
+    (shards,),
+    ('latent',),
+    axis_types=(jax.sharding.AxisType.Auto,),
+    devices=jax.devices()[:shards],
+  )
+
+  @functools.partial(
+    jax.shard_map,
+    mesh=line,
+    in_specs=P(None, 'latent'),
+    out_specs=(P(None, 'latent'), P('latent'), P('latent')),
+  )
+  def run(x_BS):
+    vals_BK, own_BK = ops.top_k(x_BS, min(k, x_BS.shape[1]))
+    first = jax.lax.axis_index('latent') * x_BS.shape[1]
+    rank_BK, *first_of_all = ranks(vals_BK, own_BK + first, 'latent', most)
+    rows_B1 = jnp.arange(x_BS.shape[0])[:, None]
+    none = jnp.full_like(own_BK, most, shape=x_BS.shape)
+    return none.at[rows_B1, own_BK].set(rank_BK), *first_of_all
+
+  return [np.asarray(a) for a in jax.jit(run)(x_BN)]
+
+
+def assert_ranks(x_BN, k, shards, most, ranks=ops.ranks):
+  """The ranks are the places in a stable sort of whole rows."""
+  rank_BN, vals_BM, idx_BM = sharded_ranks(x_BN, k, shards, most, ranks)
+  want_vals, want_idx = stable_top_k(x_BN, most)
+  np.testing.assert_array_equal(vals_BM, want_vals)
+  np.testing.assert_array_equal(idx_BM, want_idx)
+  want_BN = np.full(x_BN.shape, most)
+  np.put_along_axis(want_BN, want_idx, np.arange(most)[None], 1)
+  np.testing.assert_array_equal(rank_BN, want_BN)

@@ -18,8 +18,23 @@ SITE = capture.Site(1, 'resid_post')
 LOUD = ord('~')  # A token whose embedding is scaled up: an attention sink.
 
 
+FAMILIES = {
+  'llama': {},
+  'gemma': {'post_norms': True, 'qk_norm': True, 'embed_scale': 4.0},
+  'gpt2': {
+    'norm': 'layer',
+    'n_positions': 32,
+    'qkv_bias': True,
+    'attn_out_bias': True,
+    'ffn_bias': True,
+    'gated': False,
+    'activation': 'gelu_tanh',
+  },
+}
+
+
 @functools.cache
-def subject():
+def subject(family='llama'):
   """A random model of bytes."""
   config = transformer.TransformerConfig(
     n_layers=3,
@@ -32,6 +47,7 @@ def subject():
     rope_base=1e4,
     norm_eps=1e-5,
     rope_pairs='interleaved',
+    **FAMILIES[family],
   )
   params = transformer.init(config, jax.random.key(0))
   alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())

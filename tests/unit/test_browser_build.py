@@ -9,7 +9,6 @@ import pytest
 
 import sae_jax
 from sae_jax.browser import build, index, static
-from sae_jax.features import results
 from sae_jax.storage import finished
 from tests.support import synthetic_features
 
@@ -25,7 +24,7 @@ def made():
 def probed(made, tmp_path, monkeypatch):
   """A workdir of sae-probe and how often a page was built from it."""
   features, report, vocabulary = made
-  results.write(tmp_path / 'probe', {}, report, features)
+  synthetic_features.write_results(tmp_path / 'probe', {}, report, features)
   monkeypatch.setattr(build, 'vocabulary', lambda *_: vocabulary)
   builds = []
   build_index = index.build_index
@@ -62,7 +61,7 @@ def put(path, content):
 
 def test_damage_to_any_file_is_seen(made, tmp_path):
   config = index.BrowseConfig(features_per_shard=7)
-  index.build_index(*made, tmp_path, config)
+  synthetic_features.build(*made, tmp_path, config)
   inputs = index.inputs(made[1], config)
   rng = np.random.default_rng(0)
   whole = contents(tmp_path)
@@ -113,14 +112,14 @@ def test_another_version_builds_again(probed, tmp_path, monkeypatch, change):
 
 
 def test_a_build_removes_what_a_killed_one_left(made, tmp_path):
-  index.build_index(*made, tmp_path)
+  synthetic_features.build(*made, tmp_path)
   names = sorted(contents(tmp_path))
   own = ['data/labels.json', 'notes.partial', 'data/features/mine.json']
   left = ['.index.html.17.partial', 'data/.meta.json.5.partial']
   left += ['data/features/.00000.json.12345.partial']
   for name in own + left:
     (tmp_path / name).write_text('')
-  index.build_index(*made, tmp_path)
+  synthetic_features.build(*made, tmp_path)
   assert sorted(contents(tmp_path)) == sorted(names + own)
 
 
@@ -152,6 +151,6 @@ def test_bytes_of_a_character_stay_apart_from_text_that_looks_alike(
 ):
   features, report, vocabulary = made
   tokens = [b'\xe6\x88', b'\x91', '\\xe6', *vocabulary[3:]]
-  index.build_index(features, report, tokens, tmp_path)
+  synthetic_features.build(features, report, tokens, tmp_path)
   written = json.loads((tmp_path / 'data' / 'vocabulary.json').read_text())
   assert written[:3] == [[0xE6, 0x88], [0x91], '\\xe6']

@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 
 from sae_jax import errors
-from sae_jax.browser import index
+from sae_jax import features as features_lib
+from sae_jax.browser import entries, index
+from sae_jax.features import writer
 from tests.support import synthetic_features
 
 
@@ -22,7 +24,7 @@ def made():
 def folder(made, tmp_path_factory):
   out = tmp_path_factory.mktemp('browser')
   config = index.BrowseConfig(features_per_shard=7, activation_digits=9)
-  index.build_index(*made, out, config)
+  synthetic_features.build(*made, out, config)
   return out
 
 
@@ -94,7 +96,7 @@ def test_comparison_sees_one_changed_number(made, folder, name):
 
 def test_activations_keep_the_digits_asked_for(made, tmp_path):
   features, report, vocabulary = made
-  index.build_index(
+  synthetic_features.build(
     features,
     report,
     vocabulary,
@@ -174,8 +176,8 @@ def test_padding_on_the_left_moves_the_peak(made, tmp_path):
   for name in ('top_tokens', 'top_acts'):
     moved[name][row, 0] = np.roll(plain[name][row, 0], 4)
   moved['top_peak'][row, 0] = 9
-  index.build_index(plain, report, vocabulary, tmp_path / 'plain')
-  index.build_index(moved, report, vocabulary, tmp_path / 'moved')
+  synthetic_features.build(plain, report, vocabulary, tmp_path / 'plain')
+  synthetic_features.build(moved, report, vocabulary, tmp_path / 'moved')
   assert read_shards(tmp_path / 'plain') == read_shards(tmp_path / 'moved')
 
 
@@ -188,7 +190,7 @@ def test_what_is_absent_or_not_finite_is_left_out_or_null(made, tmp_path):
   features['vote_up_ids'][1, 4:] = -1
   report = {**report, 'kl': float('nan'), 'delta_ce': np.float32(0.5)}
   report['curve'] = np.arange(3)
-  index.build_index(features, report, vocabulary, tmp_path)
+  synthetic_features.build(features, report, vocabulary, tmp_path)
   columns = read(tmp_path, 'columns.json')
   assert columns['skew'][2] is None
   assert columns['max'][3] is None
@@ -202,19 +204,35 @@ def test_what_is_absent_or_not_finite_is_left_out_or_null(made, tmp_path):
   assert written['curve'] == [0, 1, 2]
 
 
-def test_file_and_dict_give_the_same_bytes(made, tmp_path):
+def contents(folder):
+  return {
+    str(path.relative_to(folder)): path.read_bytes()
+    for path in folder.rglob('*.*')
+  }
+
+
+def test_a_table_that_is_open_and_its_folder_give_the_same_bytes(
+  made, tmp_path
+):
   features, report, vocabulary = made
-  np.savez(tmp_path / 'features.npz', **features)
-  index.build_index(features, report, vocabulary, tmp_path / 'a')
-  index.build_index(
-    str(tmp_path / 'features.npz'), report, vocabulary, tmp_path / 'b'
-  )
-  files = [p.relative_to(tmp_path / 'a') for p in (tmp_path / 'a').rglob('*.*')]
-  assert len(files) > 10
-  for name in files:
-    assert (tmp_path / 'a' / name).read_bytes() == (
-      tmp_path / 'b' / name
-    ).read_bytes(), name
+  writer.write(tmp_path / 'features', features)
+  opened = features_lib.open(tmp_path / 'features')
+  for name, table in (('a', tmp_path / 'features'), ('b', opened)):
+    index.build_index(table, report, vocabulary, tmp_path / name)
+  assert len(contents(tmp_path / 'a')) > 10
+  assert contents(tmp_path / 'a') == contents(tmp_path / 'b')
+
+
+def test_blocks_do_not_matter(made, tmp_path, monkeypatch):
+  config = index.BrowseConfig(features_per_shard=7)
+  synthetic_features.build(*made, tmp_path / 'whole', config)
+  monkeypatch.setattr(index, '_BLOCK', 10)
+  synthetic_features.build(*made, tmp_path / 'blocks', config)
+  assert contents(tmp_path / 'blocks') == contents(tmp_path / 'whole')
+  # Control: the data files' size does.
+  config = index.BrowseConfig(features_per_shard=8)
+  synthetic_features.build(*made, tmp_path / 'other', config)
+  assert contents(tmp_path / 'other') != contents(tmp_path / 'whole')
 
 
 def test_build_names_the_content(made, tmp_path):
@@ -223,32 +241,28 @@ def test_build_names_the_content(made, tmp_path):
   alive = np.flatnonzero(features['count'])[0]
   for change in (0, 0, 1):
     features['top_document'][alive, 0] += change
-    index.build_index(features, report, vocabulary, tmp_path)
+    synthetic_features.build(features, report, vocabulary, tmp_path)
     builds.append(read(tmp_path, 'meta.json')['build'])
   features['top_document'][alive, 0] -= 1
   assert builds[0] == builds[1] != builds[2]
 
 
 def test_interrupted_build_leaves_no_index(made, tmp_path, monkeypatch):
-  index.build_index(*made, tmp_path, index.BrowseConfig(features_per_shard=5))
+  synthetic_features.build(
+    *made, tmp_path, index.BrowseConfig(features_per_shard=5)
+  )
   assert len(read_shards(tmp_path)) == 6
 
-  def fail(features, row, digits):
+  def fail(table, digits):
     raise OSError('disk full')
 
   with monkeypatch.context() as patch:
-    patch.setattr(index, '_feature', fail)
+    patch.setattr(entries, '_entries', fail)
     with pytest.raises(OSError, match='disk full'):
-      index.build_index(*made, tmp_path)
+      synthetic_features.build(*made, tmp_path)
   assert not (tmp_path / 'data' / 'meta.json').exists()
-  index.build_index(*made, tmp_path)
+  synthetic_features.build(*made, tmp_path)
   assert len(read_shards(tmp_path)) == 1
-
-
-def damaged(made, name, change):
-  features = {**made[0]}
-  features[name] = change(features[name].copy())
-  return features
 
 
 def test_errors_name_the_numbers(made, tmp_path):
@@ -256,7 +270,7 @@ def test_errors_name_the_numbers(made, tmp_path):
 
   def message(features=features, report=report, vocabulary=vocabulary, **opts):
     with pytest.raises(errors.UserError) as error:
-      index.build_index(
+      synthetic_features.build(
         features,
         report,
         vocabulary,
@@ -264,33 +278,50 @@ def test_errors_name_the_numbers(made, tmp_path):
         index.BrowseConfig(**opts),
       )
     assert '\n' not in str(error.value)
-    assert not (tmp_path / 'out').exists()
+    assert not (tmp_path / 'out' / 'finished.json').exists()
     return str(error.value)
 
-  lacking = {k: v for k, v in features.items() if k not in ('skew', 'max')}
-  assert 'lack max, skew' in message(lacking)
-  short = damaged(made, 'top_peak', lambda a: a[:, :3])
-  assert 'top_peak has 3 along M top but top_tokens has 4' in message(short)
-  flat = damaged(made, 'hist_counts', lambda a: a.ravel())
-  assert 'hist_counts has shape (1200,)' in message(flat)
-  edges = damaged(made, 'hist_edges', lambda a: a[1:])
-  assert 'hist_counts has 40 along H but hist_edges has 39' in message(edges)
-  twice = damaged(made, 'latent_ids', lambda a: a // 2)
-  assert '30 entries but only 15 different' in message(twice)
-  empty = {
-    k: v[:, :0] if k.startswith('top_') else v for k, v in features.items()
-  }
-  assert 'top_tokens is empty along M top' in message(empty)
   assert 'the vocabulary ends at 99' in message(vocabulary=vocabulary[:100])
   assert 'features_per_shard 0 must be 1 or more' in message(
     features_per_shard=0
   )
   assert 'report.x is a set' in message(report={'x': {1}})
-  missing = tmp_path / 'none.npz'
-  assert 'none.npz does not exist' in message(missing)
-  for content in (b'PK\x03\x04 broken', b'', b'text'):
-    missing.write_bytes(content)
-    assert 'not a readable npz' in message(missing)
+  twice = features | {'latent_ids': features['latent_ids'] // 2}
+  assert 'latent_ids holds latent 0 in row 1: run' in message(twice)
+
+
+@pytest.mark.parametrize(
+  ('name', 'said'),
+  [
+    ('none', 'none is no finished feature table, it has no manifest'),
+    ('features.npz', r'features\.npz is a table of an earlier sae_jax: run'),
+  ],
+)
+def test_a_table_that_is_not_there_leaves_an_older_page(
+  made, tmp_path, name, said
+):
+  _, report, vocabulary = made
+  synthetic_features.build(*made, tmp_path / 'page')
+  before = contents(tmp_path / 'page')
+  if name == 'features.npz':
+    (tmp_path / name).write_bytes(b'PK')
+  with pytest.raises(errors.UserError, match=said):
+    index.build_index(tmp_path / name, report, vocabulary, tmp_path / 'page')
+  assert contents(tmp_path / 'page') == before
+
+
+def test_examples_may_be_absent(made, tmp_path):
+  features, report, vocabulary = made
+  absent = ('top_', 'random_', 'vote_', 'neighbour')
+  none = {
+    name: array[:, :0] if name.startswith(absent) else array
+    for name, array in features.items()
+  }
+  synthetic_features.build(none, report, vocabulary, tmp_path)
+  (shard,) = read_shards(tmp_path)
+  assert all(e['top'] == e['random'] == [] for e in shard)
+  assert all(e['votes_up'] == {'tokens': [], 'logits': []} for e in shard)
+  assert read(tmp_path, 'previews.json')['tokens'] == [[]] * 30
 
 
 def test_page_asks_for_nothing_from_elsewhere(folder):

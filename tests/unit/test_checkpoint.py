@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 
 from sae_jax import checkpoint, errors
+from sae_jax.storage import orbax as orbax_lib
+from sae_jax.storage import saved_arrays
 from tests.support import runs
 from tests.support.checkpoints import CONFIG, contents, METADATA, save
 
@@ -53,6 +55,34 @@ def test_load_takes_shapes_and_decay_from_the_checkpoint(tmp_path):
   )
   wrong = checkpoint.load(str(tmp_path / 'other'))
   assert (wrong.sae.w_dec_ND != average.sae.w_dec_ND).any()
+
+
+@pytest.mark.parametrize('decay, count', [(0.0, 2), (0.75, 0)])
+def test_without_an_average_the_last_parameters_are_it(tmp_path, decay, count):
+  """The sums, which are no numbers here, are not read."""
+  saved = contents()
+  sums = {name: jnp.nan * a for name, a in saved.ema['ema'].items()}
+  saved = dataclasses.replace(
+    saved, ema={'count': jnp.array(count), 'ema': sums}
+  )
+  config = METADATA.train_config | {'optimizer': {'ema_decay': decay}}
+  metadata = dataclasses.replace(METADATA, train_config=config)
+  save(str(tmp_path), saved, metadata)
+  runs.assert_same_bits(checkpoint.load(str(tmp_path)).sae, saved.sae)
+
+
+def test_large_arrays_are_saved_in_chunks(tmp_path, monkeypatch):
+  """Whoever wants a part reads no more than the chunks that it touches."""
+  monkeypatch.setattr(orbax_lib, '_CHUNK_BYTES', 2**10)
+  saved = contents(d_model=16, n_latents=64)
+  save(str(tmp_path), saved)
+  folder = str(tmp_path / 'checkpoints/7/sae')
+  for name, rows in (('w_dec_ND', 16), ('b_lat_N', 64)):
+    array = saved_arrays.open_array(folder, name)
+    assert array.chunk_layout.read_chunk.shape[0] == rows
+    assert saved_arrays.has_digests(array)
+  got = checkpoint.load(str(tmp_path), average=False)
+  runs.assert_same_bits(got.sae, saved.sae)
 
 
 def test_a_parameter_saved_as_none_is_absent(tmp_path, monkeypatch):

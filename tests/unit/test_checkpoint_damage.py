@@ -1,5 +1,6 @@
 """Damaged checkpoints: named, or the same bits are read."""
 
+import dataclasses
 import logging
 import os
 import random
@@ -101,7 +102,7 @@ def test_damage_names_the_array_and_the_checkpoint_before(in_files):
   spoil(chunk(in_files, 9))
   folder = in_files / 'checkpoints' / '9'
   with pytest.raises(errors.UserError) as error:
-    checkpoint.load(str(in_files))
+    checkpoint.load(str(in_files), average=False)
   assert str(error.value).startswith(
     f'array sae/w_dec_ND of {folder} is damaged ('
   )
@@ -111,6 +112,32 @@ def test_damage_names_the_array_and_the_checkpoint_before(in_files):
   )
   shutil.rmtree(folder)
   assert checkpoint.load(str(in_files)).step == 7
+
+
+def test_only_what_is_used_is_read(in_files):
+  """The average of some arrays, the last of others; damage elsewhere is not."""
+  saved = dataclasses.replace(
+    SAVED, ema={'count': SAVED.ema['count'], 'ema': dict(SAVED.ema['ema'])}
+  )
+  del saved.ema['ema']['w_enc_ND']
+  save(str(in_files), saved, step=11)
+  right = {a: checkpoint.load(str(in_files), average=a) for a in (True, False)}
+  used = {
+    'sae/w_dec_ND': {False}, 'ema/ema.w_dec_ND': {True},
+    'sae/w_enc_ND': {True, False}, 'adam/mu.w_dec_ND': set(),
+  }  # fmt: skip
+  for name, by in used.items():
+    path = chunk(in_files, 11, name)
+    whole = path.read_bytes()
+    spoil(path)
+    for average in (True, False):
+      if average in by:
+        with pytest.raises(errors.UserError, match=f'array {name} of'):
+          checkpoint.load(str(in_files), average=average)
+      else:
+        got = checkpoint.load(str(in_files), average=average)
+        runs.assert_same_bits(got.sae, right[average].sae)
+    path.write_bytes(whole)
 
 
 def test_control_without_digests_damage_is_read(tmp_path, monkeypatch):

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
-from sae_jax.features import table as table_lib
-from sae_jax.probing import codes, examples, lens
-from tests.support import probed
+from sae_jax.probing import examples, lens, neighbours
+from tests.support import probed, tables
 
 CONFIG = examples.FeatureConfig(
   feature_rows=1000,
@@ -23,14 +22,15 @@ CONFIG = examples.FeatureConfig(
 N, W = 24, 7
 
 
-def build(trained, data, config=CONFIG, batch_rows=50, seed=0):
-  subject = probed.make_subject()
-  return examples.build(config, trained, subject, data, batch_rows, seed)
+def build(trained, data, folder, config=CONFIG, batch_rows=50, seed=0):
+  """All columns of a table, as it is read back."""
+  opened = tables.build(trained, data, str(folder), config, batch_rows, seed)
+  return {name: opened.column(name) for name in opened.columns}
 
 
 @pytest.fixture(scope='module')
-def table(trained, data):
-  return build(trained, data)
+def table(trained, data, tmp_path_factory):
+  return build(trained, data, tmp_path_factory.mktemp('made'))
 
 
 @pytest.fixture(scope='module')
@@ -121,13 +121,15 @@ def test_top_examples_are_each_documents_best(table, data, dense_RN):
   assert np.abs(table['top_acts'][:, :, 4] - best_NM).max() > 0.01
 
 
-def test_random_examples_are_positive_and_any(table, trained, data, dense_RN):
+def test_random_examples_are_positive_and_any(
+  table, trained, data, dense_RN, tmp_path
+):
   count = (dense_RN > 0).sum(0)
   present = table['random_peak'] >= 0
   np.testing.assert_array_equal(present.sum(1), np.minimum(count, 3))
   assert (table['random_acts'][present][:, 4] > 0).all()
   assert (table['random_tokens'][~present] == -1).all()
-  other = build(trained, data, seed=1)
+  other = build(trained, data, tmp_path, seed=1)
   assert (other['random_tokens'] != table['random_tokens']).any()
   np.testing.assert_array_equal(other['top_tokens'], table['top_tokens'])
   # Unlike the best, they are of no particular size.
@@ -138,8 +140,8 @@ def test_random_examples_are_positive_and_any(table, trained, data, dense_RN):
   assert (table['top_acts'][:, 0, 4] >= middle_N - np.float64(1e-4)).all()
 
 
-def test_the_batch_does_not_matter(table, trained, data):
-  other = build(trained, data, batch_rows=7)
+def test_the_batch_does_not_matter(table, trained, data, tmp_path):
+  other = build(trained, data, tmp_path, batch_rows=7)
   assert other.keys() == table.keys()
   for name, array in table.items():
     np.testing.assert_allclose(other[name], array, rtol=1e-3, atol=1e-5)
@@ -150,107 +152,14 @@ def test_votes_and_neighbours_are_the_decoders(table, trained):
   want = lens.votes(probed.make_subject(), probed.SITE, w_dec_ND, 6)
   for name, array in zip(('up_ids', 'up_logits', 'down_ids'), want):
     np.testing.assert_array_equal(table[f'vote_{name}'], array)
-  ids, cosines = lens.neighbours(w_dec_ND, 4)
+  ids, cosines = neighbours.nearest(w_dec_ND, 4)
   np.testing.assert_array_equal(table['neighbour_ids'], ids)
   np.testing.assert_array_equal(table['neighbour_cosines'], cosines)
 
 
-def encoded(trained, data, start, stop):
-  encoded_rows = codes.encode_rows(trained, data, start, stop, 64)
-  dense_RN = np.zeros((data.manifest.n_rows, N))
-  for row, (vals, idx) in enumerate(
-    zip(encoded_rows.vals_RK, encoded_rows.idx_RK), start
-  ):
-    dense_RN[row, idx] = vals
-  return encoded_rows, dense_RN
-
-
-@pytest.mark.parametrize('span', [(0, None), (0, 61), (29, 74)])
-@pytest.mark.parametrize('before,after', [(0, 0), (4, 2), (20, 15)])
-def test_windows_equal_a_slow_loop(trained, data, span, before, after):
-  start, stop = span[0], span[1] or data.manifest.n_rows
-  encoded_rows, acts_RN = encoded(trained, data, start, stop)
-  # Every row once, whether the latent fires there or not, and some gaps.
-  rows_NM = np.full((N, 8), -1)
-  rows_NM.flat[: stop - start] = np.arange(start, stop)
-  rng = np.random.default_rng(0)
-  rows_NM = rng.permuted(rows_NM, axis=0)
-  assert (rows_NM == -1).any() and (
-    np.bincount(rows_NM[rows_NM >= 0]) < 2
-  ).all()
-  window = examples.windows(encoded_rows, data, rows_NM, before, after)
-  for latent, example in np.ndindex(rows_NM.shape):
-    row = rows_NM[latent, example]
-    got = {name: array[latent, example] for name, array in window.items()}
-    if row < 0:
-      assert got['peak'] == got['document'] == -1
-      assert (got['tokens'] == -1).all() and not got['acts'].any()
-      continue
-    tokens, acts = slow_window(
-      data, acts_RN[:, latent], row, before, after, start, stop
-    )
-    np.testing.assert_array_equal(got['tokens'], tokens)
-    np.testing.assert_array_equal(got['acts'], np.float32(acts))
-    assert got['peak'] == before
-    assert got['document'] == row_document(data)[row]
-
-
-def test_control_contexts_end_inside_documents(trained, data, monkeypatch):
-  """Windows cut at documents would not equal the slow loop's."""
-  rows_NM = np.arange(24 * 5).reshape(N, 5)
-  encoded_rows, _ = encoded(trained, data, 0, data.manifest.n_rows)
-  right = examples.windows(encoded_rows, data, rows_NM, 4, 2)['tokens']
-  starts = np.searchsorted(data.documents(), data.documents())
-  monkeypatch.setattr(
-    data, 'positions', lambda: np.arange(len(starts)) - starts
-  )
-  wrong = examples.windows(encoded_rows, data, rows_NM, 4, 2)['tokens']
-  assert ((right == -1) & (wrong >= 0)).sum() > 20
-  assert not ((right >= 0) & (wrong == -1)).any()
-
-
-def test_a_window_ends_where_the_encoded_rows_do(trained, data):
-  """Beyond, tokens would be shown as if the latent were silent on them."""
-  stream, position = data.stream_index(), data.positions()
-  # A context that is cut: the next row is the next token of it.
-  cut = next(
-    row
-    for row in range(40, 200)
-    if stream[row] == stream[row - 1] + 1 and position[stream[row]] > 2
-  )
-  rows_NM = np.full((N, 1), cut - 1)
-  part = examples.windows(
-    encoded(trained, data, 0, cut)[0], data, rows_NM, 2, 2
-  )
-  whole = examples.windows(
-    encoded(trained, data, 0, data.manifest.n_rows)[0], data, rows_NM, 2, 2
-  )
-  assert (part['tokens'][:, 0, 3:] == -1).all()
-  assert (whole['tokens'][:, 0, 3] == data.tokens()[stream[cut]]).all()
-  np.testing.assert_array_equal(
-    part['tokens'][..., :3], whole['tokens'][..., :3]
-  )
-  # Control: some latent does fire on the token that is left out.
-  assert whole['acts'][:, 0, 3].any()
-
-
-def test_the_page_takes_the_table_and_its_file(table, tmp_path):
-  table_lib.check(table, probed.VOCABULARY)
-  (tmp_path / 'features.npz').write_bytes(table_lib.to_bytes(table))
-  read = table_lib.read(tmp_path / 'features.npz')
-  assert read.keys() == table.keys()
-  for name, array in table.items():
-    np.testing.assert_array_equal(read[name], array)
-    assert read[name].dtype == table_lib.ARRAYS[name].dtype
-  kinds = {name: array.dtype.kind for name, array in table.items()}
-  assert kinds['count'] == 'i' and table['count'].dtype == np.int64
-  assert all(array.dtype.itemsize <= 4 for n, array in table.items()
-             if n not in ('count', 'hist_counts'))  # fmt: skip
-
-
-def test_fewer_rows_are_read_on_request(trained, data, dense_RN):
+def test_fewer_rows_are_read_on_request(trained, data, dense_RN, tmp_path):
   config = dataclasses.replace(CONFIG, feature_rows=61, votes=1000)
-  table = build(trained, data, config)
+  table = build(trained, data, tmp_path, config)
   np.testing.assert_array_equal(table['count'], (dense_RN[:61] > 0).sum(0))
   np.testing.assert_allclose(
     table['density'], (dense_RN[:61] > 0).mean(0), rtol=1e-6
@@ -259,12 +168,11 @@ def test_fewer_rows_are_read_on_request(trained, data, dense_RN):
   assert table['vote_up_ids'].shape == (N, probed.VOCABULARY)
 
 
-def test_an_autoencoder_that_never_fires_has_a_table(trained, data):
+def test_an_autoencoder_that_never_fires_has_a_table(trained, data, tmp_path):
   silent = dataclasses.replace(
     trained, sae=trained.sae.replace(b_lat_N=jnp.full(N, -1e3))
   )
-  table = build(silent, data)
-  table_lib.check(table, probed.VOCABULARY)
+  table = build(silent, data, tmp_path)
   for name in ('count', 'density', 'max', 'mean', 'std', 'skew', 'hist_counts'):
     assert not table[name].any()
   assert (table['top_peak'] == -1).all() and (table['random_peak'] == -1).all()

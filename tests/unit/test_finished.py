@@ -7,9 +7,9 @@ import pytest
 from sae_jax import errors
 from sae_jax.storage import finished
 
-CONTENTS = {'report.json': b'{"nmse": 0.25}', 'features.npz': b'PK' * 40}
+CONTENTS = {'report.json': b'{"nmse": 0.25}', 'data.bin': b'PK' * 40}
 MADE_FROM = {'inputs': {'seed': 0}, 'versions': {'sae_jax': '1'}}
-NAMES = re.compile(r'report\.json|features\.npz')
+NAMES = re.compile(r'report\.json|data\.bin')
 
 
 @pytest.fixture

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from sae_jax import errors
-from sae_jax.ops import chip
+from sae_jax import errors, ops
+from sae_jax.ops import chip, pairs
 from sae_jax.ops.decode import kernel as decode_kernel
 from sae_jax.ops.decode import tiles as decode_tiles
 from sae_jax.ops.weight_grad import kernel as grad_kernel
@@ -57,6 +57,25 @@ def test_sums_and_products_are_those_of_float64(name):
   assert close(sums, slots.want_sums())
   assert close(products, slots.want_products())
   assert (products[~slots.real] == 0).all()
+
+
+def test_zeros_are_passed_over_where_few_are_active(monkeypatch):
+  rng = np.random.default_rng(3)
+  vals_BK = rng.standard_normal((40, 12)).astype(np.float32)
+  vals_BK *= rng.random((40, 12)) < 0.1
+  idx_BK = rng.integers(0, 64, (40, 12)).astype(np.int32)
+  w_ND = rng.standard_normal((64, 128)).astype(np.float32)
+  packed, real = [], pairs.blocks
+
+  def blocks(*args, pack):
+    packed.append(pack)
+    return real(*args, pack=pack)
+
+  monkeypatch.setattr(pairs, 'blocks', blocks)
+  sums = ops.decode(vals_BK, idx_BK, w_ND, implementation='pallas', active=0.1)
+  want = np.einsum('bk,bkd->bd', vals_BK.astype(float), w_ND[idx_BK])
+  assert close(np.asarray(sums), want)
+  assert packed == [True]
 
 
 def test_blocks_of_several_chunks_and_cores(monkeypatch):

@@ -32,6 +32,9 @@ def instruction(op_name, opcode='add'):
     # Whatever these call is theirs.
     ('jit(step)/AuxK/cond/branch_1_fun/jvp(encoder)/gather', parts.AUXK),
     ('jit(step)/optimizer/preprocessing/div', parts.OPTIMIZER),
+    ('jit(step)/shard_map/metrics/cond/branch_1_fun/mul', 'metrics'),
+    ('jit(step)/shard_map/metrics/cond/branch_1_fun/decoder/mul', 'decoder'),
+    ('jit(step)/shard_map/top examples/while/body/sort', 'top examples'),
     # Of what XLA has merged the first counts.
     ('jit(step)/encoder/lt;decoder/broadcast_in_dim', 'encoder and top-k'),
     # Functions are no scopes.
@@ -48,18 +51,19 @@ def test_the_innermost_scope_names_the_part(op_name, part):
 
 
 @pytest.mark.parametrize(
-  ('op_name', 'whether'),
+  ('op_name', 'choice'),
   [
-    ('jit(step)/shard_map/AuxK/cond', True),
-    ('jit(step)/shard_map/AuxK/cond/branch_1_fun/cond', False),
-    ('jit(step)/shard_map/AuxK/cond/branch_1_fun/encoder/cond', False),
-    ('jit(step)/shard_map/cond', False),
-    ('AuxK', False),
+    ('jit(step)/shard_map/AuxK/cond', 'AuxK'),
+    ('jit(step)/shard_map/AuxK/cond/branch_1_fun/cond', ''),
+    ('jit(step)/shard_map/AuxK/cond/branch_1_fun/encoder/cond', ''),
+    ('jit(step)/shard_map/metrics/cond', 'metrics'),
+    ('jit(step)/shard_map/encoder/cond', ''),
+    ('jit(step)/shard_map/cond', ''),
+    ('AuxK', ''),
   ],
 )
-def test_auxks_choice_is_the_one_right_in_its_scope(op_name, whether):
-  conditional = instruction(op_name, 'conditional')
-  assert parts.is_auxk_choice(conditional) is whether
+def test_a_choice_is_that_of_the_scope_right_around_it(op_name, choice):
+  assert parts.choice(instruction(op_name, 'conditional')) == choice
 
 
 def test_names_are_all_of_parts_and_fit_a_path():

@@ -3,6 +3,7 @@
 import matplotlib.image
 import numpy as np
 
+from sae_jax.autoencoder import metrics
 from sae_jax.probing import plots
 
 
@@ -31,7 +32,8 @@ def make_report():
 
 def test_density_counts_latents_and_names_the_silent():
   density_N = np.float32([0, 0, 0, 1.05e-3, 1.1e-3, 0.5, 1.0, 1e-12])
-  axes = plots.density(density_N).axes[0]
+  record = metrics.density_record(density_N)
+  axes = plots.density({'n_latents': 8, 'density': record}).axes[0]
   drawn = {bar.get_x(): bar.get_height() for bar in axes.patches}
   assert sum(drawn.values()) == 5
   assert drawn[-3.0] == 2 and drawn[-0.25] == 1 and drawn[-0.5] == 1
@@ -90,8 +92,9 @@ def test_every_control_of_every_task_is_drawn():
 
 
 def test_saved_figures_are_images(tmp_path):
-  table = {'density': np.float32([0, 0.1, 0.2])}
-  plots.save(tmp_path / 'plots', make_report(), table)
+  density = metrics.density_record(np.float32([0, 0.1, 0.2]))
+  report = make_report() | {'n_latents': 3, 'density': density}
+  plots.save(tmp_path / 'plots', report)
   names = sorted(path.name for path in (tmp_path / 'plots').iterdir())
   assert names == ['density.png', 'probes.png', 'reconstruction.png']
   for name in names:
@@ -99,7 +102,7 @@ def test_saved_figures_are_images(tmp_path):
     assert pixels.shape[0] > 100 and pixels.shape[1] > 300
     assert pixels[..., :3].std() > 0.01
   # Nothing to draw, nothing drawn.
-  plots.save(tmp_path / 'none', make_report() | {'probes': {}}, table)
+  plots.save(tmp_path / 'none', report | {'probes': {}})
   assert not (tmp_path / 'none' / 'probes.png').exists()
 
 

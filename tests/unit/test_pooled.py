@@ -1,8 +1,10 @@
 """Pooled prompts against one forward pass each."""
 
+import jax
 import numpy as np
 import pytest
 
+from sae_jax import mesh as mesh_lib
 from sae_jax.probing import pooled
 from tests.support import probed
 
@@ -40,16 +42,23 @@ def tokens_first(trained):
   return out
 
 
-def pool(trained, pooling, prompts=PROMPTS):
-  return pooled.pooled_inputs(
-    trained,
+def read(trained, pooling, prompts=PROMPTS, max_tokens=MAX_TOKENS, bos=''):
+  mesh = mesh_lib.make_mesh(1, 1, jax.devices()[:1])
+  return pooled.pool(
+    pooled.on_mesh(trained, mesh),
+    mesh,
     probed.make_subject(),
     str(probed.SITE),
     prompts,
-    MAX_TOKENS,
+    max_tokens,
     pooling,
     'test',
+    bos,
   )
+
+
+def pool(trained, pooling, prompts=PROMPTS):
+  return read(trained, pooling, prompts).x_PD
 
 
 def test_last_is_the_last_token(trained, tokens_first):
@@ -58,9 +67,7 @@ def test_last_is_the_last_token(trained, tokens_first):
   assert found_PD.dtype == np.float32
   np.testing.assert_allclose(found_PD, want_PD, atol=2e-6)
   # Control: the last token of a prompt that was not cut.
-  longer_PD = pooled.pooled_inputs(
-    trained, probed.make_subject(), str(probed.SITE), PROMPTS, 30, 'last', ''
-  )
+  longer_PD = read(trained, 'last', max_tokens=30).x_PD
   changed_P = np.abs(longer_PD - want_PD).max(1) > 1e-3
   assert set(np.flatnonzero(changed_P)) == {
     i for i, count in enumerate(COUNTS) if count > MAX_TOKENS
@@ -98,24 +105,40 @@ def test_encoding_the_mean_is_the_mean_of_encodings(trained, tokens_first):
       for x_TD in tokens_first
     ]
   )
-  found_PN = pooled.pre_activations(trained, pool(trained, 'mean'))
+  found_PN = pooled.pre_activations(
+    trained, pool(trained, 'mean'), np.arange(trained.config.n_latents)
+  )
   np.testing.assert_allclose(found_PN, want_PN, rtol=1e-4, atol=1e-4)
   # Before TopK and ReLU: negative ones are there.
   assert (found_PN < 0).any() and (found_PN != 0).all()
+  few_PQ = pooled.pre_activations(
+    trained, pool(trained, 'mean'), np.array([5, 2])
+  )
+  np.testing.assert_allclose(few_PQ, found_PN[:, [5, 2]], atol=1e-6)
+
+
+@pytest.mark.parametrize('pooling', pooled.POOLING)
+@pytest.mark.parametrize('activation', ['topk', 'relu'])
+def test_codes_are_pooled_after_the_nonlinearity(
+  data, tokens_first, pooling, activation
+):
+  trained = probed.make_trained(data, activation=activation)
+  want_PN = []
+  for x_TD in tokens_first:
+    z_TN = probed.latents(trained, x_TD)
+    is_pooled = (
+      slice(len(x_TD) > 1, None) if pooling == 'mean' else slice(-1, None)
+    )
+    want_PN.append(z_TN[is_pooled].mean(0))
+  codes_PN = read(trained, pooling).codes_PN
+  np.testing.assert_allclose(codes_PN.toarray(), want_PN, atol=2e-6)
+  # Control: before it, most are not 0.
+  assert codes_PN.nnz < 0.9 * codes_PN.shape[0] * codes_PN.shape[1]
 
 
 def test_prompts_begin_as_contexts_do(trained):
   bos, plain = [
-    pooled.pooled_inputs(
-      trained,
-      probed.make_subject(),
-      str(probed.SITE),
-      prompts,
-      MAX_TOKENS,
-      'last',
-      '',
-      bos,
-    )
+    read(trained, 'last', prompts, bos=bos).x_PD
     for prompts, bos in ((['w3 w4', ''], 'w9'), (['w9 w3 w4', 'w9'], ''))
   ]
   np.testing.assert_array_equal(bos, plain)

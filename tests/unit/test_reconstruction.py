@@ -95,32 +95,3 @@ def test_untrained_is_the_start_of_a_run(data):
   np.testing.assert_allclose(fresh.mse_of_mean, spread, rtol=1e-5)
   other = reconstruction.untrained(config, sample_BD, 4)
   assert (other.sae.w_dec_ND != fresh.sae.w_dec_ND).any()
-
-
-def pca_fvu(fit_BD, score_BD, k):
-  mean_D = fit_BD.mean(0)
-  _, _, directions = np.linalg.svd(fit_BD - mean_D, full_matrices=False)
-  away_BD = score_BD - mean_D
-  left_BD = away_BD - away_BD @ directions[:k].T @ directions[:k]
-  return (left_BD**2).sum() / ((score_BD - score_BD.mean(0)) ** 2).sum()
-
-
-@pytest.mark.parametrize('k', [1, 4, 15])
-def test_pca_equals_the_svd_of_the_training_rows(data, trained, k):
-  n_train, n_rows = data.n_train, data.manifest.n_rows
-  x_RD, _ = probed.inputs(trained, data.read_rows(0, n_rows))
-  got = reconstruction.pca_fvu(trained, data, n_train, n_rows, k, 32)
-  want = pca_fvu(x_RD[:n_train], x_RD[n_train:], k)
-  np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-9)
-  # Control: components that had seen the held-out rows.
-  if k == 4:
-    assert pca_fvu(x_RD, x_RD[n_train:], k) < 0.99 * want
-
-
-def test_pca_is_fitted_on_so_many_rows_at_most(data, trained, monkeypatch):
-  monkeypatch.setattr(reconstruction, '_PCA_ROWS', 40)
-  n_train, n_rows = data.n_train, data.manifest.n_rows
-  x_RD, _ = probed.inputs(trained, data.read_rows(0, n_rows))
-  got = reconstruction.pca_fvu(trained, data, n_train, n_rows, 4, 32)
-  want = pca_fvu(x_RD[:40], x_RD[n_train:], 4)
-  np.testing.assert_allclose(got, want, rtol=1e-4)

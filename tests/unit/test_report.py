@@ -3,21 +3,23 @@
 import dataclasses
 import json
 
+import jax
 import numpy as np
 import pytest
 
 from sae_jax import checkpoint, errors
+from sae_jax import features as features_lib
+from sae_jax import mesh as mesh_lib
 from sae_jax import store as store_lib
 from sae_jax.autoencoder import nonlinearity, SaeConfig
 from sae_jax.browser import index
-from sae_jax.features import table as table_lib
 from sae_jax.probing import (
   baselines,
   downstream,
-  examples,
   pooled,
   probes,
   reconstruction,
+  references,
   report,
   summary,
   tasks,
@@ -25,7 +27,7 @@ from sae_jax.probing import (
 from sae_jax.probing.examples import FeatureConfig
 from sae_jax.training import train
 from sae_jax.training.objective import ObjectiveConfig
-from tests.support import planted, probed, runs
+from tests.support import planted, probed, runs, tables
 from tests.support.reports import CONFIG, made_tasks, probe, WHOLE_BATCHES
 
 
@@ -75,7 +77,7 @@ def test_reconstruction_scores_are_the_functions_own(finished, parts):
   span = (first, first + 40, 16)
   measured = reconstruction.measure(trained, data, *span, 'test')
   for name, value in measured.scalars().items():
-    assert figures[name] == value
+    np.testing.assert_allclose(figures[name], value, rtol=1e-6, err_msg=name)
   # Control: the rows that choices are made on score otherwise.
   chosen_on = (data.n_train, data.n_train + 37, 16)
   assert data.validation_rows == range(*chosen_on[:2])
@@ -85,34 +87,50 @@ def test_reconstruction_scores_are_the_functions_own(finished, parts):
   assert figures['tokens'] == 40 != figures['predictions']
   components = figures['pca_components']
   assert components == round(measured.l0)
-  assert figures['fvu_pca'] == reconstruction.pca_fvu(
-    trained, data, *span[:2], components, 16
+  fitted_RD, scored_RD = (
+    probed.inputs(trained, data.read_rows(*rows))[0]
+    for rows in ((0, data.n_train), span[:2])
+  )
+  pca = baselines.fit_pca([fitted_RD], components)
+  np.testing.assert_allclose(
+    figures['fvu_pca'], baselines.pca_fvu(pca, [scored_RD])[-1], rtol=1e-4
   )
   fresh = reconstruction.untrained(trained.config, data.read_rows(0, 60), 1)
   control = reconstruction.measure(fresh, data, *span, 'test')
-  assert figures['fvu_untrained'] == control.fvu
+  np.testing.assert_allclose(figures['fvu_untrained'], control.fvu, rtol=1e-6)
   assert figures['density']['silent'] == (measured.density_N == 0).sum()
   assert sum(figures['density']['latents']) + figures['density']['silent'] == 24
 
 
-def test_no_score_reads_a_row_that_choices_are_made_on(parts, monkeypatch):
+@pytest.mark.parametrize('split', ['validation', 'test'])
+def test_no_score_is_of_rows_that_choices_are_made_on(
+  parts, tmp_path, monkeypatch, split
+):
+  """Control: of other test rows there are other scores."""
   trained, data = parts
-  read, finite_rows = [], data.finite_rows
+  chosen = {'validation': data.validation_rows, 'test': data.test_rows}[split]
+  mesh = mesh_lib.one_device()
 
-  def recorded(start, stop):
-    read.append(range(start, stop))
-    return finite_rows(start, stop)
+  def scores(folder):
+    return report.scores(
+      CONFIG, trained, {}, probed.make_subject(), data, str(folder), {}, mesh
+    )[1]
 
-  monkeypatch.setattr(data, 'finite_rows', recorded)
-  report.scores(CONFIG, trained, probed.make_subject(), data)
-  n_test = 0
-  for rows in read:
-    # The sample and the fit of components are of training rows.
-    if rows.stop > data.n_train:
-      assert rows.start >= data.test_rows.start
-      n_test += len(rows)
-  # By the autoencoder, an untrained one and principal components.
-  assert n_test == 3 * 40
+  want = scores(tmp_path / 'right')
+  finite_rows = data.finite_rows
+
+  def others(start, stop):
+    rows_RD = finite_rows(start, stop).copy()
+    for row in range(start, stop):
+      if row in chosen:
+        rows_RD[row - start, :3] += 1
+    return rows_RD
+
+  monkeypatch.setattr(data, 'finite_rows', others)
+  got = scores(tmp_path / 'other')
+  names = ('nmse', 'fvu', 'l0', 'fvu_pca', 'fvu_untrained', 'density')
+  same = [got[name] == want[name] for name in names]
+  assert all(same) if split == 'validation' else not any(same[:2])
 
 
 def test_downstream_scores_are_the_functions_own(finished, parts):
@@ -132,8 +150,10 @@ def test_downstream_scores_are_the_functions_own(finished, parts):
 def test_probes_are_the_functions_own(finished, parts):
   trained, _ = parts
   task = made_tasks(None, 2, 56, 100, 0)[1]
-  x_PD = pooled.pooled_inputs(
-    trained,
+  mesh = mesh_lib.make_mesh(1, 1, jax.devices()[:1])
+  prompts = pooled.pool(
+    pooled.on_mesh(trained, mesh),
+    mesh,
     probed.make_subject(),
     str(probed.SITE),
     list(task.prompts),
@@ -141,36 +161,49 @@ def test_probes_are_the_functions_own(finished, parts):
     'mean',
     '',
   )
-  pre_PN = pooled.pre_activations(trained, x_PD)
+  every = np.arange(trained.config.n_latents)
+  pre_PN = pooled.pre_activations(trained, prompts.x_PD, every)
   left, right = tasks.split(task, 0)
-  sides = [
-    (pre_PN[side], x_PD[side], task.labels_P[side]) for side in (left, right)
-  ]
-  (pre, _, labels), (test_pre, _, test_labels) = sides
+  (pre, x, codes, labels), (test_pre, test_x, test_codes, test_labels) = (
+    (pre_PN[side], prompts.x_PD[side], prompts.codes_PN[side], labels)
+    for side, labels in (
+      (left, task.labels_P[left]),
+      (right, task.labels_P[right]),
+    )
+  )
+  whole = finished[1]
+  assert list(whole['probes']) == ['1_which', '2_again']
+  figures = whole['probes']['2_again']
   want = probes.score_task(pre, labels, test_pre, test_labels)
-  figures = finished[1]['probes']
-  assert list(figures) == ['1_which', '2_again']
-  assert figures['2_again']['latent'] == want._asdict()
-  assert figures['2_again']['classes'] == ['one', 'two']
-  assert figures['2_again']['prompts'] == 56
-  controls = baselines.controls(*sides[0], *sides[1])
-  assert list(finished[1]['control_definitions']) == list(controls)
-  assert figures['2_again']['controls'] == {
-    name: score._asdict() for name, score in controls.items()
-  }
+  assert figures['latent'] == pytest.approx(want._asdict(), abs=1e-6)
+  assert figures['classes'] == ['one', 'two']
+  assert figures['prompts'] == 56
+  assert list(whole['control_definitions']) == list(figures['controls'])
+  controls = baselines.of_activations(x, labels, test_x, test_labels)
+  for name, score in controls.items():
+    assert figures['controls'][name] == score._asdict()
+  assert list(whole['reference_definitions']) == list(figures['references'])
+  assert figures['references'] == references.scores(
+    x, codes, labels, test_x, test_codes, test_labels
+  )
+  assert figures['best_latents'][0] == figures['latent']
+  losses = [score['train_ce'] for score in figures['best_latents']]
+  assert losses == sorted(losses) and len(losses) == 8
 
 
-def test_the_workdir_holds_it_all(finished, parts):
+def test_the_workdir_holds_it_all(finished, parts, tmp_path):
   trained, data = parts
   workdir, figures = finished
   assert json.loads((workdir / 'report.json').read_text()) == figures
-  table = examples.build(
-    CONFIG.features, trained, probed.make_subject(), data, 16, 0
-  )
-  read = table_lib.read(workdir / 'features.npz')
-  assert read.keys() == table.keys()
-  for name, array in table.items():
-    np.testing.assert_array_equal(read[name], array)
+  table = tables.build(trained, data, str(tmp_path), CONFIG.features, 16)
+  read = features_lib.open(workdir / 'features')
+  assert read.columns.keys() == table.columns.keys()
+  for name in table.columns:
+    np.testing.assert_array_equal(read.column(name), table.column(name))
+  # Nothing is left of the pass over the store.
+  names = {path.name for path in workdir.iterdir()}
+  assert not names & {'codes', 'scan'}
+  assert read.record['made_from'] == figures['made_from']
   for name in ('density', 'reconstruction', 'probes'):
     assert (workdir / 'plots' / f'{name}.png').stat().st_size > 1000
   assert figures['subject'] == 'made' and figures['site'] == str(probed.SITE)
@@ -182,7 +215,7 @@ def test_the_workdir_holds_it_all(finished, parts):
 def test_the_page_is_built_from_the_workdir(finished, tmp_path):
   workdir, figures = finished
   index.build_index(
-    workdir / 'features.npz',
+    workdir / 'features',
     figures,
     [f'w{i}' for i in range(probed.VOCABULARY)],
     tmp_path / 'page',
@@ -219,12 +252,12 @@ def test_every_nonlinearity_is_probed_and_browsed(
   np.testing.assert_allclose(found['l0'], l0, rtol=0.01)
   assert found['activation'] == activation
   assert found['pca_components'] == min(round(found['l0']), 16)
-  table = table_lib.read(tmp_path / 'probe' / 'features.npz')
+  table = features_lib.open(tmp_path / 'probe' / 'features')
   every_RN = active(0, data.manifest.n_rows)
-  assert abs(table['count'] - every_RN.sum(0)).sum() <= 2
+  assert abs(table.column('count') - every_RN.sum(0)).sum() <= 2
   assert np.ptp(every_RN.sum(1)) > 1
   index.build_index(
-    tmp_path / 'probe' / 'features.npz',
+    tmp_path / 'probe' / 'features',
     found,
     [f'w{i}' for i in range(probed.VOCABULARY)],
     tmp_path / 'page',
@@ -329,6 +362,9 @@ def test_lines_say_the_numbers(finished):
     assert f'by latent {scored["latent"]["best_latent"]} ' in line
     for control, score in scored['controls'].items():
       assert f'{control} {score["test_auc"]:.3f}' in line
+    known = scored['references']
+    assert f'logistic {known["logistic"]["test_auc"]:.3f}' in line
+    assert f'16-sparse {known["k_sparse"][4]["test_auc"]:.3f})' in line
   # One document gives no interval, and no line that shows one.
   none = {'delta_ce_low': None, 'delta_ce_high': None}
   text = summary.lines(figures | none)

@@ -12,12 +12,11 @@ import pytest
 import sae_jax
 from sae_jax import errors
 from sae_jax import store as store_lib
-from sae_jax.browser import index
 from sae_jax.features import results
-from sae_jax.probing import examples, report, summary, tasks
+from sae_jax.probing import report, summary, tasks
 from sae_jax.storage import claim
 from sae_jax.storage import finished as storage_finished
-from tests.support import probed
+from tests.support import probed, synthetic_features, tables
 from tests.support.reports import CONFIG, made_tasks, probe, WHOLE_BATCHES
 
 
@@ -44,9 +43,10 @@ def test_finished_work_is_reused_and_other_work_is_not(
 
   monkeypatch.setattr(report, 'scores', scores)
   workdir, figures = finished
-  before = (workdir / 'features.npz').stat().st_mtime_ns
+  manifest = workdir / 'features' / 'manifest.json'
+  before = manifest.stat().st_mtime_ns
   assert probe('', data.url, workdir) == figures
-  assert (workdir / 'features.npz').stat().st_mtime_ns == before
+  assert manifest.stat().st_mtime_ns == before
   # Control: what is not finished is made anew.
   (workdir / 'report.json').rename(workdir / 'away')
   with pytest.raises(Called):
@@ -97,7 +97,7 @@ def test_results_of_other_weights_are_refused(copy, data, trained, monkeypatch):
     trained, sae=trained.sae.replace(b_lat_N=trained.sae.b_lat_N + 1e-6)
   )
   monkeypatch.setattr(report.checkpoint_lib, 'load', lambda *a, **k: other)
-  with pytest.raises(errors.UserError, match=r'inputs \(sae_sha256: '):
+  with pytest.raises(errors.UserError, match=r'inputs \(sae_fingerprint: '):
     probe('', data.url, copy)
 
 
@@ -111,19 +111,54 @@ def flipped(sound, rng):
   return data
 
 
-@pytest.mark.parametrize('name', ['report.json', 'features.npz'])
-def test_a_flipped_byte_is_named_and_mended(copy, finished, data, name):
+def use(copy):
+  """What the page reads."""
+  figures = results.read_report(copy)
+  table = results.open_features(copy, figures, probed.VOCABULARY)
+  for name in table.columns:
+    table.column(name)
+  return figures
+
+
+@pytest.mark.parametrize(
+  ('name', 'said'),
+  [
+    ('report.json', 'report.json is not as sae-probe wrote it'),
+    ('features/manifest.json', r'manifest\.json is not as sae-probe wrote it'),
+    ('features/top_acts/c/0/0/0', 'cannot read top_acts/c/0/0/0 of features'),
+    ('features/hist_edges/c/0', 'cannot read hist_edges/c/0 of features'),
+  ],
+)
+def test_a_flipped_byte_is_named_and_mended(copy, finished, data, name, said):
   """A page is not built from it, and probing does not reuse it."""
   path, rng = copy / name, np.random.default_rng(0)
   sound = path.read_bytes()
+  assert use(copy) == finished[1]
   for _ in range(FLIPS):
     path.write_bytes(flipped(sound, rng))
-    with pytest.raises(errors.UserError, match=f'{name} is not as sae-probe'):
-      results.read_features(copy, results.read_report(copy))
+    with pytest.raises(errors.UserError, match=said):
+      use(copy)
     with pytest.raises(Called):
       probe('', data.url, copy)
   path.write_bytes(sound)
   assert probe('', data.url, copy) == finished[1]
+
+
+def test_a_table_of_an_earlier_version_is_refused_and_made_again(
+  copy, finished, data
+):
+  shutil.rmtree(copy / 'features')
+  (copy / 'features.npz').write_bytes(b'PK')
+  digests = {n: storage_finished.sha256((copy / n).read_bytes())
+             for n in ('report.json', 'features.npz')}  # fmt: skip
+  made_from = json.loads((copy / 'finished.json').read_text())['made_from']
+  storage_finished.write(copy, made_from, digests)
+  with pytest.raises(
+    errors.UserError, match=r'features\.npz is a table of an earlier sae_jax'
+  ):
+    use(copy)
+  with pytest.raises(Called):
+    probe('', data.url, copy)
 
 
 def test_a_flipped_byte_of_the_record_changes_nothing_that_is_read(
@@ -146,22 +181,22 @@ def test_a_site_of_another_width_is_probed(tmp_path, monkeypatch):
   figures = probe('', store.url, tmp_path / 'probe', WHOLE_BATCHES)
   assert figures['d_model'] == 24 != probed.D_MODEL
   assert figures['delta_ce'] != 0 and figures['kl'] > 0
-  table = results.read_features(tmp_path / 'probe', figures)
-  assert (table['vote_up_ids'] >= 0).all()
+  table = results.open_features(tmp_path / 'probe', figures)
+  assert (table.column('vote_up_ids') >= 0).all()
 
 
 def test_latents_without_votes_are_browsed(tmp_path):
   store = probed.write_store(str(tmp_path / 'store'), site='blocks.0.k')
-  table = examples.build(
-    CONFIG.features,
+  opened = tables.build(
     probed.make_trained(store),
-    probed.make_subject(),
     store,
+    str(tmp_path / 'made'),
+    CONFIG.features,
     WHOLE_BATCHES.batch_rows,
-    0,
   )
+  table = {name: opened.column(name) for name in opened.columns}
   words = [f'w{i}' for i in range(probed.VOCABULARY)]
-  index.build_index(table, {'n_latents': 24}, words, tmp_path / 'page')
+  synthetic_features.build(table, {'n_latents': 24}, words, tmp_path / 'page')
   shard = json.loads((tmp_path / 'page/data/features/00000.json').read_text())
   assert len(shard) == 24
   for latent in shard:
@@ -216,6 +251,6 @@ def test_results_that_were_stopped_are_made_again(
     patch.setattr(storage_finished, 'write', stops)
     with pytest.raises(KeyboardInterrupt):
       probe('', data.url, tmp_path)
-  assert (tmp_path / 'features.npz').exists()
+  assert (tmp_path / 'features' / 'manifest.json').exists()
   assert not (tmp_path / storage_finished.NAME).exists()
   assert probe('', data.url, tmp_path) == finished[1]

@@ -85,3 +85,21 @@ def test_means_have_the_interval_of_their_seeds():
     summary['test_fvu_pm'], 2 * summary['validation_fvu_pm'], atol=2e-4
   )
   assert 'test_fvu_pm' not in short_runs.table(rows[:1])['a by 8']['b']
+
+
+def test_a_change_is_against_the_same_seed():
+  def row(variant, seed, fvu):
+    return {
+      'shape': 'a', 'batch_size': 8, 'variant': variant, 'seed': seed,
+      'validation_fvu': fvu, 'test_fvu': fvu, 'train_silent': 0.0,
+    }  # fmt: skip
+
+  rows = [row('defaults', seed, fvu) for seed, fvu in enumerate((0.2, 0.4))]
+  # In another order, and with a seed that the defaults lack.
+  rows += [row('b', 1, 0.44), row('b', 0, 0.22), row('b', 5, 9.0)]
+  summary = short_runs.table(rows)['a by 8']
+  assert (summary['b']['change'], summary['b']['change_pm']) == (0.1, 0.0)
+  assert summary['defaults']['change'] == 0
+  # Control: the means of all seeds say another thing.
+  assert summary['b']['test_fvu'] / summary['defaults']['test_fvu'] > 5
+  assert 'change' not in short_runs.table(rows[2:])['a by 8']['b']

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from sae_jax import errors, store
+from sae_jax.storage import signed
 from sae_jax.store import manifest as manifest_lib
 from tests.support import planted, small
 
@@ -151,7 +152,7 @@ def test_a_record_that_the_manifest_does_not_vouch_for_is_named(tmp_path):
   path = tmp_path / f'shards/{last:06d}.json'
   content = json.loads(path.read_text())
   content['documents'] = content['documents'][::-1]
-  content['sha256'] = manifest_lib.digest(
+  content['sha256'] = signed.digest(
     {name: value for name, value in content.items() if name != 'sha256'}
   )
   path.write_text(json.dumps(content))

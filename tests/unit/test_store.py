@@ -276,6 +276,30 @@ def test_sizes_that_do_not_fit(tmp_path):
     shard.append(*whole)
 
 
+def test_parts_of_the_stream_and_of_its_index(tmp_path):
+  url = str(tmp_path / 'store')
+  small.write(url, small.data())
+  opened = store.open_store(url)
+  n_rows, n_stream = opened.manifest.n_rows, opened.manifest.n_stream
+  whole = opened.tokens(), opened.documents(), opened.positions()
+  # Within a shard, over the edges of several, the ends, none.
+  for start, stop in ((3, 9), (20, 101), (0, 1), (n_rows - 1, n_rows), (5, 5)):
+    np.testing.assert_array_equal(
+      opened.stream_index(start, stop), opened.stream_index()[start:stop]
+    )
+    for part, array in zip(opened.stream(start, stop), whole):
+      assert part.dtype == np.int32
+      np.testing.assert_array_equal(part, array[start:stop])
+  np.testing.assert_array_equal(
+    opened.stream(n_stream - 2, n_stream)[0], whole[0][-2:]
+  )
+  for start, stop in ((-1, 3), (0, n_stream + 1), (9, 3)):
+    with pytest.raises(IndexError, match='of a stream of'):
+      opened.stream(start, stop)
+  with pytest.raises(IndexError, match='of a store of'):
+    opened.stream_index(0, n_rows + 1)
+
+
 def test_rows_beyond_the_store(tmp_path):
   n = small.write(str(tmp_path), small.data()).n_rows
   opened = store.open_store(str(tmp_path))

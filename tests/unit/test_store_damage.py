@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from sae_jax import errors, store
+from sae_jax.storage import signed
 from sae_jax.store import layout, manifest
 from sae_jax.store import writer as writer_lib
 from sae_jax.store.manifest import StorePlan
@@ -58,7 +59,7 @@ def edit(path, sign=True, **changes):
   if 'identity' in content:
     content['identity'] = manifest.identity(content)
   if sign:
-    content['sha256'] = manifest.digest(content)
+    content['sha256'] = signed.digest(content)
   path.write_text(json.dumps(content))
 
 

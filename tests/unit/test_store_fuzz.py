@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from sae_jax import errors, store
+from sae_jax.storage import signed as signed_lib
 from sae_jax.store import manifest
 from tests.support import small
 
@@ -62,7 +63,7 @@ def signed(data, rng):
   value.pop('sha256', None)
   if 'identity' in value:
     value['identity'] = manifest.identity(value)
-  return json.dumps(value | {'sha256': manifest.digest(value)}).encode()
+  return json.dumps(value | {'sha256': signed_lib.digest(value)}).encode()
 
 
 def read(url, unsealed):

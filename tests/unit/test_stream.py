@@ -14,6 +14,7 @@ from scipy import spatial
 from sae_jax import autoencoder, errors
 from sae_jax import subject as subject_lib
 from sae_jax.feed import device_window, from_text, order
+from sae_jax.storage import signed
 from sae_jax.store import layout, manifest
 from sae_jax.store.manifest import Mask
 from sae_jax.training import train
@@ -240,7 +241,7 @@ def test_a_mask_that_leaves_nothing_is_refused(opened, monkeypatch):
   # One that is not the store's is not read, however it came there.
   path = pathlib.Path(opened.url, 'mask.json')
   median = 2 * layout.read_mask(opened.url, opened.manifest).median_norm[0]
-  path.write_bytes(manifest.to_file(manifest.make_mask([median], 2.0)))
+  path.write_bytes(signed.to_file(manifest.make_mask([median], 2.0)))
   with pytest.raises(errors.UserError, match=r'mask\.json in .* the manifest'):
     streams.feed(opened)
 

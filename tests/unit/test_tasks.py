@@ -3,6 +3,7 @@
 import csv
 import importlib.util
 import io
+import re
 import sys
 
 import numpy as np
@@ -10,7 +11,8 @@ import pytest
 import zstandard
 
 from sae_jax import errors
-from sae_jax.probing import probes, tasks
+from sae_jax.probing import probes, sources, tasks
+from sae_jax.probing.sources import sae_probes
 
 _needs_package = pytest.mark.skipif(
   importlib.util.find_spec('sae_probes') is None,
@@ -40,7 +42,7 @@ def folder(tmp_path, monkeypatch):
 
 def _rows(name):
   """Prompts and labels of a task of the package, as they are."""
-  path = tasks._folder() / f'{name}.csv.zst'
+  path = sae_probes._folder() / f'{name}.csv.zst'
   with zstandard.open(path, 'rt', encoding='utf-8', newline='') as text:
     return [(row['prompt'], row['target']) for row in csv.DictReader(text)]
 
@@ -226,6 +228,43 @@ def test_the_demo_tasks_of_the_package():
   assert 'sae_probes' not in sys.modules
 
 
+def _told_by_a_word(labels):
+  """How well one word, or the last one, tells labels of other prompts: AUC.
+
+  The word is the one that does so best on every second prompt, the last words
+  are scored by how often each had the label there.
+  """
+  pairs = tasks._pairs(labels, np.random.default_rng(0))[:400]
+  words = [
+    [re.findall(r'\w+|[^\w\s]', prompt.casefold()) for prompt in pair]
+    for pair in pairs
+  ]
+  half = len(words) // 2
+  any_word, last_word = ({}, {})
+  for pair in words[:half]:
+    for label, prompt in enumerate(pair):
+      for counts, members in (
+        (any_word, set(prompt)),
+        (last_word, prompt[-1:]),
+      ):
+        for word in members:
+          counts.setdefault(word, [1, 1])[label] += 1
+  best = max(any_word, key=lambda word: abs(np.diff(any_word[word])[0]))
+  rest = [prompt for pair in words[half:] for prompt in pair]
+  scores = [
+    [float(best in prompt) for prompt in rest],
+    [
+      np.divide(*last_word.get(prompt[-1] if prompt else '', [1, 1]))
+      for prompt in rest
+    ],
+  ]
+  aucs = [
+    probes.auc(np.array(s)[:, None], np.arange(len(rest)) % 2)[0]
+    for s in scores
+  ]
+  return max(max(auc, 1 - auc) for auc in aucs)
+
+
 @_needs_package
 def test_flawed_tasks_are_in_the_package_and_flawed():
   assert _rows('112_amzn_rev') == _rows('111_yelp_data')
@@ -233,10 +272,62 @@ def test_flawed_tasks_are_in_the_package_and_flawed():
   prompts = [prompt for prompt, _ in _rows('69_blood-pressure')]
   assert len(prompts) - len(set(prompts)) == 793
   for name, flaw in tasks.FLAWED_TASKS.items():
-    classes, labels = tasks._read(tasks._folder() / f'{name}.csv.zst')
+    classes, labels = sae_probes.read(name)
     if name == '112_amzn_rev':
       continue
     assert len(classes) == 2, name
     if 'length' in flaw.reason:
       tells = _length_auc(labels, list(labels.values()))
       assert max(tells, 1 - tells) > 0.99, name
+    elif 'full stops' in flaw.reason:
+      stops_P1 = np.array([['.' in prompt] for prompt in labels])
+      tells = probes.auc(stops_P1, list(labels.values()))[0]
+      assert max(tells, 1 - tells) > 0.8, name
+    elif 'word' in flaw.reason or 'mark' in flaw.reason:
+      assert _told_by_a_word(labels) > 0.85, name
+  # Control: in a task without a flaw no word does.
+  assert _told_by_a_word(sae_probes.read('113_movie_sent')[1]) < 0.65
+
+
+def test_a_source_is_a_file(folder, monkeypatch):
+  _write(folder, '2_b', _plain_rows(40))
+
+  class Other:
+    ORIGIN, LICENCE = 'made here', 'CC0'
+
+    @staticmethod
+    def names():
+      return ['of_ours']
+
+    @staticmethod
+    def read(name):
+      labels = {f'{name} {i:02d}': i % 2 for i in range(40)}
+      return ('no', 'yes'), labels
+
+  monkeypatch.setattr(sources, 'NAMES', ('sae_probes', 'other'))
+  monkeypatch.setitem(sys.modules, f'{sources.__name__}.other', Other)
+  loaded = tasks.load_tasks(n_tasks=0, n_prompts=40)
+  assert [(t.name, t.source) for t in loaded] == [
+    ('2_b', 'sae_probes'),
+    ('of_ours', 'other'),
+  ]
+  (named,) = tasks.load_tasks(['of_ours'], n_prompts=20)
+  assert named.classes == ('no', 'yes') and len(named.prompts) == 20
+  assert sources.records()['other'] == {'origin': 'made here', 'licence': 'CC0'}
+  with pytest.raises(errors.UserError, match=r"'ofours' .* of_ours"):
+    tasks.load_tasks(['ofours'])
+
+
+def test_of_all_tasks_the_small_ones_have_what_they_have(folder, caplog):
+  for name, n_rows in (('1_a', 300), ('2_b', 120), ('3_c', 90)):
+    _write(folder, name, _plain_rows(n_rows))
+  loaded = tasks.load_tasks(n_tasks=0, n_prompts=200)
+  assert [(t.name, len(t.prompts)) for t in loaded] == [
+    ('1_a', 200),
+    ('2_b', 120),
+  ]
+  assert '1 binary tasks have fewer than 100 prompts' in caplog.text
+  # A number of tasks is of tasks that are as large as was asked for.
+  assert [t.name for t in tasks.load_tasks(n_tasks=1, n_prompts=200)] == ['1_a']
+  with pytest.raises(errors.UserError, match='only 1 of 2'):
+    tasks.load_tasks(n_tasks=2, n_prompts=200)

@@ -3,7 +3,11 @@
 import json
 import shutil
 
+import numpy as np
+import pytest
+
 from sae_jax import checkpoint, store
+from sae_jax.subject import capture
 from tests.support import pipeline, toy
 from tests.support.browser import pages
 
@@ -37,3 +41,21 @@ def test_a_text_becomes_a_page(texts, tmp_path):
     pages.open_latent(page, alive[0])
     assert page.query_selector('.feature .token')
     assert problems == []
+
+
+@pytest.mark.parametrize(
+  ('family', 'name'), [('gpt2', 'attn_out'), ('gemma', 'mlp_act')]
+)
+def test_other_sites_and_families_become_a_page(family, name, texts, tmp_path):
+  site = capture.Site(1, name)
+  report = pipeline.run(texts, str(tmp_path), family, site)
+  config = toy.subject(family).config
+  assert report['d_model'] == capture.width(config, site)
+  assert report['site'] == f'blocks.1.{name}'
+  # Control: what is not trained does worse.
+  assert report['fvu'] < report['fvu_untrained']
+  assert report['ce_zero'] != report['ce']
+  assert np.isfinite([report['delta_ce'], report['kl']]).all()
+  columns = json.loads((tmp_path / 'page/data/columns.json').read_text())
+  assert len(columns['latent']) == report['n_latents']
+  assert any(columns['count'])

@@ -1,7 +1,8 @@
-"""Votes at every kind of site against slopes of the model's own logits."""
+"""Votes at every kind of site against slopes of the subject's own logits."""
 
 import dataclasses
 import functools
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import tokenizers
 
 from sae_jax import subject as subject_lib
 from sae_jax.probing import lens
-from sae_jax.subject import capture, transformer
+from sae_jax.subject import capture, logit_lens, transformer
 from tests.support import probed
 
 D_MODEL, VOCABULARY = 64, 80
@@ -42,7 +43,7 @@ GEMMA = dataclasses.replace(
   gated=True,
   ffn_bias=False,
   attn_out_bias=False,
-  final_softcap=50.0,
+  tied=True,
 )
 
 
@@ -78,58 +79,83 @@ def make_subject(config, zero=(), words=VOCABULARY):
   return subject_lib.Subject('made', config, params, tokenizer, 'a' * 64)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _slopes(config, site, params, tokens_BT, rows_ND):
-  def logits(step, row_D):
-    edits = {site: lambda x: x + step * row_D}
+def _frozen(rsqrt):
+  return lambda x: jax.lax.stop_gradient(rsqrt(x))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _slopes(config, site, freeze, params, tokens_BT, rows_NJ):
+  def logits(step, row_J):
+    edits = {site: lambda x: x + step * row_J}
     out = capture.run(config, params, tokens_BT, edits=edits, logits=True)
-    return out.logits_BTV, out.resid_BTD
+    return out.logits_BTV
 
-  def along(row_D):
-    step = (0.0,), (1.0,)
-    (_, x_BTD), (slope_BTV, _) = jax.jvp(lambda s: logits(s, row_D), *step)
-    if config.norm == 'layer':
-      x_BTD -= x_BTD.mean(-1, keepdims=True)
-    scale_BT1 = jnp.sqrt((x_BTD**2).mean(-1, keepdims=True) + config.norm_eps)
-    scale_BT1 = 1.0 if site.name == 'final_norm' else scale_BT1
-    return (slope_BTV * scale_BT1).mean((0, 1))
+  def along(row_J):
+    return jax.jvp(lambda s: logits(s, row_J), (0.0,), (1.0,))[1]
 
-  return jax.vmap(along)(rows_ND)
+  rsqrt = jax.lax.rsqrt
+  with mock.patch.object(jax.lax, 'rsqrt', _frozen(rsqrt) if freeze else rsqrt):
+    return jax.vmap(along)(rows_NJ)
 
 
-def slopes(subject, site, rows_ND):
-  """How each token's logit rises along rows, the last norm's scale undone."""
-  tokens_BT = np.random.default_rng(5).integers(0, VOCABULARY, (8, 24))
+def slopes(subject, site, rows_NJ, freeze=True):
+  """How the subject's own logits rise along rows, at each of some tokens.
+
+  Args:
+    subject: the model.
+    site: where the rows are added.
+    rows_NJ: the rows.
+    freeze: whether norms keep the scales that they have without the rows.
+  """
+  tokens_BT = np.random.default_rng(5).integers(0, VOCABULARY, (2, 7))
   return np.asarray(
     _slopes(
-      subject.config, site, subject.params, tokens_BT.astype(np.int32), rows_ND
+      subject.config,
+      site,
+      freeze,
+      subject.params,
+      tokens_BT.astype(np.int32),
+      rows_NJ,
     )
   )
 
 
-def voted(subject, site, rows_ND):
-  """The logits of all tokens, in the tokens' order."""
-  ids, logits, down_ids, down = lens.votes(subject, site, rows_ND, VOCABULARY)
-  out = np.take_along_axis(logits, np.argsort(ids, axis=1), 1)
-  # Down is the same list from its end.
-  np.testing.assert_allclose(
-    np.take_along_axis(down, np.argsort(down_ids, axis=1), 1), out, rtol=1e-5
-  )
-  return out
+def rows_at(subject, site, count=3):
+  """Rows with a mean of their own, which a layer norm takes out."""
+  shape = count, capture.width(subject.config, site)
+  return np.float32(np.random.default_rng(6).standard_normal(shape) + 1)
 
 
-def agreement(subject, site, shift=0.0):
-  width = capture.width(subject.config, site)
-  rows_ND = np.random.default_rng(6).standard_normal((3, width))
-  rows_ND = (rows_ND + shift).astype(np.float32)
-  pairs = zip(voted(subject, site, rows_ND), slopes(subject, site, rows_ND))
-  return [np.corrcoef(*pair)[0, 1] for pair in pairs]
+def direction(logits_V):
+  """Logits without their mean and scale, which the norms of a token set."""
+  logits_V = np.float64(logits_V)
+  logits_V -= logits_V.mean(-1, keepdims=True)
+  return logits_V / np.linalg.norm(logits_V, axis=-1, keepdims=True)
+
+
+def distance(subject, site, freeze=True, **changes):
+  """How far the lens is at most from the slopes; 2 is the other way round.
+
+  Args:
+    subject: the model.
+    site: where the rows are.
+    freeze: see `slopes`.
+    **changes: fields of the lens that are put in.
+  """
+  lens_of = logit_lens.lens(subject.config, subject.params, site)
+  rows_NJ = rows_at(subject, site)
+  logits_NV = logit_lens.logits(lens_of.replace(**changes), rows_NJ)
+  away = direction(slopes(subject, site, rows_NJ, freeze))
+  away -= direction(logits_NV)[:, None, None]
+  return np.linalg.norm(away, axis=-1).max()
 
 
 # Site -> matrices on other ways from it to the logits than the straight one.
 STRAIGHT = {
   'embed': ('attn_out', 'down'),
   'z': ('down',),
+  'attn_raw': ('down',),
+  'attn_out': ('down',),
   'mlp_act': (),
   'mlp_raw': (),
   'resid_post': (),
@@ -141,32 +167,71 @@ def site_named(name):
   return capture.Site(None if name in ('embed', 'final_norm') else 0, name)
 
 
+def of_layer(*names):
+  return [(name, LAYER) for name in names]
+
+
+def of_gemma(*names):
+  return [(name, GEMMA) for name in names]
+
+
 @pytest.mark.parametrize(
   ('name', 'config'),
-  [
-    *((name, LAYER) for name in ('embed', 'mlp_act', 'resid_post')),
-    *((name, GEMMA) for name in ('z', 'mlp_raw', 'final_norm')),
-  ],
+  of_layer('embed', 'z', 'attn_out', 'mlp_act', 'resid_post', 'final_norm')
+  + of_gemma('z', 'attn_raw', 'mlp_act', 'mlp_raw'),
   ids=lambda value: value if isinstance(value, str) else value.norm,
 )
-def test_votes_are_the_slopes_of_the_logits(name, config):
+def test_the_lens_is_the_slope_of_the_logits(name, config):
   subject = make_subject(config, STRAIGHT[name])
-  # Rows with a mean of their own, which a layer norm takes out.
-  assert min(agreement(subject, site_named(name), shift=1.0)) > 0.97
+  assert distance(subject, site_named(name)) < 1e-5
 
 
-def test_control_centre_and_weights_would_be_missed():
-  subject = make_subject(LAYER)
+def test_control_each_part_of_the_lens_is_needed():
+  layer, gemma = make_subject(LAYER), make_subject(GEMMA)
   site = site_named('resid_post')
-  rows = np.random.default_rng(6).standard_normal((3, D_MODEL)) + 1
-  params = {
-    k: np.asarray(v) for k, v in subject.params.items() if k != 'blocks'
-  }
-  for row_D, slope_V in zip(rows, slopes(subject, site, np.float32(rows))):
-    bare_V = row_D @ params['unembed'].T
-    scaled_V = (row_D * params['final_norm']) @ params['unembed'].T
-    assert np.corrcoef(scaled_V, slope_V)[0, 1] < 0.95
-    assert np.corrcoef(bare_V, slope_V)[0, 1] < 0.95
+  assert distance(layer, site, centred=False) > 0.1
+  assert distance(layer, site, final_norm_D=None) > 0.1
+  assert distance(layer, site, unembed_VD=layer.params['embed']) > 0.1
+  assert distance(gemma, site_named('mlp_raw'), post_norm_D=None) > 0.1
+
+
+def test_control_the_scales_of_norms_must_be_frozen():
+  subject = make_subject(LAYER)
+  assert distance(subject, site_named('resid_post'), freeze=False) > 0.01
+
+
+def voted(subject, site, rows_NJ):
+  """The logits of all tokens, in the tokens' order."""
+  ids, logits, down_ids, down = lens.votes(subject, site, rows_NJ, VOCABULARY)
+  out = np.take_along_axis(logits, np.argsort(ids, axis=1), 1)
+  # Down is the same list from its end.
+  np.testing.assert_array_equal(
+    np.take_along_axis(down, np.argsort(down_ids, axis=1), 1), out
+  )
+  return out
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_votes_are_the_logits_of_the_lens(dtype):
+  subject = make_subject(GEMMA)
+  params = jax.tree.map(lambda a: jnp.asarray(a, dtype), subject.params)
+  subject = dataclasses.replace(subject, params=params)
+  site = site_named('mlp_act')
+  rows_NJ = rows_at(subject, site)
+
+  def wide(array):
+    return np.asarray(array, np.float64)
+
+  out_ND = wide(rows_NJ) @ wide(params['blocks']['down'][0])
+  out_ND *= wide(params['blocks']['ffn_post_norm'][0])
+  out_ND *= wide(params['final_norm'])
+  logits_NV = out_ND @ wide(params['embed']).T
+  logits_NV -= logits_NV.mean(1, keepdims=True)
+  np.testing.assert_allclose(
+    voted(subject, site, rows_NJ),
+    logits_NV,
+    atol=1e-5 * np.abs(logits_NV).max(),
+  )
 
 
 def test_every_kind_of_site_has_votes_or_none():
@@ -176,12 +241,12 @@ def test_every_kind_of_site_has_votes_or_none():
     site = capture.Site(None if name in subject_lib.sites.WHOLE else 0, name)
     rows_ND = np.ones((2, capture.width(subject.config, site)), np.float32)
     rows_ND[1, ::2] = 3
-    # Each site's program would take longer to compile than to run.
-    with jax.disable_jit():
-      up_ids, up, down_ids, down = lens.votes(subject, site, rows_ND, 5)
+    up_ids, up, down_ids, down = map(
+      np.asarray, lens.votes(subject, site, rows_ND, 5)
+    )
     shapes = {a.shape for a in (up_ids, up, down_ids, down)}
     assert shapes == {(2, 5)}
-    if lens.has_votes(site):
+    if logit_lens.has_logits(site):
       assert up_ids.min() >= 0 and up[1, 0] > 0 > down[1, 0]
     else:
       assert (up_ids == -1).all() and (down_ids == -1).all()

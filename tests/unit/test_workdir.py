@@ -103,7 +103,9 @@ def trains(tmp_path, texts, folder):
 
 
 def browses(tmp_path, texts, folder):
-  results.write(tmp_path, {}, {'subject': 'a', 'n_latents': 1}, {})
+  (tmp_path / 'features').mkdir()
+  (tmp_path / 'features' / 'manifest.json').write_text('{}')
+  results.write(tmp_path, {}, {'subject': 'a', 'n_latents': 1})
   build.browse(build.index.BrowseConfig(), str(tmp_path), folder)
 
 

@@ -11,10 +11,15 @@ from sae_jax import errors
 from sae_jax import plan as plan_lib
 from sae_jax.cli import flags
 from sae_jax.ops import dispatch
-from sae_jax.plan import table
-from sae_jax.plan.planner import DEAD
+from sae_jax.plan import steps, table
+from sae_jax.probing.scan.config import ScanConfig
 from sae_jax.training.config import TrainConfig
 
+_EXAMPLES = {
+  'top_examples': 'examples of each latent with the highest values',
+  'random_examples': 'examples of each latent drawn at random',
+  'near_examples': 'near misses of each latent',
+}
 _SHORT = {'d': 'd_model', 'n': 'n_latents', 'batch': 'batch_size'}
 
 
@@ -23,6 +28,14 @@ def define() -> None:
   flags.define(TrainConfig)
   for short, name in _SHORT.items():
     absl_flags.DEFINE_alias(short, name)
+  absl_flags.DEFINE_enum(
+    'program',
+    steps.training.NAME,
+    (steps.training.NAME, steps.probing.NAME),
+    'what to plan: a training step, or the step of the pass over a store that '
+    'probing makes',
+  )
+  _define_probing()
   absl_flags.DEFINE_string(
     'topology',
     '',
@@ -46,8 +59,8 @@ def define() -> None:
   )
   absl_flags.DEFINE_enum(
     'dead',
-    'few',
-    DEAD,
+    steps.training.CASES[0],
+    steps.training.CASES,
     'number of dead latents that the plan assumes for AuxK: none, few or all',
   )
   flags.define_integer(
@@ -75,6 +88,51 @@ def define() -> None:
     '',
     'file to which the text of the compiled program is written; empty for none',
   )
+
+
+def _define_probing() -> None:
+  """Defines the flags of --program=probe alone."""
+  sizes = ScanConfig()
+  for name, text in _EXAMPLES.items():
+    flags.define_integer(
+      name, getattr(sizes, name), f'{text}, with --program=probe'
+    )
+  flags.define_integer(
+    'context_length', 1024, 'tokens of a context, with --program=probe'
+  )
+  flags.define_integer(
+    'controls',
+    0,
+    'number of other autoencoders of this size that test rows are encoded '
+    'with, with --program=probe',
+  )
+  absl_flags.DEFINE_enum(
+    'rows',
+    steps.probing.CASES[0],
+    steps.probing.CASES,
+    'rows that the plan assumes with --program=probe: train, which components '
+    'are fitted to; test, which are scored; or the first of a pass, which fill '
+    'the lists of examples',
+  )
+
+
+def _config_and_case() -> tuple[TrainConfig | steps.probing.PassConfig, str]:
+  """The program to plan, and what to assume of data."""
+  values, config = absl_flags.FLAGS, flags.read(TrainConfig)
+  if values.program == steps.training.NAME:
+    return config, values.dead
+  scan = ScanConfig(
+    batch_rows=config.batch_size,
+    **{name: values[name].value for name in _EXAMPLES},
+  )
+  config = steps.probing.PassConfig(
+    sae=config.sae,
+    scan=scan,
+    batch_size=config.batch_size,
+    positions=values.context_length,
+    controls=values.controls,
+  )
+  return config, values.rows
 
 
 def _mesh() -> str | tuple[int, int]:
@@ -110,13 +168,14 @@ def work() -> None:
   values = absl_flags.FLAGS
   if not values.topology:
     raise errors.UserError('topology is not given: write --topology=v6e:16x16')
+  config, case = _config_and_case()
   plan = plan_lib.plan(
-    flags.read(TrainConfig),
+    config,
     values.topology,
     values.num_slices,
     _mesh(),
     implementation=values.implementation,
-    dead=values.dead,
+    case=case,
     compiles=values.compiles,
     tokens=values.tokens,
     price_per_chip_hour=values.price_per_chip_hour,

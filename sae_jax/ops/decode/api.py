@@ -20,6 +20,7 @@ def decode(
   *,
   dtype: jnp.dtype | None = None,
   implementation: str | None = None,
+  active: float = 1.0,
 ) -> jax.Array:
   """Sums decoder rows, weighted by the active latents' values.
 
@@ -34,6 +35,8 @@ def decode(
     dtype: of the factors of dense products, see `matmul`.
     implementation: 'gather', 'dense', 'pallas' (TPU kernels, interpreted on
       other devices), or None to choose by device and shape.
+    active: the share of values that is expected not to be 0. Where it is small
+      'pallas' passes over zeros.
 
   Returns:
     The sum, [B, D].
@@ -42,29 +45,31 @@ def decode(
     w_dec_ND.shape[0], idx_BK.shape[1], implementation, w_dec_ND.shape[1]
   )
   vals_BK, idx_BK, w_dec_ND = map(jnp.asarray, (vals_BK, idx_BK, w_dec_ND))
-  return _decode(name, dtype, vals_BK, idx_BK, varying.match(w_dec_ND, vals_BK))
+  w_dec_ND = varying.match(w_dec_ND, vals_BK)
+  return _decode(name, dtype, active, vals_BK, idx_BK, w_dec_ND)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _decode(name, dtype, vals_BK, idx_BK, w_dec_ND):
-  return sums(name)(vals_BK, idx_BK, w_dec_ND, dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _decode(name, dtype, active, vals_BK, idx_BK, w_dec_ND):
+  return sums(name, active)(vals_BK, idx_BK, w_dec_ND, dtype)
 
 
-def sums(name: str) -> Callable[..., jax.Array]:
+def sums(name: str, active: float = 1.0) -> Callable[..., jax.Array]:
   """sum_k vals[b, k] w[idx[b, k]] of (vals, idx, w, dtype), by name."""
   return {
     'gather': lambda vals, idx, w, _: reference.gather_sum(vals, idx, w),
     'dense': reference.dense_sum,
-    'pallas': blocks.sums_of_codes,
+    'pallas': functools.partial(blocks.sums_of_codes, active=active),
   }[name]
 
 
-def _forward(name, dtype, vals_BK, idx_BK, w_dec_ND):
-  output_BD = _decode(name, dtype, vals_BK, idx_BK, w_dec_ND)
+def _forward(name, dtype, active, vals_BK, idx_BK, w_dec_ND):
+  output_BD = _decode(name, dtype, active, vals_BK, idx_BK, w_dec_ND)
   return output_BD, (vals_BK, idx_BK, w_dec_ND)
 
 
-def _backward(name, dtype, saved, g_BD):
+def _backward(name, dtype, active, saved, g_BD):
+  del active
   vals_BK, idx_BK, w_dec_ND = saved
   products = {
     'gather': lambda g, idx, w, _: reference.sampled_products(g, idx, w),

@@ -1,5 +1,7 @@
 """Decoding by kernels: of pairs in blocks, and of codes [B, K]."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -51,10 +53,20 @@ def products(
   )
 
 
-def sums_of_codes(vals_BK, idx_BK, w_ND, dtype):
-  """`reference.gather_sum` by the kernel."""
-  blocks = _all_blocks(vals_BK, idx_BK, w_ND)
-  return sums(blocks, blocks.vals_GR, w_ND, len(vals_BK), dtype)
+# Above this share of active pairs packing costs more than it saves.
+_PACKED_BELOW = 0.5
+
+
+def sums_of_codes(vals_BK, idx_BK, w_ND, dtype, active=1.0):
+  """`reference.gather_sum` by the kernel, see `decode` for `active`."""
+  if active > _PACKED_BELOW:
+    blocks = _all_blocks(vals_BK, idx_BK, w_ND)
+    return sums(blocks, blocks.vals_GR, w_ND, len(vals_BK), dtype)
+  batch, k = idx_BK.shape
+  tokens = tiles.block_tokens(batch, w_ND.shape[1], k, active)
+  blocks = pairs.blocks(vals_BK, idx_BK, tokens, pack=True)
+  expected = min(batch * k, math.ceil(batch * k * active))
+  return sums(blocks, blocks.vals_GR, w_ND, batch, dtype, expected)
 
 
 def products_of_codes(g_BD, idx_BK, w_ND, dtype):

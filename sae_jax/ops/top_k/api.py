@@ -1,6 +1,7 @@
 """Exact top-k: one shard, then the exchange that makes it global."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -41,10 +42,12 @@ def top_k(
   bucketed = (
     target.platform() in ('cpu', 'tpu')
     and n >= _BUCKETED_FROM
-    and n % _BUCKETS == 0
     and k <= _BUCKETS // 4
   )
   if bucketed:
+    # What fills up comes after all else, at equal values too.
+    fill = ((0, 0), (0, -n % _BUCKETS))
+    x_BN = jnp.pad(x_BN, fill, constant_values=-jnp.inf)
     # What is in the chosen buckets may be wide again.
     search = functools.partial(top_k, kernels=kernels)
     return reference.bucketed_top_k(x_BN, k, _BUCKETS, search)
@@ -90,11 +93,73 @@ def winners(
     _, place_Bk = top_k(all_BC, k, kernels)
     own_Bk = place_Bk // width == jax.lax.axis_index(axis)
     return own_Bk.sum(-1, dtype=jnp.int32)
-  share_BC = jax.lax.all_to_all(vals_BK, axis, 0, 1, tiled=True)
-  _, place_Bk = top_k(share_BC, k, kernels)
+  _, place_Bk = top_k(_share(vals_BK, axis), k, kernels)
   of_shard_BkP = (place_Bk // width)[:, :, None] == jnp.arange(shards)
   count_BP = of_shard_BkP.sum(1, dtype=jnp.int32)
   return jax.lax.all_to_all(count_BP, axis, 1, 0, tiled=True)[:, 0]
+
+
+def _share(of_BK: jax.Array, axis: str) -> jax.Array:
+  """This shard's share of the tokens, with the columns of all shards."""
+  return jax.lax.all_to_all(of_BK, axis, 0, 1, tiled=True)
+
+
+class Ranked(NamedTuple):
+  """The order of the candidates of all shards.
+
+  Attributes:
+    rank_BK: int32 place of each of this shard's candidates, from 0; `most` for
+      those beyond.
+    vals_EM: the first `most` of all candidates in order, of this shard's share
+      of the tokens: with P shards the p-th has the p-th run of B / P tokens.
+    idx_EM: their latents.
+  """
+
+  rank_BK: jax.Array
+  vals_EM: jax.Array
+  idx_EM: jax.Array
+
+
+@jax.named_scope(scopes.EXCHANGE)
+def ranks(
+  vals_BK: jax.Array,
+  idx_BK: jax.Array,
+  axis: str | None,
+  most: int,
+  kernels: bool = False,
+) -> Ranked:
+  """Where a shard's candidates stand among those of all shards.
+
+  Equal values are in the order that `winners` describes. As there, every shard
+  ranks its share of the tokens: values and latents go out by an all-to-all and
+  ranks come back by another, 12 K bytes a token and shard.
+
+  Args:
+    vals_BK: the shard's candidates in descending order, as `top_k` gives them.
+      B is a multiple of the number of shards.
+    idx_BK: their latents, in the numbers of all shards.
+    axis: the mesh axis the latents are sharded over; None for one shard.
+    most: how many places are told apart, no more than there are candidates.
+    kernels: see `top_k`.
+
+  Returns:
+    The order. It is exact up to `most` if each list holds the shard's `most`
+    largest, or all of its latents.
+  """
+  batch, width = vals_BK.shape
+  shards = 1 if axis is None else jax.lax.axis_size(axis)
+  if shards == 1:
+    rank_K = jnp.minimum(jnp.arange(width, dtype=jnp.int32), most)
+    rank_BK = varying.match(jnp.broadcast_to(rank_K, vals_BK.shape), vals_BK)
+    return Ranked(rank_BK, vals_BK[:, :most], idx_BK[:, :most])
+  share_EC = _share(vals_BK, axis)
+  vals_EM, place_EM = top_k(share_EC, most, kernels)
+  rank_EC = jnp.full(share_EC.shape, most, jnp.int32)
+  rows_E1 = jnp.arange(batch // shards)[:, None]
+  rank_EC = rank_EC.at[rows_E1, place_EM].set(jnp.arange(most, dtype=jnp.int32))
+  idx_EM = jnp.take_along_axis(_share(idx_BK, axis), place_EM, axis=1)
+  rank_BK = jax.lax.all_to_all(rank_EC, axis, 1, 0, tiled=True)
+  return Ranked(rank_BK, vals_EM, idx_EM)
 
 
 def global_top_k(

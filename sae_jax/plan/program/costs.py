@@ -99,13 +99,13 @@ class Branches:
 
   Attributes:
     part: the part of the method.
-    by_dead: whether it is AuxK's choice by the number of dead latents.
+    choice: the scope whose choice it is, see `parts.choice`; '' for others.
     chosen: index of the branch that is assumed.
     costs: costs of one run of each branch.
   """
 
   part: str
-  by_dead: bool
+  choice: str
   chosen: int
   costs: list['Costs']
 
@@ -151,7 +151,11 @@ class Costs:
     return whole
 
 
-def costs(module: Module, choose: Callable[[bool, list[Costs]], int]) -> Costs:
+def costs(
+  module: Module,
+  choose: Callable[[str, list[Costs]], int],
+  runs: Callable[[str], float | None] = lambda part: None,
+) -> Costs:
   """The costs of one run of a program.
 
   The body of a loop counts as often as it runs. An instruction's HBM traffic
@@ -160,8 +164,10 @@ def costs(module: Module, choose: Callable[[bool, list[Costs]], int]) -> Costs:
 
   Args:
     module: the program.
-    choose: returns the index of the branch to assume, given whether the choice
-      is AuxK's by the number of dead latents, and the costs of each branch.
+    choose: returns the index of the branch to assume, given whose choice it is
+      (`parts.choice`) and the costs of each branch.
+    runs: how often a loop of a part is assumed to run whose length depends on
+      data; None to leave it out.
   """
 
   @functools.cache
@@ -172,7 +178,7 @@ def costs(module: Module, choose: Callable[[bool, list[Costs]], int]) -> Costs:
         part = _part(module, computation, instruction, caller)
         total.add(
           _instruction_costs(
-            module, computation, instruction, part, walk, choose
+            module, computation, instruction, part, walk, choose, runs
           )
         )
     return total
@@ -185,12 +191,12 @@ def _free(instruction: Instruction) -> bool:
 
 
 def _instruction_costs(
-  module, computation, instruction, part, walk, choose
+  module, computation, instruction, part, walk, choose, runs
 ) -> Costs:
   """The costs of one instruction and of the computations that it calls."""
   opcode, calls = instruction.opcode, _calls(module, instruction)
   if opcode == 'while':
-    return _loop_costs(module, computation, instruction, part, walk)
+    return _loop_costs(module, computation, instruction, part, walk, runs)
   if opcode == 'conditional':
     return _branch_costs(instruction, part, walk, choose)
   if calls:
@@ -203,8 +209,9 @@ def _instruction_costs(
   return _operation_costs(module, computation, instruction, part)
 
 
-def _loop_costs(module, computation, instruction, part, walk) -> Costs:
+def _loop_costs(module, computation, instruction, part, walk, runs) -> Costs:
   times = loops.trips(module, computation, instruction)
+  times = runs(part) if times is None else times
   body = walk(instruction.called('body')[0], part)
   if times is None:
     return Costs(endless={instruction.name: body})
@@ -220,11 +227,11 @@ def _branch_costs(instruction, part, walk, choose) -> Costs:
       'branch_computations', 'false_computation', 'true_computation'
     )
   ]
-  by_dead = parts_lib.is_auxk_choice(instruction)
-  chosen = choose(by_dead, each)
+  choice = parts_lib.choice(instruction)
+  chosen = choose(choice, each)
   total = Costs()
   total.add(each[chosen])
-  total.branches.append(Branches(part, by_dead, chosen, each))
+  total.branches.append(Branches(part, choice, chosen, each))
   return total
 
 

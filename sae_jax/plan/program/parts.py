@@ -1,15 +1,10 @@
-"""The part of the method that an instruction of the training step is of."""
+"""The part of the method that an instruction of a step is of."""
 
 import re
 
-import jax
-from jax.sharding import Mesh
-
-from sae_jax import errors, ops
+from sae_jax import errors
 from sae_jax.ops import scopes
 from sae_jax.plan.program.text import Instruction, Module
-from sae_jax.training import objective
-from sae_jax.training.config import TrainConfig
 
 AUXK = scopes.AUXK
 OPTIMIZER = 'Adam, projection, moving average'
@@ -18,24 +13,27 @@ REST = 'rest of the step'
 # Everything inside of these scopes belongs to the part.
 _WHOLE = {scopes.AUXK: AUXK, scopes.OPTIMIZER: OPTIMIZER}
 # Elsewhere the innermost scope decides: its part forwards, and backwards.
-_ENCODER = ('encoder and top-k', 'encoder gradients')
-_DECODER = (scopes.DECODER, 'decoder gradients')
-_BOTH = (scopes.ENCODER_AND_DECODER, 'gradients')
+ENCODER = ('encoder and top-k', 'encoder gradients')
+DECODER = (scopes.DECODER, 'decoder gradients')
+BOTH = (scopes.ENCODER_AND_DECODER, 'gradients')
 _PARTS = {
   scopes.PREPROCESSING: (scopes.PREPROCESSING,) * 2,
-  scopes.ENCODER: _ENCODER,
-  scopes.DECODER: _DECODER,
-  scopes.ENCODER_AND_DECODER: _BOTH,
+  scopes.ENCODER: ENCODER,
+  scopes.DECODER: DECODER,
+  scopes.ENCODER_AND_DECODER: BOTH,
   scopes.WEIGHT_GRADIENTS: (scopes.WEIGHT_GRADIENTS,) * 2,
   scopes.EXCHANGE: (scopes.EXCHANGE,) * 2,
+  scopes.CODES: (scopes.CODES,) * 2,
+  scopes.PAIRS: (scopes.PAIRS,) * 2,
+  scopes.STATISTICS: (scopes.STATISTICS,) * 2,
+  scopes.TOP: (scopes.TOP,) * 2,
+  scopes.RANDOM: (scopes.RANDOM,) * 2,
+  scopes.NEAR: (scopes.NEAR,) * 2,
+  scopes.METRICS: (scopes.METRICS,) * 2,
+  scopes.COMPONENTS: (scopes.COMPONENTS,) * 2,
 }
-# Parts of a sparse pass, by the implementation of its products. The kernels
-# share a backward pass; dense products share the decoder's too.
-_SPARSE = {
-  'gather': {*_ENCODER, *_DECODER, *_BOTH[:1], scopes.WEIGHT_GRADIENTS},
-  'dense': {*_ENCODER, *_BOTH},
-  'pallas': {*_ENCODER[:1], *_DECODER[:1], *_BOTH},
-}
+# What the program does only if data asks for it, by the scope right around.
+_CHOICES = frozenset((scopes.AUXK, scopes.METRICS, scopes.COMPONENTS))
 
 
 def _path(instruction: Instruction) -> list[str]:
@@ -76,41 +74,14 @@ def part(instruction: Instruction) -> str | None:
   return REST
 
 
-def is_auxk_choice(instruction: Instruction) -> bool:
-  """Whether a conditional is AuxK's choice by the number of dead latents."""
-  return _path(instruction)[-2:-1] == [scopes.AUXK]
+def choice(instruction: Instruction) -> str:
+  """The scope whose choice a conditional is; '' if it is another choice.
 
-
-def expected(
-  config: TrainConfig, mesh: Mesh, implementation: str | None = None
-) -> frozenset[str]:
-  """The parts that a training step must have.
-
-  Args:
-    config: the run, with d_model set.
-    mesh: the mesh that the step is compiled for.
-    implementation: of the sparse products, see `ops.decode`.
+  AuxK chooses by the number of dead latents, the pass over a store by what the
+  rows of a batch are for.
   """
-  names = {OPTIMIZER}
-  if config.sae.preprocessing != 'none':
-    names.add(scopes.PREPROCESSING)
-  method = objective.of(config.sae.activation)
-  if method.SPARSE:
-    with jax.set_mesh(mesh):
-      name = ops.choose(
-        config.sae.n_latents,
-        config.objective.widest(config.sae.k),
-        implementation,
-        config.sae.d_model,
-      )
-    names |= _SPARSE[name]
-    if mesh.shape['latent'] > 1:
-      names.add(scopes.EXCHANGE)
-  else:
-    names |= {*_ENCODER, *_DECODER}
-  if method.AUXK and config.objective.k_aux:
-    names.add(AUXK)
-  return frozenset(names)
+  around = _path(instruction)[-2:-1]
+  return around[0] if around and around[0] in _CHOICES else ''
 
 
 def check(module: Module, names: frozenset[str]) -> None:
@@ -118,7 +89,7 @@ def check(module: Module, names: frozenset[str]) -> None:
 
   Args:
     module: the program.
-    names: names of the parts, from `expected`.
+    names: names of the parts, from `expected` of the step.
   """
   present = {
     part(instruction)

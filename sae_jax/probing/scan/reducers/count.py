@@ -1,0 +1,48 @@
+"""How many pairs each latent has."""
+
+import dataclasses
+
+import flax.struct
+import jax.numpy as jnp
+import numpy as np
+
+from sae_jax.probing.scan import double
+from sae_jax.probing.scan import sums as sums_lib
+from sae_jax.probing.scan.double import Double
+from sae_jax.probing.scan.pairs import Pairs
+
+
+@flax.struct.dataclass
+class State:
+  """The number of pairs, exact up to 2**46."""
+
+  count_N: Double
+
+
+@dataclasses.dataclass(frozen=True)
+class Count:
+  """A column of the number of pairs.
+
+  Attributes:
+    name: of the column.
+  """
+
+  name: str
+
+  def init(self, n_own: int) -> State:
+    return State(double.zeros((n_own,)))
+
+  def update(self, state: State, pairs: Pairs) -> State:
+    count_N = jnp.zeros(pairs.n_own, jnp.int32)
+    count_N = count_N.at[pairs.latent_U].add(
+      pairs.stop_U - pairs.start_U, mode='drop'
+    )
+    return State(double.add(state.count_N, sums_lib.whole(count_N)))
+
+  def merge(self, a: State, b: State) -> State:
+    return State(double.add(a.count_N, b.count_N))
+
+  def finish(self, state: State) -> dict[str, np.ndarray]:
+    """The column int64, of a state with numpy arrays."""
+    count_N = double.to_float64(state.count_N)
+    return {self.name: count_N.astype(np.int64)}

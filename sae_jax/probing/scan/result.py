@@ -1,0 +1,218 @@
+"""What the scan has found, on the host by blocks of latents."""
+
+from collections.abc import Iterator, Mapping
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
+
+from sae_jax import mesh as mesh_lib
+from sae_jax.autoencoder import metrics
+from sae_jax.probing import baselines
+from sae_jax.probing.scan import candidates, double, quality, scatter, step
+from sae_jax.probing.scan import sums as sums_lib
+from sae_jax.probing.scan.step import TRAINED
+
+
+@dataclasses.dataclass(frozen=True)
+class ScanResult:
+  """What the scan has found.
+
+  Attributes:
+    codes: folder of the codes, see `codes.open_codes`.
+    rows: rows that statistics, examples and codes are of.
+    quality: metrics on the test rows by name, `step.TRAINED` and controls.
+    curves: by name, metrics by position in the context, see `quality.curves`.
+    norm_ratio: by name, mean of |x^| / |x|.
+    fitted: rows that principal components are fitted to.
+    scored: test rows, for principal components.
+    tied: rows of which rounding may have chosen the last active latent.
+    most_active: active latents of the row with the most.
+  """
+
+  codes: str
+  rows: int
+  quality: dict[str, metrics.Metrics]
+  curves: dict[str, dict[str, np.ndarray]]
+  norm_ratio: dict[str, float]
+  fitted: baselines.PcaState
+  scored: baselines.PcaState
+  tied: int
+  most_active: int
+  _plan: step.Plan
+  _reducers: dict[str, Any]
+
+  @property
+  def metrics(self) -> metrics.Metrics:
+    """Those of the autoencoder itself."""
+    return self.quality[TRAINED]
+
+  def fvu_pca(self, n_components: int) -> float:
+    """FVU of the test rows' best code with so many numbers per token."""
+    pca = baselines.principal(self.fitted, n_components)
+    return float(baselines.fvu(pca, self.scored)[-1])
+
+  @classmethod
+  def of(
+    cls,
+    plan: step.Plan,
+    mesh: Mesh,
+    state: step.State,
+    mse_of_mean: Mapping[str, float],
+    codes: str,
+    rows: int,
+  ) -> 'ScanResult':
+    """Merges a state over the devices; all processes call it.
+
+    Args:
+      plan: what the scan was asked for.
+      mesh: where the state lies.
+      state: that of the last row.
+      mse_of_mean: the constant that NMSE divides by, by name.
+      codes: folder of the codes.
+      rows: that statistics are of.
+    """
+    whole = _merged(plan, mesh, state)
+    sums, fired = (
+      sums_lib.to_host(jax.tree.map(_local, part))
+      for part in (whole.sums, whole.fired)
+    )
+    return cls(
+      codes=codes,
+      rows=rows,
+      quality={
+        name: quality.summarise(
+          sums[name], np.asarray(fired[name], np.int64), mse_of_mean[name]
+        )
+        for name in plan.scored
+      },
+      curves={
+        name: quality.curves(sums[name], mse_of_mean[name])
+        for name in plan.scored
+      },
+      norm_ratio={
+        name: float(of.ratio_T.sum() / of.tokens_T.sum())
+        for name, of in sums.items()
+      },
+      fitted=_scatter(whole.train_scatter),
+      scored=_scatter(whole.test_scatter),
+      tied=int(sums_lib.to_host(jax.tree.map(_local, whole.tied))),
+      most_active=int(_local(whole.most)),
+      _plan=plan,
+      _reducers=whole.reducers,
+    )
+
+  @property
+  def has_near_misses(self) -> bool:
+    """Whether latents have near misses: where k of a token are active."""
+    return (
+      candidates.code_width(self._plan.sae) is not None
+      and 'near' in self._plan.config.near_reducers()
+    )
+
+  @property
+  def bins_in_use(self) -> tuple[int, int]:
+    """The first bin of the histograms that holds a value, and past the last."""
+    counts_NH = self._reducers['statistics'].hist_NH
+    whole = NamedSharding(counts_NH.sharding.mesh, PartitionSpec())
+    used_H = jax.jit(lambda a: (a > 0).any(0), out_shardings=whole)(counts_NH)
+    used = np.flatnonzero(_local(used_H))
+    return (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
+
+  @property
+  def own_latents(self) -> list[tuple[int, int]]:
+    """First latent and one past the last of each part that `blocks` is of."""
+    shards = _own_shards(jax.tree.leaves(self._reducers)[0])
+    return sorted((start, start + len(data)) for start, data in shards.items())
+
+  def blocks(
+    self, latents: int
+  ) -> Iterator[tuple[int, int, dict[str, np.ndarray]]]:
+    """The columns of reducers, of the latents that are this process's.
+
+    Of the shards of latents that several processes have the first has them all.
+
+    Args:
+      latents: most latents of a block.
+
+    Yields:
+      First latent, one past the last, and the columns by name, [n, ...].
+    """
+    kinds = self._plan.config.reducers() | self._plan.config.near_reducers()
+    leaves, structure = jax.tree.flatten(self._reducers)
+    shards = [_own_shards(leaf) for leaf in leaves]
+    for start in sorted(shards[0]):
+      own = [of[start] for of in shards]
+      n_own = own[0].shape[0]
+      for first in range(0, n_own, latents):
+        part = [np.asarray(a[first : first + latents]) for a in own]
+        states = jax.tree.unflatten(structure, part)
+        columns = {}
+        for name, kind in kinds.items():
+          columns |= kind.finish(states[name])
+        stop = min(first + latents, n_own)
+        yield start + first, start + stop, columns
+
+
+def _own_shards(array: jax.Array) -> dict[int, jax.Array]:
+  """The parts that no process before this one has, by their first row."""
+  return {
+    shard.index[0].start or 0: shard.data
+    for shard in array.addressable_shards
+    if shard.replica_id == 0
+  }
+
+
+def _local(array: jax.Array) -> np.ndarray:
+  """An array that is whole on every device."""
+  return np.asarray(array.addressable_data(0))
+
+
+def _scatter(state: scatter.Scatter) -> baselines.PcaState:
+  return scatter.to_host(jax.tree.map(_local, state))
+
+
+def _merged(plan: step.Plan, mesh: Mesh, state: step.State) -> step.State:
+  """One state of all devices: the latents' by shard, the others whole."""
+  kinds = plan.config.reducers() | plan.config.near_reducers()
+  latents = NamedSharding(mesh, mesh_lib.RULES.spec('N'))
+  whole = NamedSharding(mesh, PartitionSpec())
+
+  def merge(state):
+    return step.State(
+      reducers={
+        name: _tree(kind.merge, state.reducers[name])
+        for name, kind in kinds.items()
+      },
+      sums=_tree(sums_lib.add, state.sums),
+      fired=_tree(sums_lib.add, state.fired),
+      train_scatter=_tree(scatter.merge, state.train_scatter),
+      test_scatter=_tree(scatter.merge, state.test_scatter),
+      tied=_tree(double.add, state.tied),
+      most=state.most.max(),
+    )
+
+  shapes = jax.eval_shape(merge, state)
+  shardings = jax.tree.map(lambda _: whole, shapes).replace(
+    reducers=jax.tree.map(lambda _: latents, shapes.reducers)
+  )
+  return jax.jit(merge, out_shardings=shardings)(state)
+
+
+def _tree(merge, state):
+  """Merges the states along the first axis, pairs of them at a time."""
+  merge = jax.vmap(merge)
+
+  def part(start, stop, step=1):
+    return jax.tree.map(lambda a: a[start:stop:step], state)
+
+  while (count := len(jax.tree.leaves(state)[0])) > 1:
+    even = count - count % 2
+    both = merge(part(0, even, 2), part(1, even, 2))
+    state = jax.tree.map(
+      lambda a, b: jnp.concatenate([a, b]), both, part(even, count)
+    )
+  return jax.tree.map(lambda a: a[0], state)

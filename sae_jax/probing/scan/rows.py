@@ -1,0 +1,152 @@
+"""Which rows the scan reads, what each serves, and reading them ahead."""
+
+from collections.abc import Iterator
+import contextlib
+import dataclasses
+import itertools
+
+import jax
+from jax.sharding import Mesh
+import numpy as np
+
+from sae_jax import store as store_lib
+from sae_jax.feed import ahead
+from sae_jax.feed import rows as rows_lib
+from sae_jax.probing.scan import codes
+from sae_jax.probing.scan.config import ScanConfig
+from sae_jax.probing.scan.step import Batch
+
+# Batches that are read while the devices work.
+_AHEAD = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+  """Rows of a store that serve the same purposes.
+
+  Attributes:
+    start: first row.
+    stop: one past the last.
+    features: whether statistics, examples and codes are of them.
+    pca: whether principal components are fitted to them.
+    test: whether metrics are of them.
+  """
+
+  start: int
+  stop: int
+  features: bool
+  pca: bool
+  test: bool
+
+
+def segments(config: ScanConfig, store: store_lib.Store) -> list[Segment]:
+  """All rows that serve anything, in order; each is in one segment."""
+  test = store.test_rows[: config.eval_rows]
+  spans = {
+    'features': range(min(store.manifest.n_rows, config.feature_rows)),
+    'pca': range(min(store.n_train, config.pca_rows)),
+    'test': test,
+  }
+  cuts = {row for span in spans.values() for row in (span.start, span.stop)}
+  cuts = sorted(cuts)
+  pieces = []
+  for start, stop in itertools.pairwise(cuts):
+    serves = {name: start in span for name, span in spans.items()}
+    if any(serves.values()):
+      pieces.append(Segment(start, stop, **serves))
+  return pieces
+
+
+def batches(
+  pieces: list[Segment], size: int, from_row: int = 0
+) -> list[Segment]:
+  """Segments of at most `size` rows, each within a shard of the codes.
+
+  Args:
+    pieces: from `segments`.
+    size: rows of a batch.
+    from_row: the first row that is left to do, where a batch began.
+  """
+  parts = []
+  for piece in pieces:
+    start = piece.start
+    while start < piece.stop:
+      stop = min(start + size, piece.stop)
+      if piece.features:
+        stop = min(stop, start - start % codes.SHARD_ROWS + codes.SHARD_ROWS)
+      if start >= from_row:
+        parts.append(dataclasses.replace(piece, start=start, stop=stop))
+      start = stop
+  return parts
+
+
+@contextlib.contextmanager
+def read_ahead(
+  parts: list[Segment], store: store_lib.Store, size: int, mesh: Mesh
+) -> Iterator[Iterator[tuple[Segment, Batch]]]:
+  """The batches on the devices, read before they are needed.
+
+  Args:
+    parts: from `batches`.
+    store: the store.
+    size: rows of a batch on the devices; a short one is filled with copies.
+    mesh: the mesh.
+
+  Raises:
+    UserError: if a row cannot be read or is not finite.
+  """
+  items = ((part, read(part, store, size, mesh)) for part in parts)
+  with contextlib.closing(ahead.iterate(items, _AHEAD, 'scan')) as ready:
+    yield ready
+
+
+def read(part: Segment, store: store_lib.Store, size: int, mesh: Mesh) -> Batch:
+  """The batch of some rows."""
+  raw_BD = rows_lib.read_rows(
+    store, part.start, size, mesh, stop=part.stop, finite=True
+  )
+  known = {}
+
+  def of(which):
+    def values(start, stop):
+      if (start, stop) not in known:
+        known[start, stop] = documents_and_positions(store, start, stop)
+      return known[start, stop][which]
+
+    return rows_lib.place(values, part.start, part.stop, (size,), mesh, 'B')
+
+  return batch_of(
+    raw_BD,
+    of(0),
+    of(1),
+    part,
+  )
+
+
+def documents_and_positions(
+  store: store_lib.Store, start: int, stop: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Document and position in the context of rows start to stop, int32 each."""
+  place_R = store.stream_index(start, stop)
+  first = place_R[0]
+  _, documents, positions = store.stream(first, place_R[-1] + 1)
+  return documents[place_R - first], positions[place_R - first]
+
+
+def batch_of(
+  raw_BD: jax.Array,
+  document_B: jax.Array,
+  position_B: jax.Array,
+  part: Segment,
+) -> Batch:
+  """A batch of rows, whose numbers may pass 2**32."""
+  return Batch(
+    raw_BD,
+    document_B,
+    position_B,
+    row_hi=np.uint32(part.start >> 32),
+    row_lo=np.uint32(part.start & 0xFFFFFFFF),
+    size=np.int32(part.stop - part.start),
+    pca=np.bool_(part.pca),
+    test=np.bool_(part.test),
+  )

@@ -1,0 +1,395 @@
+"""One batch of the scan under jit."""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sae_jax import autoencoder, ops
+from sae_jax import mesh as mesh_lib
+from sae_jax.ops import scopes
+from sae_jax.probing.scan import candidates as candidates_lib
+from sae_jax.probing.scan import double, quality, scatter
+from sae_jax.probing.scan import pairs as pairs_lib
+from sae_jax.probing.scan import sums as sums_lib
+from sae_jax.probing.scan.config import ScanConfig
+from sae_jax.probing.scan.double import Double
+from sae_jax.probing.scan.quality import Sums
+from sae_jax.probing.scan.scatter import Scatter
+
+# A device has a state of its own of what it sums over its share of the tokens,
+# and a data shard one of each latent.
+_DEVICES = PartitionSpec(mesh_lib.AXES)
+_LATENTS = PartitionSpec(*mesh_lib.AXES)
+TRAINED = 'trained'
+_SCOPES = {
+  'statistics': scopes.STATISTICS,
+  'top': scopes.TOP,
+  'random': scopes.RANDOM,
+  'near': scopes.NEAR,
+  'near_count': scopes.NEAR,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """What a step is compiled for.
+
+  Attributes:
+    config: what the scan is asked for.
+    sae: the autoencoder's config.
+    controls: name and config of each autoencoder beside it.
+    positions: tokens of the longest context.
+    features: whether the rows are those of statistics, examples and codes.
+    pca: whether principal components may be fitted to them.
+    test: whether they may be scored.
+    width: columns of the codes.
+    few: whether shards offer as many latents of a token as will mostly do,
+      with TopK.
+  """
+
+  config: ScanConfig
+  sae: autoencoder.SaeConfig
+  controls: tuple[tuple[str, autoencoder.SaeConfig], ...]
+  positions: int
+  features: bool = False
+  pca: bool = False
+  test: bool = False
+  width: int = 0
+  few: bool = False
+
+  @property
+  def scored(self) -> dict[str, autoencoder.SaeConfig]:
+    """The configs of all autoencoders that are scored, by name."""
+    return {TRAINED: self.sae} | dict(self.controls)
+
+
+@flax.struct.dataclass
+class State:
+  """What the scan has summed. The first axis is of devices or data shards.
+
+  Attributes:
+    reducers: the states of reducers by name, an axis of latents second.
+    sums: metrics of autoencoders on test rows, by name.
+    fired: tokens that latents fired on, by name of the autoencoder, [., N].
+    train_scatter: of rows that components are fitted to.
+    test_scatter: of test rows.
+    tied: tokens whose last active latent rounding may have chosen.
+    most: active latents of the token with the most.
+  """
+
+  reducers: dict[str, Any]
+  sums: dict[str, Sums]
+  fired: dict[str, Double]
+  train_scatter: Scatter
+  test_scatter: Scatter
+  tied: Double
+  most: jax.Array
+
+
+@flax.struct.dataclass
+class Batch:
+  """Rows and what the store knows of them.
+
+  Attributes:
+    raw_BD: activations.
+    document_B: int32 number of the document.
+    position_B: int32 position in the context.
+    row_hi: upper 32 bits of the first row, uint32.
+    row_lo: lower 32 bits.
+    size: number of rows that count, the first ones.
+    pca: whether principal components are fitted to them.
+    test: whether they are scored.
+  """
+
+  raw_BD: jax.Array
+  document_B: jax.Array
+  position_B: jax.Array
+  row_hi: jax.Array
+  row_lo: jax.Array
+  size: jax.Array
+  pca: jax.Array
+  test: jax.Array
+
+
+def state_specs(state: State) -> State:
+  """Partitions of a state."""
+
+  def all_with(spec, tree):
+    return jax.tree.map(lambda _: spec, tree)
+
+  return all_with(_DEVICES, state).replace(
+    reducers=all_with(_LATENTS, state.reducers),
+    fired=all_with(_LATENTS, state.fired),
+  )
+
+
+def _own_state(plan: Plan, shards: int) -> State:
+  """A device's state before any row."""
+  kinds = plan.config.reducers() | plan.config.near_reducers()
+  d_model = plan.sae.d_model
+  return State(
+    reducers={
+      name: kind.init(plan.sae.n_latents // shards)
+      for name, kind in kinds.items()
+    },
+    sums={name: quality.init(d_model, plan.positions) for name in plan.scored},
+    fired={
+      name: double.zeros((config.n_latents // shards,))
+      for name, config in plan.scored.items()
+    },
+    train_scatter=scatter.init(d_model),
+    test_scatter=scatter.init(d_model),
+    tied=double.zeros(()),
+    most=jnp.zeros((), jnp.int32),
+  )
+
+
+def abstract_state(plan: Plan, mesh: Mesh) -> State:
+  """Shapes, dtypes and shardings of a state, without making one."""
+  own = jax.eval_shape(lambda: _own_state(plan, mesh.shape['latent']))
+
+  def spread(a, spec):
+    lead = [mesh.shape['data'] * mesh.shape['latent'], *a.shape]
+    if spec == _LATENTS:
+      lead[:2] = [mesh.shape['data'], a.shape[0] * mesh.shape['latent']]
+    return jax.ShapeDtypeStruct(
+      tuple(lead), a.dtype, sharding=NamedSharding(mesh, spec)
+    )
+
+  return jax.tree.map(spread, own, state_specs(own))
+
+
+def init_state(plan: Plan, mesh: Mesh) -> State:
+  """The state before any row, made on the devices."""
+  specs = state_specs(abstract_state(plan, mesh))
+
+  @jax.jit
+  @functools.partial(
+    jax.shard_map, mesh=mesh, in_specs=(), out_specs=specs, check_vma=False
+  )
+  def make():
+    own = _own_state(plan, mesh.shape['latent'])
+    return jax.tree.map(lambda a: a[None], own)
+
+  return make()
+
+
+@functools.lru_cache(maxsize=16)
+def make_step(plan: Plan, mesh: Mesh) -> Callable[..., tuple]:
+  """The jitted step of rows that serve the same purposes.
+
+  Args:
+    plan: what it is compiled for.
+    mesh: axes ("data", "latent").
+
+  Returns:
+    A function of a state, which is donated, the autoencoders by name, the
+    norms of their `longest_row` by name and a `Batch`. It returns the new
+    state, vals_BK and idx_BK of the codes (None where rows are not features),
+    and the most active latents of a token. Where that exceeds `width`, as it
+    also does where what shards offered was too `few`, the state is the old one,
+    and the batch is to be done again with more.
+  """
+  sae_specs = {
+    name: mesh_lib.specs(
+      jax.eval_shape(
+        lambda config=config: autoencoder.init_weights(
+          config, jax.random.key(0)
+        )
+      )
+    )
+    for name, config in plan.scored.items()
+  }
+  data, none = PartitionSpec('data'), PartitionSpec()
+  batch_specs = Batch(*[data] * 3, *[none] * 5)
+  specs = state_specs(abstract_state(plan, mesh))
+  codes = _DEVICES if plan.features else None
+
+  @functools.partial(
+    jax.shard_map,
+    mesh=mesh,
+    in_specs=(specs, sae_specs, none, batch_specs),
+    out_specs=(specs, codes, codes, none),
+    # What sums a device's own tokens takes no notice of the mesh.
+    check_vma=False,
+  )
+  def step(state, saes, longest, batch):
+    own = jax.tree.map(lambda a: a[0], state)
+    own, *others = _update(plan, own, saes, longest, batch)
+    return jax.tree.map(lambda a: a[None], own), *others
+
+  shares = NamedSharding(mesh, _DEVICES if jax.process_count() == 1 else none)
+  return jax.jit(
+    step,
+    donate_argnums=0,
+    out_shardings=(
+      jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs),
+      shares if plan.features else None,
+      shares if plan.features else None,
+      NamedSharding(mesh, none),
+    ),
+  )
+
+
+def _update(plan, state, saes, longest, batch):
+  """A device's part of `make_step`."""
+  axis, sae = 'latent', saes[TRAINED]
+  tokens = batch.raw_BD.shape[0]
+  nth_B = jax.lax.axis_index('data') * tokens + jnp.arange(tokens)
+  counts_B = nth_B < batch.size
+  row_lo_B = batch.row_lo + nth_B.astype(jnp.uint32)
+  row_hi_B = batch.row_hi + (row_lo_B < batch.row_lo).astype(jnp.uint32)
+  share = functools.partial(candidates_lib.own_share, axis=axis)
+  counts_E = share(counts_B)
+  x_BD, affine = autoencoder.preprocess(plan.sae, sae, batch.raw_BD)
+  old, new, codes = state, {}, (None, None)
+  needed = jnp.zeros((), jnp.int32)
+  if plan.features or plan.test:
+    offers = candidates_lib.candidates(
+      plan.sae, sae, x_BD, longest[TRAINED], plan.width, axis, plan.few
+    )
+    short = offers.short
+    slots = candidates_lib.pair_slots(
+      plan.sae, plan.width, tokens, jax.lax.axis_size(axis), plan.few
+    )
+    active_BC = offers.active_BC & counts_B[:, None]
+    needed = jnp.where(counts_E, offers.needed_E, 0).max()
+    new['most'] = jnp.maximum(state.most, needed)
+    needed = jax.lax.pmax(needed, mesh_lib.AXES)
+  if plan.features:
+    n_own = sae.w_enc_ND.shape[0]
+    new['reducers'] = dict(state.reducers)
+    for kinds, of_BC in (
+      (plan.config.reducers(), offers.active_BC),
+      (plan.config.near_reducers(), offers.near_BC),
+    ):
+      if not kinds:
+        continue
+      wanted_BC = of_BC & counts_B[:, None]
+      with jax.named_scope(scopes.PAIRS):
+        short |= wanted_BC.sum(dtype=jnp.int32) > slots
+        pairs = pairs_lib.pairs(
+          *pairs_lib.packed(
+            slots,
+            wanted_BC,
+            (
+              offers.vals_BC,
+              offers.idx_BC,
+              offers.rank_BC,
+              offers.margin_BC,
+            ),
+            (row_hi_B, row_lo_B, batch.document_B),
+          ),
+          n_own,
+          jax.lax.axis_index(axis) * n_own,
+        )
+      for name, kind in kinds.items():
+        with jax.named_scope(_SCOPES[name]):
+          new['reducers'][name] = kind.update(state.reducers[name], pairs)
+    tied = (offers.tied_E & counts_E).sum(dtype=jnp.int32)
+    new['tied'] = double.add(state.tied, sums_lib.whole(tied))
+    codes = offers.vals_EK, offers.idx_EK
+  state = state.replace(**new)
+  if plan.pca:
+    with jax.named_scope(scopes.COMPONENTS):
+      train = jax.lax.cond(
+        batch.pca,
+        lambda old: scatter.update(old, share(x_BD), counts_E),
+        lambda old: old,
+        state.train_scatter,
+      )
+    state = state.replace(train_scatter=train)
+  if plan.test:
+    k = min(plan.width, offers.vals_BC.shape[1])
+    own_codes = (
+      jnp.where(active_BC, offers.vals_BC, 0)[:, :k],
+      offers.idx_BC[:, :k],
+    )
+    with jax.named_scope(scopes.METRICS):
+      # A branch copies what it is given: not the states of reducers.
+      scores = state.sums, state.fired, state.test_scatter
+      scores = jax.lax.cond(
+        batch.test,
+        lambda scores: _tested(
+          plan, scores, saes, batch, counts_B, x_BD, affine, own_codes
+        ),
+        lambda scores: scores,
+        scores,
+      )
+    sums, fired, test_scatter = scores
+    state = state.replace(sums=sums, fired=fired, test_scatter=test_scatter)
+  if plan.few and (plan.features or plan.test):
+    short = jax.lax.pmax(short.astype(jnp.int32), mesh_lib.AXES)
+    needed = jnp.where(short > 0, plan.width + 1, needed)
+  if plan.few or candidates_lib.code_width(plan.sae) is None:
+    fits = needed <= plan.width
+    state = jax.tree.map(lambda a, b: jnp.where(fits, a, b), state, old)
+  return state, *codes, needed
+
+
+def _tested(plan, scores, saes, batch, counts_B, x_BD, affine, own_codes):
+  """Sums, fired and test_scatter of the state with a batch's rows scored."""
+  old_sums, old_fired, test_scatter = scores
+  axis = 'latent'
+  share = functools.partial(candidates_lib.own_share, axis=axis)
+  coded = {TRAINED: (x_BD, affine, *own_codes)}
+  for name, config in plan.controls:
+    x_BD, affine = autoencoder.preprocess(config, saes[name], batch.raw_BD)
+    codes_BK = autoencoder.encode(config, saes[name], x_BD, axis=axis)
+    coded[name] = (x_BD, affine, *codes_BK)
+  sums, fired = {}, {}
+  for name, code in coded.items():
+    sums[name], fired[name] = _scored(
+      plan.scored[name],
+      saes[name],
+      old_sums[name],
+      old_fired[name],
+      batch,
+      counts_B,
+      *code,
+    )
+  test_scatter = scatter.update(
+    test_scatter, share(coded[TRAINED][0]), share(counts_B)
+  )
+  return sums, fired, test_scatter
+
+
+def _scored(
+  config, sae, sums, fired, batch, counts_B, x_BD, affine, vals_BK, idx_BK
+):
+  """Metrics with this batch of one autoencoder, and how often latents fired."""
+  axis = 'latent'
+  share = functools.partial(candidates_lib.own_share, axis=axis)
+  n_active = candidates_lib.code_width(config) or idx_BK.shape[1]
+  share_active = n_active / jax.lax.axis_size(axis) / idx_BK.shape[1]
+  output_BD = ops.decode(
+    vals_BK,
+    idx_BK,
+    sae.w_dec_ND,
+    dtype=config.matmul_dtype,
+    active=min(1, share_active),
+  )
+  active_BK = (vals_BK > 0) & counts_B[:, None]
+  active_E = candidates_lib.scattered(active_BK.sum(-1, dtype=jnp.int32), axis)
+  computed_from_BD = batch.raw_BD / affine.scale
+  sums = quality.update(
+    sums,
+    share(x_BD),
+    candidates_lib.scattered(output_BD, axis) + sae.b_pre_D,
+    active_E,
+    sae.b_pre_D,
+    share(computed_from_BD),
+    share(batch.position_B),
+    share(counts_B),
+  )
+  fired_N = jnp.zeros(fired.hi_N.shape, jnp.int32)
+  fired_N = fired_N.at[idx_BK.reshape(-1)].add(
+    active_BK.reshape(-1).astype(jnp.int32)
+  )
+  return sums, double.add(fired, sums_lib.whole(fired_N))

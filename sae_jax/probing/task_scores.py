@@ -1,0 +1,142 @@
+"""Scores of an autoencoder's latents on probe tasks, beside their controls."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from sae_jax import mesh as mesh_lib
+from sae_jax.checkpoint import Trained
+from sae_jax.probing import baselines, pooled, probes, references, search, tasks
+from sae_jax.subject import Subject
+
+# Latents of each task in the report.
+_N_BEST = 8
+
+
+def measure(
+  loaded: Sequence[tasks.Task],
+  trained: Trained,
+  subject: Subject,
+  site: str,
+  max_tokens: int,
+  pooling: str,
+  *,
+  bos: str = '',
+  seed: int = 0,
+  mesh: jax.sharding.Mesh | None = None,
+) -> dict[str, Any]:
+  """Scores tasks by single latents, controls and references.
+
+  Args:
+    loaded: the tasks.
+    trained: the autoencoder.
+    subject: the model that reads the prompts.
+    site: the site of the subject.
+    max_tokens: most tokens that it reads of a prompt.
+    pooling: one of `pooled.POOLING`.
+    bos: the token that prompts begin with, see `pooled.pool`.
+    seed: seed of splits, shuffled labels, directions and folds.
+    mesh: the devices to use, with the axes of `mesh.AXES`; None for one.
+
+  Returns:
+    task -> `source`, `classes`, number of `prompts`, `latent`
+    (`probes.TaskScore` of the one with the least loss on the training prompts),
+    `best_latents` (of the first few by that loss), `controls` (a `TaskScore` by
+    each name in `baselines.CONTROL_DEFINITIONS`) and `references`
+    (`references.scores`).
+  """
+  if mesh is None:
+    mesh = mesh_lib.make_mesh(1, 1, jax.local_devices()[:1])
+  trained = pooled.on_mesh(trained, mesh)
+  sides = []
+  for task in loaded:
+    prompts = pooled.pool(
+      trained,
+      mesh,
+      subject,
+      site,
+      list(task.prompts),
+      max_tokens,
+      pooling,
+      task.name,
+      bos,
+    )
+    sides.append(_sides(task, prompts, seed))
+  best = search.search(
+    trained,
+    mesh,
+    [
+      search.Training(train.x_PD, train_P, permuted_P)
+      for (train, train_P, permuted_P), _ in sides
+    ],
+    _N_BEST,
+    seed,
+  )
+  return {
+    task.name: {
+      'source': task.source,
+      'classes': list(task.classes),
+      'prompts': len(task.prompts),
+      **_scores(trained, train, test, best_of_task, seed),
+    }
+    for task, (train, test), best_of_task in zip(loaded, sides, best)
+  }
+
+
+def _sides(task, prompts: pooled.Pooled, seed: int):
+  """Prompts, labels and shuffled labels, of both sides of the split."""
+  (rng,) = np.random.default_rng(seed).spawn(1)
+  labels_P = np.asarray(task.labels_P)
+  return [
+    (
+      pooled.Pooled(prompts.x_PD[idx], prompts.codes_PN[idx]),
+      labels_P[idx],
+      rng.permutation(labels_P[idx]),
+    )
+    for idx in tasks.split(task, seed)
+  ]
+
+
+def _scores(trained, train, test, best: search.TaskBest, seed: int):
+  (prompts, train_P, permuted_P), (test_prompts, test_P, test_permuted_P) = (
+    train,
+    test,
+  )
+
+  def held_out(of, q, features_PQ, train_labels_P, labels_P):
+    probe = probes.Probes(*(a[q : q + 1] for a in of.probes_Q))
+    return probes.held_out(
+      of.latent_Q[q], probe, train_labels_P, features_PQ[:, q], labels_P
+    )._asdict()
+
+  latents_PQ, permuted_PQ = (
+    pooled.pre_activations(trained, test_prompts.x_PD, of.latent_Q)
+    for of in (best.latent, best.permuted)
+  )
+  random_PQ = search.along_directions(
+    test_prompts.x_PD, prompts.x_PD, seed, best.random.latent_Q
+  )
+  of_latents = [
+    held_out(best.latent, q, latents_PQ, train_P, test_P)
+    for q in range(len(best.latent.latent_Q))
+  ]
+  controls = {
+    'permuted': held_out(
+      best.permuted, 0, permuted_PQ, permuted_P, test_permuted_P
+    ),
+    'random': held_out(best.random, 0, random_PQ, train_P, test_P),
+  }
+  of_activations = baselines.of_activations(
+    prompts.x_PD, train_P, test_prompts.x_PD, test_P
+  )
+  controls |= {name: score._asdict() for name, score in of_activations.items()}
+  return {
+    'latent': of_latents[0],
+    'best_latents': of_latents,
+    'controls': controls,
+    'references': references.scores(
+      *prompts, train_P, *test_prompts, test_P, seed
+    ),
+  }
