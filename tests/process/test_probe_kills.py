@@ -4,7 +4,6 @@
 """
 
 import collections
-import json
 import os
 import pathlib
 import random
@@ -15,7 +14,7 @@ import time
 
 import pytest
 
-from tests.support import binaries, gguf_models, runs
+from tests.support import binaries, runs
 
 KILLS = int(os.environ.get('SAE_JAX_PROBE_KILLS', '1'))
 STAGES = ('scan', 'table', 'any')
@@ -25,20 +24,8 @@ STAGES = ('scan', 'table', 'any')
 def made(tmp_path_factory):
   """The folder of a store and of a run of a few steps."""
   root = tmp_path_factory.mktemp('made')
-  text = root / 'texts.jsonl'
-  text.write_text(
-    ''.join(
-      json.dumps({'text': f'In chapter {i} the {word} was left at sea. ' * 4})
-      + '\n'
-      for i, word in enumerate(('ship', 'captain', 'whale', 'harpoon') * 8)
-    )
-  )
   values = {
-    'sae-harvest': {
-      'store': root / 'store', 'sources': text, 'n_tokens': 900,
-      'subject': gguf_models.write(root / 'm.gguf', gguf_models.of_bytes()),
-      'sites': 'blocks.1.resid_post', 'context_length': 32,
-    },
+    'sae-harvest': binaries.small_harvest(root),
     'sae-train': {
       'store': root / 'store', 'workdir': root / 'train', 'n_latents': 512,
       'k': 8, 'batch_size': 64, 'steps': 30, 'sample_rows': 500,

@@ -5,7 +5,6 @@ its first to its last, and prints how they ended.
 """
 
 import collections
-import json
 import os
 import pathlib
 import random
@@ -18,7 +17,7 @@ import time
 import pytest
 
 from sae_jax.cli import huge_pages
-from tests.support import binaries, gguf_models, processes
+from tests.support import binaries, processes
 
 MOMENTS = int(os.environ.get('SAE_JAX_SIGNALS', '0'))
 STAGES = ('harvest', 'train', 'probe', 'browse', 'plan')
@@ -28,20 +27,8 @@ STAGES = ('harvest', 'train', 'probe', 'browse', 'plan')
 def commands(tmp_path_factory):
   """The flags of each stage, whose inputs are there."""
   root = tmp_path_factory.mktemp('stages')
-  text = root / 'texts.jsonl'
-  text.write_text(
-    ''.join(
-      json.dumps({'text': f'In chapter {i} the {word} was left at sea. ' * 4})
-      + '\n'
-      for i, word in enumerate(('ship', 'captain', 'whale', 'harpoon') * 8)
-    )
-  )
   values = {
-    'harvest': {
-      'store': root / 'store', 'sources': text, 'n_tokens': 900,
-      'subject': gguf_models.write(root / 'm.gguf', gguf_models.of_bytes()),
-      'sites': 'blocks.1.resid_post', 'context_length': 32,
-    },
+    'harvest': binaries.small_harvest(root),
     'train': {
       'store': root / 'store', 'workdir': root / 'train', 'n_latents': 64,
       'k': 8, 'batch_size': 64, 'steps': 300, 'checkpoint_every': 50,

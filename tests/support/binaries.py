@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import json
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 
 from sae_jax.cli import flags
 from sae_jax.cli.stages import browse, harvest, plan, probe, train
+from tests.support import gguf_models
 
 MODULES = {
   'sae-harvest': harvest,
@@ -98,3 +100,23 @@ def run(name, *arguments):
   return subprocess.CompletedProcess(
     arguments, code, out.getvalue(), err.getvalue()
   )
+
+
+def small_harvest(root):
+  """Writes a text and a subject; the flags of a harvest of them in a second."""
+  text = root / 'texts.jsonl'
+  text.write_text(
+    ''.join(
+      json.dumps({'text': f'In chapter {i} the {word} was left at sea. ' * 4})
+      + '\n'
+      for i, word in enumerate(('ship', 'captain', 'whale', 'harpoon') * 8)
+    )
+  )
+  return {
+    'store': root / 'store',
+    'sources': text,
+    'n_tokens': 900,
+    'subject': gguf_models.write(root / 'm.gguf', gguf_models.of_bytes()),
+    'sites': 'blocks.1.resid_post',
+    'context_length': 32,
+  }

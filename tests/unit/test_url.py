@@ -94,10 +94,10 @@ def test_a_folder_is_no_pattern(tmp_path):
 
 def test_paths_are_made_absolute_and_urls_are_not(monkeypatch, tmp_path):
   monkeypatch.chdir(tmp_path)
-  monkeypatch.setenv('HOME', f'{tmp_path}/home')
+  monkeypatch.setenv('HOME', f'{tmp_path}/user')
   assert url_lib.absolute('a') == f'{tmp_path}/a'
   assert url_lib.kvstore('a')['path'] == f'{tmp_path}/a/'
-  assert url_lib.kvstore('~/a')['path'] == f'{tmp_path}/home/a/'
+  assert url_lib.kvstore('~/a')['path'] == f'{tmp_path}/user/a/'
   for url in ('gs://b/a', 's3://b/a'):
     assert url_lib.absolute(url) == url
     assert url_lib.is_remote(url) and url_lib.is_known(url)
