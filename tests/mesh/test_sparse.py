@@ -25,6 +25,15 @@ def test_top_k_over_shards_equals_one_stable_sort(name, k, batch):
   np.testing.assert_array_equal(got, unsharded_winners(x_BN, k))
 
 
+def test_long_shards_are_searched_for_few_entries_of_each():
+  rng = np.random.default_rng(4)
+  x_BN = rng.integers(0, 999, (16, 8 * 256)).astype(np.float32)
+  # Rows of two shards do not fit, and are sorted there alone.
+  x_BN[3, 256:700] = 999
+  got = sharded_winners(x_BN, 8, 8, ops.global_top_k)
+  np.testing.assert_array_equal(got, unsharded_winners(x_BN, 8))
+
+
 def test_top_k_over_shards_keeps_winners_that_crowd_one_shard():
   winners_that_crowd_one_shard_are_kept()
 
