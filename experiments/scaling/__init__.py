@@ -1,0 +1,1 @@
+"""Scaling laws: how far fits can be trusted."""
