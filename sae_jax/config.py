@@ -5,8 +5,10 @@ turns the fields into flags and the resolved config lands as JSON beside the
 stage's output. Library code never reads a flag.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import types
@@ -239,6 +241,33 @@ def from_flat(kind: type[_Config], values: dict[str, Any]) -> _Config:
       if dataclasses.is_dataclass(field.type) or field.name in values
     }
   )
+
+
+def combinations(
+  config: Any, values: Mapping[str, Sequence[Any]]
+) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+  """Every combination of some fields' values.
+
+  Args:
+    config: has the other fields.
+    values: of fields by name, those of nested configs included.
+
+  Yields:
+    The values that are combined by name, and `flat` values of a whole config.
+
+  Raises:
+    UserError: if there is no such field.
+  """
+  base = flat(config)
+  unknown = sorted(set(values) - set(base))
+  if unknown:
+    raise UserError(
+      f'a run has no field {", ".join(unknown)} to sweep: '
+      f'use some of {", ".join(sorted(base))}'
+    )
+  for combination in itertools.product(*values.values()):
+    changes = dict(zip(values, combination))
+    yield changes, base | changes
 
 
 def differences(old: Any, new: Any) -> list[str]:

@@ -1,6 +1,6 @@
 """Config dataclasses as absl flags, and the frame of every binary."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 import contextlib
 import decimal
 import logging as python_logging
@@ -63,6 +63,15 @@ class _IntegerParser(flags.IntegerParser):
     if not -(2**63) <= value < 2**63:
       raise ValueError(f'{argument!r} does not fit into 64 bits')
     return int(value)
+
+
+def integer(text: str) -> int:
+  """An exact integer, as flags take them.
+
+  Raises:
+    ValueError: if it is none.
+  """
+  return _IntegerParser().parse(text)
 
 
 def define_integer(name: str, default: int, text: str) -> None:
@@ -132,6 +141,39 @@ def read(kind: type[_Config]) -> _Config:
   return config_lib.from_flat(kind, values)
 
 
+def values_of(
+  texts: list[str],
+  flag: str,
+  others: Mapping[str, Callable[[str], Any]] | None = None,
+) -> dict[str, tuple]:
+  """The values of fields from texts such as k=16,32, as their flags read them.
+
+  Args:
+    texts: one for each field.
+    flag: the flag that has them.
+    others: what reads a value of what is no flag, by name.
+
+  Raises:
+    UserError: if a text names no flag or no value, or a field twice.
+  """
+  values = {}
+  for text in texts:
+    name, _, listed = text.partition('=')
+    read_value = (others or {}).get(name)
+    if read_value is None and name in flags.FLAGS:
+      read_value = flags.FLAGS[name].parser.parse
+    if read_value is None or not listed or name in values:
+      raise errors.UserError(
+        f'--{flag}={text} is not a field of its own and its values: '
+        f'write --{flag}=k=16,32, once for each field'
+      )
+    try:
+      values[name] = tuple(read_value(value) for value in listed.split(','))
+    except ValueError as error:
+      raise errors.UserError(f'--{flag}={text}: {error}') from error
+  return values
+
+
 def url(name: str) -> str:
   """A URL flag's value; local paths are made absolute, ~ is expanded.
 
@@ -141,6 +183,18 @@ def url(name: str) -> str:
   value = flags.FLAGS[name].value
   if value is None:
     raise errors.UserError(f'--{name} is required; --help lists the flags')
+  return _absolute(name, value)
+
+
+def urls(name: str) -> tuple[str, ...]:
+  """The URLs of a flag that has several, separated by commas; see `url`."""
+  values = flags.FLAGS[name].value
+  if not values:
+    raise errors.UserError(f'--{name} is required; --help lists the flags')
+  return tuple(_absolute(name, value) for value in values)
+
+
+def _absolute(name: str, value: str) -> str:
   if not value:
     raise errors.UserError(f'{name} is empty: give {url_lib.kinds()}')
   try:

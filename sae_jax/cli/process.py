@@ -14,7 +14,11 @@ from sae_jax.cli import huge_pages
 _ENDING = {signal.SIGINT, signal.SIGTERM}
 
 
-def run(stage: str, listen: Callable[[], None] | None = None) -> None:
+def run(
+  stage: str,
+  listen: Callable[[], None] | None = None,
+  binary: str = '',
+) -> None:
   """Runs a stage as the command line says.
 
   Ctrl-C ends the process at once and silently, as the shell expects it: an
@@ -24,8 +28,9 @@ def run(stage: str, listen: Callable[[], None] | None = None) -> None:
   Args:
     stage: name of a module of `cli.stages`.
     listen: takes over SIGTERM, which otherwise ends the process.
+    binary: name of the stage's module of `cli`, if it is another.
   """
-  if _is_own(stage):
+  if _is_own(binary or stage):
     # Neither the restart nor what is set up here is interrupted: a signal that
     # comes meanwhile waits, also while the process starts again.
     signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
@@ -42,14 +47,14 @@ def run(stage: str, listen: Callable[[], None] | None = None) -> None:
   flags.run(module.work, module.__doc__)
 
 
-def _is_own(stage: str) -> bool:
-  """Whether this process is the console script, or `python -m` of the stage.
+def _is_own(binary: str) -> bool:
+  """Whether this process is the console script, or `python -m` of its module.
 
   A program that calls `main` has signals and memory of its own.
   """
   program = sys.modules['__main__']
   spec = getattr(program, '__spec__', None)
   if spec is not None:
-    return spec.name == f'sae_jax.cli.{stage}'
+    return spec.name == f'sae_jax.cli.{binary}'
   name = os.path.basename(getattr(program, '__file__', ''))
-  return name.partition('.')[0] == f'sae-{stage}'
+  return name.partition('.')[0] == f'sae-{binary}'

@@ -80,7 +80,7 @@ def folder(url: str) -> ts.KvStore:
 
 
 # TensorStore's generation of an absent object.
-_ABSENT = b'\x02'
+ABSENT = b'\x02'
 
 
 def create(files: ts.KvStore, name: str, data: bytes) -> bool:
@@ -98,7 +98,7 @@ def create(files: ts.KvStore, name: str, data: bytes) -> bool:
   Raises:
     ValueError: if it cannot be written.
   """
-  if files.write(name, data, if_equal=_ABSENT).result().generation:
+  if files.write(name, data, if_equal=ABSENT).result().generation:
     return True
   # It may be ours, if the server's answer was lost, or that of another process
   # that does the same work.

@@ -20,10 +20,17 @@ from sae_jax.training.state import TrainState
 
 
 def span(
-  config: TrainConfig, data: store.Store, mesh: Mesh
+  config: TrainConfig,
+  data: store.Store,
+  mesh: Mesh,
+  scored: range | None = None,
 ) -> tuple[int, int, int]:
-  """The validation rows scored: first, last + 1, and rows of a batch."""
-  scored = data.validation_rows[: config.eval_rows]
+  """The rows scored: first, last + 1, and rows of a batch.
+
+  They are `scored`, by default the validation rows that the config wants.
+  """
+  if scored is None:
+    scored = data.validation_rows[: config.eval_rows]
   size = min(config.batch_size, len(scored))
   return scored.start, scored.stop, size - size % mesh.shape['data']
 
@@ -70,6 +77,7 @@ def evaluate(
   state: TrainState,
   data: store.Store,
   evaluation: Callable[[TrainState, jax.Array], metrics.Sums],
+  scored: range | None = None,
 ) -> metrics.Metrics:
   """Metrics on validation rows, in whole batches.
 
@@ -79,9 +87,10 @@ def evaluate(
     state: the state, after at least one step.
     data: the store.
     evaluation: from `make_evaluation`.
+    scored: other rows to score, such as the test rows.
   """
   total = None
-  first, last, size = span(config, data, mesh)
+  first, last, size = span(config, data, mesh, scored)
   for start in range(first, last - size + 1, size):
     rows_BD = rows.read_rows(data, start, size, mesh)
     total = metrics.add_sums(total, evaluation(state, rows_BD))

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 import contextlib
 import dataclasses
-import itertools
 from typing import Any
 
 from etils import epath
@@ -67,19 +66,11 @@ def sweep(
   Raises:
     UserError: if there is no such field.
   """
-  base = config_lib.flat(config)
-  unknown = sorted(set(values) - set(base))
-  if unknown:
-    raise errors.UserError(
-      f'a run has no field {", ".join(unknown)} to sweep: '
-      f'use some of {", ".join(sorted(base))}'
-    )
   configs = {}
-  for combination in itertools.product(*values.values()):
-    changes = dict(zip(values, combination))
+  for changes, whole in config_lib.combinations(config, values):
     name = '_'.join(f'{field}={value}' for field, value in changes.items())
     path = str(epath.Path(workdir) / name) if name else workdir
-    configs[path] = config_lib.from_flat(TrainConfig, base | changes)
+    configs[path] = config_lib.from_flat(TrainConfig, whole)
   return configs
 
 

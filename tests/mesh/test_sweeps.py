@@ -1,80 +1,40 @@
-"""Many runs from one reading, on a mesh: each is the run it would be alone."""
+"""A worker of a sweep that is several processes."""
 
-import pathlib
-
-import jax
-import numpy as np
 import pytest
 
-from sae_jax import checkpoint
-from sae_jax.training import train
-from tests.support import planted, runs
+from sae_jax.sweeps import work as work_lib
+from sae_jax.sweeps.cells import read_cells
+from sae_jax.sweeps.grid import grid
+from tests.support import planted, processes
 
 
-def members(folder):
-  """Runs that differ in one field each, by workdir."""
-  base = planted.train_config()
-  found = {}
-  for field, value in (
-    ('k', 4),
-    ('k', 2),
-    ('seed', 1),
-    ('learning_rate', 1e-2),
-    ('n_latents', 128),
-    ('activation', 'relu'),
-  ):
-    found |= train.sweep(base, str(folder), **{field: [value]})
-  return found
+def sweep(store, workdir):
+  """Does two runs until they converge; how many are left."""
+  config = planted.train_config(steps=100)
+  cells = grid(config, [store], {'seed': (0, 1)}, 0.05)
+  return work_lib.work(work_lib.WorkConfig(), cells, workdir)
 
 
-@pytest.fixture(scope='module')
-def alone(store, tmp_path_factory):
-  """Each member trained by itself, by its folder's name."""
-  folder = tmp_path_factory.mktemp('alone')
-  found = {}
-  for workdir, config in members(folder).items():
-    train.train(config, store, workdir)
-    found[pathlib.Path(workdir).name] = workdir
-  return found
-
-
-def assert_as_alone(configs, alone):
-  for workdir in configs:
-    runs.assert_same_run(workdir, alone[pathlib.Path(workdir).name])
-
-
-def test_members_of_a_sweep_are_the_runs_they_would_be_alone(
-  store, alone, tmp_path
-):
-  configs = members(tmp_path)
-  with runs.batches_seen() as seen:
-    states = train.train_many(configs, store)
-  assert [step for step, _ in seen] == list(range(30))
-  assert_as_alone(configs, alone)
-  for workdir, state in states.items():
-    runs.assert_same_bits(
-      jax.tree.map(np.asarray, state),
-      jax.tree.map(np.asarray, runs.saved_state(workdir)),
-    )
-  # Control: they are different runs.
-  assert len({runs.log(workdir) for workdir in alone.values()}) == 6
-
-
-def test_a_sweep_catches_up_with_members_at_different_steps(
-  store, alone, tmp_path
-):
-  configs = members(tmp_path)
-  some = list(configs)
-  runs.break_off(17, configs, store)
-  assert {checkpoint.load(workdir).step for workdir in some} == {10}
-  # One goes on alone to its end, one to a later checkpoint, one starts over.
-  train.train(configs[some[0]], store, some[0])
-  runs.break_off(27, {some[1]: configs[some[1]]}, store)
-  for path in pathlib.Path(some[2], 'checkpoints').iterdir():
-    path.rename(tmp_path / f'gone{path.name}')
-  at = [runs.saved_steps(workdir)[-1:] for workdir in some[:4]]
-  assert at == [[30], [20], [], [10]]
-  with runs.batches_seen() as seen:
-    train.train_many(configs, store)
-  assert [step for step, _ in seen] == list(range(30))
-  assert_as_alone(configs, alone)
+def test_two_processes_are_one_worker(store, tmp_path):
+  code = (
+    'import sys; from tests.mesh import test_sweeps; '
+    f'assert test_sweeps.sweep({store!r}, sys.argv[1]) == 0'
+  )
+  together, alone = str(tmp_path / 'together'), str(tmp_path / 'alone')
+  processes.run_two(code, [together] * 2)
+  assert sweep(store, alone) == 0
+  of = [
+    {r['name']: r['scores'] for r in read_cells(url)}
+    for url in (together, alone)
+  ]
+  assert of[0].keys() == of[1].keys() and len(of[0]) == 2
+  for name, scores in of[0].items():
+    for rows in ('validation', 'test'):
+      want = of[1][name][rows]
+      assert scores[rows] == pytest.approx(want, rel=1e-4)
+      # Other weights would be seen.
+      assert scores[rows]['fvu'] != pytest.approx(
+        of[1][next(other for other in of[1] if other != name)][rows]['fvu'],
+        rel=1e-4,
+      )
+  assert not list((tmp_path / 'together' / 'claims').iterdir())

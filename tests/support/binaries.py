@@ -13,7 +13,15 @@ import jax
 import pytest
 
 from sae_jax.cli import flags
-from sae_jax.cli.stages import browse, harvest, plan, probe, train
+from sae_jax.cli.stages import (
+  browse,
+  harvest,
+  plan,
+  probe,
+  sweep,
+  sweep_fit,
+  train,
+)
 from tests.support import gguf_models
 
 MODULES = {
@@ -22,7 +30,10 @@ MODULES = {
   'sae-probe': probe,
   'sae-browse': browse,
   'sae-plan': plan,
+  'sae-sweep': sweep,
 }
+# With what is a word after a program.
+COMMANDS = MODULES | {'sae-sweep fit': sweep_fit}
 
 
 @contextlib.contextmanager
@@ -58,7 +69,7 @@ def defined(define):
 
 def flags_of(name):
   """The flags that a binary of ours has, with their help."""
-  with defined(MODULES[name].define) as values:
+  with defined(COMMANDS[name].define) as values:
     return {
       flag: values[flag].help
       for flag in values
@@ -79,7 +90,7 @@ def missing_in_help(text, expected):
 
 def run(name, *arguments):
   """Runs a binary in this process: its exit code, output and errors."""
-  module, out, err = MODULES[name], io.StringIO(), io.StringIO()
+  module, out, err = COMMANDS[name], io.StringIO(), io.StringIO()
   with (
     defined(module.define),
     pytest.MonkeyPatch.context() as patch,

@@ -91,8 +91,10 @@ def _command(command, whole):
   """Of one command; one that is not whole may lack required flags."""
   program, *arguments = command
   name = pathlib.Path(program).name
-  if name in binaries.MODULES:
-    return _flags(binaries.MODULES[name].define, command, arguments, whole)
+  if f'{name} {"".join(arguments[:1])}' in binaries.COMMANDS:
+    name, arguments = f'{name} {arguments[0]}', arguments[1:]
+  if name in binaries.COMMANDS:
+    return _flags(binaries.COMMANDS[name].define, command, arguments, whole)
   if re.fullmatch(r'python[\d.]*', name):
     return _python(command, arguments, whole)
   if name == 'make':

@@ -42,24 +42,6 @@ def define() -> None:
   )
 
 
-def _swept(texts: list[str]) -> dict[str, tuple]:
-  """The values of each swept field, read as its flag reads them."""
-  values = {}
-  for text in texts:
-    name, _, listed = text.partition('=')
-    if name not in absl_flags.FLAGS or not listed or name in values:
-      raise errors.UserError(
-        f'--sweep={text} is not a field of its own and its values: '
-        'write --sweep=k=16,32, once for each field'
-      )
-    parser = absl_flags.FLAGS[name].parser
-    try:
-      values[name] = tuple(parser.parse(value) for value in listed.split(','))
-    except ValueError as error:
-      raise errors.UserError(f'--sweep={text}: {error}') from error
-  return values
-
-
 def _verify(workdir: str) -> None:
   """Prints a line for each array of a workdir's checkpoints.
 
@@ -91,7 +73,9 @@ def work() -> None:
   preemption.joined()
   jax.config.update('jax_debug_nans', values.debug_nans)
   configs = train_lib.sweep(
-    flags.read(TrainConfig), flags.url('workdir'), **_swept(values.sweep)
+    flags.read(TrainConfig),
+    flags.url('workdir'),
+    **flags.values_of(values.sweep, 'sweep'),
   )
   states = train_lib.train_many(configs, flags.url('store'))
   preemption.trained()

@@ -376,7 +376,8 @@ if sys.argv[1] == 'venv':
   bin_dir.mkdir(parents=True)
   (bin_dir / 'python').write_text('#!/bin/sh\necho sae_jax 0, jax 0\n')
   (bin_dir / 'python').chmod(0o755)
-  shutil.copy(here / 'train', bin_dir / 'sae-train')
+  for program in ('sae-train', 'sae-sweep'):
+    shutil.copy(here / 'train', bin_dir / program)
 """
 TRAIN = r"""
 import json, pathlib, sys, time
