@@ -1,12 +1,15 @@
 """Times what sae-probe does with a store: the scan, and what follows from it.
 
 Prints one JSON line last. By turns, --repeats times each: reading and encoding
-the rows alone, in batches as the scan has them, and the scan. Then, once each,
-the votes, the neighbours, and the second pass with the writing of the table.
-`seconds` are those that passed and `processor_seconds` those of this process's
-processors, which other programs of the machine change less; of what is repeated
-the medians, without the first turn, in which programs are compiled. `ratio` and
-`processor_ratio` are the medians of each turn's scan over its encoding.
+the rows alone, in batches as the scan has them; the scan with its reducers and
+codes, but two test rows, no components and no control; and the whole scan.
+Then, once each, the votes, the neighbours, and the second pass with the writing
+of the table. `seconds` are those that passed and `processor_seconds` those of
+this process's processors, which other programs of the machine change less; of
+what is repeated the medians, without the first turn, in which programs are
+compiled.
+`ratio` and `processor_ratio` are the medians of each turn's scan over its
+encoding.
 
   python -m experiments.benchmarks.probe --workdir=runs/probe_times \\
     --store=runs/demo/store --checkpoint=runs/demo/train
@@ -95,24 +98,35 @@ def measure(
     )
   }
 
-  def scan_all():
+  # The fewest test rows that a scan takes.
+  few_scores = dataclasses.replace(scan_config, pca_rows=0, eval_rows=2)
+
+  def scan_all(of, beside):
     shutil.rmtree(workdir, ignore_errors=True)
-    return scan(scan_config, trained, opened, workdir, mesh, controls)
+    return scan(of, trained, opened, workdir, mesh, beside)
 
   turns = []
   for _ in range(config.repeats + 1):
     alone, _ = timed(lambda: encode_all(scan_config, trained, opened, mesh))
-    whole, result = timed(scan_all)
-    turns.append((alone, whole))
+    reduced, _ = timed(lambda: scan_all(few_scores, {}))
+    whole, result = timed(lambda: scan_all(scan_config, controls))
+    turns.append((alone, reduced, whole))
   del turns[0]
+  names = 'read_and_encode', 'scan_without_scores', 'scan'
   times = {
     name: [statistics.median(turn[i][j] for turn in turns) for j in range(2)]
-    for i, name in enumerate(('read_and_encode', 'scan'))
+    for i, name in enumerate(names)
   }
-  ratios = [
-    statistics.median(whole[j] / alone[j] for alone, whole in turns)
-    for j in range(2)
-  ]
+
+  def ratios(j):
+    """Of the seconds, or of the processor seconds."""
+    return {
+      name: round(
+        statistics.median(turn[i][j] / turn[0][j] for turn in turns), 2
+      )
+      for i, name in enumerate(names[1:], 1)
+    }
+
   features = FeatureConfig(votes=10 if subject else 0)
   w_dec_ND = trained.sae.w_dec_ND
   if subject:
@@ -142,8 +156,8 @@ def measure(
     'rows': n_rows,
     'seconds': {name: round(of[0], 2) for name, of in times.items()},
     'processor_seconds': {name: round(of[1], 2) for name, of in times.items()},
-    'ratio': round(ratios[0], 2),
-    'processor_ratio': round(ratios[1], 2),
+    'ratio': ratios(0),
+    'processor_ratio': ratios(1),
   }
 
 
@@ -152,7 +166,7 @@ def main() -> None:
   config = flags.read(BenchmarkConfig)
   mesh = mesh_lib.make_mesh(1, 1)
   trained = checkpoint.load(flags.url('checkpoint'), mesh=mesh)
-  opened = store.open_store(flags.url('store'))
+  opened = store.open_store(flags.url('store'), in_order=True)
   subject = None
   if config.subject:
     facts = opened.manifest

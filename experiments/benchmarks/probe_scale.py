@@ -181,7 +181,7 @@ def probe(config: BenchmarkConfig, workdir: str) -> dict[str, Any]:
     mesh = mesh_lib.make_mesh(1, 1)
   with stage(stages, 'load'):
     trained = checkpoint.load(f'{workdir}/train', mesh=mesh)
-    opened = store.open_store(f'{workdir}/store')
+    opened = store.open_store(f'{workdir}/store', in_order=True)
     weights = sum(a.nbytes for a in jax.tree.leaves(trained.sae))
   controls = {}
   if config.control:

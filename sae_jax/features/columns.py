@@ -250,6 +250,13 @@ COLUMNS = {
     # Rounding reaches beyond one.
     most=1.001,
   ),
+  'probe_train_ce': Column(
+    ('N', 'tasks'),
+    'float32',
+    "training cross-entropy, in nats, of the latent's logistic probe on a task",
+    'probes',
+    least=0,
+  ),
 }
 GROUPS = tuple(dict.fromkeys(c.group for c in COLUMNS.values() if c.group))
 

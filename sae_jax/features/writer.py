@@ -134,7 +134,8 @@ class TableWriter:
         self._arrays.values(),
       )
     }
-    group = {'zarr_format': 3, 'node_type': 'group', 'attributes': {}}
+    record = config.through_json(dict(record))
+    group = {'zarr_format': 3, 'node_type': 'group', 'attributes': record}
     contents[sharded.METADATA] = config.to_json(group).encode()
     for name, data in contents.items():
       self._put(name, data)
@@ -146,7 +147,7 @@ class TableWriter:
       chunk_latents=manifest_lib.CHUNK_LATENTS,
       sizes=self.plan.sizes,
       columns=manifest_lib.declarations(self.plan.columns),
-      record=config.through_json(dict(record)),
+      record=record,
       checksums={name: checksums[name] for name in self.plan.columns},
       metadata=metadata,
     )

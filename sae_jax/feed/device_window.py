@@ -27,7 +27,6 @@ class DeviceWindow:
   def __init__(
     self,
     forward: pools.Forward,
-    mask: Mask,
     site: str,
     n_pools: int,
     d_model: int,
@@ -36,12 +35,11 @@ class DeviceWindow:
 
     Args:
       forward: the subject, on the mesh that the window lies on.
-      mask: which tokens are kept.
       site: whose activations the window holds.
       n_pools: how many pools it has room for.
       d_model: D, width of the site.
     """
-    self._forward, self._mask, self._site = forward, mask, site
+    self._forward, self._site = forward, site
     self.n_pools = n_pools
     config, mesh = forward.config, forward.mesh
     self._n_shards = mesh.shape['data']
@@ -77,24 +75,39 @@ class DeviceWindow:
     indices = [batch.contexts for batch in batches]
     self._pools.append((pool, indices, norms, offsets))
 
-  def kept_slots(self) -> np.ndarray:
-    """Slots of the rows that the mask keeps, in the text's order, int32."""
-    slots, self.nonfinite = [], 0
+  def first_slots(self) -> np.ndarray:
+    """The slot of each context's first token, in the text's order, int64.
+
+    Those of its other tokens follow.
+    """
+    slots = []
     for pool, indices, norms_of_batches, offsets in self._pools:
-      of_context = [None] * len(pool)
+      of_context = np.empty(len(pool), np.int64)
       for batch, norms_CT, offset in zip(indices, norms_of_batches, offsets):
-        norms_CT = [np.asarray(norm_CT) for norm_CT in norms_CT]
         contexts, length = norms_CT[0].shape
+        shard, row = np.divmod(
+          np.arange(len(batch)), contexts // self._n_shards
+        )
+        of_context[batch] = shard * self._shard_rows + offset + row * length
+      slots.append(of_context)
+    return np.concatenate(slots)
+
+  def kept_slots(self, mask: Mask) -> np.ndarray:
+    """Slots of the rows that a mask keeps, in the text's order, int32."""
+    slots, self.nonfinite = [], 0
+    firsts = iter(self.first_slots().tolist())
+    for pool, indices, norms_of_batches, _ in self._pools:
+      of_context = [None] * len(pool)
+      for batch, norms_CT in zip(indices, norms_of_batches):
+        norms_CT = [np.asarray(norm_CT) for norm_CT in norms_CT]
         for row, i in enumerate(batch):
-          shard, row_of_shard = divmod(row, contexts // self._n_shards)
-          first = shard * self._shard_rows + offset + row_of_shard * length
           norms = [norm_CT[row, : len(pool[i].tokens)] for norm_CT in norms_CT]
           keep = pools.kept(
-            self._forward.config, self._mask, pool[i].positions, norms
+            self._forward.config, mask, pool[i].positions, norms
           )
           self.nonfinite += int((~pools.finite(norms)).sum())
-          of_context[i] = first + np.flatnonzero(keep)
-      slots += of_context
+          of_context[i] = np.flatnonzero(keep)
+      slots += [next(firsts) + places for places in of_context]
     return np.concatenate(slots).astype(np.int32)
 
   def take(self, slots_B: np.ndarray) -> jax.Array:

@@ -112,7 +112,7 @@ class TextFeed:
       UserError: if the store was not harvested, its text or subject changed, or
         there is no text after its own.
     """
-    mask = _mask(store)
+    self._mask = _mask(store)
     config = dataclasses.replace(
       config_lib.from_dict(
         HarvestConfig, store.manifest.config, f'the config of store {store.url}'
@@ -129,7 +129,6 @@ class TextFeed:
     self._new_window = functools.partial(
       device_window.DeviceWindow,
       pools.Forward(config, subject, tuple(sites), mesh),
-      mask,
       store.site,
       _pools_of_window(store, config, window_chunks),
       store.manifest.d_model,
@@ -160,7 +159,12 @@ class TextFeed:
     )
     with contextlib.closing(pools_ahead) as text:
       windows = _Windows(
-        self._new_window, text, self._start, self._batch_size, self._seed
+        self._new_window,
+        self._mask,
+        text,
+        self._start,
+        self._batch_size,
+        self._seed,
       )
       for step in steps:
         batch_BD, self._last_window, cursor = windows.batch(step)
@@ -301,17 +305,18 @@ def _parsed(cursor: dict[str, Any]) -> Cursor:
 class _Windows:
   """The window in use, and the next one, which is made meanwhile."""
 
-  def __init__(self, new_window, text, cursor, batch_size, seed):
+  def __init__(self, new_window, mask, text, cursor, batch_size, seed):
     """Makes the first window.
 
     Args:
       new_window: makes an empty window.
+      mask: which tokens are kept.
       text: pools of contexts.
       cursor: where the first window begins.
       batch_size: B.
       seed: of the order within windows.
     """
-    self._new_window, self._text = new_window, text
+    self._new_window, self._mask, self._text = new_window, mask, text
     self._batch_size, self._seed = batch_size, seed
     self._next, self._next_cursor = new_window(), cursor
     self._next_pool, self._warned = next(text), False
@@ -342,7 +347,7 @@ class _Windows:
     """Fills the next window, makes it the one in use and begins another."""
     while self._next.n_filled < self._next.n_pools:
       self._fill_next()
-    slots = self._next.kept_slots()
+    slots = self._next.kept_slots(self._mask)
     if self._next.nonfinite and not self._warned:
       self._warned = True
       logging.warning(

@@ -1,4 +1,4 @@
-"""Consecutive rows of a store on a mesh."""
+"""Consecutive rows on a mesh, of a store or computed from text."""
 
 from collections.abc import Callable
 import functools
@@ -9,10 +9,13 @@ import numpy as np
 
 from sae_jax import mesh as mesh_lib
 from sae_jax import store
+from sae_jax.feed.text_rows import TextRows
+
+Rows = store.Store | TextRows
 
 
 def read_rows(
-  data: store.Store,
+  data: Rows,
   start: int,
   size: int,
   mesh: Mesh,
@@ -21,23 +24,26 @@ def read_rows(
 ) -> jax.Array:
   """Rows start to start + size on the devices, [size, D] float32.
 
-  Each process reads the rows that its own devices hold.
+  Each process reads the rows of a store that its own devices hold.
 
   Args:
-    data: the store.
+    data: the rows.
     start: first row.
     size: number of rows.
-    mesh: its data axis splits the rows.
+    mesh: its data axis splits the rows; that of rows that are computed.
     stop: past the last row that is read, the others are copies of that; None
       for `start + size`.
     finite: whether rows must be finite.
 
   Raises:
-    UserError: see `Store.read_rows` and `Store.finite_rows`.
+    UserError: see `Store.read_rows` and `Store.finite_rows`, or
+      `TextRows.on_devices`.
   """
+  stop = start + size if stop is None else stop
+  if isinstance(data, TextRows):
+    return data.on_devices(start, stop, size, finite)
   read = data.finite_rows if finite else data.read_rows
   shape = (size, data.manifest.d_model)
-  stop = start + size if stop is None else stop
   return place(read, start, stop, shape, mesh, 'BD')
 
 

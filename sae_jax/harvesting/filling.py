@@ -1,14 +1,17 @@
 """A shard that fills with the rows of pools, and what it leaves out."""
 
+from collections.abc import Iterator
+import itertools
 from typing import Any, NamedTuple
 
+from absl import logging
 import jax
 import numpy as np
 
-from sae_jax.harvesting import pools
+from sae_jax.harvesting import cutting, pools
 from sae_jax.harvesting.config import HarvestConfig
 from sae_jax.store.manifest import Mask
-from sae_jax.store.writer import ShardWriter
+from sae_jax.store.writer import ShardWriter, StoreWriter
 from sae_jax.text import contexts as contexts_lib
 
 
@@ -24,16 +27,22 @@ class Filling:
   """A shard that fills."""
 
   def __init__(
-    self, shard: ShardWriter, config: HarvestConfig, names: tuple[str, ...]
+    self,
+    shard: ShardWriter,
+    config: HarvestConfig,
+    names: tuple[str, ...],
+    stored: tuple[str, ...],
   ):
     """An empty shard.
 
     Args:
       shard: its writer.
       config: of the harvest.
-      names: names of the sites.
+      names: names of the sites whose norms are read.
+      stored: names of those whose activations are stored.
     """
-    self._shard, self._config, self._names = shard, config, names
+    self._shard, self._config = shard, config
+    self._names, self._stored = names, stored
     self._masked = {'first': 0, 'norm': 0}
     self._source_rows = dict.fromkeys(config.sources, 0)
 
@@ -49,23 +58,22 @@ class Filling:
     Args:
       mask: the limits on norms.
       pool: the contexts.
-      batches: their forward passes; waits for them.
+      batches: their forward passes, none if no norms are read; waits for them.
       bar: the progress bar.
 
     Returns:
       The first token whose activations are not finite, if there is one.
     """
-    config, names = self._config, self._names
+    config = self._config
+    positions = np.concatenate([context.positions for context in pool])
+    allowed = pools.allowed(config, positions)
     # Batch by batch, for a pool takes half a minute on a small machine.
     for batch, outputs in batches:
       jax.block_until_ready(outputs)
       bar.update(sum(pools.expected(config, pool[i]) for i in batch))
-    # By site: activations and norms of each context.
-    sites = {name: pools.collect(pool, batches, name) for name in names}
-    lengths = [len(context.tokens) for context in pool]
-    positions = np.concatenate([context.positions for context in pool])
-    allowed = pools.allowed(config, positions)
-    norms = [np.concatenate(sites[name][1]) for name in names]
+    if not batches:
+      bar.update(int(allowed.sum()))
+    norms = [pools.read_norms(pool, batches, name) for name in self._names]
     finite = pools.finite(norms)
     keep = pools.kept(config, mask, positions, norms)
     tokens = np.concatenate([context.tokens for context in pool])
@@ -75,11 +83,14 @@ class Filling:
       documents,
       positions,
       keep,
-      {name: np.concatenate(sites[name][0])[keep] for name in names},
+      {
+        name: pools.read_activations(pool, batches, name)[keep]
+        for name in self._stored
+      },
     )
     # The norm rule may have left some out.
     bar.update(int(keep.sum()) - int(allowed.sum()))
-    ends = np.cumsum(lengths)[:-1]
+    ends = np.cumsum([len(context.tokens) for context in pool])[:-1]
     for context, part in zip(pool, np.split(keep, ends)):
       for _, source, place in context.segments():
         self._source_rows[source] += int(part[place].sum())
@@ -102,3 +113,60 @@ class Filling:
       UserError: see `ShardWriter.finish`.
     """
     self._shard.finish(self._source_rows, self._masked)
+
+
+def write(
+  config: HarvestConfig,
+  forward: pools.Forward | None,
+  work: Iterator[cutting.Work],
+  fitted: list[pools.Batch] | None,
+  mask: Mask,
+  writer: StoreWriter,
+  bar: Any,
+  is_written: bool = True,
+) -> None:
+  """Fills the shards that are missing, and writes them.
+
+  Pool n is dispatched to the devices before pool n - 1 is stored.
+
+  Args:
+    config: of the harvest.
+    forward: runs the subject; None where no activation and no norm is read.
+    work: pools of the shards.
+    fitted: the forward passes of the first pool, if they have been run.
+    mask: the limits on norms.
+    writer: of the store.
+    bar: the progress bar.
+    is_written: whether this process writes the shards.
+  """
+  names = () if forward is None else forward.names
+  shard, dispatched, warned = None, None, False
+  for item in itertools.chain(work, [None]):
+    before, dispatched = dispatched, None
+    if item is not None:
+      # The first pool has been through the subject, to fit the mask.
+      if fitted is None or not item.is_first_pool:
+        fitted = [] if forward is None else forward.dispatch(item.contexts)
+      dispatched, fitted = (item, fitted), None
+    if before is None:
+      continue
+    pool, batches = before
+    if shard is None:
+      shard = Filling(
+        writer.shard(pool.shard), config, names, writer.plan.sites
+      )
+    bad = shard.append(mask, pool.contexts, batches, bar)
+    if bad and not warned:
+      logging.warning(
+        'activations that are not finite are left out, first those of token '
+        "%d (%r), at position %d of document %d: check the subject's weights",
+        bad.token,
+        forward.subject.tokenizer.id_to_token(bad.token),
+        bad.position,
+        bad.document,
+      )
+      warned = True
+    if pool.last:
+      if is_written:
+        shard.finish()
+      shard = None

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import importlib.metadata
-import itertools
 import platform
 from typing import Any
 
@@ -82,7 +81,7 @@ def harvest(
       f'{config.subject}: make them the same'
     )
   sites, width = _sites(config, subject)
-  plan = _store_plan(config, subject, sites, width)
+  plan = store_plan(config, subject, sites, width)
   checks.check_plan(plan)
   forward = pools.Forward(config, subject, sites, mesh)
   # Closed, so that no process that tokenizes is left.
@@ -96,8 +95,23 @@ def harvest(
       return manifest
     writer = writer_lib.StoreWriter(store_url, plan)
     shards = cutting.Shards(config, contexts, writer)
-    mask = _write_shards(config, forward, shards, writer, process)
-    return _seal(config, shards, mask, writer, process)
+    first = shards.first_pool()
+    if not first:
+      raise nothing_kept(config)
+    mask, fitted = forward.fit_mask(first, writer)
+    with progress.bar(total=config.n_tokens, unit='tok', desc='harvest') as bar:
+      work = shards.missing(process, bar)
+      filling.write(config, forward, work, fitted, mask, writer, bar)
+    complete = writer.complete(shards.number)
+    if complete is None:
+      logging.info(
+        'store %s: all shards of process %d of %d are there, others are not',
+        writer.url,
+        *process,
+      )
+      return None
+    medians = dict(zip(plan.sites, mask.median_norm))
+    return seal(config, shards.expected, complete, medians, writer)
 
 
 def _finished(
@@ -123,6 +137,8 @@ def _sites(
       differ.
   """
   sites = [capture.parse_site(site, subject.config) for site in config.sites]
+  if not sites:
+    raise errors.UserError('sites is empty: name one or more')
   if len(set(sites)) < len(sites):
     raise errors.UserError(
       f'sites {", ".join(config.sites)} name one twice: name each once'
@@ -139,7 +155,7 @@ def _sites(
   return tuple(sites), widths[0]
 
 
-def _store_plan(
+def store_plan(
   config: HarvestConfig,
   subject: subject_lib.Subject,
   sites: tuple[capture.Site, ...],
@@ -182,73 +198,28 @@ def _mesh(config: HarvestConfig) -> jax.sharding.Mesh:
   return mesh_lib.make_mesh(config.mesh_data, config.mesh_latent, devices)
 
 
-def _write_shards(
+def seal(
   config: HarvestConfig,
-  forward: pools.Forward,
-  shards: cutting.Shards,
+  expected: int,
+  complete: list[manifest_lib.Shard],
+  medians: dict[str, float],
   writer: writer_lib.StoreWriter,
-  process: tuple[int, int],
-) -> manifest_lib.Mask:
-  """Writes this process's shards that are missing; returns what masks rows.
+) -> store.Manifest:
+  """Writes the manifest.
 
-  Pool n is dispatched to the devices before pool n - 1 is stored.
+  Args:
+    config: of the harvest.
+    expected: rows that there should be, before the norm rule.
+    complete: the records of all shards.
+    medians: the median norm at each site, to which limits on norms refer.
+    writer: of the store.
+
+  Raises:
+    UserError: if no token was kept, or documents cannot be held out.
   """
-  first = shards.first_pool()
-  if not first:
-    raise _nothing_kept(config)
-  mask, fitted = forward.fit_mask(first, writer)
-  shard, dispatched, warned = None, None, False
-  with progress.bar(total=config.n_tokens, unit='tok', desc='harvest') as bar:
-    for work in itertools.chain(shards.missing(process, bar), [None]):
-      before, dispatched = dispatched, None
-      if work is not None:
-        # The first pool has been through the subject, to fit the mask.
-        if fitted is None or not work.is_first_pool:
-          fitted = forward.dispatch(work.contexts)
-        dispatched, fitted = (work, fitted), None
-      if before is None:
-        continue
-      pool, batches = before
-      if shard is None:
-        shard = filling.Filling(
-          writer.shard(pool.shard), config, writer.plan.sites
-        )
-      bad = shard.append(mask, pool.contexts, batches, bar)
-      if bad and not warned:
-        logging.warning(
-          'activations that are not finite are left out, first those of token '
-          "%d (%r), at position %d of document %d: check the subject's weights",
-          bad.token,
-          forward.subject.tokenizer.id_to_token(bad.token),
-          bad.position,
-          bad.document,
-        )
-        warned = True
-      if pool.last:
-        shard.finish()
-        shard = None
-  return mask
-
-
-def _seal(
-  config: HarvestConfig,
-  shards: cutting.Shards,
-  mask: manifest_lib.Mask,
-  writer: writer_lib.StoreWriter,
-  process: tuple[int, int],
-) -> store.Manifest | None:
-  """Writes the manifest, if all shards are there."""
-  complete = writer.complete(shards.number)
-  if complete is None:
-    logging.info(
-      'store %s: all shards of process %d of %d are there, others are not',
-      writer.url,
-      *process,
-    )
-    return None
   n_rows = sum(record.rows for record in complete)
   if not n_rows:
-    raise _nothing_kept(config)
+    raise nothing_kept(config)
   bad = sum(record.masked.get('nonfinite', 0) for record in complete)
   if bad:
     tokens = n_rows + sum(
@@ -264,7 +235,7 @@ def _seal(
       tokens,
       100 * bad / tokens,
     )
-  if shards.expected < config.n_tokens:
+  if expected < config.n_tokens:
     logging.warning(
       'the sources gave %d of %d tokens: the store is smaller than asked for',
       n_rows,
@@ -278,7 +249,7 @@ def _seal(
       'or not finite, at any site',
       'mask_first': config.mask_first,
       'norm_multiple': config.mask_norm_multiple,
-      'median_norm': dict(zip(writer.plan.sites, mask.median_norm)),
+      'median_norm': medians,
     },
     sizes={
       name: getattr(config, name)
@@ -287,7 +258,7 @@ def _seal(
   )
 
 
-def _nothing_kept(config: HarvestConfig) -> errors.UserError:
+def nothing_kept(config: HarvestConfig) -> errors.UserError:
   return errors.UserError(
     f'no token of {", ".join(config.sources)} was kept: use longer texts or '
     f'a min_context_tokens below {config.min_context_tokens}'

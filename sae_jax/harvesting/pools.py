@@ -214,9 +214,9 @@ class Forward:
     self, pool: list[contexts.Context], batches: list[Batch], name: str
   ) -> float:
     """The median norm at a site; warns of attention sinks that are kept."""
-    _, norms = collect(pool, batches, name)
+    norms = read_norms(pool, batches, name)
     positions = np.concatenate([context.positions for context in pool])
-    finite = np.concatenate(norms)[allowed(self.config, positions)]
+    finite = norms[allowed(self.config, positions)]
     finite = finite[np.isfinite(finite)]
     if not len(finite):
       raise errors.UserError(
@@ -246,23 +246,31 @@ class Forward:
     )
 
 
-def collect(
+def read_activations(
   pool: list[contexts.Context], batches: list[Batch], name: str
-) -> tuple[list[np.ndarray], list[np.ndarray]]:
-  """The activations of a pool at a site, in the pool's order.
+) -> np.ndarray:
+  """The activations of a pool at a site, in the pool's order, [l, D].
 
   Args:
     pool: the contexts.
     batches: the forward passes of the pool; waits for them.
     name: name of the site.
-
-  Returns:
-    Activations [l, D] and their norms [l] of each context.
   """
-  resid, norms = [None] * len(pool), [None] * len(pool)
+  return _in_order(pool, batches, name, 0)
+
+
+def read_norms(
+  pool: list[contexts.Context], batches: list[Batch], name: str
+) -> np.ndarray:
+  """The norms of the activations of a pool, see `read_activations`, [l]."""
+  return _in_order(pool, batches, name, 1)
+
+
+def _in_order(pool, batches, name, which):
+  """One of the outputs of each batch for a site, by context of the pool."""
+  of_context = [None] * len(pool)
   for indices, outputs in batches:
-    resid_BTD, norm_BT = (np.asarray(array) for array in outputs[name])
+    output_BT = np.asarray(outputs[name][which])
     for row, i in enumerate(indices):
-      length = len(pool[i].tokens)
-      resid[i], norms[i] = resid_BTD[row, :length], norm_BT[row, :length]
-  return resid, norms
+      of_context[i] = output_BT[row, : len(pool[i].tokens)]
+  return np.concatenate(of_context)

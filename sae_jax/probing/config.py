@@ -3,10 +3,21 @@
 import dataclasses
 
 from sae_jax import config as config_lib
+from sae_jax import errors
 from sae_jax import subject as subject_lib
 from sae_jax.probing import pooled
 from sae_jax.probing.examples import FeatureConfig
 from sae_jax.probing.scan.config import ScanConfig
+
+# Fields that say which text is streamed, and how.
+_OF_STREAM = (
+  'sources',
+  'n_tokens',
+  'holdout_fraction',
+  'skip_bad_rows',
+  'batch_contexts',
+  'tokenizer_workers',
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +26,52 @@ class ProbeConfig(config_lib.Config):
 
   features: FeatureConfig = dataclasses.field(default_factory=FeatureConfig)
   subject: str = config_lib.option('', subject_lib.MOVED)
+  stream: bool = config_lib.option(
+    False,
+    'compute activations as they are needed, in place of a store: as those '
+    'that the run was trained on, from the same text or from --sources',
+    may_change=True,
+  )
+  sources: tuple[str, ...] = config_lib.option(
+    (),
+    'sources of text for --stream, as of sae-harvest; empty for those of the '
+    'store that the run was trained on',
+    may_change=True,
+  )
+  n_tokens: int = config_lib.option(
+    0,
+    'number of activations for --stream, as of sae-harvest; 0 for as many as '
+    'the store has that the run was trained on',
+    least=0,
+    may_change=True,
+  )
+  holdout_fraction: float = config_lib.option(
+    0.0,
+    'share of the rows of --stream that are held out, those of the last '
+    'documents; 0 for that of the store that the run was trained on',
+    least=0,
+    may_change=True,
+  )
+  skip_bad_rows: bool = config_lib.option(
+    False,
+    'leave out rows of the sources of --stream that have no text, as '
+    'sae-harvest does; without it, if the store was harvested so',
+    may_change=True,
+  )
+  batch_contexts: int = config_lib.option(
+    0,
+    'number of contexts in a forward pass of --stream; 0 for as many as in '
+    'the harvest that the run was trained on',
+    least=0,
+    may_change=True,
+  )
+  tokenizer_workers: int = config_lib.option(
+    0,
+    'number of processes that tokenize for --stream; 0 to tokenize in the '
+    'probing process. It does not change the results',
+    least=0,
+    may_change=True,
+  )
   average: bool = config_lib.option(
     True,
     "evaluate the moving average of the weights; otherwise the last step's "
@@ -59,6 +116,11 @@ class ProbeConfig(config_lib.Config):
     "token's",
     pooled.POOLING,
   )
+  probe_losses: bool = config_lib.option(
+    False,
+    "write the training loss of each latent's probe on each task to the "
+    'feature table, as the column probe_train_ce',
+  )
   seed: int = config_lib.option(
     0, 'seed of train/test splits, controls and examples', least=0
   )
@@ -87,6 +149,16 @@ class ProbeConfig(config_lib.Config):
     least=1,
     may_change=True,
   )
+
+  def __post_init__(self):
+    super().__post_init__()
+    if not self.stream:
+      for field in dataclasses.fields(self):
+        given = getattr(self, field.name)
+        if field.name in _OF_STREAM and given != field.default:
+          raise errors.UserError(
+            f'{field.name} is for --stream: give --stream, or leave it out'
+          )
 
 
 def scan_config(config: ProbeConfig) -> ScanConfig:

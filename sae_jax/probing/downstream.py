@@ -12,6 +12,7 @@ from sae_jax import autoencoder, progress
 from sae_jax import mesh as mesh_lib
 from sae_jax import store as store_lib
 from sae_jax.checkpoint import Trained
+from sae_jax.feed.rows import Rows
 from sae_jax.subject import capture, sharding, splice, Subject
 
 
@@ -107,7 +108,7 @@ def _losses(
 def measure(
   trained: Trained,
   subject: Subject,
-  store: store_lib.Store,
+  store: Rows,
   n_tokens: int,
   mean_D: np.ndarray,
   batch_contexts: int = 4,

@@ -115,7 +115,7 @@ def untrained(
   return Trained(config, sae, float(mse_of_mean), step=0)
 
 
-def pca_components(l0: float, store: store_lib.Store) -> int:
+def pca_components(l0: float, store: store_lib.Text) -> int:
   """As many numbers as a token has active latents, on average.
 
   Args:

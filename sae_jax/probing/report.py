@@ -15,12 +15,11 @@ from jax.experimental import multihost_utils
 import sae_jax
 from sae_jax import checkpoint as checkpoint_lib
 from sae_jax import config as config_lib
-from sae_jax import errors
 from sae_jax import mesh as mesh_lib
-from sae_jax import store as store_lib
 from sae_jax import subject as subject_lib
 from sae_jax.autoencoder import metrics
 from sae_jax.features import results
+from sae_jax.feed.rows import Rows
 from sae_jax.probing import (
   baselines,
   downstream,
@@ -30,16 +29,15 @@ from sae_jax.probing import (
   sources,
   table,
   task_scores,
-  tasks,
 )
+from sae_jax.probing import data as data_lib
 from sae_jax.probing.config import ProbeConfig, scan_config
 from sae_jax.probing.scan import run as scan_lib
 from sae_jax.probing.scan.result import ScanResult
-from sae_jax.probing.scan.step import TRAINED
+from sae_jax.probing.scan.state import TRAINED
 from sae_jax.storage import files, finished, joined
 from sae_jax.storage import url as url_lib
 from sae_jax.storage import workdir as workdir_lib
-from sae_jax.store import layout
 
 # Raised with every change after which the same inputs give other results.
 RESULTS_VERSION = 6
@@ -62,7 +60,7 @@ _RECORDED = (
 def probe(
   config: ProbeConfig,
   checkpoint: str,
-  store_url: str,
+  store_url: str | None,
   workdir: str,
   subject: subject_lib.Subject | None = None,
 ) -> dict[str, Any]:
@@ -76,7 +74,8 @@ def probe(
   Args:
     config: options of the evaluation.
     checkpoint: the workdir of a training run, local path or URL.
-    store_url: the store of activations, whose test rows are scored.
+    store_url: the store of activations, whose test rows are scored; None for
+      text of which they are computed, see `config.stream`.
     workdir: the folder that the results are written to.
     subject: the subject model, if it is loaded already.
 
@@ -88,19 +87,19 @@ def probe(
     UserError: if checkpoint, store and subject do not fit each other, or the
       workdir is in use, somebody else's or holds results of other inputs.
   """
+  data_lib.check_asked(config, store_url)
   mesh = mesh_lib.make_mesh(config.mesh_data, config.mesh_latent)
   trained = checkpoint_lib.load(checkpoint, mesh=mesh, average=config.average)
-  store = _open(store_url, trained.metadata)
-  check(trained, store)
+  data = data_lib.of(config, store_url, trained)
   controls = {
     url: checkpoint_lib.load(url, mesh=mesh, average=config.average)
     for url in config.controls
   }
   for control in controls.values():
-    check(control, store)
+    data_lib.check(control, data)
   if subject is not None:
-    store.check_subject(subject.name, subject.weights_sha256)
-  made_from = _made_from(config, trained, controls, store)
+    data_lib.check_subject(subject, data)
+  made_from = _made_from(config, trained, controls, data.record)
   vouched = {'inputs': made_from, 'versions': versions()}
   with contextlib.ExitStack() as stack:
     joined.claim(
@@ -119,26 +118,36 @@ def probe(
       )
     if subject is None:
       subject = subject_lib.load_recorded(
-        store.manifest.subject, store.manifest.weights_sha256, config.subject
+        data.subject, data.weights_sha256, config.subject
       )
     # First, so that a missing package or an unknown task fails at once.
-    task_figures = probe_tasks(
-      config, trained, subject, store.site, store.manifest.bos, mesh
+    probed = task_scores.measure(
+      config, trained, subject, data.site, data.bos, mesh
     )
     joined.by_first(
       workdir, lambda: workdir_lib.sign(workdir, results.STAGE, made_from)
     )
+    store = data.open(subject, workdir, mesh)
     result, figures = scores(
       config, trained, controls, subject, store, workdir, vouched, mesh
     )
     report = config_lib.through_json(
       figures
-      | {'probes': task_figures}
+      | {'probes': probed.figures}
       | _about(config, trained, store, result)
       | {'made_from': made_from, 'versions': versions()}
     )
     _finish(
-      config, trained, subject, store, result, report, workdir, vouched, mesh
+      config,
+      trained,
+      subject,
+      store,
+      result,
+      probed.train_ce_NT,
+      report,
+      workdir,
+      vouched,
+      mesh,
     )
   return report
 
@@ -147,7 +156,7 @@ def _made_from(
   config: ProbeConfig,
   trained: checkpoint_lib.Trained,
   controls: Mapping[str, checkpoint_lib.Trained],
-  store: store_lib.Store,
+  rows_record: dict[str, Any],
 ) -> dict[str, Any]:
   """All that results depend on but this code's version, as JSON has it."""
   own = {
@@ -160,7 +169,7 @@ def _made_from(
     'sae_fingerprint': checkpoint_lib.fingerprint(trained.sae),
     'checkpoint_dataset': trained.metadata.dataset['identity'],
     'train_config': trained.metadata.train_config,
-    'store': store.manifest.identity,
+    **rows_record,
     'controls': [
       checkpoint_lib.fingerprint(control.sae) for control in controls.values()
     ],
@@ -174,7 +183,7 @@ def _made_from(
 def _about(
   config: ProbeConfig,
   trained: checkpoint_lib.Trained,
-  store: store_lib.Store,
+  store: Rows,
   result: ScanResult,
 ) -> dict[str, Any]:
   """What a report is about, and what its figures mean."""
@@ -201,8 +210,9 @@ def _finish(
   config: ProbeConfig,
   trained: checkpoint_lib.Trained,
   subject: subject_lib.Subject,
-  store: store_lib.Store,
+  store: Rows,
   result: ScanResult,
+  probe_ce_NT: jax.Array | None,
   report: dict[str, Any],
   workdir: str,
   vouched: dict[str, Any],
@@ -225,13 +235,17 @@ def _finish(
       results.features_url(workdir),
       scratch,
       config.seed,
+      probe_ce_NT,
     )
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('the feature table is written')
 
   def write():
     plots.save(epath.Path(workdir) / _PLOTS, report)
-    writer.seal({name: report[name] for name in _RECORDED})
+    record = {name: report[name] for name in _RECORDED}
+    if probe_ce_NT is not None:
+      record['probe_tasks'] = list(report['probes'])
+    writer.seal(record)
     results.write(workdir, vouched, report)
     _clean(workdir)
 
@@ -257,6 +271,7 @@ def _clean(workdir: str) -> None:
   Killed commands too have left it: nothing else in the workdir is theirs.
   """
   scan_lib.remove(workdir)
+  data_lib.remove(workdir)
   folder = epath.Path(workdir)
   if not url_lib.is_remote(workdir):
     shutil.rmtree(folder / _SCRATCH, ignore_errors=True)
@@ -269,61 +284,12 @@ def versions() -> dict[str, Any]:
   return {'sae_jax': sae_jax.__version__, 'results': RESULTS_VERSION}
 
 
-def _open(url: str, saved: checkpoint_lib.Metadata) -> store_lib.Store:
-  """The store, at the site and version that the autoencoder was trained on.
-
-  Where the store lacks them, at its first site and last version: `check` then
-  raises for the site, and warns of the version.
-  """
-  manifest = layout.read_manifest(url)
-  if manifest is None:
-    return store_lib.open_store(url)
-  site = saved.dataset['site']
-  if site not in manifest.sites:
-    site = manifest.sites[0]
-  version = min(saved.dataset_version, manifest.version)
-  return store_lib.open_store(url, site, version)
-
-
-def check(trained: checkpoint_lib.Trained, store: store_lib.Store) -> None:
-  """Raises UserError if the store is not one the autoencoder can read."""
-  if trained.config.d_model != store.manifest.d_model:
-    raise errors.UserError(
-      f'the checkpoint reads activations of width {trained.config.d_model}, '
-      f'the store holds {store.manifest.d_model}: give the store it was '
-      'trained on'
-    )
-  trained_on, manifest = trained.metadata.dataset, store.manifest
-  if (trained_on['weights_sha256'], trained_on['site']) != (
-    manifest.weights_sha256,
-    store.site,
-  ):
-    raise errors.UserError(
-      f'the checkpoint was trained on {trained_on["site"]} of '
-      f'{trained_on["subject"]} ({trained_on["weights_sha256"][:8]}), the '
-      f'store holds {store.site} of {manifest.subject} '
-      f'({manifest.weights_sha256[:8]}): give the store it was trained on'
-    )
-  if trained_on['identity'] != manifest.identity:
-    logging.warning(
-      'the checkpoint was trained on another store of %s: what %s holds out '
-      'may have been trained on',
-      manifest.subject,
-      store.url,
-    )
-  if not store.manifest.holdout_rows:
-    raise errors.UserError(
-      'the store has no held-out rows to score: harvest with a '
-      'holdout_fraction above 0'
-    )
-
-
 def scores(
   config: ProbeConfig,
   trained: checkpoint_lib.Trained,
   controls: Mapping[str, checkpoint_lib.Trained],
   subject: subject_lib.Subject,
-  store: store_lib.Store,
+  store: Rows,
   workdir: str,
   vouched: dict[str, Any],
   mesh: jax.sharding.Mesh,
@@ -366,35 +332,3 @@ def scores(
     **dataclasses.asdict(losses),
     'density': metrics.density_record(result.metrics.density_N),
   }
-
-
-def probe_tasks(
-  config: ProbeConfig,
-  trained: checkpoint_lib.Trained,
-  subject: subject_lib.Subject,
-  site: str,
-  bos: str = '',
-  mesh: jax.sharding.Mesh | None = None,
-) -> dict[str, Any]:
-  """Probes of every latent on every task, see `task_scores.measure`.
-
-  Prompts begin as the contexts of a store do whose manifest has this `bos`.
-  """
-  loaded = tasks.load_tasks(
-    config.task_names or None,
-    config.n_tasks,
-    config.task_prompts,
-    config.task_chars,
-    config.seed,
-  )
-  return task_scores.measure(
-    loaded,
-    trained,
-    subject,
-    site,
-    config.task_tokens,
-    config.pooling,
-    bos=bos,
-    seed=config.seed,
-    mesh=mesh,
-  )

@@ -4,7 +4,7 @@ The rows are split over "latent"; the devices of "data", which hold the same
 rows, share them out.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 import dataclasses
 import functools
 from typing import Any
@@ -161,23 +161,35 @@ def replicated(tree: Any, mesh: Mesh) -> Any:
   return jax.tree.map(put, tree)
 
 
-def owned(arrays: dict[str, jax.Array]) -> Iterator[tuple[int, dict[str, Any]]]:
-  """The rows that this process holds and no process before it.
+def held(array: jax.Array) -> dict[int, list[tuple[int, int]]]:
+  """Which rows the devices of each process hold.
 
   Args:
-    arrays: global arrays, the first axis of all split over "latent".
+    array: a global array, the first axis split over "latent".
 
-  Yields:
-    the first latent of a block and the block's arrays, of numpy. Over all
-    processes each latent comes once.
+  Returns:
+    Process -> first row and one past the last of each part, in order. Processes
+    along "data" hold the same rows.
   """
-  parts = {
-    name: [s for s in a.addressable_shards if s.replica_id == 0]
-    for name, a in arrays.items()
+  parts = {}
+  indices = array.sharding.devices_indices_map(array.shape)
+  for device, (rows, *_) in indices.items():
+    start, stop, _ = rows.indices(array.shape[0])
+    parts.setdefault(device.process_index, set()).add((start, stop))
+  return {process: sorted(parts[process]) for process in sorted(parts)}
+
+
+def local(array: jax.Array, first: int, stop: int) -> np.ndarray:
+  """Rows first to stop of such an array, which this process's devices hold."""
+  shards = {
+    shard.index[0].start or 0: shard.data for shard in array.addressable_shards
   }
-  for shards in zip(*parts.values()):
-    first = shards[0].index[0].start or 0
-    yield first, {n: np.asarray(s.data) for n, s in zip(parts, shards)}
+  parts = [
+    np.asarray(shards[start][max(0, first - start) : stop - start])
+    for start in sorted(shards)
+    if start < stop and first < start + len(shards[start])
+  ]
+  return np.concatenate(parts) if len(parts) > 1 else parts[0]
 
 
 def check_finite(rows_NJ: jax.Array, what: str, remedy: str) -> None:

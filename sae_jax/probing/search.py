@@ -101,7 +101,7 @@ def search(
     fitted = []
     for task in inputs:
       out = _fit(layout, trained.config, trained.sae, random_ND, *task, call)
-      # Of all tasks the losses would take more than the parameters.
+      # Else they would lie on the devices until all tasks are fitted.
       fitted.append(out if all_losses else (*out[:3], None))
       bar.update(1)
     return fitted

@@ -1,6 +1,6 @@
 """Fills the feature table from the scan, its codes and the decoder."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from absl import logging
@@ -8,9 +8,9 @@ import jax
 import numpy as np
 
 from sae_jax import errors
-from sae_jax import store as store_lib
 from sae_jax.checkpoint import Trained
 from sae_jax.features import Plan, TableWriter
+from sae_jax.feed.rows import Rows
 from sae_jax.probing import lens, neighbours, row_blocks
 from sae_jax.probing.examples import FeatureConfig, second_pass
 from sae_jax.probing.examples.deciles import TENTHS
@@ -24,13 +24,14 @@ def fill(
   config: FeatureConfig,
   trained: Trained,
   subject: Subject,
-  store: store_lib.Store,
+  store: Rows,
   result: ScanResult,
   url: str,
   scratch: str,
   seed: int,
+  probe_ce_NT: jax.Array | None = None,
 ) -> TableWriter:
-  """Writes the latents that are this process's; all processes call it.
+  """Writes this process's share of the latents; all processes call it.
 
   Args:
     config: sizes of the table.
@@ -41,12 +42,14 @@ def fill(
     url: folder of the table.
     scratch: a local folder of this process, see `second_pass`.
     seed: of the examples by decile.
+    probe_ce_NT: training losses of the latents' probes, see
+      `task_scores.Scores`; None for no such column.
 
   Returns:
     The writer, which is to be sealed when all processes have returned.
 
   Raises:
-    UserError: if a shard of the table would be of two processes, or see
+    UserError: if no process has all latents of a shard of the table, or see
       `second_pass` and `TableWriter`.
   """
   n_latents = trained.config.n_latents
@@ -72,30 +75,31 @@ def fill(
     sizes['M near'] = config.near_examples
     groups.append('near')
   edges = HISTOGRAM_EDGES[low : high + 1]
+  by_latent = directions
+  if probe_ce_NT is not None:
+    by_latent = directions | {'probe_train_ce': probe_ce_NT}
+    sizes['tasks'] = probe_ce_NT.shape[1]
+    groups.append('probes')
   writer = TableWriter(
     url, Plan(n_latents, sizes, tuple(edges.tolist()), tuple(groups))
   )
-  blocks = _own_blocks(writer.blocks(), result.own_latents)
-  size = max((stop - first for first, stop in blocks), default=1)
-  statistics = _by_block(result.blocks(size), blocks)
-  own_directions = _by_block(
-    (
-      (first, first + len(next(iter(columns.values()))), columns)
-      for first, columns in row_blocks.owned(directions)
-    ),
-    blocks,
+  blocks = _own_blocks(
+    writer.blocks(), result.held_latents, jax.process_index()
   )
   waiting = {}
 
   def example_rows(first, stop):
-    columns = next(statistics)
+    columns = result.columns(first, stop)
     rows = {kind: columns[f'{kind}_rows'] for kind in kinds}
     if 'near' in kinds:
       rows['near_values'] = columns['near_values']
     waiting[first] = (
       _statistics(columns, result, low, high)
       | {'latent_ids': np.arange(first, stop)}
-      | next(own_directions)
+      | {
+        name: row_blocks.local(array, first, stop)
+        for name, array in by_latent.items()
+      }
     )
     return rows
 
@@ -108,48 +112,38 @@ def fill(
 
 
 def _own_blocks(
-  blocks: Iterable[tuple[int, int]], own: list[tuple[int, int]]
+  blocks: Iterable[tuple[int, int]],
+  held: Mapping[int, list[tuple[int, int]]],
+  process: int,
 ) -> list[tuple[int, int]]:
-  """The shards of the table whose latents are this process's.
+  """The shards of the table that are a process's to write.
+
+  Those who hold the same latents take turns.
+
+  Args:
+    blocks: first latent and one past the last of each shard.
+    held: latents of each process, see `row_blocks.held`.
+    process: its number.
 
   Raises:
-    UserError: if it has only a part of one.
+    UserError: if no process has all latents of a shard.
   """
-  inside = []
-  for first, stop in blocks:
-    n_own = sum(
-      max(0, min(stop, end) - max(first, start)) for start, end in own
-    )
-    if 0 < n_own < stop - first:
+  own = []
+  for number, (first, stop) in enumerate(blocks):
+    able = [
+      holder
+      for holder, parts in held.items()
+      if stop - first
+      == sum(max(0, min(stop, end) - max(first, at)) for at, end in parts)
+    ]
+    if not able:
       raise errors.UserError(
         f'latents {first} to {stop - 1} are a shard of the feature table, and '
-        f'{jax.process_count()} processes share them: use fewer processes'
+        f'none of {len(held)} processes has them all: use fewer processes'
       )
-    if n_own:
-      inside.append((first, stop))
-  return inside
-
-
-def _by_block(
-  parts: Iterator[tuple[int, int, dict[str, np.ndarray]]],
-  blocks: list[tuple[int, int]],
-) -> Iterator[dict[str, np.ndarray]]:
-  """Columns of blocks, of parts of latents in the same order."""
-  rest = None
-  for first, stop in blocks:
-    pieces, have = [], first
-    while have < stop:
-      start, end, columns = rest or next(parts)
-      cut = min(end, stop) - start
-      pieces.append({name: a[:cut] for name, a in columns.items()})
-      rest = None
-      if end > stop:
-        rest = stop, end, {name: a[cut:] for name, a in columns.items()}
-      have = min(end, stop)
-    yield {
-      name: np.concatenate([piece[name] for piece in pieces])
-      for name in pieces[0]
-    }
+    if able[number % len(able)] == process:
+      own.append((first, stop))
+  return own
 
 
 def _statistics(

@@ -1,54 +1,67 @@
 """Scores of an autoencoder's latents on probe tasks, beside their controls."""
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sae_jax import mesh as mesh_lib
 from sae_jax.checkpoint import Trained
 from sae_jax.probing import baselines, pooled, probes, references, search, tasks
+from sae_jax.probing.config import ProbeConfig
 from sae_jax.subject import Subject
 
 # Latents of each task in the report.
 _N_BEST = 8
 
 
+class Scores(NamedTuple):
+  """What is measured on the tasks.
+
+  Attributes:
+    figures: task -> `source`, `classes`, number of `prompts`, `latent`
+      (`probes.TaskScore` of the one with the least loss on the training
+      prompts), `best_latents` (of the first few by that loss), `controls` (a
+      `TaskScore` by each name in `baselines.CONTROL_DEFINITIONS`) and
+      `references` (`references.scores`).
+    train_ce_NT: float32 training losses of all latents on all tasks in nats,
+      split over "latent"; None unless they were asked for.
+  """
+
+  figures: dict[str, Any]
+  train_ce_NT: jax.Array | None
+
+
 def measure(
-  loaded: Sequence[tasks.Task],
+  config: ProbeConfig,
   trained: Trained,
   subject: Subject,
   site: str,
-  max_tokens: int,
-  pooling: str,
-  *,
-  bos: str = '',
-  seed: int = 0,
-  mesh: jax.sharding.Mesh | None = None,
-) -> dict[str, Any]:
+  bos: str,
+  mesh: jax.sharding.Mesh,
+) -> Scores:
   """Scores tasks by single latents, controls and references.
 
   Args:
-    loaded: the tasks.
+    config: which tasks, how they are read, and whether all losses are wanted.
     trained: the autoencoder.
     subject: the model that reads the prompts.
     site: the site of the subject.
-    max_tokens: most tokens that it reads of a prompt.
-    pooling: one of `pooled.POOLING`.
-    bos: the token that prompts begin with, see `pooled.pool`.
-    seed: seed of splits, shuffled labels, directions and folds.
-    mesh: the devices to use, with the axes of `mesh.AXES`; None for one.
+    bos: the token that prompts begin with, see `pooled.pool`: that of the
+      store's manifest.
+    mesh: the devices to use, with the axes of `mesh.AXES`.
 
-  Returns:
-    task -> `source`, `classes`, number of `prompts`, `latent`
-    (`probes.TaskScore` of the one with the least loss on the training prompts),
-    `best_latents` (of the first few by that loss), `controls` (a `TaskScore` by
-    each name in `baselines.CONTROL_DEFINITIONS`) and `references`
-    (`references.scores`).
+  Raises:
+    UserError: if there are no such tasks.
   """
-  if mesh is None:
-    mesh = mesh_lib.make_mesh(1, 1, jax.local_devices()[:1])
+  loaded = tasks.load_tasks(
+    config.task_names or None,
+    config.n_tasks,
+    config.task_prompts,
+    config.task_chars,
+    config.seed,
+  )
   trained = pooled.on_mesh(trained, mesh)
   sides = []
   for task in loaded:
@@ -58,12 +71,12 @@ def measure(
       subject,
       site,
       list(task.prompts),
-      max_tokens,
-      pooling,
+      config.task_tokens,
+      config.pooling,
       task.name,
       bos,
     )
-    sides.append(_sides(task, prompts, seed))
+    sides.append(_sides(task, prompts, config.seed))
   best = search.search(
     trained,
     mesh,
@@ -72,17 +85,31 @@ def measure(
       for (train, train_P, permuted_P), _ in sides
     ],
     _N_BEST,
-    seed,
+    config.seed,
+    config.probe_losses,
   )
-  return {
+  figures = {
     task.name: {
       'source': task.source,
       'classes': list(task.classes),
       'prompts': len(task.prompts),
-      **_scores(trained, train, test, best_of_task, seed),
+      **_scores(trained, train, test, best_of_task, config.seed),
     }
     for task, (train, test), best_of_task in zip(loaded, sides, best)
   }
+  losses = None
+  if config.probe_losses:
+    losses = _columns([of_task.train_ce_N for of_task in best], mesh)
+  return Scores(figures, losses)
+
+
+def _columns(of_tasks: list[jax.Array], mesh: jax.sharding.Mesh) -> jax.Array:
+  """Arrays [N] as columns, on each device those of its shard's latents."""
+  stack = jax.jit(
+    lambda of_tasks: jnp.stack(of_tasks, 1),
+    out_shardings=mesh_lib.sharding(mesh, 'N'),
+  )
+  return stack(of_tasks)
 
 
 def _sides(task, prompts: pooled.Pooled, seed: int):

@@ -56,9 +56,10 @@ def check_plan(plan: StorePlan | Manifest, where: str = '') -> None:
       f'{before}context_length {plan.context_length} must be from 0 to {most}, '
       'the tokens that a shard has room for'
     )
-  if not plan.sites or len(set(plan.sites)) < len(plan.sites):
+  # Of a store that holds text alone there are none.
+  if len(set(plan.sites)) < len(plan.sites):
     raise errors.UserError(
-      f'{before}sites {", ".join(plan.sites)} must be one or more, each once'
+      f'{before}sites {", ".join(plan.sites)} name one twice: name each once'
     )
   for site in plan.sites:
     names.plain(site, where or 'a site')

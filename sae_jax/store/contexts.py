@@ -5,7 +5,7 @@ from typing import NamedTuple
 import numpy as np
 
 from sae_jax import errors
-from sae_jax.store.reader import Store
+from sae_jax.store.text import Text
 
 
 class Contexts(NamedTuple):
@@ -24,14 +24,14 @@ class Contexts(NamedTuple):
   document_C: np.ndarray
 
 
-def test_contexts(store: Store, n_tokens: int) -> Contexts:
+def test_contexts(store: Text, n_tokens: int) -> Contexts:
   """Whole contexts of test documents, in the order of the token stream.
 
   A context of a single token is left out: there is nothing to predict. So is a
   packed one that begins with a document of another split.
 
   Args:
-    store: the activations.
+    store: the text.
     n_tokens: contexts are added until they hold this many tokens or no more
       are left.
 

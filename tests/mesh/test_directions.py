@@ -67,30 +67,44 @@ def test_control_rows_must_go_round(monkeypatch):
     decoders.assert_equal(got, want)
 
 
-def test_each_latent_is_one_process_s():
-  w_ND = on_mesh(2, 4)
-  blocks = list(row_blocks.owned({'w_ND': w_ND, 'w_N': w_ND[:, 0]}))
-  assert sorted(first for first, _ in blocks) == [0, 74, 148, 222]
-  for first, block in blocks:
-    w_ND = decoders.rows()[first : first + 74]
-    np.testing.assert_array_equal(block['w_ND'], w_ND)
-    np.testing.assert_array_equal(block['w_N'], w_ND[:, 0])
+def test_rows_are_read_across_shards():
+  w_ND, rows_ND = on_mesh(2, 4), decoders.rows()
+  parts = [(0, 74), (74, 148), (148, 222), (222, 296)]
+  assert row_blocks.held(w_ND) == {0: parts}
+  for first, stop in ((0, 296), (60, 160), (74, 148), (295, 296)):
+    np.testing.assert_array_equal(
+      row_blocks.local(w_ND, first, stop), rows_ND[first:stop]
+    )
+    np.testing.assert_array_equal(
+      row_blocks.local(w_ND[:, 0], first, stop), rows_ND[first:stop, 0]
+    )
 
 
-def write_owned(path):
-  """Writes what this process owns of the directions."""
-  arrays = dict(enumerate(directions(on_mesh(2, 4))))
+def write_held(path):
+  """Writes what this process holds of the directions."""
+  found = {}
+  for data, latent in ((2, 4), (1, 8)):
+    arrays = directions(on_mesh(data, latent))
+    held = row_blocks.held(arrays[0])
+    parts = held[jax.process_index()]
+    span = parts[0][0], parts[-1][1]
+    own = [row_blocks.local(array, *span) for array in arrays]
+    found[data, latent] = held, span, own
   with open(path, 'wb') as file:
-    pickle.dump(list(row_blocks.owned(arrays)), file)
+    pickle.dump(found, file)
 
 
 def test_two_processes_share_the_latents(tmp_path):
   code = 'import sys; from tests.mesh import test_directions as t; '
-  code += 't.write_owned(sys.argv[1])'
+  code += 't.write_held(sys.argv[1])'
   paths = [tmp_path / '0', tmp_path / '1']
   processes.run_two(code, paths)
-  owned = [pickle.loads(path.read_bytes()) for path in paths]
-  blocks = sorted((b for blocks in owned for b in blocks), key=lambda b: b[0])
-  assert [first for first, _ in blocks] == [0, 74, 148, 222]
-  got = [np.concatenate([b[n] for _, b in blocks]) for n in range(6)]
-  decoders.assert_equal(got, expected())
+  found = [pickle.loads(path.read_bytes()) for path in paths]
+  for shape, spans in (
+    ((2, 4), [(0, 296), (0, 296)]),
+    ((1, 8), [(0, 148), (148, 296)]),
+  ):
+    for of_process, span in zip(found, spans):
+      held, got_span, own = of_process[shape]
+      assert held.keys() == {0, 1} and got_span == span
+      decoders.assert_equal(own, [a[slice(*span)] for a in expected()])

@@ -3,17 +3,27 @@
 import dataclasses
 import json
 import pathlib
+import shutil
 
 import jax
 import numpy as np
 import pytest
 
+from sae_jax import checkpoint, errors
+from sae_jax import features as features_lib
 from sae_jax import mesh as mesh_lib
 from sae_jax.autoencoder import SaeConfig
 from sae_jax.features import results
-from sae_jax.probing import tasks
+from sae_jax.probing import pooled, tasks
 from sae_jax.training import train
-from tests.support import planted, probed, processes, reports
+from tests.support import (
+  newton_reference,
+  planted,
+  probed,
+  processes,
+  reports,
+  runs,
+)
 
 # Two shards of the table, so that two processes have one each.
 N_LATENTS = 128
@@ -66,7 +76,7 @@ def probe(folder, workdir, shape):
 
 def _probe(folder, workdir, data, latent):
   config = dataclasses.replace(
-    reports.CONFIG, mesh_data=data, mesh_latent=latent
+    reports.CONFIG, mesh_data=data, mesh_latent=latent, probe_losses=True
   )
   return reports.probe(
     str(folder / 'run'), str(folder / 'store'), workdir, config
@@ -75,9 +85,11 @@ def _probe(folder, workdir, data, latent):
 
 @pytest.fixture(scope='module')
 def want(made, tmp_path_factory):
-  """Report and columns on 2 x 4 devices."""
+  """Report, columns and the table's record on 2 x 4 devices."""
   workdir = tmp_path_factory.mktemp('want')
-  return probe(made, workdir, (2, 4)), columns(workdir)
+  report = probe(made, workdir, (2, 4))
+  record = results.open_features(str(workdir), report).record
+  return report, columns(workdir), record
 
 
 def columns(workdir):
@@ -139,22 +151,105 @@ def test_a_state_that_is_not_merged_over_data_is_seen(
     assert (got[name] != want[1][name]).any()
 
 
+def test_losses_of_probes_are_those_of_fits_one_by_one(made, want):
+  report, of_table, record = want
+  assert record['probe_tasks'] == list(report['probes'])
+  loaded = reports.made_tasks(None, 2, 56, 100, 0)
+  assert record['probe_tasks'] == [task.name for task in loaded]
+  trained, mesh = checkpoint.load(str(made / 'run')), mesh_lib.one_device()
+  least = []
+  for task, loss_N in zip(loaded, of_table['probe_train_ce'].T):
+    prompts = pooled.pool(
+      pooled.on_mesh(trained, mesh),
+      mesh,
+      probed.make_subject(),
+      str(probed.SITE),
+      list(task.prompts),
+      64,
+      'mean',
+      '',
+    )
+    train, _ = tasks.split(task, 0)
+    pre_PN = pooled.pre_activations(
+      trained, prompts.x_PD[train], np.arange(N_LATENTS)
+    )
+    labels_P = np.asarray(task.labels_P)[train]
+    least.append(newton_reference.losses(pre_PN, [labels_P])[0])
+    np.testing.assert_allclose(loss_N, least[-1], atol=2e-6)
+    best = report['probes'][task.name]['latent']
+    assert best['best_latent'] == loss_N.argmin()
+    assert best['train_ce'] == loss_N.min()
+  # A control: neither another task nor the next latent would pass.
+  assert np.abs(least[0] - least[1]).max() > 1e-2
+  assert np.median(np.abs(np.diff(least))) > 1e-3
+
+
+def test_on_another_mesh_a_table_that_was_begun_is_made_anew(
+  made, want, tmp_path, monkeypatch
+):
+  write = features_lib.TableWriter.write
+
+  def stops_after_one(self, first, columns):
+    if first:
+      raise runs.Stop
+    write(self, first, columns)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(features_lib.TableWriter, 'write', stops_after_one)
+    with pytest.raises(runs.Stop):
+      probe(made, tmp_path / 'stopped', (8, 1))
+  shutil.copytree(tmp_path / 'stopped', tmp_path / 'other')
+  begun = tmp_path / 'stopped' / 'features' / 'std' / 'c' / '0'
+  before = begun.read_bytes()
+  report = probe(made, tmp_path / 'stopped', (1, 8))
+  assert_same((report, columns(tmp_path / 'stopped')), want)
+  # The sums of eight devices are not rounded as those of one are.
+  assert begun.read_bytes() != before
+  # A control: what was begun cannot be gone on with.
+  monkeypatch.setattr(results, 'begin', lambda workdir, begun: None)
+  with pytest.raises(errors.UserError, match='is there with other bytes'):
+    probe(made, tmp_path / 'other', (1, 8))
+
+
 def probe_in_a_process(folder):
-  """Probes as one of two processes."""
+  """Probes as one of two processes.
+
+  Prints whether it has the report that was written, and what it wrote.
+  """
   folder = pathlib.Path(folder)
   tasks.load_tasks = reports.made_tasks
-  print(json.dumps(_probe(folder, folder / 'two', 1, 8)))
+  write, firsts = features_lib.TableWriter.write, []
+
+  def noted(self, first, columns):
+    firsts.append(first)
+    write(self, first, columns)
+
+  features_lib.TableWriter.write = noted
+  found = {}
+  for data, latent in SPLIT:
+    firsts.clear()
+    workdir = folder / f'two {data}'
+    report = _probe(folder, workdir, data, latent)
+    found[data] = report == results.read_report(str(workdir)), list(firsts)
+  print(json.dumps(found))
+
+
+# Each of two processes has half of the latents, or half of the rows.
+SPLIT = [(1, 8), (2, 4)]
 
 
 def test_two_processes_give_what_one_does(made, want):
   code = 'import sys; from tests.mesh import test_probe as t; '
   code += 't.probe_in_a_process(sys.argv[1])'
   printed = processes.run_two(code, [made, made], timeout=800)
-  written = results.read_report(str(made / 'two'))
-  for of_process in printed:
-    assert json.loads(of_process.splitlines()[-1]) == written
-  assert_same((written, columns(made / 'two')), want)
-  # Nothing that only the pass needs is left.
-  assert {path.name for path in (made / 'two').iterdir()} == {
-    'features', 'finished.json', 'made_from.json', 'plots', 'report.json',
-  }  # fmt: skip
+  found = [json.loads(of_process.splitlines()[-1]) for of_process in printed]
+  for data, _ in SPLIT:
+    workdir = made / f'two {data}'
+    written = results.read_report(str(workdir))
+    # A shard of the table each.
+    assert [of[str(data)] for of in found] == [[True, [0]], [True, [64]]]
+    assert_same((written, columns(workdir)), want)
+    # Nothing that only the pass needs is left.
+    assert {path.name for path in workdir.iterdir()} == {
+      'features', 'finished.json', 'made_from.json', 'plots', 'report.json',
+    }  # fmt: skip

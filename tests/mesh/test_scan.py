@@ -124,14 +124,17 @@ def test_a_state_that_is_not_merged_over_data_is_seen(
 
 
 def scan_in_a_process(folder):
-  """Scans as one of two processes, and keeps what is its own."""
+  """Scans as one of two processes, and keeps what it has."""
   folder = pathlib.Path(folder)
   scans.small_shards(pytest.MonkeyPatch())
   data = store.open_store(str(folder.parent / 'store'))
   result = run(data, folder.parent / 'scan', (2, 4))
   quality = {name: vars(of) for name, of in result.quality.items()}
-  blocks = list(result.blocks(24))
-  folder.write_bytes(pickle.dumps((quality, blocks)))
+  parts = [
+    (*part, result.columns(*part))
+    for part in result.held_latents[jax.process_index()]
+  ]
+  folder.write_bytes(pickle.dumps((quality, parts)))
 
 
 def test_two_processes_give_what_one_does(data, whole, tmp_path):
@@ -140,15 +143,12 @@ def test_two_processes_give_what_one_does(data, whole, tmp_path):
   code = 'import sys; from tests.mesh import test_scan as t; '
   code += 't.scan_in_a_process(sys.argv[1])'
   processes.run_two(code, [tmp_path / '0', tmp_path / '1'])
-  parts = [pickle.loads((tmp_path / name).read_bytes()) for name in '01']
-  blocks = sorted(
-    (block for _, own in parts for block in own), key=lambda block: block[0]
-  )
-  wanted = list(want.blocks(24))
-  assert [b[:2] for b in blocks] == [b[:2] for b in wanted]
-  for (*_, got), (*_, columns) in zip(blocks, wanted):
-    scans.assert_same(got, columns, 2e-6)
-  for quality, _ in parts:
+  found = [pickle.loads((tmp_path / name).read_bytes()) for name in '01']
+  for quality, parts in found:
+    # The two are shards of the rows, and each has all latents.
+    assert [part[0] for part in parts] == [0, 16, 32, 48]
+    for first, stop, columns in parts:
+      scans.assert_same(columns, want.columns(first, stop), 2e-6)
     for name, of in quality.items():
       np.testing.assert_allclose(of['nmse'], want.quality[name].nmse, rtol=1e-6)
   got = codes_lib.open_codes(str(tmp_path / 'scan' / 'codes')).read(0, 900)

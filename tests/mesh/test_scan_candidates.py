@@ -49,7 +49,10 @@ def pieces(monkeypatch):
 
 
 def numbers(of, data, folder, shape):
-  return scans.numbers(scans.scan(CONFIG, of, data, folder, shape))
+  controls = {'same': of}
+  return scans.numbers(
+    scans.scan(CONFIG, of, data, folder, shape, controls=controls)
+  )
 
 
 def test_lists_are_short_on_many_shards_alone():
@@ -108,3 +111,33 @@ def test_more_pairs_than_slots_are_noticed(
   monkeypatch.undo()
   want = numbers(spread, data, tmp_path / 'one', (1, 1))
   scans.assert_same(got, want, but=('skew',))
+
+
+def test_controls_whose_lists_are_too_short_are_scored_again(
+  data, spread, uneven, tmp_path, pieces, monkeypatch
+):
+  def measured(folder, shape):
+    found = scans.scan(
+      CONFIG, spread, data, folder, shape, controls={'other': uneven}
+    )
+    return {
+      name: value
+      for name, value in scans.numbers(found).items()
+      if name.startswith('other')
+    }
+
+  want = measured(tmp_path / 'one', (1, 1))
+  scans.assert_same(measured(tmp_path / 'many', (1, SHARDS)), want)
+  assert pieces == [data.test_rows.start]
+  # Control: where nobody looks, the result is wrong.
+  real = candidates.codes
+
+  def never_short(*args):
+    return *real(*args)[:2], jnp.zeros((), bool)
+
+  monkeypatch.setattr(candidates, 'codes', never_short)
+  step.make_step.cache_clear()
+  wrong = measured(tmp_path / 'wrong', (1, SHARDS))
+  step.make_step.cache_clear()
+  with pytest.raises(AssertionError):
+    scans.assert_same(wrong, want)

@@ -39,10 +39,11 @@ def made(tmp_path_factory):
   return root
 
 
-def command(made, workdir):
-  """A sae-probe that saves often."""
+def command(made, workdir, rows='store'):
+  """A sae-probe of rows of a store, or of a stream, that saves often."""
   values = {
-    'store': made / 'store', 'checkpoint': made / 'train', 'workdir': workdir,
+    rows: made / 'store' if rows == 'store' else True,
+    'checkpoint': made / 'train', 'workdir': workdir,
     'n_tasks': 1, 'task_prompts': 16, 'downstream_tokens': 64,
     'batch_rows': 16, 'save_every_rows': 96,
   }  # fmt: skip
@@ -62,6 +63,8 @@ def stage_of(workdir):
     ('features', 'votes and neighbours'),
     ('codes/codes.json', 'downstream'),
     ('scan', 'scan'),
+    ('text/manifest.json', 'text is written'),
+    ('text', 'text'),
     ('made_from.json', 'before the scan'),
   ):
     if (workdir / path).exists():
@@ -93,9 +96,9 @@ def contents(workdir):
   }
 
 
-def assert_ends_as(whole, made, workdir):
+def assert_ends_as(whole, made, workdir, rows):
   """The same command makes what an uninterrupted one made, and no more."""
-  runs.run(command(made, workdir))
+  runs.run(command(made, workdir, rows))
   got, want = contents(workdir), contents(whole)
   assert got.keys() == want.keys()
   assert [name for name in want if got[name] != want[name]] == []
@@ -104,10 +107,13 @@ def assert_ends_as(whole, made, workdir):
 
 
 @pytest.mark.timeout(900 + 180 * KILLS)
-def test_killed_at_any_time_it_ends_with_the_same_bytes(made, tmp_path, capsys):
+@pytest.mark.parametrize('rows', ['store', 'stream'])
+def test_killed_at_any_time_it_ends_with_the_same_bytes(
+  made, tmp_path, capsys, rows
+):
   whole, workdir = tmp_path / 'whole', tmp_path / 'killed'
   began = time.monotonic()
-  runs.run(command(made, whole))
+  runs.run(command(made, whole, rows))
   seconds = time.monotonic() - began
   assert {'report.json', 'features/manifest.json'} <= contents(whole).keys()
   rng, stages = random.Random(0), collections.Counter()
@@ -115,15 +121,15 @@ def test_killed_at_any_time_it_ends_with_the_same_bytes(made, tmp_path, capsys):
     kind = STAGES[number % len(STAGES)]
     done = 'codes/codes.json' if kind == 'scan' else 'finished.json'
     if (workdir / done).exists():
-      assert_ends_as(whole, made, workdir)
+      assert_ends_as(whole, made, workdir, rows)
       shutil.rmtree(workdir)
-    process = runs.start(command(made, workdir))
+    process = runs.start(command(made, workdir, rows))
     wait_to_kill(kind, process, workdir, rng, seconds)
     process.kill()
     process.communicate()
     assert process.returncode in (0, -signal.SIGKILL)
     stages[stage_of(workdir)] += 1
-  assert_ends_as(whole, made, workdir)
+  assert_ends_as(whole, made, workdir, rows)
   if KILLS > 1:
     with capsys.disabled():
       print(f'\n{seconds:.1f} s whole; killed during {dict(stages)}')

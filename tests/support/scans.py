@@ -75,11 +75,15 @@ def scan(scan_config, of, data, workdir, shape=(1, 1), **kwargs):
 
 def columns(result, latents=24):
   """The columns of all latents of a scan."""
-  blocks = list(result.blocks(latents))
-  assert [stop for _, stop, _ in blocks[:-1]] == [b[0] for b in blocks[1:]]
+  (parts,) = result.held_latents.values()
+  n_latents = parts[-1][1]
+  blocks = [
+    result.columns(first, min(first + latents, n_latents))
+    for first in range(0, n_latents, latents)
+  ]
   return {
-    name: np.concatenate([block[name] for *_, block in blocks])
-    for name in blocks[0][2]
+    name: np.concatenate([block[name] for block in blocks])
+    for name in blocks[0]
   }
 
 

@@ -47,8 +47,8 @@ def test_ratios_are_of_each_turn_and_the_first_does_not_count(
   mesh = mesh_lib.make_mesh(1, 1, jax.devices()[:1])
   trained = checkpoint.load(f'{workdir}/train', mesh=mesh)
   opened = store.open_store(f'{workdir}/store')
-  # Of encoding and of the scan by turns, then of what follows.
-  seconds = [100, 1, 2, 4, 4, 6, 2, 2, 7, 8]
+  # Of encoding and of both scans by turns, then of what follows.
+  seconds = [100, 5, 1, 2, 3, 4, 4, 5, 6, 2, 4, 2, 7, 8]
   encoded, scans = [], []
 
   def timed(function):
@@ -74,9 +74,15 @@ def test_ratios_are_of_each_turn_and_the_first_does_not_count(
   )
   assert result['rows'] == 1200
   assert encoded == [512] * 3 * 4
-  assert {of.feature_rows for of in scans} == {1200} and len(scans) == 4
-  assert result['ratio'] == 1.5 and result['processor_ratio'] == 1
+  assert {of.feature_rows for of in scans} == {1200} and len(scans) == 8
+  # The first of a turn has no components and the fewest rows to score.
+  assert [(of.pca_rows, of.eval_rows) for of in scans[:2]] == [
+    (0, 2),
+    (1200, probe.ScanConfig.eval_rows),
+  ]
+  assert result['ratio'] == {'scan_without_scores': 1.5, 'scan': 1.5}
+  assert result['processor_ratio'] == {'scan_without_scores': 1, 'scan': 1}
   assert result['seconds'] == {
-    'read_and_encode': 2, 'scan': 4, 'neighbours': 7,
+    'read_and_encode': 2, 'scan_without_scores': 4, 'scan': 4, 'neighbours': 7,
     'second_pass_and_table': 8,
   }  # fmt: skip

@@ -79,6 +79,23 @@ def test_missing_and_misfitting_input_exit_with_2(tmp_path):
   assert not (tmp_path / 'run').exists()
 
 
+@pytest.mark.parametrize(
+  ('flags', 'part'),
+  [
+    ([], '--store is required, or --stream'),
+    (['--stream', '--store=s'], '--store and --stream are both given'),
+    (['--store=s', '--n_tokens=1e6'], 'n_tokens is for --stream: give --str'),
+    (['--store=s', '--sources=a.txt'], 'sources is for --stream: give'),
+    (['--stream', '--n_tokens=-1'], 'n_tokens -1 must be 0 or more'),
+    (['--stream', '--n_tokens=1e6'], 'no checkpoints under'),
+  ],
+)
+def test_a_store_or_a_stream_is_probed(tmp_path, flags, part):
+  where = [f'--checkpoint={tmp_path}/run', f'--workdir={tmp_path}/probe']
+  one_line(binaries.run('sae-probe', *where, *flags), 2, part)
+  assert not (tmp_path / 'probe').exists()
+
+
 def test_urls_are_expanded_or_refused(tmp_path):
   store = f'--store={tmp_path}/none'
   one_line(

@@ -139,3 +139,15 @@ def test_an_extrapolated_rate_is_warned_of(caplog, monkeypatch):
   # It is the paper's for a baseline.
   defaults.warn_unmeasured(run(2**16, n_latents=64, activation='relu'))
   assert not caplog.records
+
+
+def test_fewer_latents_than_were_measured_have_no_higher_rate():
+  def rate(n_latents, tokens):
+    config = run(tokens)
+    sae = dataclasses.replace(config.sae, n_latents=n_latents)
+    return defaults.learning_rate(dataclasses.replace(config, sae=sae))
+
+  assert rate(256, 2**18) == pytest.approx(rate(1024, 2**18))
+  assert rate(1024, 2**18) == pytest.approx(2 * rate(4096, 2**18))
+  # The paper's grow on.
+  assert rate(256, 2**33) == defaults.paper_rate(256) == 2**3 * 2e-4

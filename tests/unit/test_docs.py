@@ -28,7 +28,7 @@ def name(path):
 
 def known_flags():
   """The names of all flags of the binaries."""
-  return {'help'}.union(*map(binaries.flags_of, binaries.MODULES))
+  return {'help'}.union(*map(binaries.flags_of, binaries.COMMANDS))
 
 
 @pytest.mark.parametrize('path', GUIDES, ids=name)

@@ -19,7 +19,7 @@ N = 150  # three shards of 64, the last one not full
 def optional(n_latents, rng, vocabulary_size):
   """The columns that a table need not have."""
   sizes = {'M near': 2, 'deciles': 10, 'M decile': 1, 'W': 8}
-  sizes |= {'tokens': 4, 'partners': 3}
+  sizes |= {'tokens': 4, 'partners': 3, 'tasks': 2}
   arrays = {}
   for name, column in columns.COLUMNS.items():
     if column.group:
@@ -102,6 +102,7 @@ def test_zarr_reads_it_without_this_library(made, folder):
     column = columns.COLUMNS[name]
     assert group[name].metadata.dimension_names == column.axes
     assert group[name].attrs['meaning'] == column.meaning
+  assert dict(group.attrs) == {'subject': 'made'}
 
 
 def test_the_document_has_every_column():
@@ -223,8 +224,12 @@ def test_other_bytes_are_an_error_that_names_the_object(made, tmp_path):
     table.write(64, {'count': other[64:128]})
   assert contents(tmp_path) == before
   table.seal({'a': 1})
-  with pytest.raises(errors.UserError, match=r'manifest\.json .* other bytes'):
-    table.seal({'a': 2})
+  for name in ('zarr', 'manifest'):
+    with pytest.raises(
+      errors.UserError, match=rf'^{name}\.json .* other bytes'
+    ):
+      table.seal({'a': 2})
+    (tmp_path / 'zarr.json').unlink()
   table.seal({'a': 1})
 
 
@@ -342,7 +347,7 @@ def test_a_plan_is_checked_before_anything_is_written(tmp_path, made):
   refused('top_tokens takes .* for a latent', sizes=plan.sizes | {'W': 2**24})
   refused('M top are missing', sizes={k: v for k, v in plan.sizes.items()
                                       if k != 'M top'})  # fmt: skip
-  refused('partners are missing or of no column', groups=plan.groups[:-1])
+  refused('tasks are missing or of no column', groups=plan.groups[:-1])
   refused('windows of 0 tokens', sizes=plan.sizes | {'W': 0})
   refused('41 edges of 39 bins', sizes=plan.sizes | {'H': 39})
   assert not list(tmp_path.iterdir())

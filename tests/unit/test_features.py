@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from scipy import stats as scipy_stats
 
+from sae_jax import errors
 from sae_jax.probing import examples, lens, neighbours
+from sae_jax.probing import table as table_lib
 from tests.support import probed, tables
 
 CONFIG = examples.FeatureConfig(
@@ -176,3 +178,22 @@ def test_an_autoencoder_that_never_fires_has_a_table(trained, data, tmp_path):
   for name in ('count', 'density', 'max', 'mean', 'std', 'skew', 'hist_counts'):
     assert not table[name].any()
   assert (table['top_peak'] == -1).all() and (table['random_peak'] == -1).all()
+
+
+def test_processes_with_the_same_latents_take_turns():
+  blocks = [(0, 64), (64, 128), (128, 192), (192, 200)]
+  held = {
+    0: [(0, 50), (50, 100), (100, 150)],
+    1: [(0, 50), (50, 100), (100, 150)],
+    2: [(100, 150), (150, 200)],
+    3: [(0, 200)],
+  }
+  own = [table_lib._own_blocks(blocks, held, process) for process in range(4)]
+  # Processes 0, 1 and 3 have the first two blocks, 2 and 3 the others.
+  assert own == [[(0, 64)], [(64, 128)], [(128, 192)], [(192, 200)]]
+  del held[3]
+  with pytest.raises(
+    errors.UserError,
+    match=r'latents 0 to 199 are a shard .* none of 3 processes has them all',
+  ):
+    table_lib._own_blocks([(0, 200)], held, 0)

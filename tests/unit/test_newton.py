@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import scipy.special
 
 from sae_jax.probing import newton
+from tests.support import newton_reference
 
 
 def make_columns(n_columns, n_prompts, seed=0):
@@ -24,31 +24,6 @@ def make_columns(n_columns, n_prompts, seed=0):
     first, second = np.flatnonzero(y_P == label)[:2]
     x_PN[first], x_PN[second] = x_PN.min(0), x_PN.max(0)
   return x_PN.astype(np.float32), y_P
-
-
-def dense_newton(x_P, y_P):
-  """The least mean cross-entropy, by damped Newton-Raphson in float64."""
-  x_P = np.asarray(x_P, np.float64)
-  z_P = (x_P - x_P.mean()) / x_P.std()
-  design_P2 = np.stack([z_P, np.ones_like(z_P)], 1)
-
-  def loss(theta):
-    logit_P = design_P2 @ theta
-    return np.mean(np.logaddexp(0, logit_P) - y_P * logit_P)
-
-  theta = np.array([0, scipy.special.logit(y_P.mean())])
-  for _ in range(100):
-    p_P = scipy.special.expit(design_P2 @ theta)
-    grad = design_P2.T @ (p_P - y_P) / len(y_P)
-    hess = (design_P2.T * (p_P * (1 - p_P))) @ design_P2 / len(y_P)
-    step = np.linalg.solve(hess + 1e-14 * np.eye(2), grad)
-    share = 1.0
-    while loss(theta - share * step) > loss(theta) and share > 1e-9:
-      share /= 2
-    theta = theta - share * step
-    if grad @ step < 1e-15:
-      break
-  return loss(theta)
 
 
 def program():
@@ -77,8 +52,7 @@ def pairs():
   # The ends are of both classes for these as well.
   other_P[:4] = y_P[:4]
   labels = (y_P, other_P)
-  want_LN = [[dense_newton(x_P, y_P) for x_P in x_PN.T] for y_P in labels]
-  return x_PN, labels, np.array(want_LN)
+  return x_PN, labels, newton_reference.losses(x_PN, labels)
 
 
 def test_losses_equal_those_of_newton_in_float64(pairs):

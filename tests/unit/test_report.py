@@ -204,6 +204,9 @@ def test_the_workdir_holds_it_all(finished, parts, tmp_path):
   names = {path.name for path in workdir.iterdir()}
   assert not names & {'codes', 'scan'}
   assert read.record['made_from'] == figures['made_from']
+  # Nobody asked for them.
+  assert 'probe_train_ce' not in read.columns
+  assert 'probe_tasks' not in read.record
   for name in ('density', 'reconstruction', 'probes'):
     assert (workdir / 'plots' / f'{name}.png').stat().st_size > 1000
   assert figures['subject'] == 'made' and figures['site'] == str(probed.SITE)
@@ -291,7 +294,7 @@ def test_misfits_are_refused(finished, run, tmp_path, store_url):
   probed.write_store(str(tmp_path / 'other'), weights_sha256='b' * 64)
   refused(r'holds blocks.0.resid_post of made \(bbbb', str(tmp_path / 'other'))
   other = dataclasses.replace(probed.make_subject(), weights_sha256='c' * 64)
-  refused('not the model store .* was harvested from', store_url, other)
+  refused('not the model that the rows are of', store_url, other)
   # Even where there is nothing left to do.
   with pytest.raises(errors.UserError, match='not the model'):
     probe(run, store_url, finished[0], subject=other)
@@ -305,12 +308,12 @@ def test_a_store_that_was_not_trained_on_is_warned_of(
     report.logging, 'warning', lambda text, *args: warnings.append(text % args)
   )
   trained, data = parts
-  report.check(trained, data)
+  report.data_lib.of(CONFIG, data.url, trained)
   assert not warnings
   longer = probed.write_store(
     str(tmp_path / 'longer'), (*probed.LENGTHS, (9,)), heldout=9
   )
-  report.check(trained, longer)
+  report.data_lib.of(CONFIG, longer.url, trained)
   assert 'may have been trained on' in warnings[0]
 
 

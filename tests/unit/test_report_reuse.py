@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import pathlib
 import shutil
 
 import numpy as np
@@ -16,7 +17,7 @@ from sae_jax.features import results
 from sae_jax.probing import report, summary, tasks
 from sae_jax.storage import claim
 from sae_jax.storage import finished as storage_finished
-from tests.support import probed, synthetic_features, tables
+from tests.support import probed, runs, synthetic_features, tables
 from tests.support.reports import CONFIG, made_tasks, probe, WHOLE_BATCHES
 
 
@@ -30,9 +31,51 @@ def without_files(trained):
 
 
 @pytest.fixture(scope='module')
-def finished(data, without_files, tmp_path_factory):
+def unclean(data, without_files, tmp_path_factory):
+  """Results of a command that was killed as soon as they were finished."""
+  workdir = tmp_path_factory.mktemp('made') / 'unclean'
+
+  def killed(workdir):
+    assert (workdir / storage_finished.NAME).exists()
+    raise runs.Stop
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(report, '_clean', lambda url: killed(pathlib.Path(url)))
+    with pytest.raises(runs.Stop):
+      probe('', data.url, workdir)
+  return workdir
+
+
+@pytest.fixture(scope='module')
+def finished(data, unclean, tmp_path_factory):
   workdir = tmp_path_factory.mktemp('made') / 'probe'
+  shutil.copytree(unclean, workdir)
   return workdir, probe('', data.url, workdir)
+
+
+def test_what_a_killed_one_left_is_removed(
+  unclean, finished, data, tmp_path, monkeypatch
+):
+  def scores(*args):
+    raise Called
+
+  monkeypatch.setattr(report, 'scores', scores)
+  wanted = {
+    'features', 'finished.json', 'made_from.json', 'plots', 'report.json',
+  }  # fmt: skip
+
+  def names(workdir):
+    return {path.name for path in workdir.iterdir()}
+
+  assert names(unclean) == wanted | {'codes', 'scan', 'scratch'}
+  shutil.copytree(unclean, tmp_path / 'copy')
+  assert probe('', data.url, tmp_path / 'copy') == finished[1]
+  assert names(tmp_path / 'copy') == wanted
+  # Control: it is this call that has removed it.
+  shutil.copytree(unclean, tmp_path / 'other')
+  monkeypatch.setattr(report, '_clean', lambda workdir: None)
+  assert probe('', data.url, tmp_path / 'other') == finished[1]
+  assert names(tmp_path / 'other') == names(unclean)
 
 
 def test_finished_work_is_reused_and_other_work_is_not(
@@ -55,6 +98,7 @@ def test_finished_work_is_reused_and_other_work_is_not(
   # Results of other inputs stay as they are.
   for change, said in (
     ({'seed': 1}, r'seed: 0 -> 1\)'),
+    ({'probe_losses': True}, r'probe_losses: False -> True\)'),
     ({'average': False}, r'average: True -> False\)'),
     ({'pooling': 'last'}, r"pooling: 'mean' -> 'last'\): use another folder"),
   ):

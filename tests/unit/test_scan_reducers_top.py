@@ -1,6 +1,7 @@
 """The best pairs of each latent: exact in any batching, order, shards."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -184,14 +185,27 @@ def test_ties_that_go_to_the_higher_row_are_noticed(codes, monkeypatch):
   """A planted defect in the merge of lists."""
 
   def is_before(a, b):
-    is_higher = a.row_hi_NM > b.row_hi_NM
-    is_higher |= (a.row_hi_NM == b.row_hi_NM) & (a.row_lo_NM > b.row_lo_NM)
-    return (a.key_NM > b.key_NM) | ((a.key_NM == b.key_NM) & is_higher)
+    (key, row_hi, row_lo), (other_key, other_hi, other_lo) = a, b
+    is_higher = row_hi > other_hi
+    is_higher |= (row_hi == other_hi) & (row_lo > other_lo)
+    return (key > other_key) | ((key == other_key) & is_higher)
 
-  monkeypatch.setattr(best, '_is_before', is_before)
+  monkeypatch.setattr(best, 'is_before', is_before)
   columns = pair_streams.run(NEAR, codes, N)
   with pytest.raises(AssertionError, match='near_rows'):
     check_equal(columns, expected('near', codes))
+
+
+def test_only_what_is_no_best_of_its_document_is_left_out(codes, monkeypatch):
+  """A planted defect: neighbours of other documents count as better."""
+  monkeypatch.setattr(
+    top_lib,
+    '_has_better_neighbour',
+    lambda pairs, key_P: jnp.roll(key_P, 1) > key_P,
+  )
+  columns = pair_streams.run(TOP, codes, N)
+  with pytest.raises(AssertionError, match='top_'):
+    check_equal(columns, expected('top', codes))
 
 
 @pytest.mark.parametrize('n_own', [N, 4096])

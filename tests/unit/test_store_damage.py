@@ -89,7 +89,7 @@ def test_an_edited_manifest_is_named_on_opening(tmp_path):
     ({'chunk_rows': 0}, 'multiple of chunk_rows 0'),
     ({'context_length': 2**40}, 'context_length 1099511627776 must be'),
     ({'sites': ['../x']}, r"file '\.\./x', which is no plain file name"),
-    ({'sites': []}, 'one or more, each once'),
+    ({'sites': []}, 'holds text alone, no activations'),
     ({'version': 2}, 'says version 2, not 1'),
     ({'n_rows': 9}, 'says n_rows 9, not'),
     ({'n_stream': 9}, 'says n_stream 9, not 150'),

@@ -1,4 +1,4 @@
-"""sae-probe: a checkpoint and a store -> report.json, features/, plots.
+"""sae-probe: a checkpoint and a store or text -> report.json, features/, plots.
 
 With --text or --latent it prints what is asked instead, and writes nothing.
 """
@@ -21,7 +21,7 @@ def define() -> None:
   )
   flags.define_url(
     'store',
-    'store of activations that the run was trained on',
+    'store of activations that the run was trained on; none with --stream',
     required=False,
   )
   flags.define_url(
@@ -60,7 +60,7 @@ def work() -> None:
   figures = report.probe(
     flags.read(report.ProbeConfig),
     flags.url('checkpoint'),
-    flags.url('store'),
+    flags.url('store') if values.store is not None else None,
     flags.url('workdir'),
   )
   for line in summary.lines(figures):

@@ -15,6 +15,7 @@ from sae_jax.ops.encode_topk.reference import BLOCK_BYTES
 from sae_jax.plan import roofline
 from sae_jax.plan.program import parts
 from sae_jax.probing.scan import candidates, step
+from sae_jax.probing.scan import state as state_lib
 from sae_jax.probing.scan.config import ScanConfig
 from sae_jax.probing.scan.reducers import top
 from sae_jax.tpu.slices import Slices
@@ -75,10 +76,10 @@ def check_mesh(config: PassConfig, mesh: Mesh | AbstractMesh) -> None:
     )
 
 
-def _plan(config: PassConfig, latent: int) -> step.Plan:
+def _plan(config: PassConfig, latent: int) -> state_lib.Plan:
   names = tuple(f'control {i}' for i in range(config.controls))
   fixed = candidates.code_width(config.sae)
-  return step.Plan(
+  return state_lib.Plan(
     config=dataclasses.replace(config.scan, batch_rows=config.batch_size),
     sae=config.sae,
     controls=tuple((name, config.sae) for name in names),
@@ -99,7 +100,7 @@ def _pair_slots(config: PassConfig, tokens: int, latent: int) -> int:
 def arguments(config: PassConfig, mesh: Mesh) -> dict[str, Any]:
   """See `Step`."""
   plan = _plan(config, mesh.shape['latent'])
-  state = step.abstract_state(plan, mesh)
+  state = state_lib.abstract_state(plan, mesh)
   sae = jax.eval_shape(
     lambda: autoencoder.init_weights(config.sae, jax.random.key(0))
   )
@@ -117,7 +118,7 @@ def arguments(config: PassConfig, mesh: Mesh) -> dict[str, Any]:
     )
 
   tokens = (config.batch_size,)
-  batch = step.Batch(
+  batch = state_lib.Batch(
     raw_BD=of((*tokens, config.sae.d_model), jnp.bfloat16, 'BD'),
     document_B=of(tokens, jnp.int32, 'B'),
     position_B=of(tokens, jnp.int32, 'B'),
@@ -154,7 +155,7 @@ def lowered(
   with jax.set_mesh(mesh):
     held = arguments(config, mesh)
     return step.make_step(plan, mesh).lower(
-      step.abstract_state(plan, mesh), *held['parameters'], held['batch']
+      state_lib.abstract_state(plan, mesh), *held['parameters'], held['batch']
     )
 
 

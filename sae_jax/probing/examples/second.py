@@ -57,7 +57,7 @@ class _Swept:
 def second_pass(
   config: FeatureConfig,
   codes: Any,
-  store: store_lib.Store,
+  store: store_lib.Text,
   latent_blocks: Iterable[tuple[int, int]],
   example_rows: Callable[[int, int], dict[str, np.ndarray]],
   seed: int,
@@ -132,7 +132,7 @@ def _made(folder: pathlib.Path) -> pathlib.Path:
 def _error(folder: pathlib.Path, error: OSError) -> errors.UserError:
   return errors.UserError(
     f'cannot write the sorted codes to {folder}: {errors.reason(error)}: free '
-    'some space, or lower --features.feature_rows'
+    'some space, or lower --feature_rows'
   )
 
 
@@ -155,7 +155,7 @@ def _in_order(function: Callable, items: Iterable) -> Iterator:
 def _sweep(
   config: FeatureConfig,
   codes: Any,
-  store: store_lib.Store,
+  store: store_lib.Text,
   blocks: list[tuple[int, int]],
   folder: pathlib.Path,
 ) -> _Swept:

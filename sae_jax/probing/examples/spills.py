@@ -118,7 +118,7 @@ def spans(codes: Any, before: int, after: int) -> list[tuple[int, int]]:
 def write(
   folder: str,
   codes: Any,
-  store: store_lib.Store,
+  store: store_lib.Text,
   span: tuple[int, int],
   before: int,
   after: int,

@@ -3,7 +3,8 @@
 run         the loop over batches, which goes on where it was
 config      what it is asked for
 rows        which rows serve what, and reading them ahead
-step        a batch under jit, and the state on the devices
+state       what a step works on: plan, state on the devices, batch
+step        a batch under jit
 candidates  the latents that a shard offers for a token, and their places
 pairs       active pairs as `reducers/` take them; `best`, `order`, `runs`
             and `counter_hash` are what those are made of

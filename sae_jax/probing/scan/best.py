@@ -1,5 +1,6 @@
 """Lists of the best pairs of each latent; inserting pairs, merging lists."""
 
+from collections.abc import Sequence
 import functools
 
 import flax.struct
@@ -73,7 +74,7 @@ def insert(
 
   of_offer = _rows(own, list_C)
   offers_C1 = jax.tree.map(lambda of_C: of_C[:, None], offers)
-  is_before_CM = _is_before(offers_C1, of_offer)
+  is_before_CM = is_before(_places(offers_C1), _places(of_offer))
   beaten_UM = jnp.zeros((n_lists, m), bool)
   if distinct:
     is_same_CM = of_offer.document_NM == offers.document_NM[:, None]
@@ -115,9 +116,9 @@ def merge(a: Best, b: Best, distinct: bool) -> Best:
   Every latent is by itself: lists that are sharded by latent stay so.
   """
   n, m = a.key_NM.shape
-  is_a_before_NMM = _is_before(
-    jax.tree.map(lambda of_NM: of_NM[:, :, None], a),
-    jax.tree.map(lambda of_NM: of_NM[:, None, :], b),
+  is_a_before_NMM = is_before(
+    [of_NM[:, :, None] for of_NM in _places(a)],
+    [of_NM[:, None, :] for of_NM in _places(b)],
   )
   a_stays_NM = b_stays_NM = jnp.ones((n, m), bool)
   if distinct:
@@ -176,8 +177,19 @@ def _rows(lists: Best, at: jax.Array) -> Best:
   return jax.tree.map(lambda of_NM: _row(of_NM, at), lists)
 
 
-def _is_before(a: Best, b: Best) -> jax.Array:
-  """Whether pairs of a come before pairs of b: higher key, then lower row."""
-  is_lower = a.row_hi_NM < b.row_hi_NM
-  is_lower |= (a.row_hi_NM == b.row_hi_NM) & (a.row_lo_NM < b.row_lo_NM)
-  return (a.key_NM > b.key_NM) | ((a.key_NM == b.key_NM) & is_lower)
+def is_before(a: Sequence[jax.Array], b: Sequence[jax.Array]) -> jax.Array:
+  """Whether pairs come before others: higher key, then lower row.
+
+  Args:
+    a: their keys, and the upper and lower 32 bits of their rows.
+    b: those of the others.
+  """
+  (key, row_hi, row_lo), (other_key, other_hi, other_lo) = a, b
+  is_lower = row_hi < other_hi
+  is_lower |= (row_hi == other_hi) & (row_lo < other_lo)
+  return (key > other_key) | ((key == other_key) & is_lower)
+
+
+def _places(lists: Best) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """What pairs are ordered by."""
+  return lists.key_NM, lists.row_hi_NM, lists.row_lo_NM

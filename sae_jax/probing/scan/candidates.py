@@ -93,8 +93,28 @@ def pair_slots(
   """
   offered = list_length(config, width, tokens, shards, few)
   if not few:
-    return tokens * offered
+    return tokens * min(offered, width if shards == 1 else offered)
   return pairs_lib.slots(tokens, offered, width / shards / offered)
+
+
+def of_ranks(
+  config: autoencoder.SaeConfig,
+  offers: Candidates,
+  width: int,
+  shards: int,
+  near: bool,
+) -> Candidates:
+  """The columns that active latents, or near misses, may be in.
+
+  With TopK, on one shard, the columns are the ranks.
+  """
+  if shards > 1 or code_width(config) is None:
+    return offers
+  columns = slice(width, None) if near else slice(width)
+  names = 'vals_BC', 'idx_BC', 'rank_BC', 'margin_BC', 'active_BC', 'near_BC'
+  return offers.replace(
+    **{name: getattr(offers, name)[:, columns] for name in names}
+  )
 
 
 def longest_row(sae: autoencoder.Sae) -> jax.Array:
@@ -130,6 +150,50 @@ def candidates(
   """
   find = _of_all_active if code_width(config) is None else _of_top_k
   return find(config, sae, x_BD, longest, width, axis, few)
+
+
+def codes(
+  config: autoencoder.SaeConfig,
+  sae: autoencoder.Sae,
+  x_BD: jax.Array,
+  axis: str | None,
+  few: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Codes alone, of an autoencoder that is scored beside another.
+
+  Args:
+    config: the autoencoder's config.
+    sae: this shard of it.
+    x_BD: preprocessed tokens.
+    axis: mesh axis of the latents.
+    few: see `candidates`.
+
+  Returns:
+    Values of this shard's latents, 0 where one is not active, their numbers
+    within the shard, and whether the lists may lack some.
+  """
+  short = jnp.zeros((), bool)
+  k = code_width(config)
+  if k is None or not few:
+    return *autoencoder.encode(config, sae, x_BD, axis=axis), short
+  n_own, d_model = sae.w_enc_ND.shape
+  shards = jax.lax.axis_size(axis)
+  offered = min(n_own, few_lib.width(k, shards, x_BD.shape[0]))
+  vals_BC, idx_BC = ops.encode_topk(
+    x_BD,
+    sae.w_enc_ND,
+    sae.b_lat_N,
+    offered,
+    b_pre_D=sae.b_pre_D,
+    dtype=config.matmul_dtype,
+    implementation=ops.choose(n_own * shards, k, None, d_model),
+  )
+  won_B = ops.winners(vals_BC, axis, k)
+  if offered < min(k, n_own):
+    # Where the last of a list wins, a next one might have.
+    short = (won_B == offered).any()
+  won_BC = jnp.arange(offered) < won_B[:, None]
+  return jnp.where(won_BC, jax.nn.relu(vals_BC), 0), idx_BC, short
 
 
 def _of_top_k(config, sae, x_BD, longest, width, axis, few) -> Candidates:

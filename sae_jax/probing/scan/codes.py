@@ -132,7 +132,9 @@ class Writer:
     self.url, self.start, self.row = url, start, start
     self._fixed_k, self._process, self._processes = fixed_k, process, processes
     self._files = files_lib.folder(url)
-    self._pieces = []
+    # The shard that is not full: its memory, and how many rows are there.
+    self._shard = [np.zeros((0, 0), dtype) for dtype in (np.float32, np.int32)]
+    self._waiting = 0
 
   def owns(self, row: int) -> bool:
     """Whether this process writes the shard that a row is in."""
@@ -147,7 +149,7 @@ class Writer:
     """
     shard = (self.row - self.start) // SHARD_ROWS
     if self.owns(self.row):
-      self._pieces.append((vals_RK, idx_RK))
+      self._keep(vals_RK, idx_RK)
     self.row += len(vals_RK)
     if self.row == self.start + (shard + 1) * SHARD_ROWS:
       self._write(shard)
@@ -156,22 +158,33 @@ class Writer:
     """`append` of rows whose shard another process owns."""
     self.row += rows
 
+  def _keep(self, vals_RK: np.ndarray, idx_RK: np.ndarray) -> None:
+    """Copies codes to the shard's own memory, which all shards use.
+
+    As many small arrays, made between the large ones of each step, they would
+    keep the allocator from giving much more than their own bytes back.
+    """
+    width, rows = vals_RK.shape[1], self._waiting
+    if width > self._shard[0].shape[1]:
+      for place, old in enumerate(self._shard):
+        self._shard[place] = np.zeros((SHARD_ROWS, width), old.dtype)
+        self._shard[place][:rows, : old.shape[1]] = old[:rows]
+    here = slice(rows, rows + len(vals_RK))
+    for kept, given in zip(self._shard, (vals_RK, idx_RK)):
+      kept[here, :width] = given
+      kept[here, width:] = 0
+    self._waiting = here.stop
+
   def unwritten(self) -> tuple[np.ndarray, np.ndarray]:
     """The codes that wait for their shard to be full: vals_RK, idx_RK."""
-    width = max([0, *(vals_RK.shape[1] for vals_RK, _ in self._pieces)])
-    vals_RK, idx_RK = (
-      np.concatenate([np.zeros((0, width), dtype), *map(_padded(width), parts)])
-      for dtype, parts in zip(
-        (np.float32, np.int32), zip(*self._pieces) if self._pieces else ((), ())
-      )
-    )
+    vals_RK, idx_RK = (kept[: self._waiting].copy() for kept in self._shard)
     return vals_RK, idx_RK
 
   def resume(self, row: int, vals_RK: np.ndarray, idx_RK: np.ndarray) -> None:
     """Goes on at a row, with what was `unwritten` there."""
-    self.row, self._pieces = row, []
+    self.row, self._waiting = row, 0
     if self.owns(row) and len(vals_RK):
-      self._pieces.append((vals_RK, idx_RK))
+      self._keep(vals_RK, idx_RK)
 
   def seal(self, most: int) -> Codes:
     """Writes what is left, and the record by which the codes are found.
@@ -207,10 +220,10 @@ class Writer:
 
   def _write(self, shard: int) -> None:
     """Writes the shard that waits, whose rows are all there."""
-    if not self._pieces:
+    if not self._waiting:
       return
-    vals_RK, idx_RK = self.unwritten()
-    self._pieces = []
+    vals_RK, idx_RK = (kept[: self._waiting] for kept in self._shard)
+    self._waiting = 0
     most = self._fixed_k or int((vals_RK > 0).sum(1).max())
     for column in range(max(1, -(-most // self._columns))):
       here = slice(column * self._columns, (column + 1) * self._columns)
@@ -254,10 +267,6 @@ class Writer:
       f'cannot write the codes {self.url}: {errors.reason(error)}: check the '
       'path, free space and your access; the same command goes on'
     )
-
-
-def _padded(width: int):
-  return lambda of_RK: np.pad(of_RK, ((0, 0), (0, width - of_RK.shape[1])))
 
 
 def _kind(name: str, columns: int) -> sharded.Kind:

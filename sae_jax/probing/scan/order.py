@@ -84,6 +84,26 @@ def _radix(key_P: jax.Array, most: int) -> jax.Array:
   return slot_P
 
 
+def counts(latent_P: jax.Array, n_own: int) -> jax.Array:
+  """Slots of each latent, [n_own] int32; those of `n_own` are not counted."""
+  return jax.lax.platform_dependent(
+    latent_P,
+    cpu=lambda latent_P: _counts_cpu(latent_P, n_own),
+    default=lambda latent_P: _counts(latent_P, n_own),
+  )
+
+
+def _counts(latent_P, n_own):
+  latent_P = jax.lax.sort(latent_P, is_stable=False)
+  end_N = jnp.searchsorted(latent_P, jnp.arange(n_own), side='right')
+  return jnp.diff(end_N.astype(jnp.int32), prepend=0)
+
+
+def _counts_cpu(latent_P, n_own):
+  count_N = jnp.zeros(n_own, jnp.int32)
+  return count_N.at[latent_P].add(1, mode='drop')
+
+
 def front(chosen_P: jax.Array) -> jax.Array:
   """The slots that are chosen, in order; P behind them."""
   return jax.lax.platform_dependent(chosen_P, cpu=_front_cpu, default=_front)

@@ -1,6 +1,6 @@
 """What the scan has found, on the host by blocks of latents."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
@@ -11,10 +11,11 @@ import numpy as np
 
 from sae_jax import mesh as mesh_lib
 from sae_jax.autoencoder import metrics
-from sae_jax.probing import baselines
-from sae_jax.probing.scan import candidates, double, quality, scatter, step
+from sae_jax.probing import baselines, row_blocks
+from sae_jax.probing.scan import candidates, double, quality, scatter
+from sae_jax.probing.scan import state as state_lib
 from sae_jax.probing.scan import sums as sums_lib
-from sae_jax.probing.scan.step import TRAINED
+from sae_jax.probing.scan.state import TRAINED
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +25,7 @@ class ScanResult:
   Attributes:
     codes: folder of the codes, see `codes.open_codes`.
     rows: rows that statistics, examples and codes are of.
-    quality: metrics on the test rows by name, `step.TRAINED` and controls.
+    quality: metrics on the test rows by name, `state.TRAINED` and controls.
     curves: by name, metrics by position in the context, see `quality.curves`.
     norm_ratio: by name, mean of |x^| / |x|.
     fitted: rows that principal components are fitted to.
@@ -42,7 +43,7 @@ class ScanResult:
   scored: baselines.PcaState
   tied: int
   most_active: int
-  _plan: step.Plan
+  _plan: state_lib.Plan
   _reducers: dict[str, Any]
 
   @property
@@ -58,9 +59,9 @@ class ScanResult:
   @classmethod
   def of(
     cls,
-    plan: step.Plan,
+    plan: state_lib.Plan,
     mesh: Mesh,
-    state: step.State,
+    state: state_lib.State,
     mse_of_mean: Mapping[str, float],
     codes: str,
     rows: int,
@@ -123,47 +124,28 @@ class ScanResult:
     return (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
 
   @property
-  def own_latents(self) -> list[tuple[int, int]]:
-    """First latent and one past the last of each part that `blocks` is of."""
-    shards = _own_shards(jax.tree.leaves(self._reducers)[0])
-    return sorted((start, start + len(data)) for start, data in shards.items())
+  def held_latents(self) -> dict[int, list[tuple[int, int]]]:
+    """Which latents each process can give the `columns` of.
 
-  def blocks(
-    self, latents: int
-  ) -> Iterator[tuple[int, int, dict[str, np.ndarray]]]:
-    """The columns of reducers, of the latents that are this process's.
+    First and one past the last of each part, by process.
+    """
+    return row_blocks.held(jax.tree.leaves(self._reducers)[0])
 
-    Of the shards of latents that several processes have the first has them all.
+  def columns(self, first: int, stop: int) -> dict[str, np.ndarray]:
+    """The columns of reducers by name, [stop - first, ...].
 
     Args:
-      latents: most latents of a block.
-
-    Yields:
-      First latent, one past the last, and the columns by name, [n, ...].
+      first: the first latent, one of this process's `held_latents` as are all.
+      stop: one past the last.
     """
+    states = jax.tree.map(
+      lambda a: row_blocks.local(a, first, stop), self._reducers
+    )
     kinds = self._plan.config.reducers() | self._plan.config.near_reducers()
-    leaves, structure = jax.tree.flatten(self._reducers)
-    shards = [_own_shards(leaf) for leaf in leaves]
-    for start in sorted(shards[0]):
-      own = [of[start] for of in shards]
-      n_own = own[0].shape[0]
-      for first in range(0, n_own, latents):
-        part = [np.asarray(a[first : first + latents]) for a in own]
-        states = jax.tree.unflatten(structure, part)
-        columns = {}
-        for name, kind in kinds.items():
-          columns |= kind.finish(states[name])
-        stop = min(first + latents, n_own)
-        yield start + first, start + stop, columns
-
-
-def _own_shards(array: jax.Array) -> dict[int, jax.Array]:
-  """The parts that no process before this one has, by their first row."""
-  return {
-    shard.index[0].start or 0: shard.data
-    for shard in array.addressable_shards
-    if shard.replica_id == 0
-  }
+    columns = {}
+    for name, kind in kinds.items():
+      columns |= kind.finish(states[name])
+    return columns
 
 
 def _local(array: jax.Array) -> np.ndarray:
@@ -175,14 +157,16 @@ def _scatter(state: scatter.Scatter) -> baselines.PcaState:
   return scatter.to_host(jax.tree.map(_local, state))
 
 
-def _merged(plan: step.Plan, mesh: Mesh, state: step.State) -> step.State:
+def _merged(
+  plan: state_lib.Plan, mesh: Mesh, state: state_lib.State
+) -> state_lib.State:
   """One state of all devices: the latents' by shard, the others whole."""
   kinds = plan.config.reducers() | plan.config.near_reducers()
   latents = NamedSharding(mesh, mesh_lib.RULES.spec('N'))
   whole = NamedSharding(mesh, PartitionSpec())
 
   def merge(state):
-    return step.State(
+    return state_lib.State(
       reducers={
         name: _tree(kind.merge, state.reducers[name])
         for name, kind in kinds.items()

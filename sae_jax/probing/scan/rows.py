@@ -12,9 +12,11 @@ import numpy as np
 from sae_jax import store as store_lib
 from sae_jax.feed import ahead
 from sae_jax.feed import rows as rows_lib
+from sae_jax.feed.rows import Rows
+from sae_jax.feed.text_rows import TextRows
 from sae_jax.probing.scan import codes
 from sae_jax.probing.scan.config import ScanConfig
-from sae_jax.probing.scan.step import Batch
+from sae_jax.probing.scan.state import Batch
 
 # Batches that are read while the devices work.
 _AHEAD = 2
@@ -22,7 +24,7 @@ _AHEAD = 2
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-  """Rows of a store that serve the same purposes.
+  """Rows that serve the same purposes.
 
   Attributes:
     start: first row.
@@ -39,7 +41,7 @@ class Segment:
   test: bool
 
 
-def segments(config: ScanConfig, store: store_lib.Store) -> list[Segment]:
+def segments(config: ScanConfig, store: store_lib.Text) -> list[Segment]:
   """All rows that serve anything, in order; each is in one segment."""
   test = store.test_rows[: config.eval_rows]
   spans = {
@@ -82,13 +84,13 @@ def batches(
 
 @contextlib.contextmanager
 def read_ahead(
-  parts: list[Segment], store: store_lib.Store, size: int, mesh: Mesh
+  parts: list[Segment], store: Rows, size: int, mesh: Mesh
 ) -> Iterator[Iterator[tuple[Segment, Batch]]]:
-  """The batches on the devices, read before they are needed.
+  """The batches on the devices, those of a store before they are needed.
 
   Args:
     parts: from `batches`.
-    store: the store.
+    store: the rows.
     size: rows of a batch on the devices; a short one is filled with copies.
     mesh: the mesh.
 
@@ -96,11 +98,15 @@ def read_ahead(
     UserError: if a row cannot be read or is not finite.
   """
   items = ((part, read(part, store, size, mesh)) for part in parts)
+  if isinstance(store, TextRows):
+    # All processes dispatch all programs in the same order, so in one thread.
+    yield items
+    return
   with contextlib.closing(ahead.iterate(items, _AHEAD, 'scan')) as ready:
     yield ready
 
 
-def read(part: Segment, store: store_lib.Store, size: int, mesh: Mesh) -> Batch:
+def read(part: Segment, store: Rows, size: int, mesh: Mesh) -> Batch:
   """The batch of some rows."""
   raw_BD = rows_lib.read_rows(
     store, part.start, size, mesh, stop=part.stop, finite=True
@@ -124,7 +130,7 @@ def read(part: Segment, store: store_lib.Store, size: int, mesh: Mesh) -> Batch:
 
 
 def documents_and_positions(
-  store: store_lib.Store, start: int, stop: int
+  store: store_lib.Text, start: int, stop: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """Document and position in the context of rows start to stop, int32 each."""
   place_R = store.stream_index(start, stop)

@@ -1,4 +1,4 @@
-"""The scan: one pass over the rows of a store, which goes on where it was."""
+"""The scan: one pass over all rows, which goes on where it was."""
 
 from collections.abc import Callable, Mapping
 import dataclasses
@@ -15,14 +15,15 @@ import numpy as np
 from sae_jax import autoencoder, errors, progress
 from sae_jax import config as config_lib
 from sae_jax import mesh as mesh_lib
-from sae_jax import store as store_lib
 from sae_jax.checkpoint import Trained
+from sae_jax.feed.rows import Rows
 from sae_jax.ops import micro_batches
 from sae_jax.probing.scan import candidates, rows, saving, step
 from sae_jax.probing.scan import codes as codes_lib
+from sae_jax.probing.scan import state as state_lib
 from sae_jax.probing.scan.config import ScanConfig
 from sae_jax.probing.scan.result import ScanResult
-from sae_jax.probing.scan.step import TRAINED
+from sae_jax.probing.scan.state import TRAINED
 
 # Of a batch that is done again with all candidates: those lists are longer.
 _PIECES = 32
@@ -35,7 +36,7 @@ _FIRST_WIDTH = 64
 def scan(
   config: ScanConfig,
   trained: Trained,
-  store: store_lib.Store,
+  store: Rows,
   workdir: str,
   mesh: Mesh,
   controls: Mapping[str, Trained] | None = None,
@@ -75,7 +76,7 @@ def scan(
   for of in scored.values():
     mesh_lib.check_divides('n_latents', of.config.n_latents, mesh, 'latent')
   fixed = candidates.code_width(trained.config)
-  plan = step.Plan(
+  plan = state_lib.Plan(
     # No program depends on when it is saved.
     config=dataclasses.replace(config, save_every_rows=0),
     sae=trained.config,
@@ -107,8 +108,12 @@ def scan(
     }
   )
   with saving.Saver(workdir, made_from) as saver:
-    saved = saver.load(step.abstract_state(plan, mesh), writer)
-    row, width, state = saved or (0, plan.width, step.init_state(plan, mesh))
+    saved = saver.load(state_lib.abstract_state(plan, mesh), writer)
+    row, width, state = saved or (
+      0,
+      plan.width,
+      state_lib.init_state(plan, mesh),
+    )
     plan = dataclasses.replace(plan, width=width)
     loop = _Loop(plan, mesh, saes, longest, state, writer, saver)
     every = config.save_every_rows

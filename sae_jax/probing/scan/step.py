@@ -1,11 +1,8 @@
 """One batch of the scan under jit."""
 
 from collections.abc import Callable
-import dataclasses
 import functools
-from typing import Any
 
-import flax.struct
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -16,17 +13,10 @@ from sae_jax.ops import scopes
 from sae_jax.probing.scan import candidates as candidates_lib
 from sae_jax.probing.scan import double, quality, scatter
 from sae_jax.probing.scan import pairs as pairs_lib
+from sae_jax.probing.scan import state as state_lib
 from sae_jax.probing.scan import sums as sums_lib
-from sae_jax.probing.scan.config import ScanConfig
-from sae_jax.probing.scan.double import Double
-from sae_jax.probing.scan.quality import Sums
-from sae_jax.probing.scan.scatter import Scatter
+from sae_jax.probing.scan.state import Batch, DEVICES, Plan, TRAINED
 
-# A device has a state of its own of what it sums over its share of the tokens,
-# and a data shard one of each latent.
-_DEVICES = PartitionSpec(mesh_lib.AXES)
-_LATENTS = PartitionSpec(*mesh_lib.AXES)
-TRAINED = 'trained'
 _SCOPES = {
   'statistics': scopes.STATISTICS,
   'top': scopes.TOP,
@@ -34,150 +24,6 @@ _SCOPES = {
   'near': scopes.NEAR,
   'near_count': scopes.NEAR,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-  """What a step is compiled for.
-
-  Attributes:
-    config: what the scan is asked for.
-    sae: the autoencoder's config.
-    controls: name and config of each autoencoder beside it.
-    positions: tokens of the longest context.
-    features: whether the rows are those of statistics, examples and codes.
-    pca: whether principal components may be fitted to them.
-    test: whether they may be scored.
-    width: columns of the codes.
-    few: whether shards offer as many latents of a token as will mostly do,
-      with TopK.
-  """
-
-  config: ScanConfig
-  sae: autoencoder.SaeConfig
-  controls: tuple[tuple[str, autoencoder.SaeConfig], ...]
-  positions: int
-  features: bool = False
-  pca: bool = False
-  test: bool = False
-  width: int = 0
-  few: bool = False
-
-  @property
-  def scored(self) -> dict[str, autoencoder.SaeConfig]:
-    """The configs of all autoencoders that are scored, by name."""
-    return {TRAINED: self.sae} | dict(self.controls)
-
-
-@flax.struct.dataclass
-class State:
-  """What the scan has summed. The first axis is of devices or data shards.
-
-  Attributes:
-    reducers: the states of reducers by name, an axis of latents second.
-    sums: metrics of autoencoders on test rows, by name.
-    fired: tokens that latents fired on, by name of the autoencoder, [., N].
-    train_scatter: of rows that components are fitted to.
-    test_scatter: of test rows.
-    tied: tokens whose last active latent rounding may have chosen.
-    most: active latents of the token with the most.
-  """
-
-  reducers: dict[str, Any]
-  sums: dict[str, Sums]
-  fired: dict[str, Double]
-  train_scatter: Scatter
-  test_scatter: Scatter
-  tied: Double
-  most: jax.Array
-
-
-@flax.struct.dataclass
-class Batch:
-  """Rows and what the store knows of them.
-
-  Attributes:
-    raw_BD: activations.
-    document_B: int32 number of the document.
-    position_B: int32 position in the context.
-    row_hi: upper 32 bits of the first row, uint32.
-    row_lo: lower 32 bits.
-    size: number of rows that count, the first ones.
-    pca: whether principal components are fitted to them.
-    test: whether they are scored.
-  """
-
-  raw_BD: jax.Array
-  document_B: jax.Array
-  position_B: jax.Array
-  row_hi: jax.Array
-  row_lo: jax.Array
-  size: jax.Array
-  pca: jax.Array
-  test: jax.Array
-
-
-def state_specs(state: State) -> State:
-  """Partitions of a state."""
-
-  def all_with(spec, tree):
-    return jax.tree.map(lambda _: spec, tree)
-
-  return all_with(_DEVICES, state).replace(
-    reducers=all_with(_LATENTS, state.reducers),
-    fired=all_with(_LATENTS, state.fired),
-  )
-
-
-def _own_state(plan: Plan, shards: int) -> State:
-  """A device's state before any row."""
-  kinds = plan.config.reducers() | plan.config.near_reducers()
-  d_model = plan.sae.d_model
-  return State(
-    reducers={
-      name: kind.init(plan.sae.n_latents // shards)
-      for name, kind in kinds.items()
-    },
-    sums={name: quality.init(d_model, plan.positions) for name in plan.scored},
-    fired={
-      name: double.zeros((config.n_latents // shards,))
-      for name, config in plan.scored.items()
-    },
-    train_scatter=scatter.init(d_model),
-    test_scatter=scatter.init(d_model),
-    tied=double.zeros(()),
-    most=jnp.zeros((), jnp.int32),
-  )
-
-
-def abstract_state(plan: Plan, mesh: Mesh) -> State:
-  """Shapes, dtypes and shardings of a state, without making one."""
-  own = jax.eval_shape(lambda: _own_state(plan, mesh.shape['latent']))
-
-  def spread(a, spec):
-    lead = [mesh.shape['data'] * mesh.shape['latent'], *a.shape]
-    if spec == _LATENTS:
-      lead[:2] = [mesh.shape['data'], a.shape[0] * mesh.shape['latent']]
-    return jax.ShapeDtypeStruct(
-      tuple(lead), a.dtype, sharding=NamedSharding(mesh, spec)
-    )
-
-  return jax.tree.map(spread, own, state_specs(own))
-
-
-def init_state(plan: Plan, mesh: Mesh) -> State:
-  """The state before any row, made on the devices."""
-  specs = state_specs(abstract_state(plan, mesh))
-
-  @jax.jit
-  @functools.partial(
-    jax.shard_map, mesh=mesh, in_specs=(), out_specs=specs, check_vma=False
-  )
-  def make():
-    own = _own_state(plan, mesh.shape['latent'])
-    return jax.tree.map(lambda a: a[None], own)
-
-  return make()
 
 
 @functools.lru_cache(maxsize=16)
@@ -196,20 +42,11 @@ def make_step(plan: Plan, mesh: Mesh) -> Callable[..., tuple]:
     also does where what shards offered was too `few`, the state is the old one,
     and the batch is to be done again with more.
   """
-  sae_specs = {
-    name: mesh_lib.specs(
-      jax.eval_shape(
-        lambda config=config: autoencoder.init_weights(
-          config, jax.random.key(0)
-        )
-      )
-    )
-    for name, config in plan.scored.items()
-  }
+  sae_specs = {name: _sae_specs(config) for name, config in plan.scored.items()}
   data, none = PartitionSpec('data'), PartitionSpec()
   batch_specs = Batch(*[data] * 3, *[none] * 5)
-  specs = state_specs(abstract_state(plan, mesh))
-  codes = _DEVICES if plan.features else None
+  specs = state_lib.state_specs(state_lib.abstract_state(plan, mesh))
+  codes = DEVICES if plan.features else None
 
   @functools.partial(
     jax.shard_map,
@@ -224,7 +61,7 @@ def make_step(plan: Plan, mesh: Mesh) -> Callable[..., tuple]:
     own, *others = _update(plan, own, saes, longest, batch)
     return jax.tree.map(lambda a: a[None], own), *others
 
-  shares = NamedSharding(mesh, _DEVICES if jax.process_count() == 1 else none)
+  shares = NamedSharding(mesh, DEVICES if jax.process_count() == 1 else none)
   return jax.jit(
     step,
     donate_argnums=0,
@@ -235,6 +72,13 @@ def make_step(plan: Plan, mesh: Mesh) -> Callable[..., tuple]:
       NamedSharding(mesh, none),
     ),
   )
+
+
+def _sae_specs(config):
+  sae = jax.eval_shape(
+    lambda: autoencoder.init_weights(config, jax.random.key(0))
+  )
+  return mesh_lib.specs(sae)
 
 
 def _update(plan, state, saes, longest, batch):
@@ -255,35 +99,34 @@ def _update(plan, state, saes, longest, batch):
       plan.sae, sae, x_BD, longest[TRAINED], plan.width, axis, plan.few
     )
     short = offers.short
+    shards = jax.lax.axis_size(axis)
     slots = candidates_lib.pair_slots(
-      plan.sae, plan.width, tokens, jax.lax.axis_size(axis), plan.few
+      plan.sae, plan.width, tokens, shards, plan.few
     )
-    active_BC = offers.active_BC & counts_B[:, None]
     needed = jnp.where(counts_E, offers.needed_E, 0).max()
     new['most'] = jnp.maximum(state.most, needed)
     needed = jax.lax.pmax(needed, mesh_lib.AXES)
   if plan.features:
     n_own = sae.w_enc_ND.shape[0]
     new['reducers'] = dict(state.reducers)
-    for kinds, of_BC in (
-      (plan.config.reducers(), offers.active_BC),
-      (plan.config.near_reducers(), offers.near_BC),
+    for near, kinds in (
+      (False, plan.config.reducers()),
+      (True, plan.config.near_reducers()),
     ):
       if not kinds:
         continue
-      wanted_BC = of_BC & counts_B[:, None]
+      own = candidates_lib.of_ranks(plan.sae, offers, plan.width, shards, near)
+      wanted_BC = own.near_BC if near else own.active_BC
+      wanted_BC &= counts_B[:, None]
+      # The best of the near misses are found, and all are counted, unsorted.
+      arrange = pairs_lib.slots if near else pairs_lib.pairs
       with jax.named_scope(scopes.PAIRS):
         short |= wanted_BC.sum(dtype=jnp.int32) > slots
-        pairs = pairs_lib.pairs(
+        pairs = arrange(
           *pairs_lib.packed(
             slots,
             wanted_BC,
-            (
-              offers.vals_BC,
-              offers.idx_BC,
-              offers.rank_BC,
-              offers.margin_BC,
-            ),
+            (own.vals_BC, own.idx_BC, own.rank_BC, own.margin_BC),
             (row_hi_B, row_lo_B, batch.document_B),
           ),
           n_own,
@@ -307,13 +150,14 @@ def _update(plan, state, saes, longest, batch):
     state = state.replace(train_scatter=train)
   if plan.test:
     k = min(plan.width, offers.vals_BC.shape[1])
+    active_BC = offers.active_BC & counts_B[:, None]
     own_codes = (
       jnp.where(active_BC, offers.vals_BC, 0)[:, :k],
       offers.idx_BC[:, :k],
     )
     with jax.named_scope(scopes.METRICS):
       # A branch copies what it is given: not the states of reducers.
-      scores = state.sums, state.fired, state.test_scatter
+      scores = state.sums, state.fired, state.test_scatter, short
       scores = jax.lax.cond(
         batch.test,
         lambda scores: _tested(
@@ -322,7 +166,7 @@ def _update(plan, state, saes, longest, batch):
         lambda scores: scores,
         scores,
       )
-    sums, fired, test_scatter = scores
+    sums, fired, test_scatter, short = scores
     state = state.replace(sums=sums, fired=fired, test_scatter=test_scatter)
   if plan.few and (plan.features or plan.test):
     short = jax.lax.pmax(short.astype(jnp.int32), mesh_lib.AXES)
@@ -334,15 +178,18 @@ def _update(plan, state, saes, longest, batch):
 
 
 def _tested(plan, scores, saes, batch, counts_B, x_BD, affine, own_codes):
-  """Sums, fired and test_scatter of the state with a batch's rows scored."""
-  old_sums, old_fired, test_scatter = scores
+  """Sums, fired, test_scatter and `short`, with a batch's rows scored."""
+  old_sums, old_fired, test_scatter, short = scores
   axis = 'latent'
   share = functools.partial(candidates_lib.own_share, axis=axis)
   coded = {TRAINED: (x_BD, affine, *own_codes)}
   for name, config in plan.controls:
     x_BD, affine = autoencoder.preprocess(config, saes[name], batch.raw_BD)
-    codes_BK = autoencoder.encode(config, saes[name], x_BD, axis=axis)
-    coded[name] = (x_BD, affine, *codes_BK)
+    *codes_BC, is_short = candidates_lib.codes(
+      config, saes[name], x_BD, axis, plan.few
+    )
+    short |= is_short
+    coded[name] = (x_BD, affine, *codes_BC)
   sums, fired = {}, {}
   for name, code in coded.items():
     sums[name], fired[name] = _scored(
@@ -357,7 +204,7 @@ def _tested(plan, scores, saes, batch, counts_B, x_BD, affine, own_codes):
   test_scatter = scatter.update(
     test_scatter, share(coded[TRAINED][0]), share(counts_B)
   )
-  return sums, fired, test_scatter
+  return sums, fired, test_scatter, short
 
 
 def _scored(

@@ -3,13 +3,12 @@
 import dataclasses
 
 import flax.struct
-import jax.numpy as jnp
 import numpy as np
 
-from sae_jax.probing.scan import double
+from sae_jax.probing.scan import double, order
 from sae_jax.probing.scan import sums as sums_lib
 from sae_jax.probing.scan.double import Double
-from sae_jax.probing.scan.pairs import Pairs
+from sae_jax.probing.scan.pairs import Slots
 
 
 @flax.struct.dataclass
@@ -32,11 +31,8 @@ class Count:
   def init(self, n_own: int) -> State:
     return State(double.zeros((n_own,)))
 
-  def update(self, state: State, pairs: Pairs) -> State:
-    count_N = jnp.zeros(pairs.n_own, jnp.int32)
-    count_N = count_N.at[pairs.latent_U].add(
-      pairs.stop_U - pairs.start_U, mode='drop'
-    )
+  def update(self, state: State, pairs: Slots) -> State:
+    count_N = order.counts(pairs.latent_P, pairs.n_own)
     return State(double.add(state.count_N, sums_lib.whole(count_N)))
 
   def merge(self, a: State, b: State) -> State:

@@ -9,10 +9,13 @@ import numpy as np
 
 from sae_jax.probing.scan import best, counter_hash, order
 from sae_jax.probing.scan.best import Best
-from sae_jax.probing.scan.pairs import Slots
+from sae_jax.probing.scan.pairs import Pairs, Slots
 
 # Pairs that are offered at a time: a sort and a merge of fewer takes no less.
 _LEAST_OFFERS = 1024
+# Of sorted pairs those of a latent and document are neighbours: most that are
+# not the best of them are seen by that, and not offered.
+_NEIGHBOURS = (1, -1, 2, -2)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,6 +47,8 @@ class Top:
     # again; the others are offered some at a time.
     worst_P = state.key_NM[:, -1].at[pairs.latent_P].get(mode='clip')
     hopeful_P = pairs.real_P & (key_P >= worst_P)
+    if self.group == 'document' and isinstance(pairs, Pairs):
+      hopeful_P &= ~_has_better_neighbour(pairs, key_P)
     n_hopeful = hopeful_P.sum()
     n_offers = offers_at_a_time(len(key_P))
     slot_P = jnp.pad(
@@ -122,6 +127,18 @@ class Top:
 def offers_at_a_time(slots: int) -> int:
   """Pairs that are offered to the lists at a time, of so many slots."""
   return min(max(_LEAST_OFFERS, slots // 64), slots)
+
+
+def _has_better_neighbour(pairs: Pairs, key_P: jax.Array) -> jax.Array:
+  """Whether a slot nearby has a better pair of the same latent and document."""
+  of_P = pairs.latent_P, pairs.document_P, key_P, pairs.row_hi_P, pairs.row_lo_P
+  is_worse_P = jnp.zeros(key_P.shape, bool)
+  for distance in _NEIGHBOURS:
+    latent_P, document_P, *other = (jnp.roll(a, distance) for a in of_P)
+    is_same_P = latent_P == pairs.latent_P
+    is_same_P &= document_P == pairs.document_P
+    is_worse_P |= is_same_P & best.is_before(other, of_P[2:])
+  return is_worse_P
 
 
 def _same_as_before(of_C: jax.Array) -> jax.Array:
