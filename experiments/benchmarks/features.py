@@ -38,6 +38,7 @@ _SIZES = {
   'neighbours': 5,
   'tokens': 10,
   'partners': 5,
+  'tasks': 4,
 }
 _GROUPS = columns_lib.GROUPS
 _BLOCK = 64
@@ -86,8 +87,8 @@ def block(
     else:
       array = rng.integers(0, most - 1, shape)
     absent = -1 if column.least == -1 and column.dtype == 'int32' else 0
-    # The decoder votes and has neighbours whether a latent fires or not.
-    if not name.startswith(('vote_', 'neighbour_', 'latent_ids')):
+    # These do not follow from what a latent fires on.
+    if not name.startswith(('vote_', 'neighbour_', 'probe_', 'latent_ids')):
       array[~live_N] = absent
     arrays[name] = array
   return arrays

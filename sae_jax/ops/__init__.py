@@ -14,7 +14,7 @@ from sae_jax.ops.dense import matmul
 from sae_jax.ops.dispatch import choose
 from sae_jax.ops.encode_topk.api import encode_topk
 from sae_jax.ops.pairs import least_micro_batches
-from sae_jax.ops.top_k.api import global_top_k, ranks, top_k
+from sae_jax.ops.top_k.api import global_top_k, ranks, top_k, winners
 from sae_jax.ops.weight_grad.api import weight_grad
 
 __all__ = [
@@ -29,5 +29,6 @@ __all__ = [
   'ranks',
   'top_k',
   'weight_grad',
+  'winners',
   'with_few_candidates',
 ]

@@ -5,11 +5,12 @@ import re
 
 import pytest
 
-from sae_jax import errors
+from sae_jax import autoencoder, errors
 from sae_jax.autoencoder import SaeConfig
 from sae_jax.ops import scopes
 from sae_jax.plan import footprint, planner
 from sae_jax.plan.steps import probing
+from sae_jax.probing.scan import candidates, step
 from sae_jax.probing.scan.config import ScanConfig
 
 CONFIG = probing.PassConfig(
@@ -57,3 +58,30 @@ def test_a_part_without_its_scope_is_an_error(v5e, line, compiled, scope):
   assert less != compiled.text
   with pytest.raises(errors.DefectError, match=f'no instruction of: {scope}'):
     planner.read(CONFIG, v5e, line, dataclasses.replace(compiled, text=less))
+
+
+def test_controls_make_no_codes_of_all_latents(line, monkeypatch):
+  """As for the autoencoder itself, what all shards have chooses the kernel."""
+  # Of one shard's latents alone, dense codes would be chosen.
+  sae = SaeConfig(d_model=128, n_latents=4 * 12_288, k=32)
+  config = dataclasses.replace(CONFIG, sae=sae)
+
+  def dense(controls):
+    step.make_step.cache_clear()
+    of = dataclasses.replace(config, controls=controls)
+    text = probing.lowered(of, line, None).as_text()
+    return sum('tensor<256x12288xf32>' in row for row in text.splitlines())
+
+  alone = dense(controls=0)
+  assert dense(controls=1) == alone
+  # A control: encoded as before, they make them.
+  monkeypatch.setattr(
+    candidates,
+    'codes',
+    lambda config, sae, x_BD, axis, few: (
+      *autoencoder.encode(config, sae, x_BD, axis=axis),
+      False,
+    ),
+  )
+  assert dense(controls=1) > alone
+  step.make_step.cache_clear()
