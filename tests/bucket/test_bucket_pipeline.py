@@ -90,7 +90,7 @@ def test_a_cache_that_is_too_small_costs_an_index_a_chunk_at_most(
   on_disk, monkeypatch
 ):
   # As where chunks are of megabytes: they push the indices out.
-  monkeypatch.setattr(reader, '_CACHE_BYTES', 4096)
+  monkeypatch.setattr(reader, 'CACHE_BYTES', 4096)
   server, (shards, chunks), n_bytes = epoch_in_bucket(
     on_disk[1] / 'store', monkeypatch, 0.0
   )

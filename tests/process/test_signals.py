@@ -63,6 +63,8 @@ def start(stage, flags):
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
+    # Of a shell's background jobs Ctrl-C is ignored, and what they start too.
+    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
   )
 
 
