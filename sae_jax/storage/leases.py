@@ -65,7 +65,8 @@ class Leases:
     self.url, self.worker, self.seconds = url, worker, seconds
     self._now = now
     self._held: dict[str, bytes] = {}
-    self._lock = threading.Lock()
+    # Held while the folder is asked: a lease that is given up is not renewed.
+    self._lock = threading.RLock()
     self._closed = threading.Event()
     self._thread = None
     self.lost = threading.Event()
@@ -81,22 +82,23 @@ class Leases:
     Raises:
       UserError: if the folder cannot be read or written.
     """
-    holder, generation = self._read(name)
-    if holder and holder.worker != self.worker:
-      if not holder.is_gone(self._now()):
-        return False
-      logging.info('%s: worker %s is gone', name, holder.worker)
-    return self._write(name, generation)
+    with self._lock:
+      holder, generation = self._read(name)
+      if holder and holder.worker != self.worker:
+        if not holder.is_gone(self._now()):
+          return False
+        logging.info('%s: worker %s is gone', name, holder.worker)
+      return self._write(name, generation)
 
   def give_up(self, name: str) -> None:
     """Lets others take a piece of work, if it is this worker's still."""
     with self._lock:
       generation = self._held.pop(name, None)
-    if generation is not None:
-      # A write of nothing deletes.
-      self._asked(
-        lambda: self._files.write(name, None, if_equal=generation).result()
-      )
+      if generation is not None:
+        # A write of nothing deletes.
+        self._asked(
+          lambda: self._files.write(name, None, if_equal=generation).result()
+        )
 
   def renew(self) -> None:
     """Says that this worker is there still, for all that it has.
@@ -105,13 +107,11 @@ class Leases:
       UserError: if the folder cannot be written.
     """
     with self._lock:
-      held = dict(self._held)
-    for name, generation in held.items():
-      if not self._write(name, generation):
-        with self._lock:
+      for name, generation in list(self._held.items()):
+        if not self._write(name, generation):
           self._held.pop(name, None)
-        logging.warning('%s was taken by another worker meanwhile', name)
-        self.lost.set()
+          logging.warning('%s was taken by another worker meanwhile', name)
+          self.lost.set()
 
   def __enter__(self):
     self._thread = threading.Thread(
@@ -160,8 +160,7 @@ class Leases:
       holder, generation = self._read(name)
       if holder is None or holder.worker != self.worker:
         return False
-    with self._lock:
-      self._held[name] = generation
+    self._held[name] = generation
     return True
 
   def _asked(self, act):

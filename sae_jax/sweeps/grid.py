@@ -69,6 +69,11 @@ def grid(
         f'{name} has a value twice ({", ".join(map(str, values))}): '
         'name each once'
       )
+  for name in ('mesh_data', 'mesh_latent'):
+    if name in axes:
+      raise errors.UserError(
+        f'all runs of a sweep are on one mesh: give --{name} one value'
+      )
   if 'steps' in axes and TOKENS in axes:
     raise errors.UserError('steps follow from tokens: sweep one of them')
   if 'learning_rate' in axes and RATE_FACTOR in axes:

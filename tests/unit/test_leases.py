@@ -86,6 +86,30 @@ def test_claims_are_renewed_while_open_and_given_up_at_the_end(tmp_path):
   assert one.holder('a') is None
 
 
+def test_what_is_given_up_while_claims_are_renewed_is_free(tmp_path):
+  one = worker(tmp_path, 'one', Clock())
+  assert one.take('a')
+  write, begun, go_on = one._write, threading.Event(), threading.Event()
+
+  def slow(name, generation):
+    begun.set()
+    assert go_on.wait(10)
+    return write(name, generation)
+
+  one._write = slow
+  renewing = threading.Thread(target=one.renew)
+  renewing.start()
+  assert begun.wait(10)
+  giving_up = threading.Thread(target=one.give_up, args=('a',))
+  giving_up.start()
+  # Without a lock it would be given up by now, and then claimed again.
+  giving_up.join(0.2)
+  go_on.set()
+  renewing.join()
+  giving_up.join()
+  assert one.holder('a') is None and not one.lost.is_set()
+
+
 def test_a_damaged_claim_is_nobodys(tmp_path):
   one = worker(tmp_path, 'one', Clock())
   (tmp_path / 'claims').mkdir()

@@ -70,6 +70,7 @@ def test_more_active_latents_than_latents_are_left_out(store):
     ({'colour': ('red',)}, 'no field colour to sweep'),
     ({'k': (2, 2)}, r'k has a value twice \(2, 2\)'),
     ({'steps': (5,), 'tokens': (640,)}, 'steps follow from tokens'),
+    ({'mesh_latent': (1, 2)}, 'one mesh: give --mesh_latent one value'),
     ({'learning_rate': (1.0,), 'rate_factor': (1.0,)}, 'from rate_factor'),
   ],
 )
