@@ -56,15 +56,16 @@ def commands(tmp_path_factory):
   return flags, {s: root / n for s, n in (outputs | {'browse': 'page'}).items()}
 
 
-def start(stage, flags):
+def start(stage, flags, at_interrupt=signal.SIG_DFL):
+  """A process that begins with this for Ctrl-C, whatever this one has."""
   return subprocess.Popen(
     [sys.executable, '-m', f'sae_jax.cli.{stage}', *flags],
     env=processes.environment(''),
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
-    # Of a shell's background jobs Ctrl-C is ignored, and what they start too.
-    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    # A shell's background jobs ignore it, and so does what they start.
+    preexec_fn=lambda: signal.signal(signal.SIGINT, at_interrupt),
   )
 
 
@@ -124,9 +125,7 @@ def test_a_signal_while_a_stage_is_imported_is_no_traceback(
 def test_a_background_job_goes_on_ignoring_an_interrupt(commands):
   """As a shell's `&` starts it, whose Ctrl-C is for the job in front."""
   flags, _ = commands
-  before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-  process = start('plan', flags['plan'])
-  signal.signal(signal.SIGINT, before)
+  process = start('plan', flags['plan'], at_interrupt=signal.SIG_IGN)
   while not has_begun(process):
     time.sleep(0.0005)
   process.send_signal(signal.SIGINT)
