@@ -40,6 +40,8 @@ VARIANTS = {
   'Adam b1 0.5': {'adam_b1': 0.5},
   'Adam b1 0.9': {'adam_b1': 0.9},
   'half the rate': {'rate_factor': 0.5},
+  '0.7 of the rate': {'rate_factor': 0.7},
+  '1.4 times the rate': {'rate_factor': 1.4},
   'twice the rate': {'rate_factor': 2.0},
   'decay over a fifth': {'decay_share': 0.2},
   'decay over all': {'decay_share': 0.95},
