@@ -4,7 +4,7 @@ What is chosen is chosen by the runs' metrics on validation rows, and what is
 reported is measured on test rows, which no run sees and nothing chooses by.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import json
 from typing import Any, TypeVar
 
@@ -17,7 +17,6 @@ from sae_jax.autoencoder import metrics
 from sae_jax.cli import flags
 from sae_jax.probing import reconstruction
 from sae_jax.storage import records
-from sae_jax.training import train
 from sae_jax.training.config import TrainConfig
 
 _Config = TypeVar('_Config')
@@ -86,22 +85,6 @@ def short_run(n_tokens: int, batch_size: int, **fields: Any) -> TrainConfig:
     'checkpoint_every': 250,
   }
   return config_lib.from_flat(TrainConfig, values | fields)
-
-
-def train_rates(
-  config: TrainConfig, rates: Sequence[float], store: str, workdir: str
-) -> dict[float, str]:
-  """Trains with each learning rate; the runs' workdirs by rate.
-
-  Args:
-    config: what the runs have in common.
-    rates: the learning rates.
-    store: the URL of the activations.
-    workdir: each run gets a folder in it.
-  """
-  runs = train.sweep(config, workdir, learning_rate=tuple(rates))
-  train.train_many(runs, store)
-  return {run.optimizer.learning_rate: where for where, run in runs.items()}
 
 
 def validation(workdir: str) -> dict[str, float]:

@@ -188,6 +188,10 @@ def data_rows(
   return rows.unit_rows(unit_ND + _NOISE * sae.w_dec_ND)
 
 
+def _mean(x_BD):
+  return x_BD.mean(0)
+
+
 def fit_inputs(
   config: SaeConfig,
   sae: Sae,
@@ -198,7 +202,8 @@ def fit_inputs(
 ) -> tuple[Sae, jax.Array]:
   """Fits a fresh autoencoder to its inputs (Gao et al. 2024, appendix A.1).
 
-  Sets the dataset's statistics, b_pre (the geometric median), the decoder with
+  Sets the dataset's statistics, b_pre (the geometric median, or with bias_init
+  'mean' the mean), the decoder with
   decoder_init 'data' and the nonlinearity's own parameters. Scales the encoder
   so that reconstructions have the norm of the inputs, as the paper's code does,
   or with encoder_gain 'least_squares' so that they are nearest to them.
@@ -226,7 +231,8 @@ def fit_inputs(
   apart = ((x_BD - x_BD[0]) ** 2).sum()
   varies = apart > metrics.rounding(sample_BD / affine.scale).sum()
   mse_of_mean = jnp.where(varies, mse_of_mean, 0)
-  sae = sae.replace(b_pre_D=geometric_median(x_BD))
+  center = geometric_median if config.bias_init == 'median' else _mean
+  sae = sae.replace(b_pre_D=center(x_BD))
   if start is not None:
     w_dec_ND = data_rows(sae, x_BD, start, axis)
     sae = sae.replace(w_dec_ND=w_dec_ND)

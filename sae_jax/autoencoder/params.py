@@ -68,6 +68,12 @@ class SaeConfig(config_lib.Config):
     'there are latents; auto for data in short runs with so many, else random',
     ('auto', 'random', 'data'),
   )
+  bias_init: str = config_lib.option(
+    'median',
+    'initial decoder bias b_pre: the geometric median (median) or the mean of '
+    'sample_rows activations',
+    ('median', 'mean'),
+  )
   encoder_gain: str = config_lib.option(
     'auto',
     'initial length of the encoder: so that reconstructions have the norm of '

@@ -95,7 +95,7 @@ class TrainConfig(config_lib.Config):
   sample_rows: int = config_lib.option(
     32_768,
     'number of rows from the start of the store that set the initial decoder '
-    "bias (their median) and NMSE's constant",
+    "bias and NMSE's constant",
     least=2,
   )
   window_chunks: int = config_lib.option(

@@ -83,6 +83,11 @@ class OptimizerConfig(config_lib.Config):
     least=_AUTO,
     most=0.999999,
   )
+  project_gradient: bool = config_lib.option(
+    True,
+    "take from the decoder's gradient its component along each row, which the "
+    'unit norm of rows undoes; a control without it',
+  )
   freeze: str = config_lib.option(
     'none',
     'part whose weights keep their initial values, as a control: the decoder '
@@ -234,7 +239,7 @@ def update(
     # The norm must be known before the step overwrites anything.
     if decoder:
       squares[_DECODER] = adam_rows.squared_norm(
-        decoder[0], decoder[-1], **where
+        decoder[0], decoder[-1], project=config.project_gradient, **where
       )
     norm = global_norm()
     if config.clip_norm:
@@ -252,7 +257,11 @@ def update(
   }
   if decoder:
     *new[_DECODER], decoder_squares = adam_rows.adam_rows(
-      *decoder, *shared, **settings, **where
+      *decoder,
+      *shared,
+      project=config.project_gradient,
+      **settings,
+      **where,
     )
     squares.setdefault(_DECODER, decoder_squares)
   params, mu, nu, ema = ({name: new[name][i] for name in new} for i in range(4))

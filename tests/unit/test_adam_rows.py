@@ -37,6 +37,19 @@ def test_kernel_and_reference_equal_a_float64_loop(small, n, width, scale):
     assert close(run(state, grads, implementation, scale=scale), want)
 
 
+@pytest.mark.parametrize('implementation', ['pallas', None])
+def test_a_gradient_is_left_as_it_is_on_request(small, implementation):
+  state, grads = problem(37, 128, steps=4)
+  got = run(state, grads, implementation, scale=0.25, project=False)
+  assert close(got, loop(state, grads, scale=0.25, defect='no projection'))
+  # Control: it is another step.
+  assert not close(got, loop(state, grads, scale=0.25))
+  alone = api.squared_norm(
+    got[0][0], grads[0], project=False, implementation=implementation
+  )
+  np.testing.assert_allclose(alone, (grads[0] ** 2).sum(), rtol=1e-6)
+
+
 def test_control_mistakes_are_seen(small):
   state, grads = problem(37, 128, steps=4)
   got = run(state, grads, 'pallas', scale=0.25)

@@ -55,6 +55,18 @@ def preprocessed(name, raw_BD):
   return centred / np.sqrt((centred**2).sum(1).mean())
 
 
+def test_the_decoder_bias_begins_at_the_median_or_at_the_mean():
+  _, sae, raw_BD, _ = make()
+  x_BD = preprocessed('center_unit_norm', raw_BD)
+  median_D = geometric_median(jnp.asarray(x_BD, jnp.float32))
+  np.testing.assert_allclose(sae.b_pre_D, median_D, atol=1e-6)
+  _, of_mean, _, mse_of_mean = make(bias_init='mean')
+  np.testing.assert_allclose(of_mean.b_pre_D, x_BD.mean(0), atol=1e-6)
+  # Controls: they differ, and NMSE's constant is that of the mean in both.
+  assert abs(np.asarray(median_D) - x_BD.mean(0)).max() > 1e-4
+  np.testing.assert_allclose(mse_of_mean, make()[3], rtol=1e-6)
+
+
 @pytest.mark.parametrize('name', autoencoder.PREPROCESSING)
 def test_preprocess_is_its_definition_and_restore_undoes_it(name):
   config, sae, raw_BD, _ = make(name)

@@ -1,34 +1,16 @@
 """The experiments run small on planted activations and report what they say."""
 
-import math
 import shutil
-import types
 
 import numpy as np
 import pytest
 
-from experiments import dead_latents, learning_rate, topk_vs_relu
 from experiments import runs as runs_lib
 from experiments.benchmarks import train
 from sae_jax import checkpoint, errors
 from sae_jax import store as store_lib
+from sae_jax.training import train as training
 from tests.support import probed
-
-
-def test_dead_latents_are_fewer_with_auxk_and_the_transposed_start(
-  store, tmp_path
-):
-  config = dead_latents.DeadLatentsConfig(
-    n_tokens=16_000, n_latents=256, k=2, batch_size=64, window=1000,
-    learning_rate=3e-3,
-  )  # fmt: skip
-  found = dead_latents.measure(config, store, str(tmp_path))
-  with_both, neither = found['auxk_and_transposed'], found['neither']
-  assert with_both['dead_share'] < neither['dead_share'] - 0.05
-  test = runs_lib.test(str(tmp_path / 'neither'), store)
-  assert (neither['test_nmse'], neither['test_l0']) == (test.nmse, test.l0)
-  # Finished runs are reused: the same figures at once.
-  assert dead_latents.measure(config, store, str(tmp_path)) == found
 
 
 @pytest.fixture(name='rated', scope='module')
@@ -36,7 +18,9 @@ def rated_fixture(store, tmp_path_factory):
   """Runs of 30 steps by their rate."""
   workdir = tmp_path_factory.mktemp('rated')
   config = runs_lib.short_run(1920, 64, n_latents=32, k=4)
-  return runs_lib.train_rates(config, (1e-2, 1e-4), store, str(workdir))
+  runs = training.sweep(config, str(workdir), learning_rate=(1e-2, 1e-4))
+  training.train_many(runs, store)
+  return {run.optimizer.learning_rate: where for where, run in runs.items()}
 
 
 def test_each_rate_is_a_run_with_its_validation_metrics(rated):
@@ -72,97 +56,6 @@ def test_a_run_is_reported_by_the_test_rows(rated, store, average):
     assert abs(fvu(rows) / want - 1) > 5e-4
   other = runs_lib.test(rated[1e-2], store, not average)
   assert abs(other.fvu / want - 1) > 1e-3
-
-
-def canned(monkeypatch, row):
-  """Runs have metrics that a function of config, rate and split gives."""
-  monkeypatch.setattr(
-    runs_lib,
-    'train_rates',
-    lambda config, rates, *_: {rate: (config, rate) for rate in rates},
-  )
-  monkeypatch.setattr(
-    runs_lib,
-    'validation',
-    lambda where: {
-      f'validation_{name}': value
-      for name, value in row(*where, 'validation').items()
-    },
-  )
-  monkeypatch.setattr(
-    runs_lib,
-    'test',
-    lambda where, store: types.SimpleNamespace(**row(*where, 'test')),
-  )
-
-
-def test_learning_rates_are_scaled_from_the_smallest_size(monkeypatch):
-  def row(config, rate, split):
-    # Twice as far from the best as 1 / sqrt(n) would have it.
-    best = 2e-2 * 32 / config.sae.n_latents
-    # The test would choose half of it.
-    best /= 2 if split == 'test' else 1
-    return {'nmse': 0.1 + math.log(rate / best) ** 2}
-
-  canned(monkeypatch, row)
-  config = learning_rate.LearningRateConfig(
-    n_tokens=4000, n_latents=('32', '128'), rates=('2e-2', '1e-2', '5e-3'),
-    k=4, batch_size=64,
-  )  # fmt: skip
-  found = learning_rate.measure(config, 'store', 'workdir')
-  assert found['best'] == {32: 2e-2, 128: 5e-3}
-  for size, rates in found['validation_nmse'].items():
-    assert set(rates) == {2e-2, 1e-2, 5e-3}
-    assert found['best'][size] == min(rates, key=rates.get)
-  # Control: chosen on the rows that are reported it would be another.
-  of_test = found['test_nmse'][32]
-  assert min(of_test, key=of_test.get) == 1e-2
-  large = found['scaled'][128]
-  assert math.isclose(large['predicted'], 1e-2)
-  assert large['nearest_of_grid'] == 1e-2
-  over = found['test_nmse'][128][1e-2] / found['test_nmse'][128][5e-3]
-  assert math.isclose(large['nmse_over_best'], over) and over > 1
-
-
-def test_topk_and_relu_are_compared_at_the_same_l0(monkeypatch):
-  def row(config, rate, split):
-    l0 = config.sae.k
-    if config.sae.activation == 'relu':
-      l0 = 0.4 / config.objective.sparsity_weight + 0.4 * config.seed
-    # The test would choose the other rate, and shows other figures.
-    best = {'validation': 1e-2, 'test': 3e-3}[split]
-    nmse = 1 / (1 + l0) + math.log(rate / best) ** 2
-    l0 += {'validation': 0, 'test': 0.25}[split]
-    if config.sae.activation == 'relu':
-      nmse += 0.05 + 0.01 * config.seed
-    return {'l0': l0, 'nmse': nmse}
-
-  canned(monkeypatch, row)
-  config = topk_vs_relu.TopkVsReluConfig(
-    n_tokens=16_000, n_latents=64, seeds=2, weights=('0.02', '0.08'),
-    rates=('1e-2', '3e-3'), batch_size=64,
-  )  # fmt: skip
-  found = topk_vs_relu.measure(config, 'store', 'workdir')
-  assert len(found['pairs']) == 4
-  for pair in found['pairs']:
-    assert abs(pair['relu_l0'] - pair['topk_l0']) <= 0.51
-    # On test rows, at the rate and with the k that validation rows chose.
-    assert pair['topk_l0'] == round(pair['relu_l0'] - 0.25) + 0.25
-    assert pair['topk_nmse'] > math.log(1e-2 / 3e-3) ** 2
-  # The heavier penalty leaves fewer latents.
-  light, heavy = found['pairs'][0], found['pairs'][-1]
-  assert heavy['relu_l0'] < light['relu_l0']
-  for weight, summary in found['gain_of_topk'].items():
-    gains = [
-      pair['relu_nmse'] - pair['topk_nmse']
-      for pair in found['pairs']
-      if pair['weight'] == weight
-    ]
-    assert math.isclose(summary['gain'], np.mean(gains))
-    low, high = summary['interval']
-    # Two seeds: Student's t with one degree of freedom.
-    half = 12.706 * abs(gains[0] - gains[1]) / 2
-    np.testing.assert_allclose((high - low) / 2, half, rtol=1e-3)
 
 
 def test_a_run_that_was_stopped_has_no_figures(rated, store, tmp_path):

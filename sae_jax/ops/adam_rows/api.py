@@ -41,6 +41,7 @@ def adam_rows(
   b2: float,
   eps: float,
   ema_decay: float,
+  project: bool = True,
   implementation: str | None = None,
   mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -75,6 +76,7 @@ def adam_rows(
     b2: decay of the second moment.
     eps: added to the root of the second moment.
     ema_decay: decay of the average.
+    project: whether <g, p> p is taken away.
     implementation: 'pallas', for float32 and widths that are multiples of 128,
       or another for plain JAX.
     mesh: mesh over which the rows are sharded, None for one device.
@@ -87,6 +89,7 @@ def adam_rows(
     UserError: if the kernel does not know the type or width.
   """
   config = {'b1': b1, 'b2': b2, 'eps': eps, 'ema_decay': ema_decay}
+  config['project'] = project
   matrices = (p_ND, mu_ND, nu_ND, ema_ND, g_ND)
   if not fused(implementation):
     return reference.adam_rows(
@@ -113,6 +116,7 @@ def squared_norm(
   p_ND: jax.Array,
   g_ND: jax.Array,
   *,
+  project: bool = True,
   implementation: str | None = None,
   mesh: Mesh | None = None,
 ) -> jax.Array:
@@ -121,22 +125,25 @@ def squared_norm(
   Args:
     p_ND: parameters, rows of unit norm.
     g_ND: gradients.
+    project: as in `adam_rows`.
     implementation: as in `adam_rows`.
     mesh: as in `adam_rows`.
 
   Returns:
-    The squared norm of the projected gradient of all shards.
+    The squared norm of the gradient, projected or not, of all shards.
 
   Raises:
     UserError: as `adam_rows`.
   """
   if not fused(implementation):
-    return reference.squared_norm(p_ND, g_ND)
+    return reference.squared_norm(p_ND, g_ND, project)
   _check(p_ND, g_ND)
   interpret = chip.interpret()
 
   def run(p_ND, g_ND):
-    return (kernel.squared_norm(p_ND, g_ND, interpret=interpret),)
+    return (
+      kernel.squared_norm(p_ND, g_ND, project=project, interpret=interpret),
+    )
 
   return _over_shards(run, mesh, 0)(p_ND, g_ND)[0]
 

@@ -30,6 +30,7 @@ def adam_rows(
   b2: float,
   eps: float,
   ema_decay: float,
+  project: bool = True,
   tile: tiles.Tile | None = None,
   interpret: bool | pltpu.InterpretParams = False,
 ) -> tuple[jax.Array, ...]:
@@ -48,6 +49,7 @@ def adam_rows(
     b2: decay of the second moment.
     eps: Adam's epsilon.
     ema_decay: decay of the average.
+    project: whether the gradient's component along a row is taken away.
     tile: rows at a time; None to choose.
     interpret: as in `pallas_call`.
 
@@ -64,7 +66,9 @@ def adam_rows(
 
     def group(rows, valid, sum_G1):
       p_GD, mu_GD, nu_GD, ema_GD = before = [ref[rows, :] for ref in old]
-      g_GD = _project(g_ref[rows, :], p_GD)
+      g_GD = g_ref[rows, :]
+      if project:
+        g_GD = _project(g_GD, p_GD)
       sum_G1 += _squares(g_GD, valid)
       g_GD *= scale
       mu_GD = (1 - b1) * g_GD + b1 * mu_GD
@@ -110,10 +114,11 @@ def squared_norm(
   p_ND: jax.Array,
   g_ND: jax.Array,
   *,
+  project: bool = True,
   tile: tiles.Tile | None = None,
   interpret: bool | pltpu.InterpretParams = False,
 ) -> jax.Array:
-  """The squared norm of the gradient projected along unit rows.
+  """The squared norm of the gradient, projected along unit rows or not.
 
   Computed as the sum over (g - <g, p> p)^2, in one pass, since a row stays in
   VMEM for its second use. |g|^2 - <g, p>^2 (2 - |p|^2) would be one pass in XLA
@@ -126,7 +131,10 @@ def squared_norm(
 
   def kernel(p_ref, g_ref, partial_ref):
     def group(rows, valid, sum_G1):
-      return sum_G1 + _squares(_project(g_ref[rows, :], p_ref[rows, :]), valid)
+      g_GD = g_ref[rows, :]
+      if project:
+        g_GD = _project(g_GD, p_ref[rows, :])
+      return sum_G1 + _squares(g_GD, valid)
 
     _over_groups(n, tile, group, partial_ref)
 

@@ -6,9 +6,13 @@ import optax
 from sae_jax.ops import adam, rows
 
 
-def squared_norm(p_ND: jax.Array, g_ND: jax.Array) -> jax.Array:
-  """The squared norm of the projected gradient."""
-  return optax.tree.norm(rows.project_rows(g_ND, p_ND), squared=True)
+def squared_norm(
+  p_ND: jax.Array, g_ND: jax.Array, project: bool = True
+) -> jax.Array:
+  """See `api.squared_norm`."""
+  if project:
+    g_ND = rows.project_rows(g_ND, p_ND)
+  return optax.tree.norm(g_ND, squared=True)
 
 
 def adam_rows(
@@ -21,10 +25,13 @@ def adam_rows(
   corrections,
   scale,
   only_if,
+  *,
+  project=True,
   **settings,
 ):
   """See `api.adam_rows`."""
-  g_ND = rows.project_rows(g_ND, p_ND)
+  if project:
+    g_ND = rows.project_rows(g_ND, p_ND)
   new = adam.step(
     p_ND,
     mu_ND,

@@ -1,0 +1,52 @@
+"""The table of all findings, from their results."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_HEAD = """# Findings
+
+What training does on real activations: an effect's mean, its 95 % interval by
+Student's t over the seeds, and a verdict. *Found*: the interval is on the
+claim's side of 0 (or holds the number that is claimed, and no end of it is far
+from it). *Not found*: all of it is below what would matter. Otherwise the runs
+*cannot tell*. All runs have the paper's start and optimiser but for what is
+compared. Rates and penalties are chosen on validation rows, effects are those
+of test rows.
+
+```sh
+sae-harvest --store=runs/1m --n_tokens=1150000 --mask_norm_multiple=10
+python -m experiments.findings.measure --store=runs/1m --workdir=runs/findings
+```
+
+Runs that are in [cells.jsonl](cells.jsonl) are not run again.
+`--findings=projection` measures one.
+"""
+
+
+def markdown(results: Sequence[Mapping[str, Any]]) -> str:
+  """The page.
+
+  Args:
+    results: of `measure.result`, in the order of the page.
+  """
+  rows = [
+    '| the paper says | measured | mean (95 % interval) | |',
+    '|---|---|---|---|',
+  ]
+  for result in results:
+    budget = result['budget']
+    shape = (
+      f'N {budget["n_latents"]:,}, K {budget["k"]}, '
+      f'{budget["n_tokens"]:,} tokens, {budget["seeds"]} seeds'
+    )
+    rows.append(f'| **{result["claim"]}** ({shape}) | | | |')
+    rows += [f'| | {_effect(effect)} |' for effect in result['effects']]
+  return f'{_HEAD}\n' + '\n'.join(rows) + '\n'
+
+
+def _effect(effect: Mapping[str, Any]) -> str:
+  unit = f' {effect["unit"]}' if effect['unit'] else ''
+  numbers = (
+    f'{effect["mean"]:.2f} ({effect["low"]:.2f} to {effect["high"]:.2f})'
+  )
+  return f'{effect["name"]} | {numbers}{unit} | {effect["verdict"]}'
