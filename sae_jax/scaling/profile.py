@@ -124,6 +124,7 @@ class _Walk:
       hessian + ridge * np.eye(len(hessian)), gradient[0]
     )
     self._error = np.sqrt(max(gradient[0] @ self._direction, 1e-300))
+    self._gone = self._without_term()
     self._values = [self.best]
     self._thetas = [law.theta_P]
     self._roots = [0.0]
@@ -199,10 +200,12 @@ class _Walk:
 
   def end(self, sign: int) -> float:
     """Where the excess meets what is allowed, on one side."""
-    gone = self._gone()
-    if sign < 0 and gone is not None and gone <= 1:
+    targets = self._targets(sign)
+    if sign < 0 and self._gone is not None and self._gone <= 1:
+      # There is no end to find; these are for the curve.
+      self._hold(targets[0], self._starts(targets[0]))
       return -np.inf
-    for target in self._targets(sign):
+    for target in targets:
       self._hold(target, self._starts(target))
       if self._bracket(sign) is not None:
         break
@@ -218,7 +221,7 @@ class _Walk:
     bracket = self._bracket(sign)
     return bracket[2]
 
-  def _gone(self) -> float | None:
+  def _without_term(self) -> float | None:
     """The excess without the figure's term, in units of what is allowed."""
     law, term = self._law, self._figure.term
     if term is None:
@@ -241,9 +244,17 @@ class _Walk:
     return max(excess, 0) / self._allowed
 
   def curve(self) -> tuple[np.ndarray, np.ndarray]:
-    """Values tried, ascending, and their excess."""
+    """Values tried, ascending, and their excess.
+
+    The first is that of a law without the figure's term, if it has one.
+    """
     order = np.argsort(self._values)
-    return np.array(self._values)[order], np.array(self._roots)[order] ** 2
+    values = np.array(self._values)[order]
+    excess = np.array(self._roots)[order] ** 2
+    if self._gone is not None:
+      values = np.insert(values, 0, -np.inf)
+      excess = np.insert(excess, 0, self._gone)
+    return values, excess
 
   def _bracket(self, sign: int):
     """Values on both sides of the end, and where a line between meets it."""

@@ -121,6 +121,21 @@ def test_an_interval_ends_where_the_excess_is_what_is_allowed():
     np.testing.assert_allclose(np.log(end), at, atol=1e-4)
 
 
+def test_the_curve_of_a_floor_begins_without_a_floor():
+  def walk(noise):
+    fitted = surface(noise=noise, seed=2)
+    return profile.profile(fitted, profile.term_size(fitted, 1, k=32))
+
+  wide, narrow = walk(0.03), walk(0.0005)
+  for walked in (wide, narrow):
+    assert walked.value_V[0] == 0 and (np.diff(walked.value_V) >= 0).all()
+    # There are values on both sides of the best.
+    assert walked.value_V[1] < walked.estimate < walked.value_V[-1]
+  assert wide.low == 0 and wide.excess_V[0] <= 1
+  # Control: it cannot be left out where it is identified.
+  assert narrow.low > 0 and narrow.excess_V[0] > 1
+
+
 def figures(fitted):
   return (
     profile.slope(fitted, 0, 'n', k=32),
