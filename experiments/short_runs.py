@@ -3,7 +3,8 @@
 Trains the defaults and variants that differ from them in one thing, on the same
 batches, and prints for each shape the FVU on validation rows, by which defaults
 are chosen, and on test rows, with the share of latents that are silent on all
-training rows: means over the seeds with 95 % intervals of their spread.
+training rows: means over the seeds with 95 % intervals of their spread. Then
+the best rate over that of the rule, by shape and over all shapes.
 
 Each run that is finished is a line of --results and is never run again.
 
@@ -14,15 +15,17 @@ Each run that is finished is a line of --results and is never run again.
 from collections.abc import Iterator
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import statistics
 from typing import Any
 
 from etils import epath
-from scipy import stats
+import numpy as np
 
 from experiments import runs as runs_lib
+from experiments.findings import effects
 from sae_jax import checkpoint
 from sae_jax import config as config_lib
 from sae_jax import store as store_lib
@@ -188,7 +191,61 @@ def measure(config: ShortRunsConfig, store: str, workdir: str) -> dict:
       with open(config.results, 'a') as file:
         file.write(json.dumps(line) + '\n')
       epath.Path(where).rmtree()
-  return table(lines(config.results))
+  results = lines(config.results)
+  return {'cells': table(results), 'best_rate_over_rule': best_rates(results)}
+
+
+def best_rates(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+  """The best learning rate over the rule's, by shape and over the shapes.
+
+  Of each seed it is where a parabola of ln FVU on validation rows over ln rate
+  has its least, through the best of the rates that were run and its neighbours.
+  Intervals are Student's, of ln ratio: of a shape over its seeds, in all over
+  the means of the shapes.
+  """
+  by_seed = {}
+  for line in results:
+    changes = dict(VARIANTS[line['variant']])
+    factor = changes.pop('rate_factor', 1.0)
+    if not changes:
+      shape = f'{line["shape"]} by {line["batch_size"]}'
+      of_seed = by_seed.setdefault(shape, {}).setdefault(line['seed'], {})
+      of_seed[factor] = line['validation_fvu']
+  logs = {
+    shape: [
+      best
+      for of_seed in seeds.values()
+      if (best := _log_best(of_seed)) is not None
+    ]
+    for shape, seeds in by_seed.items()
+  }
+  logs = {shape: of for shape, of in logs.items() if of}
+  rows = {shape: _ratio(of) for shape, of in logs.items()}
+  return rows | {
+    'all shapes': _ratio(list(map(statistics.fmean, logs.values())))
+  }
+
+
+def _log_best(of_factor: dict[float, float]) -> float | None:
+  """ln of the best factor; None if it is at an end of those that were run."""
+  factors = sorted(of_factor)
+  at = factors.index(min(factors, key=of_factor.get))
+  if at in (0, len(factors) - 1):
+    return None
+  near = factors[at - 1 : at + 2]
+  bend, tilt, _ = np.polyfit(
+    np.log(near), np.log([of_factor[factor] for factor in near]), 2
+  )
+  return float(-tilt / (2 * bend))
+
+
+def _ratio(logs: list[float]) -> dict[str, Any]:
+  """The ratio of a mean of logarithms, with its interval if there are two."""
+  summary = {'of': len(logs), 'ratio': math.exp(statistics.fmean(logs))}
+  if len(logs) > 1:
+    _, *ends = effects.interval(logs)
+    summary['interval'] = [math.exp(end) for end in ends]
+  return summary
 
 
 def table(results: list[dict[str, Any]]) -> dict[str, dict[str, dict]]:
@@ -231,9 +288,8 @@ def _summary(
       continue
     summary[name] = round(statistics.fmean(values), 4)
     if len(values) > 1:
-      error = statistics.stdev(values) / len(values) ** 0.5
-      width = float(stats.t.ppf(0.975, len(values) - 1)) * error
-      summary[f'{name}_pm'] = round(width, 4)
+      mean, low, _ = effects.interval(values)
+      summary[f'{name}_pm'] = round(mean - low, 4)
   return summary
 
 

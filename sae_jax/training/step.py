@@ -92,6 +92,7 @@ def _without_seed_and_rate(config):
       config.sae,
       encoder_init='transposed',
       decoder_init='random',
+      bias_init='median',
       encoder_gain='norm',
     ),
   )

@@ -103,3 +103,43 @@ def test_a_change_is_against_the_same_seed():
   # Control: the means of all seeds say another thing.
   assert summary['b']['test_fvu'] / summary['defaults']['test_fvu'] > 5
   assert 'change' not in short_runs.table(rows[2:])['a by 8']['b']
+
+
+def rated(shape, seed, best, factors=(0.5, 1, 2)):
+  """Lines whose ln FVU is a parabola of ln rate."""
+  names = {0.5: 'half the rate', 1: 'defaults', 2: 'twice the rate'}
+  names[1.4] = '1.4 times the rate'
+  return [
+    {
+      'shape': shape, 'batch_size': 8, 'variant': names[factor], 'seed': seed,
+      'validation_fvu': 0.2 * np.exp(np.log(factor / best) ** 2 / 10),
+    }
+    for factor in factors
+  ]  # fmt: skip
+
+
+def test_the_best_rate_is_the_least_of_each_seed_s_parabola():
+  lines = rated('a', 0, 1.1) + rated('a', 1, 1.3) + rated('b', 0, 0.8)
+  other = {'variant': 'no warm-up', 'validation_fvu': 0.0}
+  # The best of it is at an end.
+  lines += [lines[0] | other, *rated('c', 0, 2.5)]
+  ratios = short_runs.best_rates(lines)
+  assert set(ratios) == {'a by 8', 'b by 8', 'all shapes'}
+  a, b, whole = ratios.values()
+  np.testing.assert_allclose(a['ratio'], (1.1 * 1.3) ** 0.5, rtol=1e-9)
+  np.testing.assert_allclose(b['ratio'], 0.8, rtol=1e-9)
+  assert (a['of'], b['of'], whole['of']) == (2, 1, 2)
+  assert 'interval' not in b
+  # Student's, of the logarithms, over the means of the shapes.
+  logs = np.log([a['ratio'], b['ratio']])
+  half = 12.7062 * abs(logs[0] - logs[1]) / 2
+  np.testing.assert_allclose(
+    np.log(whole['interval']), [logs.mean() - half, logs.mean() + half],
+    rtol=1e-4,
+  )  # fmt: skip
+  # The nearest rates count: a far one that does not learn changes nothing.
+  far = rated('a', 0, 1.1, (0.5, 1, 1.4)) + rated('a', 0, 1.1, (2,))
+  far[-1]['validation_fvu'] = 0.7
+  np.testing.assert_allclose(
+    short_runs.best_rates(far)['a by 8']['ratio'], 1.1, rtol=1e-9
+  )
