@@ -93,7 +93,7 @@ class FindingsConfig(config_lib.Config):
     f'{_HERE}/results.json', 'file of effects and verdicts by finding'
   )
   page: str = config_lib.option(
-    f'{_HERE}/README.md', 'file of the table that is made of them'
+    'experiments/README.md', 'file of the table that is made of them'
   )
   machine: str = config_lib.option(
     'cpu', 'what is written beside figures as the machine'

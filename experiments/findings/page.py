@@ -3,7 +3,22 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_HEAD = """# Findings
+_HEAD = """# Experiments
+
+| | |
+|---|---|
+| [quickstart.py](quickstart.py), [colab/](colab/) | the demo, notebooks |
+| [findings/](findings/) | what the paper says of training, below |
+| [short_runs.py](short_runs.py) | what the defaults of short runs are worth |
+| [peers/](peers/) | other trainers on the same activations |
+| [scaling/](scaling/) | do intervals of scaling laws hold the truth |
+| [benchmarks/](benchmarks/) | times and memory on this machine |
+| [kernels/](kernels/), [plans/](plans/) | what the TPU compiler says |
+| [parity/](parity/) | subjects beside transformers |
+
+What they measured is in [docs/results.md](../docs/results.md).
+
+## Findings
 
 What training does on real activations: an effect's mean, its 95 % interval by
 Student's t over the seeds, and a verdict. *Found*: the interval is on the
@@ -18,7 +33,7 @@ sae-harvest --store=runs/1m --n_tokens=1150000 --mask_norm_multiple=10
 python -m experiments.findings.measure --store=runs/1m --workdir=runs/findings
 ```
 
-Runs that are in [cells.jsonl](cells.jsonl) are not run again.
+Runs that are in [cells.jsonl](findings/cells.jsonl) are not run again.
 `--findings=projection` measures one.
 """
 
