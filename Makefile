@@ -5,6 +5,7 @@
 # make test-chips   every kernel at every shape, compiled for every chip
 # make test-newest  what new releases can break, on Python 3.12 or later and the
 #                   newest jax
+# make test-colab   what the older releases that Colab has can break
 # make peers        training beside that of other libraries, in an environment of
 #                   their own, on the rows of the demo or of STORE
 # make lint         linter and formatter check
@@ -35,8 +36,8 @@ COVERAGE ?=
 # uv compiles no package, and each process would do it again where this is set.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-all test-rest test-chips test-newest peers \
-  lint clean
+.PHONY: demo test test-all test-rest test-chips test-newest \
+  test-colab peers lint clean
 
 $(VENV)/.package: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -89,6 +90,9 @@ lint: $(VENV)/.test
 test-newest:
 	UV_DEFAULT_INDEX='$(INDEX)' VENV=$(VENV)-newest tests/run_newest.sh
 
+test-colab:
+	UV_DEFAULT_INDEX='$(INDEX)' VENV=$(VENV)-colab COLAB=1 tests/run_newest.sh
+
 # dictionary-learning brings torchvision, which it does not need, and which keeps
 # transformers from importing if it was built for another torch.
 $(VENV)-peers/.package: experiments/peers/requirements.txt
@@ -102,4 +106,4 @@ peers: $(VENV)/.package $(VENV)-peers/.package
 	  --workdir=$(WORKDIR)-peers --torch_python=$(VENV)-peers/bin/python $(FLAGS)
 
 clean:
-	rm -rf $(VENV) $(VENV)-newest $(VENV)-peers build *.egg-info
+	rm -rf $(VENV) $(VENV)-newest $(VENV)-colab $(VENV)-peers build *.egg-info

@@ -33,11 +33,19 @@ if typing.TYPE_CHECKING:
   from sae_jax.harvesting.config import HarvestConfig
   from sae_jax.harvesting.harvest import harvest
   from sae_jax.probing.examples import FeatureConfig
-  from sae_jax.probing.explain import explain
+  from sae_jax.probing.explain import explain, read_latent
+  from sae_jax.probing.printed import latent_lines
+  from sae_jax.probing.printed import text_lines as explanation_lines
   from sae_jax.probing.report import probe, ProbeConfig
   from sae_jax.probing.summary import lines as report_lines
+  from sae_jax.scaling.config import FitConfig
+  from sae_jax.scaling.fit import fit as fit_scaling
+  from sae_jax.scaling.summary import lines as scaling_lines
   from sae_jax.store.reader import open_store, Store
   from sae_jax.subject import load as load_subject
+  from sae_jax.sweeps.grid import grid as sweep_grid
+  from sae_jax.sweeps.work import work as run_sweep
+  from sae_jax.sweeps.work import WorkConfig
   from sae_jax.training.config import TrainConfig
   from sae_jax.training.objective import ObjectiveConfig
   from sae_jax.training.optimizer import OptimizerConfig
@@ -49,6 +57,7 @@ __all__ = [
   'Config',
   'FeatureConfig',
   'Features',
+  'FitConfig',
   'HarvestConfig',
   'ObjectiveConfig',
   'OptimizerConfig',
@@ -58,17 +67,25 @@ __all__ = [
   'TrainConfig',
   'Trained',
   'UserError',
+  'WorkConfig',
   'browse',
   'explain',
+  'explanation_lines',
+  'fit_scaling',
   'harvest',
+  'latent_lines',
   'load',
   'load_subject',
   'open_features',
   'open_store',
   'option',
   'probe',
+  'read_latent',
   'report_lines',
+  'run_sweep',
+  'scaling_lines',
   'sweep',
+  'sweep_grid',
   'train',
   'train_many',
 ]
@@ -78,6 +95,7 @@ _PLACES = {
   'Config': 'config:Config',
   'FeatureConfig': 'probing.examples:FeatureConfig',
   'Features': 'features.reader:Features',
+  'FitConfig': 'scaling.config:FitConfig',
   'HarvestConfig': 'harvesting.config:HarvestConfig',
   'ObjectiveConfig': 'training.objective:ObjectiveConfig',
   'OptimizerConfig': 'training.optimizer:OptimizerConfig',
@@ -87,17 +105,25 @@ _PLACES = {
   'TrainConfig': 'training.config:TrainConfig',
   'Trained': 'checkpoint.trained:Trained',
   'UserError': 'errors:UserError',
+  'WorkConfig': 'sweeps.work:WorkConfig',
   'browse': 'browser.build:browse',
   'explain': 'probing.explain:explain',
+  'explanation_lines': 'probing.printed:text_lines',
+  'fit_scaling': 'scaling.fit:fit',
   'harvest': 'harvesting.harvest:harvest',
+  'latent_lines': 'probing.printed:latent_lines',
   'load': 'checkpoint.trained:load',
   'load_subject': 'subject:load',
   'open_features': 'features.reader:open_features',
   'open_store': 'store.reader:open_store',
   'option': 'config:option',
   'probe': 'probing.report:probe',
+  'read_latent': 'probing.explain:read_latent',
   'report_lines': 'probing.summary:lines',
+  'run_sweep': 'sweeps.work:work',
+  'scaling_lines': 'scaling.summary:lines',
   'sweep': 'training.train:sweep',
+  'sweep_grid': 'sweeps.grid:grid',
   'train': 'training.train:train',
   'train_many': 'training.train:train_many',
 }

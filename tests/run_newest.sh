@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Runs what new releases can break on the newest Python from 3.12 on that is
-# found here.
+# found here; with COLAB=1 what the older ones that Colab has can break.
 set -euo pipefail
 venv=${VENV:-.venv-newest}
 
 runs() { "$1" -c 'import sys, venv; sys.exit(sys.version_info < (3, 12))' 2>/dev/null; }
 
 found=
-for name in python3.14 python3.13 python3.12 python3 \
+# Those of Colab have no wheels for 3.14.
+for name in ${COLAB:+python3.13} python3.14 python3.13 python3.12 python3 \
   "${PYENV_ROOT:-$HOME/.pyenv}"/versions/3.1[2-9]*/bin/python; do
   if command -v "$name" >/dev/null && runs "$name"; then
     found=$name
@@ -23,7 +24,8 @@ stamp=$venv/.installed
 if [ ! -e "$stamp" ] || [ setup.cfg -nt "$stamp" ]; then
   "$found" -m venv "$venv"
   "$venv/bin/pip" --disable-pip-version-check --quiet install uv
-  "$venv/bin/uv" --quiet pip install --python "$venv/bin/python" --editable '.[test]'
+  "$venv/bin/uv" --quiet pip install --python "$venv/bin/python" \
+    ${COLAB:+--constraint tests/colab.txt} --editable '.[test]'
   touch "$stamp"
 fi
 "$venv/bin/python" - <<'PY'
@@ -90,6 +92,12 @@ mesh=(
   step.py::test_a_step_that_is_not_finite_is_skipped
   'step.py::test_baselines_are_the_same_on_a_mesh[jumprelu]'
 )
+if [ -n "${COLAB:-}" ]; then
+  # The tests beside the library need a newer jax for float64; these do not.
+  unit=(train.py checkpoint.py explain.py notebook.py)
+  mesh=(step.py::test_initial_weights_do_not_depend_on_the_mesh
+    step.py::test_a_mesh_changes_nothing_but_rounding)
+fi
 pytest=("$venv/bin/python" -m pytest -n 2 --dist=loadfile -q)
 "${pytest[@]}" "${unit[@]/#/tests/unit/test_}"
 "${pytest[@]}" "${mesh[@]/#/tests/mesh/test_}"

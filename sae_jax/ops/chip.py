@@ -1,5 +1,6 @@
 """Sizes of the chip that kernels are compiled for."""
 
+import jax
 from jax.experimental.pallas import tpu as pltpu
 
 from sae_jax.tpu import target
@@ -10,6 +11,9 @@ SUBLANES = 8
 LANES = 128
 # Most bytes of the scalars that stay in SMEM, of 1 MiB, while a kernel runs.
 SMEM_BYTES = 2**19
+# The first jax that the kernels are compiled with. The compiler of 0.7.2, which
+# Colab has, takes no loop that is unrolled in part.
+_KERNELS_FROM = (0, 10, 2)
 # The chip with the least VMEM: blocks that fit it fit every chip.
 _LEAST = 'v4'
 
@@ -17,6 +21,11 @@ _LEAST = 'v4'
 def interpret() -> bool:
   """Whether kernels must be interpreted, as on anything but a TPU."""
   return target.platform() != 'tpu'
+
+
+def takes_kernels() -> bool:
+  """Whether kernels may be chosen: on a TPU, with a jax that compiles them."""
+  return not interpret() and jax.__version_info__ >= _KERNELS_FROM
 
 
 def vmem_bytes(interpreted_as: str = _LEAST) -> int:

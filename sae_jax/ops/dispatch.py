@@ -36,7 +36,7 @@ def choose(
     ratio = _GATHER_FROM_RATIO.get(target.platform(), 450)
     if n_latents < ratio * k:
       return 'dense'
-    kernels = not chip.interpret() and not width % LANES
+    kernels = chip.takes_kernels() and not width % LANES
     return 'pallas' if kernels else 'gather'
   if implementation not in IMPLEMENTATIONS:
     raise errors.UserError(

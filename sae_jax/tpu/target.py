@@ -10,4 +10,10 @@ def platform() -> str:
   machine without one; see `sae_jax.tpu.aot`.
   """
   device = jax.sharding.get_abstract_mesh().abstract_device
-  return jax.default_backend() if device is None else device.platform
+  if device is None:
+    return jax.default_backend()
+  if not hasattr(device, 'platform'):
+    # That of jax 0.7.2 has its kind alone: 'cpu', 'TPU v5 lite'.
+    kind = device.device_kind.partition(' ')[0].lower()
+    return kind if kind in ('cpu', 'tpu') else jax.default_backend()
+  return device.platform

@@ -21,8 +21,7 @@ def _psum(axis, x):
 
 
 def _psum_backward(axis, _, cotangent):
-  varies = functools.partial(jax.lax.pcast, axis_name=axis, to='varying')
-  return (jax.tree.map(varies, cotangent),)
+  return (jax.tree.map(lambda g: varying.mark(g, axis), cotangent),)
 
 
 _psum.defvjp(lambda axis, x: (_psum(axis, x), None), _psum_backward)
@@ -34,7 +33,7 @@ def _fan_out(axis, x):
 
   The shards' cotangents differ and are summed: the counterpart of `_psum`.
   """
-  return jax.lax.pcast(x, axis, to='varying')
+  return varying.mark(x, axis)
 
 
 _fan_out.defvjp(

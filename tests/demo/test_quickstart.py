@@ -5,8 +5,10 @@ import pathlib
 import subprocess
 import sys
 
-import nbformat
 import pytest
+
+from experiments import quickstart
+from tests.support import notebooks
 
 ROOT = pathlib.Path(__file__).parents[2]
 BUDGET = {
@@ -74,12 +76,11 @@ def test_the_notebook_shows_what_the_demo_made(finished):
   from nbclient import NotebookClient
 
   workdir, _ = finished
-  path = ROOT / 'experiments' / 'colab' / 'quickstart.ipynb'
-  notebook = nbformat.read(path, as_version=4)
-  # As a user would: the budget and the folder are the first code cell.
+  notebook = notebooks.read('quickstart.ipynb')
+  # As a user would: the budget and the folder are in a cell of their own.
   settings = next(c for c in notebook.cells if 'QuickstartConfig(' in c.source)
-  settings.source = (
-    f'config = quickstart.QuickstartConfig(**{BUDGET})\n'
+  settings.source += (
+    f'\nconfig = quickstart.QuickstartConfig(**{BUDGET})\n'
     f'workdir = {str(workdir)!r}'
   )
   # Its last stage is made again; `test_notebook` has all of its calls.
@@ -100,6 +101,27 @@ def test_the_notebook_shows_what_the_demo_made(finished):
   assert (workdir / 'probe' / 'report.json').read_text() == before
 
 
-def test_the_notebook_is_kept_small():
-  path = ROOT / 'experiments' / 'colab' / 'quickstart.ipynb'
-  assert path.stat().st_size < 200_000
+def test_a_checkpoint_is_probed_and_read(finished, capsys):
+  workdir, _ = finished
+  page = workdir / 'browser' / 'index.html'
+  page.unlink(missing_ok=True)
+  settings = {
+    'config': quickstart.QuickstartConfig(**BUDGET),
+    'store': str(workdir / 'store'),
+    'checkpoint': str(workdir / 'train'),
+    'results': str(workdir / 'probe'),
+    'page': str(workdir / 'browser'),
+    'text': 'She played.',
+  }
+  cells = notebooks.cells('probing_a_checkpoint.ipynb')
+  others = [cell for cell in cells if 'sae_jax.browse(' not in cell]
+  space = notebooks.execute(others, settings)
+  # Control: the stage that is left out is missed.
+  assert not page.exists()
+  notebooks.execute([c for c in cells if c not in others], settings, space)
+  assert page.exists()
+  shown = capsys.readouterr().out
+  assert 'of 256 latents' in shown
+  assert f'latent {space["latent"]} of 256, blocks.14.resid_post' in shown
+  assert space['explanation'].tokens[0] == 'She'
+  assert len(space['axes'].lines) == 2 * len(space['report']['probes'])

@@ -1,10 +1,16 @@
 """The table of chips, figure by figure."""
 
 import dataclasses
+import types
+
+import jax
+import pytest
 
 from sae_jax.ops import chip as chip_lib
+from sae_jax.ops import dispatch
 from sae_jax.ops.adam_rows import tiles as adam_tiles
 from sae_jax.ops.encode_topk import tiles as encode_tiles
+from sae_jax.tpu import target
 from sae_jax.tpu.chips import CHIPS
 
 # FLOP/s; GiB of HBM; bytes a second of HBM, links and network; dimensions of
@@ -59,3 +65,30 @@ def test_interpreted_kernels_are_laid_out_for_the_chips_they_name(monkeypatch):
   # Control: what fits a v5p does not fit every chip.
   monkeypatch.setattr(encode_tiles, '_TEST_CHIP', 'v4')
   assert encode_tiles.choose(*shape) != want
+
+
+@pytest.mark.parametrize(
+  ('version', 'chosen'), [((0, 7, 2), 'gather'), ((0, 10, 2), 'pallas')]
+)
+def test_kernels_are_chosen_where_jax_compiles_them(
+  version, chosen, monkeypatch
+):
+  monkeypatch.setattr(target, 'platform', lambda: 'tpu')
+  monkeypatch.setattr(jax, '__version_info__', version)
+  assert dispatch.choose(2**16, 32, None, 768) == chosen
+
+
+@pytest.mark.parametrize(
+  ('kind', 'platform'),
+  [('TPU v5 lite', 'tpu'), ('cpu', 'cpu'), ('A100', jax.default_backend())],
+)
+def test_a_device_that_has_its_kind_alone_has_a_platform(
+  kind, platform, monkeypatch
+):
+  mesh = types.SimpleNamespace(
+    abstract_device=types.SimpleNamespace(device_kind=kind)
+  )
+  monkeypatch.setattr(jax.sharding, 'get_abstract_mesh', lambda: mesh)
+  assert target.platform() == platform
+  mesh.abstract_device.platform = 'other'
+  assert target.platform() == 'other'

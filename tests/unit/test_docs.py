@@ -7,7 +7,7 @@ import pytest
 from tests.support import binaries, documents
 
 ROOT = documents.ROOT
-NOTEBOOK = ROOT / 'experiments' / 'colab' / 'quickstart.ipynb'
+NOTEBOOKS = sorted(ROOT.glob('experiments/colab/*.ipynb'))
 GUIDES = [
   ROOT / 'README.md',
   *sorted(ROOT.glob('docs/*.md')),
@@ -66,12 +66,13 @@ def test_python_in_the_documents_uses_what_is_there(path):
   assert documents.code_complaints('\n'.join(blocks)) == []
 
 
-def test_the_notebook_says_what_is_so():
-  text = '\n\n'.join(documents.cells(NOTEBOOK, 'markdown'))
+@pytest.mark.parametrize('path', NOTEBOOKS, ids=name)
+def test_notebooks_say_what_is_so(path):
+  text = '\n\n'.join(documents.cells(path, 'markdown'))
   assert documents.command_complaints(text) == []
-  assert documents.link_complaints(NOTEBOOK, text) == []
+  assert documents.link_complaints(path, text) == []
   # The cells are one program.
-  code = '\n'.join(documents.cells(NOTEBOOK, 'code'))
+  code = '\n'.join(documents.cells(path, 'code'))
   assert 'import' in code
   assert documents.code_complaints(code) == []
 

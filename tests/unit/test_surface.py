@@ -43,8 +43,8 @@ def test_every_public_name_is_there():
   for name in sae_jax.__all__:
     assert getattr(sae_jax, name) is not None
     assert name in dir(sae_jax)
-  with pytest.raises(AttributeError, match="'sae_jax' has no attribute 'fit'"):
-    sae_jax.fit  # noqa: B018
+  with pytest.raises(AttributeError, match="'sae_jax' has no attribute 'bake'"):
+    sae_jax.bake  # noqa: B018
 
 
 def test_type_checkers_see_the_same_objects():

@@ -53,7 +53,7 @@ def top_k(
     return reference.bucketed_top_k(x_BN, k, _BUCKETS, search)
   if platform == 'cpu' and packed.takes(x_BN, k):
     return packed.top_k(x_BN, k)
-  if kernels and not chip.interpret():
+  if kernels and chip.takes_kernels():
     return kernel.top_k(x_BN, k)
   return reference.sorted_top_k(x_BN, k)
 
