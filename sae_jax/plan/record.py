@@ -125,7 +125,7 @@ class Plan:
 
   def to_dict(self) -> dict[str, Any]:
     """All figures, for JSON."""
-    share, chip = self.slices.devices_per_chip, CHIPS[self.slices.chip]
+    share = self.slices.devices_per_chip
     step, memory = steps.of(self.config), self.footprint.parts
     return {
       'program': step.NAME,
@@ -176,11 +176,16 @@ class Plan:
       # Plans that are stored, as in experiments/plans, have this key.
       'splits': [dataclasses.asdict(mesh) for mesh in self.meshes],
       'remedies': [dataclasses.asdict(remedy) for remedy in self.remedies],
-      'chip': {name: getattr(chip, name) for name in _FIGURES},
+      'chip': described_chip(self.slices),
       'assumptions': list(roofline_lib.ASSUMPTIONS),
       'compile_s_on_this_machine': self.compile_s,
       'config': dataclasses.asdict(self.config),
     }
+
+
+def described_chip(slices: Slices) -> dict[str, float]:
+  """The figures of a chip that times and memory are reckoned with, by name."""
+  return {name: getattr(CHIPS[slices.chip], name) for name in _FIGURES}
 
 
 def _described(buffer: Buffer) -> dict[str, Any]:

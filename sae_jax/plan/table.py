@@ -43,7 +43,7 @@ def lines(plan: Plan) -> Iterator[str]:
   yield ''
   yield 'what this assumes'
   for text in (*roofline.ASSUMPTIONS, *_own_assumptions(plan)):
-    yield from _wrapped(text)
+    yield from wrapped(text)
 
 
 def _run(plan: Plan) -> Iterator[str]:
@@ -73,7 +73,7 @@ def _verdict(plan: Plan) -> Iterator[str]:
   if not plan.remedies:
     yield '  nothing was found that fits: fewer latents or a larger slice'
     return
-  yield from _aligned(
+  yield from aligned(
     ('what fits', 'GiB', ''),
     [
       (
@@ -95,7 +95,7 @@ def _memory(plan: Plan) -> Iterator[str]:
     for key, size in plan.footprint.parts.items()
   ]
   total = f'{share * plan.footprint.total / GIB:.3f}'
-  yield from _aligned(('HBM per chip', 'GiB'), [*rows, ('all', total)], '<>')
+  yield from aligned(('HBM per chip', 'GiB'), [*rows, ('all', total)], '<>')
 
 
 def _times(plan: Plan) -> Iterator[str]:
@@ -126,7 +126,7 @@ def _times(plan: Plan) -> Iterator[str]:
       f'{whole.hbm_bytes / GIB:,.3f}',
     )
   )
-  yield from _aligned(
+  yield from aligned(
     ('a step, per device', 'ms', 'products', 'HBM', 'TFLOP', 'HBM GiB'),
     rows,
     '<>>>>>',
@@ -157,7 +157,7 @@ def _exchanges(plan: Plan) -> Iterator[str]:
     for e in plan.roofline.exchanges
   ]
   ends = ('all', _ms(plan.roofline.exchanges_s), '', '', '', '')
-  yield from _aligned(
+  yield from aligned(
     ('exchanges, per device', 'ms', 'links', 'times', 'MiB in', 'MiB sent'),
     [*rows, ends],
     '<><>>>',
@@ -183,7 +183,7 @@ def _step(plan: Plan) -> Iterator[str]:
 
 
 def _kernels(plan: Plan) -> Iterator[str]:
-  yield from _aligned(
+  yield from aligned(
     ('Pallas kernels', 'calls', 'TFLOP a call', 'HBM GiB', ''),
     [
       (
@@ -221,7 +221,7 @@ def _buffer(buffer: Buffer) -> str:
 
 def _meshes(plan: Plan) -> Iterator[str]:
   share = plan.slices.devices_per_chip
-  yield from _aligned(
+  yield from aligned(
     ('meshes, data x latent', 'GiB', 'ms', '', ''),
     [
       (
@@ -264,7 +264,7 @@ def _ms(seconds: float) -> str:
   return f'{1e3 * seconds:,.3f}'
 
 
-def _aligned(
+def aligned(
   header: Sequence[str], rows: Sequence[Sequence[str]], sides: str
 ) -> Iterator[str]:
   """A header and indented rows; a side of '<' or '>' aligns each column."""
@@ -277,7 +277,7 @@ def _aligned(
     yield '  '.join(cells).rstrip()
 
 
-def _wrapped(text: str) -> Iterator[str]:
+def wrapped(text: str) -> Iterator[str]:
   """A point of a list, broken into lines of at most 80 columns."""
   line = '  -'
   for word in text.split():

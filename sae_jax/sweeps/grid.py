@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -62,6 +63,51 @@ def grid(
     UserError: if there is no such field, a value is there twice, no combination
       is left, or a store cannot be read.
   """
+  cells = {}
+  combinations = _combinations(config, axes)
+  open_store = functools.cache(store_lib.open_store)
+  for url in stores:
+    for run, chosen, factor in combinations:
+      if factor == 1:
+        defaults.warn_unmeasured(run)
+      data = open_store(url, run.site, run.store_version or None)
+      run = train.resolve(run, data.manifest)
+      cell = _cell(run, data, chosen, factor, len(stores) > 1, converge)
+      cells[cell.name] = cell
+  return list(cells.values())
+
+
+def without_store(
+  config: TrainConfig, axes: Mapping[str, Sequence[Any]]
+) -> list[Cell]:
+  """The runs of a grid over activations that are not there yet.
+
+  Args:
+    config: what the runs have in common, with d_model.
+    axes: see `grid`.
+
+  Returns:
+    Cells whose names are their values alone, and whose store is empty.
+
+  Raises:
+    UserError: see `grid`; also if d_model is not given.
+  """
+  cells = []
+  for run, chosen, factor in _combinations(config, axes):
+    if not run.sae.d_model:
+      raise errors.UserError(
+        'd_model 0: say how wide the activations are, as --d_model=768, or '
+        'give a --store'
+      )
+    run = defaults.resolve(run, run.sample_rows)
+    cells.append(Cell(_values_text(chosen), run, '', '', factor))
+  return cells
+
+
+def _combinations(
+  config: TrainConfig, axes: Mapping[str, Sequence[Any]]
+) -> list[tuple[TrainConfig, dict[str, Any], float]]:
+  """Run, values by name and rate factor of all that have k latents or more."""
   axes = {name: tuple(values) for name, values in axes.items()}
   for name, values in axes.items():
     if len(set(values)) < len(values):
@@ -82,47 +128,48 @@ def grid(
     )
   fields = {name: values for name, values in axes.items() if name not in _OWN}
   own = {name: values for name, values in axes.items() if name in _OWN}
-  cells = {}
-  for url in stores:
-    for changes, whole in config_lib.combinations(config, fields):
-      if whole['k'] > whole['n_latents']:
-        continue
-      run = config_lib.from_flat(TrainConfig, whole)
-      data = store_lib.open_store(url, run.site, run.store_version or None)
-      for values in itertools.product(*own.values()):
-        chosen = changes | dict(zip(own, values))
-        chosen = {name: chosen[name] for name in axes}
-        cell = _cell(run, data, chosen, len(stores) > 1, converge)
-        cells[cell.name] = cell
-  if not cells:
+  combinations = []
+  for changes, whole in config_lib.combinations(config, fields):
+    if whole['k'] > whole['n_latents']:
+      continue
+    for values in itertools.product(*own.values()):
+      chosen = changes | dict(zip(own, values))
+      chosen = {name: chosen[name] for name in axes}
+      run, factor = _with_own(whole, chosen)
+      combinations.append((run, chosen, factor))
+  if not combinations:
     raise errors.UserError(
       'every combination has more active latents k than latents: '
       'give larger n_latents or smaller k'
     )
-  return list(cells.values())
+  return combinations
+
+
+def _with_own(
+  whole: Mapping[str, Any], changes: Mapping[str, Any]
+) -> tuple[TrainConfig, float]:
+  """A run with its tokens and its learning rate, and that over the rule's."""
+  values = dict(whole)
+  if TOKENS in changes:
+    values['steps'] = -(-changes[TOKENS] // values['batch_size'])
+  factor = changes.get(RATE_FACTOR, 1.0)
+  config = config_lib.from_flat(TrainConfig, values)
+  if config.optimizer.learning_rate:
+    return config, float('nan')
+  if factor == 1:
+    return config, factor
+  values['learning_rate'] = factor * defaults.learning_rate(config)
+  return config_lib.from_flat(TrainConfig, values), factor
 
 
 def _cell(
   config: TrainConfig,
   data: store_lib.Store,
   changes: Mapping[str, Any],
+  factor: float,
   name_store: bool,
   converge: float,
 ) -> Cell:
-  values = config_lib.flat(config)
-  if TOKENS in changes:
-    values['steps'] = -(-changes[TOKENS] // config.batch_size)
-  factor = changes.get(RATE_FACTOR, 1.0)
-  rate = config.optimizer.learning_rate
-  config = config_lib.from_flat(TrainConfig, values)
-  if rate:
-    factor = float('nan')
-  elif factor == 1:
-    defaults.warn_unmeasured(config)
-  else:
-    values['learning_rate'] = factor * defaults.learning_rate(config)
-    config = config_lib.from_flat(TrainConfig, values)
-  config = train.resolve(config, data.manifest)
   if converge:
     convergence.check(config)
   identity = data.manifest.identity
@@ -130,9 +177,13 @@ def _cell(
   if name_store:
     shown = {'store': data.url.rstrip('/').rpartition('/')[2]} | shown
   digest = _digest(config, data, converge)
-  name = '_'.join(f'{name}={value}' for name, value in shown.items())
+  name = _values_text(shown)
   name = f'{name}-{digest}' if name else digest
   return Cell(name, config, data.url, identity, factor, converge)
+
+
+def _values_text(values: Mapping[str, Any]) -> str:
+  return '_'.join(f'{name}={value}' for name, value in values.items())
 
 
 def _digest(config: TrainConfig, data: store_lib.Store, converge: float) -> str:

@@ -15,7 +15,7 @@ from sae_jax.training import shards as shards_lib
 # The rows of dead latents are copied: to the least size of `_sizes` that holds
 # them all. Each size is a branch of the program and takes the TPU compiler half
 # a minute.
-_LEAST_SIZE = 256
+LEAST_SIZE = 256
 _GROWTH = {'cpu': 4, 'tpu': 16}
 # Most bytes of the copy's pre-activations at a time, if the rest of the step
 # uses kernels.
@@ -29,7 +29,7 @@ _KERNEL_FROM_RATIO = 64
 def _sizes(n_latents: int) -> list[int]:
   """The sizes that a copy may have; the last holds all latents."""
   growth = _GROWTH.get(target.platform(), 16)
-  sizes = [_LEAST_SIZE]
+  sizes = [LEAST_SIZE]
   while sizes[-1] < n_latents:
     sizes.append(growth * sizes[-1])
   return [*sizes[:-1], n_latents]

@@ -3,13 +3,10 @@
 import sys
 
 from absl import flags as absl_flags
-from etils import epath
-import jax
 
-from sae_jax import config as config_lib
 from sae_jax import errors
 from sae_jax import plan as plan_lib
-from sae_jax.cli import flags
+from sae_jax.cli import flags, slice_flags
 from sae_jax.ops import dispatch
 from sae_jax.plan import steps, table
 from sae_jax.probing.scan.config import ScanConfig
@@ -36,32 +33,13 @@ def define() -> None:
     'probing makes',
   )
   _define_probing()
-  absl_flags.DEFINE_string(
-    'topology',
-    '',
-    'TPU slice to plan for, such as v6e:16x16, or as gcloud names it, such as '
-    'v5litepod-16; required',
-  )
-  flags.define_integer('num_slices', 1, 'number of slices of this topology')
-  absl_flags.DEFINE_string(
-    'mesh',
-    '',
-    'shards of the batch and of the latents, such as 4x64, or auto for the '
-    'best mesh; if empty, mesh_data and mesh_latent if one of them is given, '
-    'otherwise auto',
-  )
+  slice_flags.define('required', 'the best mesh')
   absl_flags.DEFINE_enum(
     'implementation',
     None,
     dispatch.IMPLEMENTATIONS,
     'implementation of the sparse products; if left out, the one that training'
     ' would choose',
-  )
-  absl_flags.DEFINE_enum(
-    'dead',
-    steps.training.CASES[0],
-    steps.training.CASES,
-    'number of dead latents that the plan assumes for AuxK: none, few or all',
   )
   flags.define_integer(
     'compiles',
@@ -74,14 +52,6 @@ def define() -> None:
     0,
     'number of tokens of the whole run, for its hours and cost; 0 to leave '
     'them out',
-  )
-  absl_flags.DEFINE_float(
-    'price_per_chip_hour',
-    0.0,
-    'price of a chip for an hour, for the cost of the run; 0 to leave it out',
-  )
-  absl_flags.DEFINE_string(
-    'json', '', 'file to which all figures are written as JSON; empty for none'
   )
   absl_flags.DEFINE_string(
     'emit_hlo',
@@ -135,36 +105,9 @@ def _config_and_case() -> tuple[TrainConfig | steps.probing.PassConfig, str]:
   return config, values.rows
 
 
-def _mesh() -> str | tuple[int, int]:
-  """The mesh that the flags name, or 'auto'."""
-  values = absl_flags.FLAGS
-  text = values.mesh
-  if not text:
-    given = values['mesh_data'].present or values['mesh_latent'].present
-    return (values.mesh_data, values.mesh_latent) if given else 'auto'
-  if text == 'auto':
-    return text
-  data, _, latent = text.partition('x')
-  if not (data.isdecimal() and latent.isdecimal()):
-    raise errors.UserError(
-      f'mesh {text!r} is not two numbers: write data x latent as --mesh=4x64, '
-      'or --mesh=auto'
-    )
-  return int(data), int(latent)
-
-
-def _write(path: str, text: str) -> None:
-  file = epath.Path(path).expanduser()
-  file.parent.mkdir(parents=True, exist_ok=True)
-  file.write_text(text)
-
-
 def work() -> None:
   """Plans as the flags say."""
-  # A TPU of this machine stays free for what runs on it.
-  jax.config.update('jax_platforms', 'cpu')
-  # Programs for chips that are not here can't be read back from a cache.
-  jax.config.update('jax_enable_compilation_cache', False)
+  slice_flags.prepare()
   values = absl_flags.FLAGS
   if not values.topology:
     raise errors.UserError('topology is not given: write --topology=v6e:16x16')
@@ -173,7 +116,7 @@ def work() -> None:
     config,
     values.topology,
     values.num_slices,
-    _mesh(),
+    slice_flags.mesh(),
     implementation=values.implementation,
     case=case,
     compiles=values.compiles,
@@ -183,7 +126,6 @@ def work() -> None:
   )
   for line in table.lines(plan):
     print(line)
-  if values.json:
-    _write(values.json, config_lib.to_json(plan.to_dict()))
+  slice_flags.write_json(plan.to_dict())
   if values.emit_hlo:
-    _write(values.emit_hlo, plan.text)
+    slice_flags.write(values.emit_hlo, plan.text)
