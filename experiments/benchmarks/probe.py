@@ -65,7 +65,7 @@ def timed(function: Callable[[], Any]) -> tuple[tuple[float, float], Any]:
 
 def encode_all(config, trained, opened, mesh) -> None:
   """Reads and encodes, as the scan reads and training encodes."""
-  pieces = [rows.Segment(0, config.feature_rows, True, False, False)]
+  pieces = [rows.Segment(0, config.feature_rows, features=True)]
   parts = rows.batches(pieces, config.batch_rows)
   with rows.read_ahead(parts, opened, config.batch_rows, mesh) as ready:
     for _, batch in ready:

@@ -24,6 +24,7 @@ class Kind(NamedTuple):
     chunk: rows of an inner chunk.
     shard: rows that a shard has room for.
     is_packed: whether chunks are compressed, by zstd.
+    level: of its effort.
   """
 
   dtype: np.dtype
@@ -31,6 +32,7 @@ class Kind(NamedTuple):
   chunk: int
   shard: int
   is_packed: bool = False
+  level: int = 3
 
 
 def spec(url: str, name: str, kind: Kind, n_rows: int) -> dict[str, Any]:
@@ -62,8 +64,8 @@ def _metadata(kind: Kind, n_rows: int) -> dict[str, Any]:
     {'name': 'bytes', 'configuration': {'endian': 'little'}},
     {'name': 'crc32c'},
   ]
-  level = {'level': 3, 'checksum': False}
-  packed = [{'name': 'zstd', 'configuration': level}] if kind.is_packed else []
+  effort = {'level': kind.level, 'checksum': False}
+  packed = [{'name': 'zstd', 'configuration': effort}] if kind.is_packed else []
   # No chunk is empty, even if a row is.
   row = [max(1, size) for size in kind.row]
   sharding = {

@@ -147,7 +147,8 @@ def test_memory_has_its_parts():
   assert latents == 4 * N * (4 + 8 + 1 + 160 + 5 * (16 + 8 + 8) + 2 + 2)
   weights = 2 * N * D + N + 2 * D + 2
   assert memory.arguments['parameters'] == 4 * weights
-  assert memory.arguments['batch'] == B * (2 * D + 8) + 14
+  # And three numbers of 32 bits and two spans of two.
+  assert memory.arguments['batch'] == B * (2 * D + 8) + 7 * 4
   assert memory.held == memory.total == sum(memory.arguments.values())
   assert Footprint({'batch': 3}, 4, 5, 6).parts == {
     'batch': 3, 'temporaries': 4, 'program': 5, 'padding': 6,

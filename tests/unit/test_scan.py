@@ -129,8 +129,15 @@ def test_numbers_of_rows_may_pass_32_bits(scanned, data, tmp_path, monkeypatch):
 
   def shifted(*args):
     *others, part = args
+    pca, test = (
+      range(of.start + first, of.stop + first) for of in (part.pca, part.test)
+    )
     part = dataclasses.replace(
-      part, start=part.start + first, stop=part.stop + first
+      part,
+      start=part.start + first,
+      stop=part.stop + first,
+      pca=pca,
+      test=test,
     )
     return plain(*others, part)
 

@@ -152,3 +152,43 @@ def test_the_chosen_slots_come_first():
     of = np.asarray(jax.jit(front)(chosen_P))
     np.testing.assert_array_equal(of[: len(slots)], slots)
     assert (of[len(slots) :] == 1000).all()
+
+
+def kinds(seed, size=3000):
+  """Latents and documents, of which many come again."""
+  rng = np.random.default_rng(seed)
+  return rng.integers(0, (40, 30), (size, 2)).astype(np.int32).T
+
+
+@pytest.mark.parametrize('name', ['_repeated', '_repeated_cpu'])
+def test_what_comes_again_is_told_from_what_comes_first(name, monkeypatch):
+  latent_C, document_C = kinds(1)
+  _, first = np.unique(latent_C * 30 + document_C, return_index=True)
+  want_C = np.ones(len(latent_C), bool)
+  want_C[first] = False
+  repeated = getattr(order, name)
+  np.testing.assert_array_equal(jax.jit(repeated)(latent_C, document_C), want_C)
+  # Where nearly all hashes are the same too.
+  plain = order._hash
+  monkeypatch.setattr(order, '_hash', lambda *args: plain(*args[:-1], 3))
+  few = latent_C[:60], document_C[:60]
+  np.testing.assert_array_equal(jax.jit(repeated)(*few), want_C[:60])
+
+
+def test_what_another_of_its_kind_beats_is_found_by_hashes(monkeypatch):
+  latent_P, document_P = kinds(2)
+  key_P = np.random.default_rng(3).integers(0, 500, 3000).astype(np.uint32)
+  kind_P = latent_P * 30 + document_P
+  best = np.zeros(1200, np.uint32)
+  np.maximum.at(best, kind_P, key_P)
+  want_P = key_P < best[kind_P]
+  args = latent_P, document_P, key_P
+  beaten_P = np.asarray(jax.jit(order.beaten_cpu)(*args))
+  assert not (beaten_P & ~want_P).any()
+  assert beaten_P.sum() > 0.8 * want_P.sum()
+  # Two kinds of one hash are told apart, so that fewer are found.
+  plain = order._hash
+  monkeypatch.setattr(order, '_hash', lambda *args: plain(*args[:-1], 100))
+  fewer_P = np.asarray(jax.jit(lambda *args: order.beaten_cpu(*args))(*args))
+  assert not (fewer_P & ~want_P).any()
+  assert 0 < fewer_P.sum() < beaten_P.sum()

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sae_jax.probing.scan import best, reducers
+from sae_jax.probing.scan import best, order, reducers
 from sae_jax.probing.scan import pairs as pairs_lib
 from sae_jax.probing.scan.reducers import top as top_lib
 from tests.support import pair_streams
@@ -97,8 +97,8 @@ def test_they_are_the_best_whatever_the_way(codes, updates, name, how):
   expectation = expected(name, codes)
   how = dict(how)
   if how.pop('shuffled', False):
-    order = np.random.default_rng(1).permutation(len(codes.row_R))
-    codes = codes.take(order)
+    rows = np.random.default_rng(1).permutation(len(codes.row_R))
+    codes = codes.take(rows)
   columns = pair_streams.run(
     REDUCERS[name], codes, N, update=updates[name], **how
   )
@@ -196,16 +196,34 @@ def test_ties_that_go_to_the_higher_row_are_noticed(codes, monkeypatch):
     check_equal(columns, expected('near', codes))
 
 
-def test_only_what_is_no_best_of_its_document_is_left_out(codes, monkeypatch):
+def by_default(*args, cpu, default):
+  """`platform_dependent` where it is not a CPU."""
+  del cpu
+  return default(*args)
+
+
+@pytest.mark.parametrize(
+  'module, name',
+  [(order, 'beaten_cpu'), (top_lib, '_has_better_neighbour')],
+)
+def test_only_what_is_no_best_of_its_document_is_left_out(
+  codes, monkeypatch, module, name
+):
   """A planted defect: neighbours of other documents count as better."""
-  monkeypatch.setattr(
-    top_lib,
-    '_has_better_neighbour',
-    lambda pairs, key_P: jnp.roll(key_P, 1) > key_P,
-  )
+  if module is top_lib:
+    monkeypatch.setattr(jax.lax, 'platform_dependent', by_default)
+  monkeypatch.setattr(module, name, lambda *of: jnp.roll(of[-1], 1) > of[-1])
   columns = pair_streams.run(TOP, codes, N)
   with pytest.raises(AssertionError, match='top_'):
     check_equal(columns, expected('top', codes))
+
+
+@pytest.mark.parametrize('name', ['top', 'near'])
+def test_they_are_the_best_by_the_way_of_other_chips(codes, monkeypatch, name):
+  monkeypatch.setattr(jax.lax, 'platform_dependent', by_default)
+  make = pairs_lib.slots if name == 'near' else pairs_lib.pairs
+  columns = pair_streams.run(REDUCERS[name], codes, N, make=make)
+  check_equal(columns, expected(name, codes))
 
 
 @pytest.mark.parametrize('n_own', [N, 4096])

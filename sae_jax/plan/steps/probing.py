@@ -125,8 +125,8 @@ def arguments(config: PassConfig, mesh: Mesh) -> dict[str, Any]:
     row_hi=of((), jnp.uint32, ''),
     row_lo=of((), jnp.uint32, ''),
     size=of((), jnp.int32, ''),
-    pca=of((), bool, ''),
-    test=of((), bool, ''),
+    pca=of((2,), jnp.int32, ''),
+    test=of((2,), jnp.int32, ''),
   )
   longest = {name: of((), jnp.float32, '') for name in plan.scored}
   return {

@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sae_jax.probing.scan import order
+
 _NO_ROW = np.uint32(0xFFFFFFFF)
 
 
@@ -56,8 +58,7 @@ def insert(
       latent follow each other.
     offers: flat arrays; those of a latent are best first. None of them is in
       the lists.
-    distinct: whether a latent keeps the best pair of each document alone, as
-      its offers then do.
+    distinct: whether a latent keeps the best pair of each document alone.
   """
   n, m = lists.key_NM.shape
   is_offer_C = latent_C < n
@@ -77,6 +78,7 @@ def insert(
   is_before_CM = is_before(_places(offers_C1), _places(of_offer))
   beaten_UM = jnp.zeros((n_lists, m), bool)
   if distinct:
+    is_offer_C &= ~order.repeated(latent_C, offers.document_NM)
     is_same_CM = of_offer.document_NM == offers.document_NM[:, None]
     is_offer_C &= ~(is_same_CM & ~is_before_CM).any(1)
     loser_CM = is_same_CM & is_before_CM & is_offer_C[:, None]

@@ -24,6 +24,9 @@ from sae_jax.storage import url as url_lib
 SHARD_ROWS = 65_536
 _CHUNK_ROWS = 4_096
 _COLUMNS = 64
+# Of zstd. They are read once and removed; at level 3 they took 1.6 times as
+# long to pack, and 3 % less space.
+_LEVEL = 1
 _CACHE_BYTES = 64 * 2**20
 _RECORD = 'codes.json'
 _FORMAT_VERSION = 1
@@ -271,7 +274,9 @@ class Writer:
 
 def _kind(name: str, columns: int) -> sharded.Kind:
   dtype = np.dtype(_DTYPES[name])
-  return sharded.Kind(dtype, (columns,), _CHUNK_ROWS, SHARD_ROWS, True)
+  return sharded.Kind(
+    dtype, (columns,), _CHUNK_ROWS, SHARD_ROWS, is_packed=True, level=_LEVEL
+  )
 
 
 def _spec(

@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 import contextlib
 import dataclasses
-import itertools
 
 import jax
 from jax.sharding import Mesh
@@ -24,39 +23,51 @@ _AHEAD = 2
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-  """Rows that serve the same purposes.
+  """Rows that are read one after the other.
 
   Attributes:
     start: first row.
     stop: one past the last.
     features: whether statistics, examples and codes are of them.
-    pca: whether principal components are fitted to them.
-    test: whether metrics are of them.
+    pca: those that principal components are fitted to.
+    test: those that metrics are of.
   """
 
   start: int
   stop: int
   features: bool
-  pca: bool
-  test: bool
+  pca: range = range(0)
+  test: range = range(0)
+
+  def part(self, start: int, stop: int) -> 'Segment':
+    """Some rows of it."""
+
+    def inside(span):
+      return range(
+        *(min(max(row, start), stop) for row in (span.start, span.stop))
+      )
+
+    return Segment(
+      start, stop, self.features, inside(self.pca), inside(self.test)
+    )
 
 
 def segments(config: ScanConfig, store: store_lib.Text) -> list[Segment]:
   """All rows that serve anything, in order; each is in one segment."""
   test = store.test_rows[: config.eval_rows]
-  spans = {
-    'features': range(min(store.manifest.n_rows, config.feature_rows)),
-    'pca': range(min(store.n_train, config.pca_rows)),
-    'test': test,
-  }
-  cuts = {row for span in spans.values() for row in (span.start, span.stop)}
-  cuts = sorted(cuts)
-  pieces = []
-  for start, stop in itertools.pairwise(cuts):
-    serves = {name: start in span for name, span in spans.items()}
-    if any(serves.values()):
-      pieces.append(Segment(start, stop, **serves))
-  return pieces
+  n_features = min(store.manifest.n_rows, config.feature_rows)
+  pca = range(min(store.n_train, config.pca_rows))
+  pieces = [
+    Segment(0, n_features, True, pca, test),
+    # The first test row is none of those that components are fitted to.
+    Segment(n_features, pca.stop, False, pca, test),
+    Segment(max(n_features, test.start), test.stop, False, pca, test),
+  ]
+  return [
+    piece.part(piece.start, piece.stop)
+    for piece in pieces
+    if piece.start < piece.stop
+  ]
 
 
 def batches(
@@ -67,17 +78,16 @@ def batches(
   Args:
     pieces: from `segments`.
     size: rows of a batch.
-    from_row: the first row that is left to do, where a batch began.
+    from_row: the first row that is left to do.
   """
   parts = []
   for piece in pieces:
-    start = piece.start
+    start = max(piece.start, from_row)
     while start < piece.stop:
       stop = min(start + size, piece.stop)
       if piece.features:
         stop = min(stop, start - start % codes.SHARD_ROWS + codes.SHARD_ROWS)
-      if start >= from_row:
-        parts.append(dataclasses.replace(piece, start=start, stop=stop))
+      parts.append(piece.part(start, stop))
       start = stop
   return parts
 
@@ -146,6 +156,10 @@ def batch_of(
   part: Segment,
 ) -> Batch:
   """A batch of rows, whose numbers may pass 2**32."""
+
+  def places(of: range) -> np.ndarray:
+    return np.int32([of.start - part.start, of.stop - part.start])
+
   return Batch(
     raw_BD,
     document_B,
@@ -153,6 +167,6 @@ def batch_of(
     row_hi=np.uint32(part.start >> 32),
     row_lo=np.uint32(part.start & 0xFFFFFFFF),
     size=np.int32(part.stop - part.start),
-    pca=np.bool_(part.pca),
-    test=np.bool_(part.test),
+    pca=places(part.pca),
+    test=places(part.test),
   )

@@ -86,14 +86,7 @@ def scan(
     few=fixed is not None and mesh.shape['latent'] > 1,
   )
   saes = {name: on_mesh(of.sae, mesh) for name, of in scored.items()}
-  longest = jax.jit(
-    lambda saes: jax.tree.map(
-      candidates.longest_row,
-      saes,
-      is_leaf=lambda node: isinstance(node, autoencoder.Sae),
-    ),
-    out_shardings=mesh_lib.sharding(mesh, ''),
-  )(saes)
+  longest = _longest_rows(mesh)(saes)
   writer = codes_lib.Writer(
     f'{workdir}/{_CODES}', 0, fixed, jax.process_index(), jax.process_count()
   )
@@ -119,8 +112,7 @@ def scan(
     every = config.save_every_rows
     if not loop.over(pieces, row, store, every, asked):
       return None
-  most = np.asarray(jax.jit(lambda of: of.max())(loop.state.most))
-  codes = writer.seal(int(most))
+  codes = writer.seal(int(np.asarray(_greatest(loop.state.most))))
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('codes are written')
   if jax.process_index() == 0:
@@ -167,6 +159,25 @@ def on_mesh(sae: autoencoder.Sae, mesh: Mesh) -> autoencoder.Sae:
   return jax.tree.map(put, sae, mesh_lib.shardings(sae, mesh))
 
 
+@functools.lru_cache(maxsize=4)
+def _longest_rows(mesh: Mesh) -> Callable[[dict], dict]:
+  """The function of autoencoders by name to their `candidates.longest_row`."""
+
+  def longest(saes):
+    return jax.tree.map(
+      candidates.longest_row,
+      saes,
+      is_leaf=lambda node: isinstance(node, autoencoder.Sae),
+    )
+
+  return jax.jit(longest, out_shardings=mesh_lib.sharding(mesh, ''))
+
+
+@jax.jit
+def _greatest(of: jax.Array) -> jax.Array:
+  return of.max()
+
+
 class _Loop:
   """The loop over batches, and the state it has come to."""
 
@@ -211,7 +222,8 @@ class _Loop:
   def _do(self, part, batch) -> None:
     while True:
       # One program for all rows of features, as it takes long to compile.
-      pca, test = self._served if part.features else (part.pca, part.test)
+      own = bool(part.pca), bool(part.test)
+      pca, test = self._served if part.features else own
       serves = dataclasses.replace(
         self.plan, features=part.features, pca=pca, test=test
       )
@@ -248,9 +260,7 @@ class _Loop:
     size = tokens // micro_batches.number(tokens // devices, _PIECES)
     cut = _cut(self._mesh, size)
     for start in range(part.start, part.stop, size):
-      piece = dataclasses.replace(
-        part, start=start, stop=min(start + size, part.stop)
-      )
+      piece = part.part(start, min(start + size, part.stop))
       arrays = batch.raw_BD, batch.document_B, batch.position_B
       self._do(piece, rows.batch_of(*cut(start - part.start, arrays), piece))
     self.plan = few

@@ -35,8 +35,8 @@ class Plan:
     controls: name and config of each autoencoder beside it.
     positions: tokens of the longest context.
     features: whether the rows are those of statistics, examples and codes.
-    pca: whether principal components may be fitted to them.
-    test: whether they may be scored.
+    pca: whether principal components may be fitted to some.
+    test: whether some may be scored.
     width: columns of the codes.
     few: whether shards offer as many latents of a token as will mostly do,
       with TopK.
@@ -92,8 +92,9 @@ class Batch:
     row_hi: upper 32 bits of the first row, uint32.
     row_lo: lower 32 bits.
     size: number of rows that count, the first ones.
-    pca: whether principal components are fitted to them.
-    test: whether they are scored.
+    pca: the first row that principal components are fitted to, counted from
+      that of the batch, and one past the last, int32.
+    test: those that are scored, in the same way.
   """
 
   raw_BD: jax.Array

@@ -28,7 +28,7 @@ _SCOPES = {
 
 @functools.lru_cache(maxsize=16)
 def make_step(plan: Plan, mesh: Mesh) -> Callable[..., tuple]:
-  """The jitted step of rows that serve the same purposes.
+  """The jitted step of rows that are all of features, or none.
 
   Args:
     plan: what it is compiled for.
@@ -81,9 +81,23 @@ def _sae_specs(config):
   return mesh_lib.specs(sae)
 
 
+def _axis() -> str | None:
+  """The axis of latents; None for one shard, which exchanges nothing.
+
+  Of one device XLA would run exchanges all the same.
+  """
+  return 'latent' if jax.lax.axis_size('latent') > 1 else None
+
+
+def _greatest(number: jax.Array) -> jax.Array:
+  """The greatest of all devices' numbers."""
+  axes = [name for name in mesh_lib.AXES if jax.lax.axis_size(name) > 1]
+  return jax.lax.pmax(number, tuple(axes)) if axes else number
+
+
 def _update(plan, state, saes, longest, batch):
   """A device's part of `make_step`."""
-  axis, sae = 'latent', saes[TRAINED]
+  axis, sae = _axis(), saes[TRAINED]
   tokens = batch.raw_BD.shape[0]
   nth_B = jax.lax.axis_index('data') * tokens + jnp.arange(tokens)
   counts_B = nth_B < batch.size
@@ -91,6 +105,11 @@ def _update(plan, state, saes, longest, batch):
   row_hi_B = batch.row_hi + (row_lo_B < batch.row_lo).astype(jnp.uint32)
   share = functools.partial(candidates_lib.own_share, axis=axis)
   counts_E = share(counts_B)
+
+  def among(places):
+    first, stop = places
+    return counts_B & (first <= nth_B) & (nth_B < stop), first < stop
+
   x_BD, affine = autoencoder.preprocess(plan.sae, sae, batch.raw_BD)
   old, new, codes = state, {}, (None, None)
   needed = jnp.zeros((), jnp.int32)
@@ -99,13 +118,13 @@ def _update(plan, state, saes, longest, batch):
       plan.sae, sae, x_BD, longest[TRAINED], plan.width, axis, plan.few
     )
     short = offers.short
-    shards = jax.lax.axis_size(axis)
+    shards = jax.lax.axis_size('latent')
     slots = candidates_lib.pair_slots(
       plan.sae, plan.width, tokens, shards, plan.few
     )
     needed = jnp.where(counts_E, offers.needed_E, 0).max()
     new['most'] = jnp.maximum(state.most, needed)
-    needed = jax.lax.pmax(needed, mesh_lib.AXES)
+    needed = _greatest(needed)
   if plan.features:
     n_own = sae.w_enc_ND.shape[0]
     new['reducers'] = dict(state.reducers)
@@ -130,7 +149,7 @@ def _update(plan, state, saes, longest, batch):
             (row_hi_B, row_lo_B, batch.document_B),
           ),
           n_own,
-          jax.lax.axis_index(axis) * n_own,
+          jax.lax.axis_index('latent') * n_own,
         )
       for name, kind in kinds.items():
         with jax.named_scope(_SCOPES[name]):
@@ -140,17 +159,19 @@ def _update(plan, state, saes, longest, batch):
     codes = offers.vals_EK, offers.idx_EK
   state = state.replace(**new)
   if plan.pca:
+    fitted_B, any_fitted = among(batch.pca)
     with jax.named_scope(scopes.COMPONENTS):
       train = jax.lax.cond(
-        batch.pca,
-        lambda old: scatter.update(old, share(x_BD), counts_E),
+        any_fitted,
+        lambda old: scatter.update(old, share(x_BD), share(fitted_B)),
         lambda old: old,
         state.train_scatter,
       )
     state = state.replace(train_scatter=train)
   if plan.test:
     k = min(plan.width, offers.vals_BC.shape[1])
-    active_BC = offers.active_BC & counts_B[:, None]
+    scored_B, any_scored = among(batch.test)
+    active_BC = offers.active_BC & scored_B[:, None]
     own_codes = (
       jnp.where(active_BC, offers.vals_BC, 0)[:, :k],
       offers.idx_BC[:, :k],
@@ -159,9 +180,9 @@ def _update(plan, state, saes, longest, batch):
       # A branch copies what it is given: not the states of reducers.
       scores = state.sums, state.fired, state.test_scatter, short
       scores = jax.lax.cond(
-        batch.test,
+        any_scored,
         lambda scores: _tested(
-          plan, scores, saes, batch, counts_B, x_BD, affine, own_codes
+          plan, scores, saes, batch, scored_B, x_BD, affine, own_codes
         ),
         lambda scores: scores,
         scores,
@@ -169,7 +190,7 @@ def _update(plan, state, saes, longest, batch):
     sums, fired, test_scatter, short = scores
     state = state.replace(sums=sums, fired=fired, test_scatter=test_scatter)
   if plan.few and (plan.features or plan.test):
-    short = jax.lax.pmax(short.astype(jnp.int32), mesh_lib.AXES)
+    short = _greatest(short.astype(jnp.int32))
     needed = jnp.where(short > 0, plan.width + 1, needed)
   if plan.few or candidates_lib.code_width(plan.sae) is None:
     fits = needed <= plan.width
@@ -178,9 +199,9 @@ def _update(plan, state, saes, longest, batch):
 
 
 def _tested(plan, scores, saes, batch, counts_B, x_BD, affine, own_codes):
-  """Sums, fired, test_scatter and `short`, with a batch's rows scored."""
+  """Sums, fired, test_scatter and `short`, with some rows scored."""
   old_sums, old_fired, test_scatter, short = scores
-  axis = 'latent'
+  axis = _axis()
   share = functools.partial(candidates_lib.own_share, axis=axis)
   coded = {TRAINED: (x_BD, affine, *own_codes)}
   for name, config in plan.controls:
@@ -211,10 +232,10 @@ def _scored(
   config, sae, sums, fired, batch, counts_B, x_BD, affine, vals_BK, idx_BK
 ):
   """Metrics with this batch of one autoencoder, and how often latents fired."""
-  axis = 'latent'
+  axis = _axis()
   share = functools.partial(candidates_lib.own_share, axis=axis)
   n_active = candidates_lib.code_width(config) or idx_BK.shape[1]
-  share_active = n_active / jax.lax.axis_size(axis) / idx_BK.shape[1]
+  share_active = n_active / jax.lax.axis_size('latent') / idx_BK.shape[1]
   output_BD = ops.decode(
     vals_BK,
     idx_BK,

@@ -47,10 +47,10 @@ class Top:
     # again; the others are offered some at a time.
     worst_P = state.key_NM[:, -1].at[pairs.latent_P].get(mode='clip')
     hopeful_P = pairs.real_P & (key_P >= worst_P)
-    if self.group == 'document' and isinstance(pairs, Pairs):
-      hopeful_P &= ~_has_better_neighbour(pairs, key_P)
-    n_hopeful = hopeful_P.sum()
     n_offers = offers_at_a_time(len(key_P))
+    if self.group == 'document':
+      hopeful_P = _without_beaten(pairs, key_P, hopeful_P, n_offers)
+    n_hopeful = hopeful_P.sum()
     slot_P = jnp.pad(
       order.front(hopeful_P), (0, n_offers), constant_values=len(key_P)
     )
@@ -75,15 +75,6 @@ class Top:
       mode='fill', fill_value=pairs.n_own
     )
     order_C = ~pick(key_P), pick(pairs.row_hi_P), pick(pairs.row_lo_P)
-    if self.group == 'document':
-      # The best of each document comes first, the others are dropped.
-      latent_C, document_C, *order_C, slot_C = jax.lax.sort(
-        (latent_C, pick(pairs.document_P), *order_C, slot_C),
-        num_keys=5,
-        is_stable=False,
-      )
-      again_C = _same_as_before(latent_C) & _same_as_before(document_C)
-      latent_C = jnp.where(again_C, pairs.n_own, latent_C)
     latent_C, worse_C, row_hi_C, row_lo_C, slot_C = jax.lax.sort(
       (latent_C, *order_C, slot_C), num_keys=4, is_stable=False
     )
@@ -129,6 +120,31 @@ def offers_at_a_time(slots: int) -> int:
   return min(max(_LEAST_OFFERS, slots // 64), slots)
 
 
+def _without_beaten(
+  pairs: Slots, key_P: jax.Array, hopeful_P: jax.Array, n_offers: int
+) -> jax.Array:
+  """The hopeful pairs, without most that are not the best of their document."""
+
+  def by_hashes(pairs, key_P, hopeful_P):
+    key_P = jnp.where(hopeful_P, key_P, 0)
+    return jax.lax.cond(
+      hopeful_P.sum() > 4 * n_offers,
+      lambda: (
+        hopeful_P & ~order.beaten_cpu(pairs.latent_P, pairs.document_P, key_P)
+      ),
+      lambda: hopeful_P,
+    )
+
+  def by_neighbours(pairs, key_P, hopeful_P):
+    if isinstance(pairs, Pairs):
+      hopeful_P &= ~_has_better_neighbour(pairs, key_P)
+    return hopeful_P
+
+  return jax.lax.platform_dependent(
+    pairs, key_P, hopeful_P, cpu=by_hashes, default=by_neighbours
+  )
+
+
 def _has_better_neighbour(pairs: Pairs, key_P: jax.Array) -> jax.Array:
   """Whether a slot nearby has a better pair of the same latent and document."""
   of_P = pairs.latent_P, pairs.document_P, key_P, pairs.row_hi_P, pairs.row_lo_P
@@ -139,7 +155,3 @@ def _has_better_neighbour(pairs: Pairs, key_P: jax.Array) -> jax.Array:
     is_same_P &= document_P == pairs.document_P
     is_worse_P |= is_same_P & best.is_before(other, of_P[2:])
   return is_worse_P
-
-
-def _same_as_before(of_C: jax.Array) -> jax.Array:
-  return (of_C == jnp.roll(of_C, 1)).at[0].set(False)
