@@ -180,12 +180,7 @@ class Features:
     rows, kind = self._arrays[name]
     spec = sharded.spec(self.url, name, kind, rows)
     try:
-      return ts.open(
-        spec | {'recheck_cached_data': 'open'},
-        open=True,
-        assume_metadata=True,
-        context=self._context,
-      ).result()
+      return sharded.opened(spec, self._context)
     except ValueError as error:
       raise self._error(name, 0, error) from error
 

@@ -59,6 +59,24 @@ def spec(url: str, name: str, kind: Kind, n_rows: int) -> dict[str, Any]:
   }
 
 
+def opened(spec: dict[str, Any], context: ts.Context) -> ts.TensorStore:
+  """An array that is there, read without asking again what it is.
+
+  Args:
+    spec: from `spec`.
+    context: whose cache and connections are used.
+
+  Raises:
+    ValueError: if it cannot be opened.
+  """
+  return ts.open(
+    spec | {'recheck_cached_data': 'open'},
+    open=True,
+    assume_metadata=True,
+    context=context,
+  ).result()
+
+
 def _metadata(kind: Kind, n_rows: int) -> dict[str, Any]:
   checked = [
     {'name': 'bytes', 'configuration': {'endian': 'little'}},

@@ -11,6 +11,7 @@ import numpy as np
 import tensorstore as ts
 
 from sae_jax import errors
+from sae_jax.storage import sharded
 from sae_jax.store import layout
 from sae_jax.store import manifest as manifest_lib
 from sae_jax.store.manifest import Manifest
@@ -204,12 +205,7 @@ class Text:
       self.url, name, kind, len(self.manifest.shard_counts)
     )
     try:
-      return ts.open(
-        spec | {'recheck_cached_data': 'open'},
-        open=True,
-        assume_metadata=True,
-        context=self._context,
-      ).result()
+      return sharded.opened(spec, self._context)
     except ValueError as error:
       raise self._error(name, error) from error
 

@@ -159,16 +159,7 @@ def test_losses_of_probes_are_those_of_fits_one_by_one(made, want):
   trained, mesh = checkpoint.load(str(made / 'run')), mesh_lib.one_device()
   least = []
   for task, loss_N in zip(loaded, of_table['probe_train_ce'].T):
-    prompts = pooled.pool(
-      pooled.on_mesh(trained, mesh),
-      mesh,
-      probed.make_subject(),
-      str(probed.SITE),
-      list(task.prompts),
-      64,
-      'mean',
-      '',
-    )
+    prompts = reports.pooled_prompts(trained, mesh, task)
     train, _ = tasks.split(task, 0)
     pre_PN = pooled.pre_activations(
       trained, prompts.x_PD[train], np.arange(N_LATENTS)

@@ -4,7 +4,7 @@ import dataclasses
 
 import numpy as np
 
-from sae_jax.probing import report, tasks
+from sae_jax.probing import pooled, report, tasks
 from sae_jax.probing.examples import FeatureConfig
 from tests.support import probed
 
@@ -41,3 +41,17 @@ def made_tasks(names, n_tasks, n_prompts, max_chars, seed):
 def probe(run, store_url, workdir, config=CONFIG, subject=None):
   subject = subject or probed.make_subject()
   return report.probe(config, run, store_url, str(workdir), subject)
+
+
+def pooled_prompts(trained, mesh, task):
+  """A task's prompts as a report of CONFIG pools them."""
+  return pooled.pool(
+    pooled.on_mesh(trained, mesh),
+    mesh,
+    probed.make_subject(),
+    str(probed.SITE),
+    list(task.prompts),
+    64,
+    'mean',
+    '',
+  )

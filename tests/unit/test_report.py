@@ -28,7 +28,13 @@ from sae_jax.probing.examples import FeatureConfig
 from sae_jax.training import train
 from sae_jax.training.objective import ObjectiveConfig
 from tests.support import planted, probed, runs, tables
-from tests.support.reports import CONFIG, made_tasks, probe, WHOLE_BATCHES
+from tests.support.reports import (
+  CONFIG,
+  made_tasks,
+  pooled_prompts,
+  probe,
+  WHOLE_BATCHES,
+)
 
 
 @pytest.fixture(scope='module')
@@ -151,16 +157,7 @@ def test_probes_are_the_functions_own(finished, parts):
   trained, _ = parts
   task = made_tasks(None, 2, 56, 100, 0)[1]
   mesh = mesh_lib.make_mesh(1, 1, jax.devices()[:1])
-  prompts = pooled.pool(
-    pooled.on_mesh(trained, mesh),
-    mesh,
-    probed.make_subject(),
-    str(probed.SITE),
-    list(task.prompts),
-    64,
-    'mean',
-    '',
-  )
+  prompts = pooled_prompts(trained, mesh, task)
   every = np.arange(trained.config.n_latents)
   pre_PN = pooled.pre_activations(trained, prompts.x_PD, every)
   left, right = tasks.split(task, 0)

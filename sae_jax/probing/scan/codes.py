@@ -51,12 +51,7 @@ class Codes:
     self.columns = columns
     context = ts.Context({'cache_pool': {'total_bytes_limit': _CACHE_BYTES}})
     self._arrays = {
-      name: ts.open(
-        _spec(url, name, n_rows, k, columns) | {'recheck_cached_data': 'open'},
-        open=True,
-        assume_metadata=True,
-        context=context,
-      ).result()
+      name: sharded.opened(_spec(url, name, n_rows, k, columns), context)
       for name in _DTYPES
     }
 
