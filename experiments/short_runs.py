@@ -35,7 +35,7 @@ from sae_jax.training import defaults, train
 from sae_jax.training.config import TrainConfig
 
 # What differs from the defaults. A share is of the steps, a factor of the rate
-# that the defaults have.
+# that the defaults have, or have in a run of so many tokens.
 VARIANTS = {
   'defaults': {},
   'random, least squares': {'decoder_init': 'random'},
@@ -51,6 +51,13 @@ VARIANTS = {
   'no warm-up': {'warmup_steps': 0},
   'average 0.99': {'ema_decay': 0.99},
   'dead after 10M': {'dead_after_tokens': 10_000_000},
+  'the rate of 1M': {'rate_tokens': 1_000_000},
+  '0.7 of the rate of 1M': {'rate_tokens': 1_000_000, 'rate_factor': 0.7},
+  'half the rate of 1M': {'rate_tokens': 1_000_000, 'rate_factor': 0.5},
+  'random, least squares, the rate of 1M': {
+    'rate_tokens': 1_000_000,
+    'decoder_init': 'random',
+  },
 }
 _ROWS_AT_A_TIME = 4096
 
@@ -64,7 +71,9 @@ class ShortRunsConfig(config_lib.Config):
     'latents:k:tokens of each shape',
   )
   variants: tuple[str, ...] = config_lib.option(
-    tuple(VARIANTS), 'which variants, by name'
+    # In a shorter run the rate of 1M is that of the defaults.
+    tuple(n for n, of in VARIANTS.items() if 'rate_tokens' not in of),
+    'which variants, by name',
   )
   seeds: tuple[str, ...] = config_lib.option(
     ('0', '1', '2'), 'seeds of weights and order'
@@ -94,6 +103,7 @@ def run_config(
   n_latents, k, tokens = map(int, shape.split(':'))
   changes = dict(VARIANTS[variant])
   factor = changes.pop('rate_factor', 1.0)
+  rate_tokens = changes.pop('rate_tokens', tokens)
   share = changes.pop('decay_share', None)
   steps = -(-tokens // config.batch_size)
   if share is not None:
@@ -109,9 +119,12 @@ def run_config(
     'checkpoint_every': 0,
   }
   made = config_lib.from_flat(TrainConfig, values | changes)
-  if factor == 1.0:
+  if factor == 1.0 and rate_tokens == tokens:
     return made
-  rate = factor * defaults.learning_rate(made)
+  basis = values | {'steps': -(-rate_tokens // config.batch_size)}
+  rate = factor * defaults.learning_rate(
+    config_lib.from_flat(TrainConfig, basis)
+  )
   return config_lib.from_flat(
     TrainConfig, values | changes | {'learning_rate': rate}
   )
@@ -205,12 +218,10 @@ def best_rates(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
   """
   by_seed = {}
   for line in results:
-    changes = dict(VARIANTS[line['variant']])
-    factor = changes.pop('rate_factor', 1.0)
-    if not changes:
+    if VARIANTS[line['variant']].keys() <= {'rate_factor', 'rate_tokens'}:
       shape = f'{line["shape"]} by {line["batch_size"]}'
       of_seed = by_seed.setdefault(shape, {}).setdefault(line['seed'], {})
-      of_seed[factor] = line['validation_fvu']
+      of_seed[_factor(line)] = line['validation_fvu']
   logs = {
     shape: [
       best
@@ -224,6 +235,16 @@ def best_rates(results: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
   return rows | {
     'all shapes': _ratio(list(map(statistics.fmean, logs.values())))
   }
+
+
+def _factor(line: dict[str, Any]) -> float:
+  """The learning rate of a cell over that of the rule."""
+  config = ShortRunsConfig(batch_size=line['batch_size'])
+  rate, rule = (
+    defaults.learning_rate(run_config(line['shape'], variant, 0, config))
+    for variant in (line['variant'], 'defaults')
+  )
+  return rate / rule
 
 
 def _log_best(of_factor: dict[float, float]) -> float | None:

@@ -37,6 +37,8 @@ if typing.TYPE_CHECKING:
   from sae_jax.probing.printed import latent_lines
   from sae_jax.probing.printed import text_lines as explanation_lines
   from sae_jax.probing.report import probe, ProbeConfig
+  from sae_jax.probing.steering import steer
+  from sae_jax.probing.suite.compare import compare as compare_suites
   from sae_jax.probing.summary import lines as report_lines
   from sae_jax.scaling.config import FitConfig
   from sae_jax.scaling.fit import fit as fit_scaling
@@ -69,6 +71,7 @@ __all__ = [
   'UserError',
   'WorkConfig',
   'browse',
+  'compare_suites',
   'explain',
   'explanation_lines',
   'fit_scaling',
@@ -84,6 +87,7 @@ __all__ = [
   'report_lines',
   'run_sweep',
   'scaling_lines',
+  'steer',
   'sweep',
   'sweep_grid',
   'train',
@@ -107,6 +111,7 @@ _PLACES = {
   'UserError': 'errors:UserError',
   'WorkConfig': 'sweeps.work:WorkConfig',
   'browse': 'browser.build:browse',
+  'compare_suites': 'probing.suite.compare:compare',
   'explain': 'probing.explain:explain',
   'explanation_lines': 'probing.printed:text_lines',
   'fit_scaling': 'scaling.fit:fit',
@@ -122,6 +127,7 @@ _PLACES = {
   'report_lines': 'probing.summary:lines',
   'run_sweep': 'sweeps.work:work',
   'scaling_lines': 'scaling.summary:lines',
+  'steer': 'probing.steering:steer',
   'sweep': 'training.train:sweep',
   'sweep_grid': 'sweeps.grid:grid',
   'train': 'training.train:train',

@@ -39,6 +39,18 @@ _NAMES = (
   'neighbour_ids',
   'neighbour_cosines',
 )
+# And those that not every table has.
+_EFFECTS = tuple(
+  f'effect_{name}'
+  for name in (
+    'kl',
+    'ce',
+    'up_ids',
+    'up_logits',
+    'down_ids',
+    'down_logits',
+  )  # fmt: skip
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,9 +101,11 @@ def maker(job: Job) -> Callable[[tuple[int, int]], Block]:
   """The function that writes the files of latents start to stop."""
   features = features_lib.open(job.features_url, job.vocabulary_size)
 
+  names = _NAMES + tuple(n for n in _EFFECTS if n in features.columns)
+
   def make(span):
     start, stop = span
-    return _block(job, start, features.latents(start, stop, _NAMES))
+    return _block(job, start, features.latents(start, stop, names))
 
   return make
 
@@ -214,8 +228,26 @@ def _entries(table, digits) -> list[dict]:
     'neighbours': _pairs(
       table, 'neighbour_ids', 'neighbour_cosines', ('latents', 'cosines')
     ),
+    'effect': _effects(table),
   }
   return [dict(zip(parts, entry)) for entry in zip(*parts.values())]
+
+
+def _effects(table) -> list[dict | None]:
+  """What ablating each latent does; None where that was not measured."""
+  if 'effect_kl' not in table:
+    return [None] * len(table['latent_ids'])
+  up, down = (
+    _pairs(
+      table, f'effect_{way}_ids', f'effect_{way}_logits', ('tokens', 'logits')
+    )
+    for way in ('up', 'down')
+  )
+  figures = exact(table['effect_kl']), exact(table['effect_ce'])
+  return [
+    None if kl is None else {'kl': kl, 'ce': ce, 'up': up[i], 'down': down[i]}
+    for i, (kl, ce) in enumerate(zip(*figures))
+  ]
 
 
 def _pairs(table, ids, values, names: Sequence[str]) -> list[dict]:

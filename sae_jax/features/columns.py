@@ -123,6 +123,27 @@ def _votes(way: str) -> dict[str, Column]:
   }
 
 
+def _fallen(way: str, moves: str) -> dict[str, Column]:
+  """Declarations of the tokens that a latent makes likelier, or less likely."""
+  axes = ('N', 'V effect')
+  return {
+    f'effect_{way}_ids': Column(
+      axes,
+      'int32',
+      f'token whose logit {moves} most without the latent there; -1: none',
+      'effects',
+      is_token=True,
+      least=-1,
+    ),
+    f'effect_{way}_logits': Column(
+      axes,
+      'float32',
+      'how far that logit falls, less the median over all tokens',
+      'effects',
+    ),
+  }
+
+
 COLUMNS = {
   'latent_ids': Column(
     ('N',), 'int32', 'number of the latent: that of its row', least=0
@@ -257,6 +278,26 @@ COLUMNS = {
     'probes',
     least=0,
   ),
+  'effect_kl': Column(
+    ('N',),
+    'float32',
+    'mean KL, in nats, of predictions without the latent from those with it, '
+    'on its highest activations; nan: not measured',
+    'effects',
+    # Rounding reaches below 0.
+    least=-1e-3,
+    may_be_absent=True,
+  ),
+  'effect_ce': Column(
+    ('N',),
+    'float32',
+    'how much higher the loss of a next token is without the latent there, in '
+    'nats; nan: not measured',
+    'effects',
+    may_be_absent=True,
+  ),
+  **_fallen('up', 'falls'),
+  **_fallen('down', 'rises'),
 }
 GROUPS = tuple(dict.fromkeys(c.group for c in COLUMNS.values() if c.group))
 

@@ -13,10 +13,10 @@ from sae_jax.features.reader import Features
 from sae_jax.storage import files, finished, records
 
 STAGE = 'sae-probe'
-REPORT, FEATURES = 'report.json', 'features'
+REPORT, FEATURES, PAGE = 'report.json', 'features', 'report.html'
 # It vouches for all other objects of the table.
 _MANIFEST = f'{FEATURES}/{manifest_lib.NAME}'
-_NAMES = re.compile(r'report\.json|features/manifest\.json')
+_NAMES = re.compile(r'report\.(json|html)|features/manifest\.json')
 # What the table that is begun is made from.
 _BEGUN = 'begun.json'
 # What a table was in earlier versions.
@@ -59,19 +59,23 @@ def write(
   workdir: epath.PathLike,
   made_from: Mapping[str, Any],
   report: dict[str, Any],
+  pages: Mapping[str, bytes] | None = None,
 ) -> None:
-  """Writes report.json, and last the record of it and of the feature table.
+  """Writes report.json and pages, and last the record of all results.
 
   Args:
     workdir: local path or URL, where the table is sealed.
     made_from: all that they depend on, as it reads back from JSON.
     report: values that JSON has.
+    pages: the report for people by its file's name, or none.
   """
   finished.remove(workdir)
-  folder = epath.Path(workdir)
+  folder, pages = epath.Path(workdir), pages or {}
   data = config.to_json(report).encode()
-  files.write_bytes(folder / REPORT, data)
-  contents = {REPORT: data, _MANIFEST: (folder / _MANIFEST).read_bytes()}
+  for name, page in ({REPORT: data} | dict(pages)).items():
+    files.write_bytes(folder / name, page)
+  manifest = (folder / _MANIFEST).read_bytes()
+  contents = {REPORT: data, **pages, _MANIFEST: manifest}
   digests = {name: finished.sha256(data) for name, data in contents.items()}
   finished.write(workdir, made_from, digests)
 

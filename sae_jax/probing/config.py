@@ -8,6 +8,7 @@ from sae_jax import subject as subject_lib
 from sae_jax.probing import pooled
 from sae_jax.probing.examples import FeatureConfig
 from sae_jax.probing.scan.config import ScanConfig
+from sae_jax.probing.suite import evaluations, loss_curve
 
 # Fields that say which text is streamed, and how.
 _OF_STREAM = (
@@ -129,6 +130,26 @@ class ProbeConfig(config_lib.Config):
     'workdirs of other runs on the same store, such as one with a frozen '
     'decoder, that are scored on the same rows in the same pass',
   )
+  suite: tuple[str, ...] = config_lib.option(
+    (),
+    'evaluations beside the report: all, or their names, in hours; quick, or '
+    'quick and names, on small samples in minutes. They are '
+    + ', '.join(evaluations.NAMES),
+    may_change=True,
+  )
+  loss_curve: str = config_lib.option(
+    '',
+    "CSV file with columns compute and loss, of models of the subject's family "
+    'on the same kind of text: --suite=downstream then tells the loss on '
+    'reconstructions as a share of training compute',
+    may_change=True,
+  )
+  wordnet: str = config_lib.option(
+    '',
+    "folder of WordNet's index.noun and data.noun, as of the Debian package "
+    'wordnet-base, for --suite=completeness',
+    may_change=True,
+  )
   save_every_rows: int = config_lib.option(
     5_000_000,
     'number of rows after which the pass over the store is saved, for the same '
@@ -152,6 +173,9 @@ class ProbeConfig(config_lib.Config):
 
   def __post_init__(self):
     super().__post_init__()
+    evaluations.asked(self.suite)
+    if self.loss_curve:
+      loss_curve.read(self.loss_curve)
     if not self.stream:
       for field in dataclasses.fields(self):
         given = getattr(self, field.name)

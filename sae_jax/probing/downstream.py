@@ -1,19 +1,17 @@
 """The loss of the subject when it reads reconstructions."""
 
 import dataclasses
-import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from scipy import special
 
-from sae_jax import autoencoder, progress
 from sae_jax import mesh as mesh_lib
+from sae_jax import progress
 from sae_jax import store as store_lib
 from sae_jax.checkpoint import Trained
 from sae_jax.feed.rows import Rows
-from sae_jax.subject import capture, sharding, splice, Subject
+from sae_jax.probing import intervals, splicing
+from sae_jax.subject import capture, sharding, Subject
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,59 +50,6 @@ class Downstream:
   documents: int
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _losses(
-  subject_config,
-  site,
-  sae_config,
-  mesh,
-  params,
-  sae,
-  mean_D,
-  tokens_BT,
-  kept_BT,
-):
-  """Cross-entropies [variant, B, T-1] and KL [B, T-1] of a batch."""
-  contexts = sharding.tokens_sharding(mesh)
-  tokens_BT = jax.lax.with_sharding_constraint(tokens_BT, contexts)
-  raw_BTD = capture.capture(subject_config, params, tokens_BT, site)
-  rows = mesh_lib.RULES.spec('BD')
-  reconstruct = jax.shard_map(
-    functools.partial(autoencoder.reconstruct, sae_config, axis='latent'),
-    mesh=mesh,
-    in_specs=(mesh_lib.specs(sae), rows),
-    out_specs=rows,
-  )
-  flat_BD = raw_BTD.reshape(-1, raw_BTD.shape[-1])
-  spliced_BTD = reconstruct(sae, flat_BD).reshape(raw_BTD.shape)
-
-  def log_probs(replacement_BTD):
-    mixed_BTD = jnp.where(kept_BT[:, :, None], replacement_BTD, raw_BTD)
-    if site.name == 'resid_post':
-      # All that follows reads the stream alone: half of the work.
-      logits = splice.resume(subject_config, params, mixed_BTD, site)
-    else:
-      logits = splice.splice(
-        subject_config, params, tokens_BT, site, lambda _: mixed_BTD
-      )
-    return jax.nn.log_softmax(logits[:, :-1].astype(jnp.float32))
-
-  def cross_entropy(log_p):
-    return -jnp.take_along_axis(log_p, tokens_BT[:, 1:, None], axis=2)[..., 0]
-
-  original = log_probs(raw_BTD)
-  spliced = log_probs(spliced_BTD)
-  kl = (jnp.exp(original) * (original - spliced)).sum(-1)
-  ce = [cross_entropy(original), cross_entropy(spliced)]
-  ce.append(cross_entropy(log_probs(jnp.zeros_like(raw_BTD))))
-  mean_BTD = jnp.broadcast_to(mean_D, raw_BTD.shape)
-  ce.append(cross_entropy(log_probs(mean_BTD)))
-  # Whole on every process, so that each can read it.
-  return jax.lax.with_sharding_constraint(
-    (jnp.stack(ce), kl), mesh_lib.sharding(mesh, '')
-  )
-
-
 def measure(
   trained: Trained,
   subject: Subject,
@@ -137,6 +82,25 @@ def measure(
   tokens_CT, length_C, kept_CT, document_C = store_lib.test_contexts(
     store, n_tokens
   )
+  mean_D = np.asarray(mean_D, np.float32)
+  where = subject.config, site, mesh, params
+  reconstruct = splicing.reconstruction(trained.config, mesh)
+
+  def losses(tokens_BT, kept_BT):
+    """Losses as they are, spliced, with zeros, with the mean; and KL."""
+    raw_BTD, log_p_BTV, ce = splicing.read(*where, tokens_BT)
+
+    def replaced(new_BTD):
+      return splicing.losses(
+        *where, tokens_BT, raw_BTD, log_p_BTV, new_BTD, kept_BT
+      )
+
+    spliced, kl = replaced(reconstruct(trained.sae, raw_BTD))
+    zero, mean = (
+      replaced(new_D)[0] for new_D in (np.zeros_like(mean_D), mean_D)
+    )
+    return ce, spliced, zero, mean, kl
+
   sums, counts = [], []
   with progress.bar(
     total=int(length_C.sum()), unit='tok', desc='splice'
@@ -147,20 +111,10 @@ def measure(
       short = batch_contexts - len(tokens_CT[take])
       fill = ((0, short), (0, 0))
       length_B = np.pad(length_C[take], (0, short))
-      ce, kl = _losses(
-        subject.config,
-        site,
-        trained.config,
-        mesh,
-        params,
-        trained.sae,
-        np.asarray(mean_D, np.float32),
-        np.pad(tokens_CT[take], fill),
-        np.pad(kept_CT[take], fill),
-      )
+      batch = np.pad(tokens_CT[take], fill), np.pad(kept_CT[take], fill)
+      values = [np.asarray(a) for a in losses(*batch)]
       scored_BT = np.arange(1, tokens_CT.shape[1]) < length_B[:, None]
-      values = np.concatenate([np.asarray(ce), np.asarray(kl)[None]])
-      values = np.where(scored_BT, values.astype(np.float64), 0).sum(-1)
+      values = np.where(scored_BT, np.float64(values), 0).sum(-1)
       sums.append(values[:, : len(tokens_CT[take])])
       counts.append(scored_BT.sum(-1)[: len(tokens_CT[take])])
       bar.update(int(length_B.sum()))
@@ -172,25 +126,14 @@ def measure(
 def _interval(
   change_C: np.ndarray, count_C: np.ndarray, document_C: np.ndarray
 ) -> tuple[float, float] | tuple[None, None]:
-  """95 % interval of the mean change per prediction, over documents.
-
-  The jackknife of a ratio (Quenouille 1956), each document left out in turn,
-  with Student's quantile. A percentile bootstrap of few documents is too
-  narrow: of two it holds the truth in half of all cases.
-  """
-  documents, member_C = np.unique(document_C, return_inverse=True)
-  n = len(documents)
-  if n < 2:
-    return None, None
-  change, count = (
-    np.bincount(member_C, change_C),
-    np.bincount(member_C, count_C),
+  """95 % interval of the mean change per prediction, over documents."""
+  _, sums = intervals.by_unit(
+    document_C, {'change': change_C, 'count': count_C}
   )
-  without = (change.sum() - change) / (count.sum() - count)
-  error = np.sqrt((n - 1) * without.var())
-  mean = change.sum() / count.sum()
-  reach = special.stdtrit(n - 1, 0.975) * error
-  return float(mean - reach), float(mean + reach)
+  _, low, high = intervals.jackknife(
+    lambda sums: sums['change'] / sums['count'], sums
+  )
+  return (None, None) if np.isnan(low) else (float(low), float(high))
 
 
 def _recovered(delta: float, ablated_delta: float) -> float | None:

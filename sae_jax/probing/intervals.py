@@ -1,7 +1,12 @@
-"""Confidence intervals of scores on few prompts."""
+"""Confidence intervals of figures from few prompts or documents."""
+
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from scipy import special
+
+# By the name of a term, [U] or [U, P].
+Sums = Mapping[str, np.ndarray]
 
 
 def auc_interval(
@@ -73,3 +78,54 @@ def _newcombe(
         inside = middle
     ends.append(outside)
   return ends[0], ends[1]
+
+
+def jackknife(
+  of: Callable[[Sums], np.ndarray], sums_UX: Sums
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """A statistic of all units, and the ends of its 95 % interval.
+
+  Quenouille's jackknife (Biometrika 43, 1956), each unit left out in turn, with
+  Student's quantile. A percentile bootstrap of few units is too narrow: of two
+  it holds the truth in half of all cases.
+
+  Args:
+    of: the statistic, for sums of any shape.
+    sums_UX: what each unit adds, [U] or [U, P].
+
+  Returns:
+    The value and both ends, which are nan of a single unit.
+  """
+  total = {term: of_UX.sum(0) for term, of_UX in sums_UX.items()}
+  value = np.asarray(of(total), np.float64)
+  n = len(next(iter(sums_UX.values())))
+  if n < 2:
+    return value, np.full_like(value, np.nan), np.full_like(value, np.nan)
+  without = np.asarray(
+    of({term: total[term] - of_UX for term, of_UX in sums_UX.items()})
+  )
+  error = np.sqrt((n - 1) * without.var(0))
+  reach = special.stdtrit(n - 1, 0.975) * error
+  return value, value - reach, value + reach
+
+
+def by_unit(
+  unit_U: np.ndarray, sums: Sums
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+  """Sums of entries that are of one unit.
+
+  Args:
+    unit_U: number of each entry's unit.
+    sums: what each entry adds, by term, [U] or [U, P].
+
+  Returns:
+    The numbers of the units, ascending, and what each adds, float64.
+  """
+  units, member_U = np.unique(unit_U, return_inverse=True)
+
+  def added(of_U):
+    of_UX = np.zeros((len(units), *of_U.shape[1:]))
+    np.add.at(of_UX, member_U, of_U)
+    return of_UX
+
+  return units, {term: added(np.asarray(of)) for term, of in sums.items()}

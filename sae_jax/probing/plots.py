@@ -1,26 +1,15 @@
-"""Figures of a report, as PNG files."""
+"""Figures of a report."""
 
-import io
 import itertools
 from typing import Any
 
-from etils import epath
-from matplotlib.backends import backend_agg
 from matplotlib.figure import Figure
 import numpy as np
 
 from sae_jax.autoencoder import metrics
-from sae_jax.storage import files
 
 # For controls; where there are more, some share one.
 _MARKERS = 'x+v^sD<>'
-
-
-def _write(path: epath.PathLike, figure: Figure) -> None:
-  backend_agg.FigureCanvasAgg(figure)
-  buffer = io.BytesIO()
-  figure.savefig(buffer, format='png', dpi=120, bbox_inches='tight')
-  files.write_bytes(path, buffer.getvalue())
 
 
 def _number(value: float | None) -> float:
@@ -94,15 +83,16 @@ def probe_aucs(report: dict[str, Any]) -> Figure:
   return figure
 
 
-def save(folder: epath.PathLike, report: dict[str, Any]) -> None:
-  """Writes density.png, reconstruction.png and probes.png.
+def of_report(report: dict[str, Any]) -> dict[str, Figure]:
+  """density, reconstruction and, where there are tasks, probes.
 
   Args:
-    folder: the folder to write to.
     report: from `report.probe`.
   """
-  folder = epath.Path(folder)
-  _write(folder / 'density.png', density(report))
-  _write(folder / 'reconstruction.png', reconstruction(report))
+  figures = {
+    'density': density(report),
+    'reconstruction': reconstruction(report),
+  }
   if report['probes']:
-    _write(folder / 'probes.png', probe_aucs(report))
+    figures['probes'] = probe_aucs(report)
+  return figures

@@ -108,6 +108,7 @@ def latent_lines(latent: Latent, columns: int) -> Iterator[str]:
     yield from _wrapped(
       f'votes {way}: ', _with_commas(items or ['none']), columns
     )
+  yield from _effects(latent, columns)
   yield from _tokens(latent, columns)
   for title, name, score in (
     ('nearest', 'neighbour', 'cosines'),
@@ -119,6 +120,26 @@ def latent_lines(latent: Latent, columns: int) -> Iterator[str]:
       items = [f'{other} ({score:.3f})' for other, score in pairs] or ['none']
       yield from _wrapped(f'{title}: ', _with_commas(items), columns)
   yield from _examples(latent, columns)
+
+
+def _effects(latent: Latent, columns: int) -> Iterator[str]:
+  """What the subject says without it, of results that have measured it."""
+  entries = latent.columns
+  if not np.isfinite(entries.get('effect_kl', np.nan)):
+    return
+  items = [
+    f'KL {_number(entries["effect_kl"])}',
+    f'loss {entries["effect_ce"]:+.3g} nats',
+  ]
+  yield from _wrapped('without it, next tokens: ', _with_commas(items), columns)
+  for way, title in (('up', 'likelier'), ('down', 'less likely')):
+    ids = entries[f'effect_{way}_ids']
+    falls = entries[f'effect_{way}_logits'][ids >= 0]
+    items = [
+      f'{spelling.alone(latent.vocabulary[token])} {fall:+.3g}'
+      for token, fall in zip(ids[ids >= 0].tolist(), falls.tolist())
+    ]
+    yield from _wrapped(f'makes {title}: ', _with_commas(items), columns)
 
 
 def _tokens(latent: Latent, columns: int) -> Iterator[str]:

@@ -11,6 +11,7 @@ from absl import logging
 from etils import epath
 import jax
 from jax.experimental import multihost_utils
+import numpy as np
 
 import sae_jax
 from sae_jax import checkpoint as checkpoint_lib
@@ -18,6 +19,7 @@ from sae_jax import config as config_lib
 from sae_jax import mesh as mesh_lib
 from sae_jax import subject as subject_lib
 from sae_jax.autoencoder import metrics
+from sae_jax.drawing import figures as drawing
 from sae_jax.features import results
 from sae_jax.feed.rows import Rows
 from sae_jax.probing import (
@@ -35,12 +37,13 @@ from sae_jax.probing.config import ProbeConfig, scan_config
 from sae_jax.probing.scan import run as scan_lib
 from sae_jax.probing.scan.result import ScanResult
 from sae_jax.probing.scan.state import TRAINED
+from sae_jax.probing.suite import measured as suite
 from sae_jax.storage import files, finished, joined
 from sae_jax.storage import url as url_lib
 from sae_jax.storage import workdir as workdir_lib
 
 # Raised with every change after which the same inputs give other results.
-RESULTS_VERSION = 6
+RESULTS_VERSION = 7
 UNTRAINED = 'untrained'
 _PLOTS, _SCRATCH = 'plots', 'scratch'
 # What a feature table says of itself where its report is not at hand.
@@ -109,10 +112,13 @@ def probe(
       ),
     )
     if results.are_finished(workdir, vouched):
-      logging.info('%s is finished: reused', workdir)
-      joined.by_first(workdir, lambda: _clean(workdir))
-      return results.read_report(workdir)
-    if (epath.Path(workdir) / finished.NAME).exists():
+      report = results.read_report(workdir)
+      if suite.has_all(report, config.suite):
+        logging.info('%s is finished: reused', workdir)
+        joined.by_first(workdir, lambda: _clean(workdir))
+        return report
+      logging.info('%s lacks evaluations that are asked for', workdir)
+    elif (epath.Path(workdir) / finished.NAME).exists():
       logging.warning(
         '%s is damaged or of another version of sae_jax: made again', workdir
       )
@@ -128,12 +134,24 @@ def probe(
       workdir, lambda: workdir_lib.sign(workdir, results.STAGE, made_from)
     )
     store = data.open(subject, workdir, mesh)
-    result, figures = scores(
+    result, figures, scored = scores(
       config, trained, controls, subject, store, workdir, vouched, mesh
+    )
+    evaluated = suite.evaluate(
+      config,
+      scored,
+      subject,
+      store,
+      result,
+      probed.figures,
+      workdir,
+      vouched,
+      mesh,
     )
     report = config_lib.through_json(
       figures
       | {'probes': probed.figures}
+      | {'evaluations': {n: of.record for n, of in evaluated.items()}}
       | _about(config, trained, store, result)
       | {'made_from': made_from, 'versions': versions()}
     )
@@ -144,6 +162,7 @@ def probe(
       store,
       result,
       probed.train_ce_NT,
+      suite.columns(evaluated),
       report,
       workdir,
       vouched,
@@ -213,6 +232,7 @@ def _finish(
   store: Rows,
   result: ScanResult,
   probe_ce_NT: jax.Array | None,
+  effects: Mapping[str, np.ndarray],
   report: dict[str, Any],
   workdir: str,
   vouched: dict[str, Any],
@@ -223,6 +243,10 @@ def _finish(
   begun = vouched | {
     'mesh': dict(mesh.shape),
     'processes': jax.process_count(),
+    # Whose columns are in the table.
+    'evaluations': {
+      name: of['size_name'] for name, of in report['evaluations'].items()
+    },
   }
   joined.by_first(workdir, lambda: results.begin(workdir, begun))
   with _scratch(workdir) as scratch:
@@ -236,17 +260,22 @@ def _finish(
       scratch,
       config.seed,
       probe_ce_NT,
+      effects,
     )
   if jax.process_count() > 1:
     multihost_utils.sync_global_devices('the feature table is written')
 
   def write():
-    plots.save(epath.Path(workdir) / _PLOTS, report)
+    figures = plots.of_report(report) | suite.plots_of(report)
+    drawing.save(epath.Path(workdir) / _PLOTS, figures)
     record = {name: report[name] for name in _RECORDED}
     if probe_ce_NT is not None:
       record['probe_tasks'] = list(report['probes'])
     writer.seal(record)
-    results.write(workdir, vouched, report)
+    pages = {}
+    if report['evaluations']:
+      pages[results.PAGE] = suite.page_of(report).encode()
+    results.write(workdir, vouched, report, pages)
     _clean(workdir)
 
   joined.by_first(workdir, write)
@@ -293,21 +322,19 @@ def scores(
   workdir: str,
   vouched: dict[str, Any],
   mesh: jax.sharding.Mesh,
-) -> tuple[ScanResult, dict[str, Any]]:
-  """The scan's result, and all scores but those of tasks, by name."""
+) -> tuple[ScanResult, dict[str, Any], dict[str, checkpoint_lib.Trained]]:
+  """The scan's result, all scores but those of tasks, and what was scored.
+
+  What was scored is the autoencoder, the untrained one and the controls.
+  """
   sample_rows = min(store.n_train, trained.metadata.sample_rows)
   sample_BD = store.finite_rows(0, sample_rows)
   fresh = reconstruction.untrained(
     trained.config, sample_BD, config.seed + 1, mesh
   )
+  beside = {UNTRAINED: fresh} | dict(controls)
   result = scan_lib.scan(
-    scan_config(config),
-    trained,
-    store,
-    workdir,
-    mesh,
-    {UNTRAINED: fresh} | dict(controls),
-    vouched,
+    scan_config(config), trained, store, workdir, mesh, beside, vouched
   )
   components = reconstruction.pca_components(result.metrics.l0, store)
   losses = downstream.measure(
@@ -318,17 +345,21 @@ def scores(
     sample_BD.mean(0),
     mesh=mesh,
   )
-  return result, {
-    **result.metrics.scalars(),
-    'norm_ratio': result.norm_ratio[TRAINED],
-    'tied_rows': result.tied,
-    'fvu_pca': result.fvu_pca(components),
-    'pca_components': components,
-    'fvu_untrained': result.quality[UNTRAINED].fvu,
-    'controls': {url: result.quality[url].scalars() for url in controls},
-    'by_position': {
-      name: curve.tolist() for name, curve in result.curves[TRAINED].items()
+  return (
+    result,
+    {
+      **result.metrics.scalars(),
+      'norm_ratio': result.norm_ratio[TRAINED],
+      'tied_rows': result.tied,
+      'fvu_pca': result.fvu_pca(components),
+      'pca_components': components,
+      'fvu_untrained': result.quality[UNTRAINED].fvu,
+      'controls': {url: result.quality[url].scalars() for url in controls},
+      'by_position': {
+        name: curve.tolist() for name, curve in result.curves[TRAINED].items()
+      },
+      **dataclasses.asdict(losses),
+      'density': metrics.density_record(result.metrics.density_N),
     },
-    **dataclasses.asdict(losses),
-    'density': metrics.density_record(result.metrics.density_N),
-  }
+    {TRAINED: trained} | beside,
+  )

@@ -30,6 +30,7 @@ def fill(
   scratch: str,
   seed: int,
   probe_ce_NT: jax.Array | None = None,
+  effects: Mapping[str, np.ndarray] | None = None,
 ) -> TableWriter:
   """Writes this process's share of the latents; all processes call it.
 
@@ -44,6 +45,7 @@ def fill(
     seed: of the examples by decile.
     probe_ce_NT: training losses of the latents' probes, see
       `task_scores.Scores`; None for no such column.
+    effects: the group of columns of that name, of all latents; None for none.
 
   Returns:
     The writer, which is to be sealed when all processes have returned.
@@ -80,6 +82,9 @@ def fill(
     by_latent = directions | {'probe_train_ce': probe_ce_NT}
     sizes['tasks'] = probe_ce_NT.shape[1]
     groups.append('probes')
+  if effects:
+    sizes['V effect'] = effects['effect_up_ids'].shape[1]
+    groups.append('effects')
   writer = TableWriter(
     url, Plan(n_latents, sizes, tuple(edges.tolist()), tuple(groups))
   )
@@ -100,6 +105,7 @@ def fill(
         name: row_blocks.local(array, first, stop)
         for name, array in by_latent.items()
       }
+      | {name: of[first:stop] for name, of in (effects or {}).items()}
     )
     return rows
 

@@ -9,6 +9,7 @@ from etils import epath
 
 from sae_jax import config as config_lib
 from sae_jax import errors
+from sae_jax.drawing import figures as drawing
 from sae_jax.scaling import advise as advise_lib
 from sae_jax.scaling import cells as cells_lib
 from sae_jax.scaling import page, plots, questions, record, study
@@ -69,7 +70,7 @@ def _write(workdir, places, cells, table_name, config) -> None:
   if table_lib.has_parquet():
     table_lib.write(cells, folder / 'cells.parquet')
   figures = plots.of_places(places, metric)
-  plots.save(folder, figures)
+  drawing.save(folder, figures)
   files.write_text(
     folder / 'report.html', page.html(places, figures, metric, config)
   )

@@ -1,31 +1,17 @@
 """The report: one HTML file that needs no other and no network."""
 
 from collections.abc import Mapping, Sequence
-import html as html_lib
 
 from matplotlib.figure import Figure
 
+from sae_jax.drawing import page
 from sae_jax.scaling import cells as cells_lib
-from sae_jax.scaling import forms, plots, words
+from sae_jax.scaling import forms, words
 from sae_jax.scaling.config import FitConfig
 from sae_jax.scaling.findings import number
 from sae_jax.scaling.record import PlaceFits
 from sae_jax.scaling.study import Study
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1d2330; max-width: 62rem;
-  margin: 2rem auto; padding: 0 1rem; }
-h1 { font-size: 1.7rem; } h2 { font-size: 1.3rem; margin-top: 2.5rem; }
-h3 { font-size: 1.05rem; margin-top: 2rem; }
-figure { margin: 0; }
-table { border-collapse: collapse; margin: 0.8rem 0; display: block;
-  overflow-x: auto; font-size: 0.9rem; }
-th, td { text-align: left; padding: 0.25rem 0.8rem 0.25rem 0;
-  border-bottom: 1px solid #e2e5ea; vertical-align: top; }
-td.open { color: #a13f12; } code { font-size: 0.9rem; }
-p.open { color: #a13f12; } svg { max-width: 100%; height: auto; }
-dt { font-weight: 600; } dd { margin: 0 0 0.5rem 1rem; }
-"""
 _METRICS = {
   'nmse': 'squared error over the squared size of the activations',
   'fvu': 'fraction of variance unexplained: squared error over the squared '
@@ -47,43 +33,18 @@ def html(
     metric: what the losses are.
     config: what the fit was told.
   """
-  parts = ['<h1>Scaling laws</h1>', _summary(places, metric)]
+  parts = [_summary(places, metric)]
   for place, fits in enumerate(places, 1):
     end = f'_{place}' if len(places) > 1 else ''
-    parts.append(f'<h2>{_text(cells_lib.place_name(fits.place))}</h2>')
+    parts.append(f'<h2>{page.text(cells_lib.place_name(fits.place))}</h2>')
     parts += [_study(study, figures, end) for study in fits.studies]
     parts += _advice(fits)
   for name, figure in figures.items():
     if name.startswith('places_'):
       parts.append('<h2>Several subjects, sites or layers</h2>')
-      parts.append(_picture(name, figure))
+      parts.append(page.picture(name, figure))
   parts += [_definitions(metric, config), _cells(places)]
-  body = '\n'.join(parts)
-  return (
-    '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-    '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-    '<link rel="icon" href="data:,">\n'
-    f'<title>Scaling laws</title>\n<style>{_STYLE}</style>\n</head>\n'
-    f'<body>\n{body}\n</body>\n</html>\n'
-  )
-
-
-def _text(text: object) -> str:
-  return html_lib.escape(str(text))
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  """A table; a cell that begins with `!` is shown as open."""
-  lines = ['<table>', '<tr>' + ''.join(f'<th>{_text(h)}</th>' for h in head)]
-  for row in rows:
-    cells = ''.join(
-      f'<td class="open">{_text(cell[1:])}</td>'
-      if cell.startswith('!')
-      else f'<td>{_text(cell)}</td>'
-      for cell in row
-    )
-    lines.append(f'<tr>{cells}')
-  return '\n'.join([*lines, '</table>'])
+  return page.document('Scaling laws', parts)
 
 
 def _summary(places, metric) -> str:
@@ -96,33 +57,27 @@ def _summary(places, metric) -> str:
     f'<p>{runs} runs; {len(studies) - unfitted} laws were fitted, '
     f'{unfitted} were not. Of {len(findings)} figures, {still_open} are not '
     'identified by these cells: they are marked, with the cells that would '
-    f'identify them. The loss is {_text(metric)}: {_text(_METRICS[metric])}, '
-    'on held-out tokens.</p>'
+    f'identify them. The loss is {page.text(metric)}: '
+    f'{page.text(_METRICS[metric])}, on held-out tokens.</p>'
   )
-
-
-def _picture(name: str, figure: Figure) -> str:
-  # An SVG within a page has no prologue.
-  _, _, drawing = plots.svg(figure, name).partition('<svg')
-  return f'<figure aria-label="{_text(name)}"><svg{drawing}</figure>'
 
 
 def _study(study: Study, figures, end: str) -> str:
   question = study.question
   parts = [
-    f'<h3>{_text(question.title)}</h3>',
-    f'<p><code>{_text(question.form.text)}</code>, '
+    f'<h3>{page.text(question.title)}</h3>',
+    f'<p><code>{page.text(question.form.text)}</code>, '
     f'{len(question.cell_R)} runs of {len(set(question.cell_R))} cells.</p>',
   ]
   if study.law is None:
-    parts.append(f'<p class="open">Not fitted: {_text(study.refusal)}.</p>')
+    parts.append(f'<p class="open">Not fitted: {page.text(study.refusal)}.</p>')
     return '\n'.join(parts)
   for name in (question.name, 'floor'):
     is_own = name == question.name or question.name == 'surface'
     if is_own and f'{name}{end}' in figures:
-      parts.append(_picture(f'{name}{end}', figures[f'{name}{end}']))
+      parts.append(page.picture(f'{name}{end}', figures[f'{name}{end}']))
   parts += [_coefficients(study), _noise(study), _findings(study)]
-  parts += [f'<p>With the {_text(words.of_holdout(x))}.</p>'
+  parts += [f'<p>With the {page.text(words.of_holdout(x))}.</p>'
             for x in study.holdouts]  # fmt: skip
   return '\n'.join(parts)
 
@@ -137,14 +92,14 @@ def _coefficients(study: Study) -> str:
       ['Gao et al. 2024', *(f'{v:.3f}' for v in forms.PAPER.coefficients)]
     )
   if len(study.question.form.terms) == 1:
-    return _table(['', *names], rows)
+    return page.table(['', *names], rows)
   note = (
     '<p>Single coefficients of a sum trade off against each other; the table '
     'of figures below has what they say together, with intervals.'
   )
   if len(rows) > 1:
-    note += f' The second row: {_text(forms.PAPER.domain)}.'
-  return _table(['', *names], rows) + note + '</p>'
+    note += f' The second row: {page.text(forms.PAPER.domain)}.'
+  return page.table(['', *names], rows) + note + '</p>'
 
 
 def _noise(study: Study) -> str:
@@ -165,7 +120,7 @@ def _noise(study: Study) -> str:
       f'The form misses more than seeds explain (p {lack.p:.3g}): intervals '
       'rest on what it misses, cells counting once.'
     )
-  return f'<p>{_text(text)}</p>'
+  return f'<p>{page.text(text)}</p>'
 
 
 def _findings(study: Study) -> str:
@@ -182,7 +137,7 @@ def _findings(study: Study) -> str:
       f'{number(item.drawn_low)} to {number(item.drawn_high)}',
       f'{mark}{verdict}',
     ])  # fmt: skip
-  return _table(
+  return page.table(
     ['figure', 'value', 'interval', 'bootstrap', 'identified?'], rows
   )
 
@@ -192,7 +147,7 @@ def _advice(fits: PlaceFits) -> list[str]:
     return []
   flops = max(row.flops for row in fits.advice)
   parts = [f'<h3>Advice for {flops:.3g} FLOPs, dense-equivalent</h3>']
-  parts += [f'<p>{_text(words.of_advice(row))}.</p>' for row in fits.advice]
+  parts += [f'<p>{page.text(words.of_advice(row))}.</p>' for row in fits.advice]
   if fits.spent_share is not None:
     low, high = fits.spent_share
     parts.append(
@@ -226,7 +181,8 @@ def _definitions(metric: str, config: FitConfig) -> str:
     metric: _METRICS[metric],
   }
   items = ''.join(
-    f'<dt>{_text(k)}</dt><dd>{_text(v)}</dd>' for k, v in entries.items()
+    f'<dt>{page.text(k)}</dt><dd>{page.text(v)}</dd>'
+    for k, v in entries.items()
   )
   return f'<h2>Definitions</h2><dl>{items}</dl>'
 
@@ -246,4 +202,4 @@ def _cells(places: Sequence[PlaceFits]) -> str:
     'n', 'k', 'seed', 'tokens', 'stopped by', 'loss', 'learning rate',
     'over the rule', 'dense FLOPs', 'spent', 'dead', 'of',
   )  # fmt: skip
-  return f'<h2>Cells</h2>{_table(head, rows)}'
+  return f'<h2>Cells</h2>{page.table(head, rows)}'

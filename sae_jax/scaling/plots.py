@@ -1,57 +1,17 @@
-"""Figures of fits, as PNG and SVG files."""
+"""Figures of fits."""
 
 from collections.abc import Mapping, Sequence
-import io
 
-from etils import epath
 import matplotlib
-from matplotlib.backends import backend_agg
 from matplotlib.figure import Figure
 import matplotlib.ticker
 import numpy as np
 
+from sae_jax.drawing.figures import COLOURS, GREY
 from sae_jax.scaling import cells as cells_lib
 from sae_jax.scaling import forms, frontier
 from sae_jax.scaling.record import PlaceFits
 from sae_jax.scaling.study import Study
-from sae_jax.storage import files
-
-_COLOURS = (
-  '#4669a8', '#c26a2e', '#4a8f5a', '#8f4a8a', '#8a7a32', '#3a8f95', '#a84655',
-  '#6b7280',
-)  # fmt: skip
-_GREY = '#8a909c'
-
-
-def png(figure: Figure) -> bytes:
-  """A figure as a PNG file."""
-  backend_agg.FigureCanvasAgg(figure)
-  buffer = io.BytesIO()
-  figure.savefig(buffer, format='png', dpi=120, bbox_inches='tight')
-  return buffer.getvalue()
-
-
-def svg(figure: Figure, name: str) -> str:
-  """A figure as an SVG file, the same bytes each time.
-
-  Args:
-    figure: the figure.
-    name: one of its own among those on a page: its marks are named by it.
-  """
-  buffer = io.StringIO()
-  with matplotlib.rc_context({'svg.hashsalt': name, 'svg.fonttype': 'none'}):
-    figure.savefig(
-      buffer, format='svg', bbox_inches='tight', metadata={'Date': None}
-    )
-  return buffer.getvalue()
-
-
-def save(folder: epath.PathLike, figures: Mapping[str, Figure]) -> None:
-  """Writes each figure as NAME.png and NAME.svg."""
-  folder = epath.Path(folder)
-  for name, figure in figures.items():
-    files.write_bytes(folder / f'{name}.png', png(figure))
-    files.write_text(folder / f'{name}.svg', svg(figure, name))
 
 
 def of_places(places: Sequence[PlaceFits], metric: str) -> dict[str, Figure]:
@@ -104,7 +64,7 @@ def surface(study: Study, metric: str) -> Figure:
     variables['n'].min(), max([variables['n'].max(), *sizes]), 80
   )
   for place, k in enumerate(sorted(set(variables['k']))):
-    colour = _COLOURS[place % len(_COLOURS)]
+    colour = COLOURS[place % len(COLOURS)]
     at = variables['k'] == k
     ours.plot(variables['n'][at], y_R[at], 'o', color=colour, markersize=4)
     measured = n_line <= variables['n'].max()
@@ -141,13 +101,13 @@ def floor(study: Study, metric: str) -> Figure:
   curve_V = np.interp(line_V, value_V, root_V) ** 2
   figure = Figure(figsize=(6, 3.4))
   axes = figure.subplots()
-  axes.plot(line_V, curve_V, color=_COLOURS[0])
-  axes.plot(value_V, excess_V, 'o', color=_COLOURS[0], markersize=3)
-  axes.axhline(1, color=_GREY, linewidth=0.8)
-  axes.axvline(least, color=_COLOURS[1], linewidth=0.8, linestyle='--')
+  axes.plot(line_V, curve_V, color=COLOURS[0])
+  axes.plot(value_V, excess_V, 'o', color=COLOURS[0], markersize=3)
+  axes.axhline(1, color=GREY, linewidth=0.8)
+  axes.axvline(least, color=COLOURS[1], linewidth=0.8, linestyle='--')
   axes.annotate(
     'least loss measured', (least, 0.98), xycoords=('data', 'axes fraction'),
-    rotation=90, ha='right', va='top', fontsize=8, color=_COLOURS[1],
+    rotation=90, ha='right', va='top', fontsize=8, color=COLOURS[1],
   )  # fmt: skip
   axes.set_xlim(0, 1.1 * least)
   axes.set_ylim(0, 4)
@@ -166,7 +126,7 @@ def compute(study: Study, d_model: int, metric: str) -> Figure:
   axes = figure.subplots()
   for place, n in enumerate(sorted(set(variables['n']))):
     at = variables['n'] == n
-    colour = _COLOURS[place % len(_COLOURS)]
+    colour = COLOURS[place % len(COLOURS)]
     axes.plot(flops_R[at], y_R[at], 'o', color=colour, markersize=4)
     line = np.geomspace(flops_R[at].min(), flops_R[at].max(), 30)
     tokens = line / (6.0 * n * d_model)
@@ -192,9 +152,9 @@ def power(study: Study) -> Figure:
   (finding,) = study.findings
   figure = Figure(figsize=(6, 3.4))
   axes = figure.subplots()
-  axes.plot(n_R, y_R, 'o', color=_COLOURS[0], markersize=4)
+  axes.plot(n_R, y_R, 'o', color=COLOURS[0], markersize=4)
   line = np.geomspace(n_R.min(), n_R.max(), 20)
-  axes.plot(line, study.law.value(n=line), color=_COLOURS[0])
+  axes.plot(line, study.law.value(n=line), color=COLOURS[0])
   is_rate = study.question.name == 'rate'
   _logarithmic(
     axes,
@@ -214,7 +174,7 @@ def across(studies: Mapping[str, Study], k: int, metric: str) -> Figure:
   figure = Figure(figsize=(6, 4))
   axes = figure.subplots()
   for place, (name, study) in enumerate(studies.items()):
-    colour = _COLOURS[place % len(_COLOURS)]
+    colour = COLOURS[place % len(COLOURS)]
     n_R = study.question.variables['n']
     axes.plot(n_R, study.question.y_R, 'o', color=colour, markersize=4)
     line = np.geomspace(n_R.min(), n_R.max(), 40)

@@ -38,17 +38,33 @@ def test_contexts(store: Text, n_tokens: int) -> Contexts:
   Raises:
     UserError: if there is no such context.
   """
-  place_R, positions = store.stream_index(), store.positions()
   documents = store.documents()
+  place_R = store.stream_index()
   document = documents[place_R[store.test_rows.start]]
   first = np.searchsorted(documents, document)
-  starts = first + np.flatnonzero(positions[first:] == 0)
-  ends = np.append(starts[1:], len(positions))
+  return _contexts(store, int(first), len(documents), n_tokens, 'test')
+
+
+def training_contexts(store: Text, n_tokens: int) -> Contexts:
+  """Whole contexts of the first training documents; see `test_contexts`."""
+  last = store.stream_index()[store.n_train - 1]
+  return _contexts(store, 0, int(last) + 1, n_tokens, 'training')
+
+
+def _contexts(
+  store: Text, first: int, stop: int, n_tokens: int, split: str
+) -> Contexts:
+  """Contexts among tokens first to stop of the stream."""
+  place_R, positions = store.stream_index(), store.positions()
+  documents = store.documents()
+  starts = first + np.flatnonzero(positions[first:stop] == 0)
+  ends = np.append(starts[1:], stop)
   long = ends - starts > 1
   starts, ends = starts[long], ends[long]
   if not len(starts):
     raise errors.UserError(
-      'the test documents have no context of their own of two or more tokens: '
+      f'the {split} documents have no context of their own of two or more '
+      'tokens: '
       'harvest with a min_context_tokens of 2 or more, or a larger '
       'holdout_fraction'
     )

@@ -15,9 +15,9 @@ from sae_jax.training.config import TrainConfig
 
 SHORT_TOKENS = 2**30
 # Up to the first number of tokens the learning rate is what was best in short
-# runs, from the second on the paper's. No run between them was measured: there
-# the logarithm of the rate is interpolated in the logarithm of the tokens.
-_FULL_RATE_TOKENS, _PAPER_TOKENS = 2**25, 2**33
+# runs, from the second on it is the paper's. Between them its logarithm falls
+# linearly in the logarithm of the tokens.
+_FULL_RATE_TOKENS, _PAPER_TOKENS = 2**20, 2**33
 # The paper's: 2e-4 at 2^14 latents, and proportional to 1 / sqrt(n) elsewhere
 # (Gao et al. 2024, appendix A.3).
 _PAPER_RATE = 2e-4
@@ -35,7 +35,7 @@ _SHORT_LEAST_LATENTS = 1024
 _MEASURED = {
   'n_latents': (2048, 8192),
   'k': (16, 32),
-  'tokens': (200_000, 4_000_000),
+  'tokens': (200_000, 20_000_000),
 }
 _DEAD_AFTER = 10_000_000
 _DEAD_SHARE = 1 / 20

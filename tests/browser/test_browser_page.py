@@ -167,12 +167,13 @@ def test_votes_and_neighbours(page, made):
   latent = ordinary_latents(made, 2)[1]
   open_latent(page, latent)
   for way in ('up', 'down'):
-    chips = page.locator(f'.votes.{way} .chip').all_text_contents()
+    votes = page.locator(f'.votes.{way}').first
+    chips = votes.locator('.chip').all_text_contents()
     for chip, token in zip(chips, features[f'vote_{way}_ids'][latent]):
       text = vocabulary[token]
       if token >= len(synthetic_features.HOSTILE) and text.strip():
         assert chip == ('·' + text[1:] if text[0] == ' ' else text)
-    widths = page.locator(f'.votes.{way} .fill').evaluate_all(
+    widths = votes.locator('.fill').evaluate_all(
       'bars => bars.map((bar) => bar.getBoundingClientRect().width)'
     )
     logits = np.abs(features[f'vote_{way}_logits'][latent])
@@ -185,6 +186,30 @@ def test_votes_and_neighbours(page, made):
   assert links == [f'#/latent/{n}' for n in neighbours]
   near.nth(2).click()
   page.wait_for_selector(f'.feature[data-latent="{neighbours[2]}"]')
+
+
+def test_effects_are_there_where_they_were_measured(page, made):
+  features, _, vocabulary = made
+  measured = np.isfinite(features['effect_kl'])
+  latents = ordinary_latents(made, 9)
+  latent = next(n for n in latents if measured[n])
+  open_latent(page, latent)
+  text = page.locator('.effect p').inner_text()
+  loss, kl = re.fullmatch(
+    r'next tokens: loss ([+-][\d.]+) nats, KL ([\d.]+)', text
+  ).groups()
+  assert float(loss) == pytest.approx(features['effect_ce'][latent], rel=6e-3)
+  assert float(kl) == pytest.approx(features['effect_kl'][latent], rel=6e-3)
+  for way in ('up', 'down'):
+    shown = page.locator(f'.effect ~ .votes.{way} .value').all_text_contents()
+    np.testing.assert_allclose(
+      [float(value.replace('−', '-')) for value in shown],
+      features[f'effect_{way}_logits'][latent],
+      rtol=0.06,
+    )
+  other = next(n for n in latents if not measured[n])
+  open_latent(page, other)
+  assert page.locator('.effect').count() == 0
 
 
 def test_deep_link_back_and_unknown(chromium, url):

@@ -144,6 +144,8 @@ LATENT = [6, 'top', 0]
     ('features/00000.json', [*LATENT, 'peak'], 99, 'top[0].peak[0] is 99'),
     ('features/00000.json', [6, 'votes_up'], 'a', 'votes_up is "a", not a map'),
     ('features/00000.json', LATENT, None, 'top[0] is null, not a mapping'),
+    ('features/00000.json', [7, 'effect', 'kl'], 'a', 'effect[0] is "a"'),
+    ('features/00000.json', [7, 'effect', 'up'], [], 'effect.up is a list'),
     ('features/00000.json', [6, 'neighbours'], [], 'neighbours is a list'),
   ],
 )
@@ -151,7 +153,8 @@ def test_wrong_kinds_are_named(folder, chromium, name, path, value, words):
   text = with_value((folder / 'data' / name).read_text(), path, value)
   with serve(folder) as url, visit(chromium, 'about:blank') as (page, problems):
     page.route(f'**/data/{name}*', lambda route: route.fulfill(body=text))
-    page.goto(url + '#/latent/6')
+    place = path[0] if 'features' in name else 6
+    page.goto(url + f'#/latent/{place}')
     alert = page.locator('[role=alert]:visible')
     alert.wait_for()
     assert f'data/{name}' in alert.inner_text()

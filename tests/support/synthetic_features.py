@@ -128,12 +128,36 @@ def make(
   near = np.argsort(-cosines, axis=1)[:, :5]
   arrays['neighbour_ids'] = near
   arrays['neighbour_cosines'] = np.take_along_axis(cosines, near, axis=1)
+  arrays |= _effects(n_latents, len(vocabulary), rng)
   report = _report(n_latents, n_tokens, dead_N)
   arrays = {
     name: np.asarray(array, columns.COLUMNS[name].dtype)
     for name, array in arrays.items()
   }
   return arrays, report, vocabulary
+
+
+def _effects(n_latents, vocabulary_size, rng):
+  """Effects of two of three latents."""
+  measured = np.arange(n_latents) % 3 > 0
+  arrays = {
+    f'effect_{name}': np.where(
+      measured, rng.uniform(-0.5, 2, n_latents), np.nan
+    )
+    for name in ('kl', 'ce')
+  }
+  arrays['effect_kl'] = np.abs(arrays['effect_kl'])
+  for way, sign in (('up', 1), ('down', -1)):
+    ids = np.array(
+      [rng.permutation(vocabulary_size)[:4] for _ in range(n_latents)]
+    )
+    logits = np.sort(rng.uniform(0.1, 3, (n_latents, 4)))[:, ::-1]
+    arrays[f'effect_{way}_ids'] = np.where(measured[:, None], ids, -1)
+    arrays[f'effect_{way}_logits'] = measured[:, None] * sign * logits
+  return {
+    name: array.astype(columns.COLUMNS[name].dtype)
+    for name, array in arrays.items()
+  }
 
 
 def build(features, report, vocabulary, out, config=None):

@@ -66,12 +66,26 @@ def mismatches(features, folder):
       votes = entry[f'votes_{way}']
       rebuilt[f'vote_{way}_ids'][row] = votes['tokens']
       rebuilt[f'vote_{way}_logits'][row] = votes['logits']
+    measured = entry['effect']
+    if measured is None:
+      for name in ('kl', 'ce'):
+        rebuilt[f'effect_{name}'][row] = np.nan
+      for way in ('up', 'down'):
+        rebuilt[f'effect_{way}_logits'][row] = 0
+    else:
+      for name in ('kl', 'ce'):
+        rebuilt[f'effect_{name}'][row] = measured[name]
+      for way in ('up', 'down'):
+        rebuilt[f'effect_{way}_ids'][row] = measured[way]['tokens']
+        rebuilt[f'effect_{way}_logits'][row] = measured[way]['logits']
     rebuilt['neighbour_ids'][row] = entry['neighbours']['latents']
     rebuilt['neighbour_cosines'][row] = entry['neighbours']['cosines']
   return [
     name
     for name in features
-    if not np.array_equal(features[name], rebuilt[name])
+    if not np.array_equal(
+      features[name], rebuilt[name], equal_nan=features[name].dtype.kind == 'f'
+    )
   ]
 
 
@@ -81,11 +95,21 @@ def test_files_give_the_arrays_back(made, folder):
 
 
 @pytest.mark.parametrize(
-  'name', ['density', 'top_acts', 'random_peak', 'vote_up_logits', 'count']
+  'name',
+  [
+    'density',
+    'top_acts',
+    'random_peak',
+    'vote_up_logits',
+    'count',
+    'effect_down_logits',
+  ],  # fmt: skip
 )
 def test_comparison_sees_one_changed_number(made, folder, name):
   features = {k: v.copy() for k, v in made[0].items()}
-  alive = np.flatnonzero(features['count'])[3]
+  alive = np.flatnonzero(
+    (features['count'] > 0) & np.isfinite(features['effect_kl'])
+  )[3]
   features[name][alive].flat[0] += 1 if name == 'count' else 0.001
   if name == 'random_peak':
     features[name][alive, 0] += 1

@@ -9,7 +9,7 @@ import pytest
 
 from sae_jax import autoencoder, errors, mesh
 from sae_jax import store as store_lib
-from sae_jax.probing import downstream
+from sae_jax.probing import downstream, splicing
 from sae_jax.subject import capture, splice
 from tests.support import probed
 
@@ -202,15 +202,16 @@ def test_the_loss_is_spliced_at_any_site(name):
   )
   sae = jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
   sae = sae.replace(w_enc_ND=both_ND, w_dec_ND=both_ND)
-  exact, kl = downstream._losses(
-    subject.config, site, config, mesh.one_device(), subject.params, sae,
-    np.zeros(width), tokens_BT, kept_BT,
-  )  # fmt: skip
-  original, spliced, zero, mean = np.asarray(exact)
+  where = subject.config, site, mesh.one_device(), subject.params
+  raw_BTD, log_p_BTV, original = splicing.read(*where, tokens_BT)
+  same_BTD = splicing.reconstruction(config, where[2])(sae, raw_BTD)
+  (spliced, kl), (zero, _) = (
+    splicing.losses(*where, tokens_BT, raw_BTD, log_p_BTV, new_BTD, kept_BT)
+    for new_BTD in (same_BTD, np.zeros(width, np.float32))
+  )
   # The identity changes nothing; zeros do, from where they first stand.
   np.testing.assert_allclose(spliced, original, rtol=1e-5)
   np.testing.assert_allclose(kl, 0, atol=1e-5)
-  np.testing.assert_array_equal(zero, mean)
   logits_BTV = jax.jit(splice.splice, static_argnums=(0, 3, 4))(
     subject.config,
     subject.params,

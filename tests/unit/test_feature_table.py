@@ -1,5 +1,6 @@
 """The feature table: columns, layout, writing in any order, reading blocks."""
 
+import csv
 import hashlib
 import json
 import re
@@ -10,7 +11,7 @@ import pytest
 
 from sae_jax import errors
 from sae_jax import features as features_lib
-from sae_jax.features import columns, manifest, writer
+from sae_jax.features import columns, export, manifest, writer
 from tests.support import documents, synthetic_features
 
 N = 150  # three shards of 64, the last one not full
@@ -19,7 +20,7 @@ N = 150  # three shards of 64, the last one not full
 def optional(n_latents, rng, vocabulary_size):
   """The columns that a table need not have."""
   sizes = {'M near': 2, 'deciles': 10, 'M decile': 1, 'W': 8}
-  sizes |= {'tokens': 4, 'partners': 3, 'tasks': 2}
+  sizes |= {'tokens': 4, 'partners': 3, 'tasks': 2, 'V effect': 2}
   arrays = {}
   for name, column in columns.COLUMNS.items():
     if column.group:
@@ -347,8 +348,46 @@ def test_a_plan_is_checked_before_anything_is_written(tmp_path, made):
   refused('top_tokens takes .* for a latent', sizes=plan.sizes | {'W': 2**24})
   refused('M top are missing', sizes={k: v for k, v in plan.sizes.items()
                                       if k != 'M top'})  # fmt: skip
-  refused('tasks are missing or of no column', groups=plan.groups[:-1])
+  refused('V effect are missing or of no column', groups=plan.groups[:-1])
   refused('windows of 0 tokens', sizes=plan.sizes | {'W': 0})
   refused('41 edges of 39 bins', sizes=plan.sizes | {'H': 39})
   assert not list(tmp_path.iterdir())
   shutil.rmtree(tmp_path)
+
+
+@pytest.mark.parametrize('kind', ['.csv', '.parquet'])
+def test_a_table_is_exported_as_one_file(folder, tmp_path, kind):
+  opened = features_lib.open(folder)
+  path = tmp_path / f'latents{kind}'
+  export.export(opened, str(path))
+  if kind == '.csv':
+    with open(path, newline='') as file:
+      rows = list(csv.DictReader(file))
+    lists = False
+  else:
+    rows = pytest.importorskip('pyarrow.parquet').read_table(path).to_pylist()
+    lists = True
+  assert len(rows) == opened.n_latents
+  wanted = {
+    name
+    for name, column in opened.columns.items()
+    if column.axes == ('N',)
+    or (lists and len(column.axes) == 2 and column.axes[0] == 'N')
+  } - {'hist_counts'}
+  assert set(rows[0]) == wanted and ('vote_up_ids' in wanted) == lists
+  for name in wanted:
+    for row, want in zip(rows, opened.column(name)):
+      if np.ndim(want):
+        np.testing.assert_array_equal(row[name], want)
+      elif np.isfinite(want):
+        assert np.float32(row[name]) == np.float32(want)
+      else:
+        assert row[name] in ('', None)
+  # The same bytes each time, and no part of a file where it fails.
+  before = path.read_bytes()
+  export.export(opened, str(path))
+  assert path.read_bytes() == before
+  with pytest.raises(errors.UserError, match='does not end in '):
+    export.export(opened, str(tmp_path / 'latents.txt'))
+  with pytest.raises(errors.UserError, match='cannot write'):
+    export.export(opened, str(path / f'inside{kind}'))

@@ -4,6 +4,7 @@ import matplotlib.image
 import numpy as np
 
 from sae_jax.autoencoder import metrics
+from sae_jax.drawing import figures
 from sae_jax.probing import plots
 
 
@@ -94,16 +95,18 @@ def test_every_control_of_every_task_is_drawn():
 def test_saved_figures_are_images(tmp_path):
   density = metrics.density_record(np.float32([0, 0.1, 0.2]))
   report = make_report() | {'n_latents': 3, 'density': density}
-  plots.save(tmp_path / 'plots', report)
+  drawn = plots.of_report(report)
+  figures.save(tmp_path / 'plots', drawn)
   names = sorted(path.name for path in (tmp_path / 'plots').iterdir())
-  assert names == ['density.png', 'probes.png', 'reconstruction.png']
-  for name in names:
-    pixels = matplotlib.image.imread(tmp_path / 'plots' / name)
+  own = ('density', 'probes', 'reconstruction')
+  assert names == [f'{name}.{kind}' for name in own for kind in ('png', 'svg')]
+  for name in own:
+    pixels = matplotlib.image.imread(tmp_path / 'plots' / f'{name}.png')
     assert pixels.shape[0] > 100 and pixels.shape[1] > 300
     assert pixels[..., :3].std() > 0.01
+    assert '<svg' in (tmp_path / 'plots' / f'{name}.svg').read_text()
   # Nothing to draw, nothing drawn.
-  plots.save(tmp_path / 'none', report | {'probes': {}})
-  assert not (tmp_path / 'none' / 'probes.png').exists()
+  assert 'probes' not in plots.of_report(report | {'probes': {}})
 
 
 def test_a_number_that_is_null_is_not_drawn():

@@ -9,7 +9,8 @@ from scipy import stats
 from experiments import short_runs
 from sae_jax.training import defaults
 
-CONFIG = short_runs.ShortRunsConfig(shapes=('4096:32:300000',))
+SHAPE = '4096:32:300000'
+CONFIG = short_runs.ShortRunsConfig(shapes=(SHAPE,))
 
 
 def resolved(variant):
@@ -21,8 +22,7 @@ def test_a_variant_differs_from_the_defaults_in_one_thing():
   same = short_runs.run_config('4096:32:300000', 'defaults', 3, CONFIG)
   assert (same.steps, same.seed, same.order_seed) == (293, 3, 3)
   flat = {
-    name: short_runs.config_lib.flat(resolved(name))
-    for name in short_runs.VARIANTS
+    name: short_runs.config_lib.flat(resolved(name)) for name in CONFIG.variants
   }
   first = flat.pop('defaults')
   for name, values in flat.items():
@@ -39,6 +39,18 @@ def test_a_factor_is_of_the_rate_of_the_rule(variant, factor):
   np.testing.assert_allclose(
     resolved(variant).optimizer.learning_rate, factor * rate, rtol=1e-12
   )
+
+
+def test_a_rate_can_be_that_of_another_number_of_tokens():
+  def rate(shape, variant):
+    run = short_runs.run_config(shape, variant, 0, CONFIG)
+    return defaults.learning_rate(run)
+
+  long = '4096:32:20000000'
+  want = rate('4096:32:1000000', 'defaults')
+  assert rate(long, 'the rate of 1M') == pytest.approx(want)
+  assert rate(long, 'half the rate of 1M') == pytest.approx(want / 2)
+  assert rate(long, 'defaults') < 0.9 * want
 
 
 def test_finished_cells_are_not_run_again(tmp_path):
@@ -119,12 +131,18 @@ def rated(shape, seed, best, factors=(0.5, 1, 2)):
 
 
 def test_the_best_rate_is_the_least_of_each_seed_s_parabola():
-  lines = rated('a', 0, 1.1) + rated('a', 1, 1.3) + rated('b', 0, 0.8)
+  lines = (
+    rated(SHAPE, 0, 1.1)
+    + rated(SHAPE, 1, 1.3)
+    + rated('2048:16:200000', 0, 0.8)
+  )
   other = {'variant': 'no warm-up', 'validation_fvu': 0.0}
   # The best of it is at an end.
-  lines += [lines[0] | other, *rated('c', 0, 2.5)]
+  lines += [lines[0] | other, *rated('4096:32:200000', 0, 2.5)]
   ratios = short_runs.best_rates(lines)
-  assert set(ratios) == {'a by 8', 'b by 8', 'all shapes'}
+  assert set(ratios) == {
+    f'{SHAPE} by 8', '2048:16:200000 by 8', 'all shapes',
+  }  # fmt: skip
   a, b, whole = ratios.values()
   np.testing.assert_allclose(a['ratio'], (1.1 * 1.3) ** 0.5, rtol=1e-9)
   np.testing.assert_allclose(b['ratio'], 0.8, rtol=1e-9)
@@ -138,8 +156,8 @@ def test_the_best_rate_is_the_least_of_each_seed_s_parabola():
     rtol=1e-4,
   )  # fmt: skip
   # The nearest rates count: a far one that does not learn changes nothing.
-  far = rated('a', 0, 1.1, (0.5, 1, 1.4)) + rated('a', 0, 1.1, (2,))
+  far = rated(SHAPE, 0, 1.1, (0.5, 1, 1.4)) + rated(SHAPE, 0, 1.1, (2,))
   far[-1]['validation_fvu'] = 0.7
   np.testing.assert_allclose(
-    short_runs.best_rates(far)['a by 8']['ratio'], 1.1, rtol=1e-9
+    short_runs.best_rates(far)[f'{SHAPE} by 8']['ratio'], 1.1, rtol=1e-9
   )

@@ -126,6 +126,13 @@ function checkExample(example, path, meta) {
   counts([document], `${path}.document`, 1);
 }
 
+function checkVotes(votes, path, meta) {
+  mapping(votes, path);
+  const { tokens, logits } = votes;
+  counts(tokens, `${path}.tokens`, null, meta.vocabulary_size);
+  figures(logits, `${path}.logits`, tokens.length);
+}
+
 // One latent's entry in a shard.
 export function checkFeature(feature, path, meta) {
   mapping(feature, path);
@@ -136,10 +143,14 @@ export function checkFeature(feature, path, meta) {
       checkExample(example, `${path}.${kind}[${i}]`, meta));
   }
   for (const way of ['votes_up', 'votes_down']) {
-    mapping(feature[way], `${path}.${way}`);
-    const { tokens, logits } = feature[way];
-    counts(tokens, `${path}.${way}.tokens`, null, meta.vocabulary_size);
-    figures(logits, `${path}.${way}.logits`, tokens.length);
+    checkVotes(feature[way], `${path}.${way}`, meta);
+  }
+  if (feature.effect !== null) {
+    mapping(feature.effect, `${path}.effect`);
+    const { kl, ce, up, down } = feature.effect;
+    figures([kl, ce], `${path}.effect`, 2);
+    checkVotes(up, `${path}.effect.up`, meta);
+    checkVotes(down, `${path}.effect.down`, meta);
   }
   mapping(feature.neighbours, `${path}.neighbours`);
   const { latents, cosines } = feature.neighbours;

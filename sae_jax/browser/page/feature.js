@@ -63,9 +63,8 @@ function chart({ meta, columns }, place, feature) {
     el('h2', {}, term('Activations', 'How often each strength of activation occurs on the probed tokens. All latents share these axes’ bins.')), box);
 }
 
-function votes({ vocabulary }, title, meaning, { tokens, logits }, largest) {
+function votes({ vocabulary }, way, title, meaning, { tokens, logits }, largest) {
   if (!tokens.length) return null;
-  const way = title.includes('down') ? 'down' : 'up';
   return el('section', { class: `votes ${way}` },
     el('h2', {}, term(title, meaning)),
     el('ol', {}, tokens.map((token, i) => {
@@ -77,6 +76,21 @@ function votes({ vocabulary }, title, meaning, { tokens, logits }, largest) {
       () => [alone(vocabulary[token]), `logit ${number(logits[i], 4)}`,
         `token ${token}`]);
     })));
+}
+
+// What happens to the predictions on its strongest examples without it.
+function effect(data, measured) {
+  if (!measured) return [];
+  const { kl, ce, up, down } = measured;
+  const largest = Math.max(1e-9,
+    ...[...up.logits, ...down.logits].map((logit) => Math.abs(logit)));
+  return [
+    el('section', { class: 'effect' },
+      el('h2', {}, term('Without it', 'The latent is taken out of its strongest examples, and all else is left as it was: how much higher the loss of the next sixteen tokens is, and how far their distributions move.')),
+      el('p', {}, `next tokens: loss ${ce < 0 ? '' : '+'}${number(ce)} nats, KL ${number(kl)}`)),
+    votes(data, 'up', 'Makes likelier', 'Tokens whose logits fall most when the latent is taken out of its strongest examples, the median over all tokens removed: what it does there, by all ways.', up, largest),
+    votes(data, 'down', 'Makes less likely', 'Tokens whose logits rise most when the latent is taken out of its strongest examples, the median over all tokens removed.', down, largest),
+  ];
 }
 
 function neighbours(data, { latents, cosines }) {
@@ -250,8 +264,9 @@ export function featureView(data, place, { previous, next, random }) {
     const side = el('aside', { 'aria-label': 'Activations and votes' });
     side.append(...[
       guarded('Activations', () => chart(data, place, feature)),
-      votes(data, 'Votes up', 'Tokens whose logits its decoder direction raises most, read straight through the final norm’s weights and the unembedding (logit lens), the mean over all tokens removed.', up, largest),
-      votes(data, 'Votes down', 'Tokens whose logits its decoder direction lowers most, read straight through the final norm’s weights and the unembedding (logit lens), the mean over all tokens removed.', down, largest),
+      votes(data, 'up', 'Votes up', 'Tokens whose logits its decoder direction raises most, read straight through the final norm’s weights and the unembedding (logit lens), the mean over all tokens removed.', up, largest),
+      votes(data, 'down', 'Votes down', 'Tokens whose logits its decoder direction lowers most, read straight through the final norm’s weights and the unembedding (logit lens), the mean over all tokens removed.', down, largest),
+      ...effect(data, feature.effect),
       neighbours(data, feature.neighbours),
     ].filter(Boolean));
     body.replaceChildren(main, side);

@@ -1,6 +1,7 @@
 """sae-probe: a checkpoint and a store or text -> report.json, features/, plots.
 
-With --text or --latent it prints what is asked instead, and writes nothing.
+With --text, --latent, --compare or --export it does what is asked instead, and
+evaluates nothing.
 """
 
 import sys
@@ -9,7 +10,12 @@ from absl import flags as absl_flags
 
 from sae_jax import errors, mesh
 from sae_jax.cli import flags
+from sae_jax.features import export, results
 from sae_jax.probing import explain, printed, report, summary
+from sae_jax.probing.suite import compare
+
+# Flags that ask for lines to be printed.
+_QUESTIONS = ('text', 'latent', 'compare', 'export')
 
 
 def define() -> None:
@@ -45,12 +51,24 @@ def define() -> None:
     'number of a latent: print what the finished results in --workdir say of '
     'it, and evaluate nothing',
   )
+  absl_flags.DEFINE_list(
+    'compare',
+    None,
+    'workdirs of sae-probe with a --suite: print the differences of their '
+    'autoencoders, pair by pair, with 95 % intervals, and evaluate nothing',
+  )
+  absl_flags.DEFINE_string(
+    'export',
+    None,
+    'a .csv or .parquet file: write the feature table of the finished results '
+    'in --workdir to it, a line for each latent, and evaluate nothing',
+  )
 
 
 def work() -> None:
   """Evaluates or prints as the flags say."""
   values = absl_flags.FLAGS
-  if values.text is not None or values.latent is not None:
+  if any(getattr(values, name) is not None for name in _QUESTIONS):
     for line in _asked(values):
       print(line)
     return
@@ -68,11 +86,23 @@ def work() -> None:
 
 
 def _asked(values: absl_flags.FlagValues) -> list[str]:
-  """The lines for --text or --latent."""
-  if values.text is not None and values.latent is not None:
-    raise errors.UserError('--text and --latent are two questions: give one')
+  """The lines for one of the questions."""
+  asked = [name for name in _QUESTIONS if getattr(values, name) is not None]
+  if len(asked) > 1:
+    raise errors.UserError(
+      f'{" and ".join(f"--{name}" for name in asked)} are {len(asked)} '
+      'questions: give one'
+    )
   # Signs that the terminal's encoding lacks.
   sys.stdout.reconfigure(errors='backslashreplace')
+  if values.compare is not None:
+    return compare.lines(compare.compare(values.compare))
+  if values.export is not None:
+    workdir = flags.url('workdir')
+    export.check(values.export)
+    features = results.open_features(workdir, results.read_report(workdir))
+    export.export(features, values.export)
+    return [f'{values.export}: {features.n_latents:,} latents']
   config = flags.read(report.ProbeConfig)
   columns = printed.width()
   if values.latent is not None:

@@ -15,6 +15,7 @@ from sae_jax.probing import baselines, row_blocks
 from sae_jax.probing.scan import candidates, double, quality, scatter
 from sae_jax.probing.scan import state as state_lib
 from sae_jax.probing.scan import sums as sums_lib
+from sae_jax.probing.scan.reducers import statistics
 from sae_jax.probing.scan.state import TRAINED
 
 
@@ -122,6 +123,33 @@ class ScanResult:
     used_H = jax.jit(lambda a: (a > 0).any(0), out_shardings=whole)(counts_NH)
     used = np.flatnonzero(_local(used_H))
     return (int(used[0]), int(used[-1]) + 1) if len(used) else (0, 1)
+
+  def counts_and_maxima(self) -> tuple[np.ndarray, np.ndarray]:
+    """Of all latents, on every process: rows they fire on, int64, and maxima.
+
+    All processes call it.
+    """
+    state = self._reducers['statistics']
+    whole = NamedSharding(state.max_N.sharding.mesh, PartitionSpec())
+    of_N = state.count_hi_N, state.count_lo_N, state.max_N
+    gathered = jax.jit(lambda *of_N: of_N, out_shardings=(whole,) * 3)(*of_N)
+    hi_N, lo_N, max_N = map(_local, gathered)
+    return statistics.whole(hi_N, lo_N), max_N
+
+  def top_rows(self, latents: np.ndarray) -> np.ndarray:
+    """Rows of the highest activations of some latents, [U, M] int64.
+
+    The highest first; -1 for none. On every process; all call it.
+    """
+    state = self._reducers['top']
+    whole = NamedSharding(state.row_hi_NM.sharding.mesh, PartitionSpec())
+    take = jax.jit(
+      lambda state, latents: jax.tree.map(lambda a: a[latents], state),
+      out_shardings=whole,
+    )
+    kind = self._plan.config.reducers()['top']
+    of_latents = jax.tree.map(_local, take(state, np.asarray(latents)))
+    return kind.finish(of_latents)['top_rows']
 
   @property
   def held_latents(self) -> dict[int, list[tuple[int, int]]]:

@@ -157,7 +157,7 @@ class Statistics:
     deviation is 0, and where they spread by less than 1e-4 of their mean the
     skewness is 0: the sums give no more digits.
     """
-    count_N = _whole(state.count_hi_N, state.count_lo_N)
+    count_N = whole(state.count_hi_N, state.count_lo_N)
     most_N = np.maximum(count_N, 1)
     mean_N, square_N, cube_N, margin_N = (
       double.to_float64(of) / most_N
@@ -181,7 +181,7 @@ class Statistics:
       'std': std_N,
       'skew': skew_N,
       'hist_counts': np.asarray(state.hist_NH, np.int64),
-      'rank_mean': _whole(state.rank_hi_N, state.rank_lo_N) / most_N,
+      'rank_mean': whole(state.rank_hi_N, state.rank_lo_N) / most_N,
       'margin_mean': margin_N,
     }
 
@@ -218,5 +218,6 @@ def _add_words(a_hi, a_lo, b_hi, b_lo):
   return a_hi + jnp.uint32(b_hi) + (lo < b_lo).astype(jnp.uint32), lo
 
 
-def _whole(hi, lo) -> np.ndarray:
+def whole(hi, lo) -> np.ndarray:
+  """Numbers of two words, int64 on the host."""
   return np.asarray(hi, np.int64) << 32 | np.asarray(lo, np.int64)

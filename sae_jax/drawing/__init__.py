@@ -1,0 +1,1 @@
+"""Figures as files, and pages that need no other file and no network."""
