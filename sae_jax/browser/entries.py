@@ -49,7 +49,7 @@ _EFFECTS = tuple(
     'up_logits',
     'down_ids',
     'down_logits',
-  )  # fmt: skip
+  )
 )
 
 

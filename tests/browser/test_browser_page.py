@@ -189,7 +189,7 @@ def test_votes_and_neighbours(page, made):
 
 
 def test_effects_are_there_where_they_were_measured(page, made):
-  features, _, vocabulary = made
+  features, _, _vocabulary = made
   measured = np.isfinite(features['effect_kl'])
   latents = ordinary_latents(made, 9)
   latent = next(n for n in latents if measured[n])

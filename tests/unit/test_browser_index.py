@@ -103,7 +103,7 @@ def test_files_give_the_arrays_back(made, folder):
     'vote_up_logits',
     'count',
     'effect_down_logits',
-  ],  # fmt: skip
+  ],
 )
 def test_comparison_sees_one_changed_number(made, folder, name):
   features = {k: v.copy() for k, v in made[0].items()}
