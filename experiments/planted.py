@@ -17,7 +17,7 @@ import dataclasses
 import json
 from typing import Any
 
-from absl import app, flags, logging
+from absl import logging
 from etils import epath
 import jax
 import numpy as np
@@ -25,10 +25,11 @@ import tokenizers
 from tokenizers import models, pre_tokenizers
 
 import sae_jax
-from sae_jax import checkpoint, errors
+from sae_jax import checkpoint
 from sae_jax import mesh as mesh_lib
 from sae_jax import store as store_lib
 from sae_jax import subject as subject_lib
+from sae_jax.cli import flags, huge_pages
 from sae_jax.probing import reconstruction
 from sae_jax.probing.scan import run as scan_lib
 from sae_jax.probing.scan.config import ScanConfig
@@ -270,11 +271,9 @@ def _number(value: float | None, form: str = '.3g') -> str:
   return 'none' if value is None else format(value, form)
 
 
-def main(argv: list[str]) -> None:
+def work() -> None:
   """Measures and prints."""
-  if len(argv) > 1:
-    raise errors.UserError(f'{argv[1]} is no flag')
-  result = measure(epath.Path(flags.FLAGS.workdir))
+  result = measure(epath.Path(flags.url('workdir')))
   print('\n'.join(lines(result['rows'])))
   for row in result['rows']:
     statistic = evaluations.of(row['evaluation']).STATISTICS[row['figure']]
@@ -283,7 +282,12 @@ def main(argv: list[str]) -> None:
   print(json.dumps(result))
 
 
+def main() -> None:
+  """Entry point."""
+  flags.define_url('workdir', 'folder for subject, store and runs')
+  flags.run(work, __doc__)
+
+
 if __name__ == '__main__':
-  flags.DEFINE_string('workdir', None, 'folder for subject, store and runs')
-  flags.mark_flag_as_required('workdir')
-  app.run(main)
+  huge_pages.use_huge_pages()
+  main()

@@ -39,8 +39,11 @@ _SIZES = {
   'tokens': 10,
   'partners': 5,
   'tasks': 4,
+  'V effect': 10,
 }
 _GROUPS = columns_lib.GROUPS
+# Beginnings of columns that do not follow from what a latent fires on.
+_OF_ALL = ('vote_', 'neighbour_', 'probe_', 'effect_', 'latent_ids')
 _BLOCK = 64
 
 
@@ -88,7 +91,9 @@ def block(
       array = rng.integers(0, most - 1, shape)
     absent = -1 if column.least == -1 and column.dtype == 'int32' else 0
     # These do not follow from what a latent fires on.
-    if not name.startswith(('vote_', 'neighbour_', 'probe_', 'latent_ids')):
+    if not name.startswith(
+      ('vote_', 'neighbour_', 'probe_', 'latent_ids', 'effect_')
+    ):
       array[~live_N] = absent
     arrays[name] = array
   return arrays

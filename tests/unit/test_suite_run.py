@@ -88,6 +88,7 @@ def fakes(monkeypatch):
   """Evaluations by name, which stand in for those of the folder."""
   modules = {}
   monkeypatch.setattr(evaluations, 'of', modules.__getitem__)
+  monkeypatch.setattr(evaluations, 'NAMES', ())
   return modules
 
 

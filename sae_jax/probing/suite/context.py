@@ -1,6 +1,6 @@
 """What evaluations have in common: autoencoders, subject and test documents."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 import numpy as np
 
 from sae_jax import autoencoder, errors, progress
-from sae_jax import mesh as mesh_lib
 from sae_jax import store as store_lib
 from sae_jax.feed.rows import Rows
+from sae_jax.probing.suite import arrays
 from sae_jax.probing.suite import scored as scored_lib
 from sae_jax.probing.suite.figures import Sample
 from sae_jax.probing.suite.scored import Scored
@@ -293,7 +293,7 @@ class Context:
   def decoder_rows(self, latents: np.ndarray) -> np.ndarray:
     """Decoder rows of some latents, [U, D], on every process."""
     shape, sae = self.itself
-    return to_host(_decoder_rows(shape, sae.w_dec_ND, latents))
+    return arrays.to_host(_decoder_rows(shape, sae.w_dec_ND, latents))
 
   def chosen_on(self, rows: int) -> np.ndarray:
     """The first validation rows, at most so many, for what is fitted."""
@@ -329,10 +329,16 @@ class Context:
     with progress.bar(total=total, unit='tok', desc=desc) as bar:
       for name, scored in self.scored.items():
         parts = []
-        for start, stop in batches(batch_rows, len(drawn.raw_BD), self.mesh):
-          raw_BD = on_data(drawn.raw_BD[start:stop], batch_rows, self.mesh)
+        for start, stop in arrays.batches(
+          batch_rows, len(drawn.raw_BD), self.mesh
+        ):
+          raw_BD = arrays.on_data(
+            drawn.raw_BD[start:stop], batch_rows, self.mesh
+          )
           out = terms(name, scored, raw_BD)
-          parts.append({t: to_host(a, stop - start) for t, a in out.items()})
+          parts.append(
+            {t: arrays.to_host(a, stop - start) for t, a in out.items()}
+          )
           bar.update(stop - start)
         samples[name] = Sample(drawn.document_B, drawn.draw_B, joined(parts))
     return samples
@@ -340,45 +346,7 @@ class Context:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _decoder_rows(shape, w_dec_ND, latents):
-  return whole(scored_lib.rows(shape, w_dec_ND, latents), shape.mesh)
-
-
-def batches(size: int, count: int, mesh: Mesh) -> Iterator[tuple[int, int]]:
-  """First and past the last of batches of about a size; see `on_data`."""
-  size += -size % mesh.shape['data']
-  for start in range(0, count, size):
-    yield start, min(start + size, count)
-
-
-def on_data(of_BX: np.ndarray, size: int, mesh: Mesh) -> jax.Array:
-  """An array that all processes have, split over the data shards.
-
-  Args:
-    of_BX: at most `size` rows, up to which the last one is repeated.
-    size: a multiple of the shards, or made one.
-    mesh: axes ("data", "latent").
-  """
-  size += -size % mesh.shape['data']
-  short = [(0, size - len(of_BX)), *[(0, 0)] * (of_BX.ndim - 1)]
-  whole = np.pad(of_BX, short, mode='edge')
-  return jax.make_array_from_callback(
-    whole.shape, mesh_lib.sharding(mesh, 'B'), lambda index: whole[index]
-  )
-
-
-def whole(tree, mesh: Mesh):
-  """Inside jit: arrays that every process can read."""
-  return jax.lax.with_sharding_constraint(tree, mesh_lib.sharding(mesh, ''))
-
-
-def fetched(array: jax.Array, mesh: Mesh) -> np.ndarray:
-  """An array on the host of every process, however it is split."""
-  return to_host(jax.jit(functools.partial(whole, mesh=mesh))(array))
-
-
-def to_host(array: jax.Array, count: int | None = None) -> np.ndarray:
-  """An array of `whole` on the host; the first `count` of its rows."""
-  return np.asarray(array.addressable_data(0))[:count]
+  return arrays.whole(scored_lib.rows(shape, w_dec_ND, latents), shape.mesh)
 
 
 def _taken(pool, chosen: list[np.ndarray]) -> list[np.ndarray]:

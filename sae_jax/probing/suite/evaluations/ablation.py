@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sae_jax import progress
-from sae_jax.probing.suite import ablating
+from sae_jax.probing.suite import ablating, arrays
 from sae_jax.probing.suite import context as context_lib
 from sae_jax.probing.suite.context import Context
 from sae_jax.probing.suite.figures import ratio, Statistic
@@ -74,11 +74,11 @@ def measure(context: Context) -> Outcome:
   with progress.bar(
     total=len(drawn.at_C) * len(context.scored), unit='latent', desc='ablation'
   ) as bar:
-    for start, stop in context_lib.batches(
+    for start, stop in arrays.batches(
       size.batch_contexts, len(drawn.at_C), mesh
     ):
       tokens, at, chance = (
-        context_lib.on_data(of_C[start:stop], size.batch_contexts, mesh)
+        arrays.on_data(of_C[start:stop], size.batch_contexts, mesh)
         for of_C in (drawn.tokens_CT, drawn.at_C, chance_C)
       )
       at_BS = at[:, None] + ahead
@@ -90,7 +90,7 @@ def measure(context: Context) -> Outcome:
         )  # fmt: skip
         terms = _terms(mesh, tokens, at, taken.vals_B, logits, without)
         sums[name].append(
-          {t: context_lib.to_host(a, stop - start) for t, a in terms.items()}
+          {t: arrays.to_host(a, stop - start) for t, a in terms.items()}
         )
         bar.update(stop - start)
   return Outcome(context_lib.samples(drawn, sums))
@@ -115,7 +115,7 @@ def _terms(mesh, tokens_BT, at_B, vals_B, logits_BSV, without_BSV):
     'ablations': jnp.ones_like(vals_B),
   }
   terms = {t: jnp.where(is_there_B, of, 0) for t, of in terms.items()}
-  return context_lib.whole(terms, mesh)
+  return arrays.whole(terms, mesh)
 
 
 def affected(change_BSV: jax.Array) -> jax.Array:

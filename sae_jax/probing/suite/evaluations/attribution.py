@@ -9,7 +9,7 @@ import numpy as np
 
 from sae_jax import progress
 from sae_jax.probing import splicing
-from sae_jax.probing.suite import ablating
+from sae_jax.probing.suite import ablating, arrays
 from sae_jax.probing.suite import context as context_lib
 from sae_jax.probing.suite.context import Context
 from sae_jax.probing.suite.figures import divided, ratio, Statistic
@@ -89,11 +89,11 @@ def measure(context: Context) -> Outcome:
     unit='latent',
     desc='attribution',
   ) as bar:
-    for start, stop in context_lib.batches(
+    for start, stop in arrays.batches(
       size.batch_contexts, len(drawn.at_C), mesh
     ):
       tokens, at, chance = (
-        context_lib.on_data(of_C[start:stop], size.batch_contexts, mesh)
+        arrays.on_data(of_C[start:stop], size.batch_contexts, mesh)
         for of_C in (drawn.tokens_CT, drawn.at_C, chance_C)
       )
       raw_BTD, pair_B2, before_B, slope_BD = gradients(
@@ -106,7 +106,7 @@ def measure(context: Context) -> Outcome:
         )  # fmt: skip
         terms = _terms(mesh, taken, without_B1V, pair_B2, before_B, slope_BD)
         sums[name].append(
-          {t: context_lib.to_host(a, stop - start) for t, a in terms.items()}
+          {t: arrays.to_host(a, stop - start) for t, a in terms.items()}
         )
         bar.update(stop - start)
   return Outcome(context_lib.samples(drawn, sums))
@@ -162,4 +162,4 @@ def _terms(mesh, taken, without_B1V, pair_B2, before_B, slope_BD):
     terms[f'effect {name}'] = of['effect'] * of[name]
   is_there_B = taken.vals_B > 0
   terms = {t: jnp.where(is_there_B, a, 0) for t, a in terms.items()}
-  return context_lib.whole(terms, mesh)
+  return arrays.whole(terms, mesh)

@@ -8,9 +8,8 @@ import jax
 import numpy as np
 
 from sae_jax import progress
-from sae_jax.probing.suite import context as context_lib
+from sae_jax.probing.suite import arrays, wordnet
 from sae_jax.probing.suite import scored as scored_lib
-from sae_jax.probing.suite import wordnet
 from sae_jax.probing.suite.context import CannotMeasure, Context
 from sae_jax.probing.suite.figures import ratio, Sample, Statistic
 from sae_jax.probing.suite.outcome import Outcome
@@ -211,15 +210,12 @@ def _codes(context, scored, raw_BD, size, name) -> list[np.ndarray]:
   with progress.bar(
     total=len(raw_BD), unit='tok', desc=f'completeness: {name}'
   ) as bar:
-    for start, stop in context_lib.batches(
+    for start, stop in arrays.batches(
       size.batch_rows, len(raw_BD), context.mesh
     ):
-      part = context_lib.on_data(
-        raw_BD[start:stop], size.batch_rows, context.mesh
-      )
+      part = arrays.on_data(raw_BD[start:stop], size.batch_rows, context.mesh)
       vals_BK, idx_BK = (
-        context_lib.to_host(of, stop - start)
-        for of in _active(shape, sae, part)
+        arrays.to_host(of, stop - start) for of in _active(shape, sae, part)
       )
       out += [idx_K[vals_K > 0] for vals_K, idx_K in zip(vals_BK, idx_BK)]
       bar.update(stop - start)
@@ -228,7 +224,7 @@ def _codes(context, scored, raw_BD, size, name) -> list[np.ndarray]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _active(shape, sae, raw_BD):
-  return context_lib.whole(scored_lib.codes(shape, sae, raw_BD), shape.mesh)
+  return arrays.whole(scored_lib.codes(shape, sae, raw_BD), shape.mesh)
 
 
 def _own(codes: list[np.ndarray], parts: list[np.ndarray]) -> np.ndarray:

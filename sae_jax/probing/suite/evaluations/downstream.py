@@ -6,8 +6,8 @@ import numpy as np
 
 from sae_jax import progress
 from sae_jax.probing import splicing
+from sae_jax.probing.suite import arrays, loss_curve
 from sae_jax.probing.suite import context as context_lib
-from sae_jax.probing.suite import loss_curve
 from sae_jax.probing.suite.context import Context
 from sae_jax.probing.suite.figures import divided, ratio, Statistic
 from sae_jax.probing.suite.outcome import Outcome
@@ -126,7 +126,7 @@ def measure(context: Context) -> Outcome:
   with progress.bar(
     total=int(texts.length_C.sum()), unit='tok', desc='downstream'
   ) as bar:
-    for start, stop in context_lib.batches(
+    for start, stop in arrays.batches(
       size.batch_contexts, len(texts.length_C), context.mesh
     ):
       batch = texts.part(start, stop)
@@ -171,8 +171,7 @@ def _terms(context, batch, size, is_place_TP):
   mesh, mean_D = context.mesh, np.asarray(context.mean_D, np.float32)
   where = context.subject.config, context.site, mesh, context.params
   tokens, kept = (
-    context_lib.on_data(of, size, mesh)
-    for of in (batch.tokens_CT, batch.kept_CT)
+    arrays.on_data(of, size, mesh) for of in (batch.tokens_CT, batch.kept_CT)
   )
   everywhere = np.ones(tokens.shape, bool)
   count, length = batch.tokens_CT.shape
@@ -187,7 +186,7 @@ def _terms(context, batch, size, is_place_TP):
     return [scored(of_BT) for of_BT in out]
 
   def scored(of_BT):
-    of_BT = context_lib.to_host(of_BT, count).astype(np.float64)
+    of_BT = arrays.to_host(of_BT, count).astype(np.float64)
     return np.where(scored_BT, of_BT, 0)
 
   zero_BT, mean_BT = (

@@ -10,8 +10,7 @@ import numpy as np
 
 from sae_jax import progress
 from sae_jax.probing import lens
-from sae_jax.probing.suite import ablating
-from sae_jax.probing.suite import context as context_lib
+from sae_jax.probing.suite import ablating, arrays
 from sae_jax.probing.suite.context import CannotMeasure, Context
 from sae_jax.probing.suite.figures import ratio, Sample, Statistic
 from sae_jax.probing.suite.outcome import Outcome
@@ -141,7 +140,7 @@ def _effects(context, latents, rows_UM, batch) -> Effects:
   tokens, at, length = map(np.array, zip(*texts))
   mesh, total = context.mesh, len(texts)
   there = rows_UM.reshape(-1) >= 0
-  put = functools.partial(context_lib.on_data, size=total, mesh=mesh)
+  put = functools.partial(arrays.on_data, size=total, mesh=mesh)
   shape, sae = context.itself
   where = context.subject.config, context.site
   at_BS = np.minimum(at[:, None] + np.arange(TOKENS), tokens.shape[1] - 1)
@@ -161,7 +160,7 @@ def _effects(context, latents, rows_UM, batch) -> Effects:
     logits,
     without,
   )
-  return Effects(*(context_lib.to_host(of, count) for of in out))
+  return Effects(*(arrays.to_host(of, count) for of in out))
 
 
 def _text(context: Context, row: int) -> tuple[np.ndarray, int, int]:
@@ -227,7 +226,7 @@ def _terms(mesh, shape, tokens_BT, at_B, length_B, there_B, logits, without):
     down,
     -down_logits,
   )
-  return context_lib.whole(out, mesh)
+  return arrays.whole(out, mesh)
 
 
 def _agreement(context, latents, up_UV):

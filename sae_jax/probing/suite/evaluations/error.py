@@ -8,7 +8,7 @@ import numpy as np
 
 from sae_jax import autoencoder, progress
 from sae_jax.probing import splicing
-from sae_jax.probing.suite import context as context_lib
+from sae_jax.probing.suite import arrays
 from sae_jax.probing.suite.context import Context
 from sae_jax.probing.suite.figures import divided, ratio, Statistic
 from sae_jax.probing.suite.outcome import Outcome
@@ -90,14 +90,12 @@ def _fit(context: Context, name: str, size: Size) -> tuple[np.ndarray, ...]:
   d_model = shape.config.d_model
   moments = np.zeros((2 * d_model + 2, 2 * d_model + 2))
   with progress.bar(total=n_rows, unit='tok', desc=f'error: {name}') as bar:
-    for start, stop in context_lib.batches(
-      size.batch_rows, n_rows, context.mesh
-    ):
-      raw_BD = context_lib.on_data(
+    for start, stop in arrays.batches(size.batch_rows, n_rows, context.mesh):
+      raw_BD = arrays.on_data(
         context.store.finite_rows(start, stop), size.batch_rows, context.mesh
       )
       x_BD, error_BD = (
-        context_lib.to_host(of, stop - start).astype(np.float64)
+        arrays.to_host(of, stop - start).astype(np.float64)
         for of in _errors(shape, sae, raw_BD)
       )
       length_B1 = (error_BD**2).sum(1, keepdims=True)
@@ -126,7 +124,7 @@ def _errors(shape, sae, raw_BD):
   x_BD, affine = autoencoder.preprocess(shape.config, sae, raw_BD)
   new_BD = splicing.reconstruction(shape.config, shape.mesh)(sae, raw_BD)
   error_BD = x_BD - (new_BD - affine.shift) / affine.scale
-  return context_lib.whole((x_BD, error_BD), shape.mesh)
+  return arrays.whole((x_BD, error_BD), shape.mesh)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -143,4 +141,4 @@ def _terms(shape, sae, raw_BD, mean_D, mean_out, weights):
     'length_left': (length_B - predicted[:, -1]) ** 2,
     'rows': jax.numpy.ones_like(length_B),
   }
-  return context_lib.whole(terms, shape.mesh)
+  return arrays.whole(terms, shape.mesh)

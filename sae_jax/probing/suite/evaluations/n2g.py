@@ -9,8 +9,7 @@ import numpy as np
 
 from sae_jax import progress
 from sae_jax.probing import spelling
-from sae_jax.probing.suite import ablating
-from sae_jax.probing.suite import context as context_lib
+from sae_jax.probing.suite import ablating, arrays
 from sae_jax.probing.suite import patterns as patterns_lib
 from sae_jax.probing.suite import scored as scored_lib
 from sae_jax.probing.suite.context import CannotMeasure, Context
@@ -144,10 +143,10 @@ class _Latents:
     """Values and latents of all kept tokens of texts, [C, T, K]; else 0."""
     size, mesh = self._size, self._context.mesh
     vals, idx = [], []
-    for start, stop in context_lib.batches(
+    for start, stop in arrays.batches(
       size.batch_contexts, len(texts.length_C), mesh
     ):
-      tokens = context_lib.on_data(
+      tokens = arrays.on_data(
         texts.tokens_CT[start:stop], size.batch_contexts, mesh
       )
       out = _codes(
@@ -158,7 +157,7 @@ class _Latents:
         self._scored.sae,
         tokens,
       )
-      own_vals, own_idx = (context_lib.to_host(of, stop - start) for of in out)
+      own_vals, own_idx = (arrays.to_host(of, stop - start) for of in out)
       vals.append(np.where(texts.kept_CT[start:stop, :, None], own_vals, 0))
       idx.append(own_idx)
     return np.concatenate(vals), np.concatenate(idx)
@@ -237,11 +236,11 @@ class _Latents:
       self._scored.shape,
       self._context.params,
       self._scored.sae,
-      context_lib.on_data(tokens, _TEXTS, mesh),
-      context_lib.on_data(last, _TEXTS, mesh),
+      arrays.on_data(tokens, _TEXTS, mesh),
+      arrays.on_data(last, _TEXTS, mesh),
       latent,
     )
-    return context_lib.to_host(out, len(texts))
+    return arrays.to_host(out, len(texts))
 
   def activations(self, texts, latents: list[int]) -> list[np.ndarray]:
     """The activations [C, T] of latents on kept tokens of texts."""
@@ -266,7 +265,7 @@ def _codes(config, site, shape, params, sae, tokens_BT):
   flat_BD = raw_BTD.reshape(-1, raw_BTD.shape[-1])
   codes = scored_lib.codes(shape, sae, flat_BD)
   codes = [of.reshape(*tokens_BT.shape, -1) for of in codes]
-  return context_lib.whole(codes, shape.mesh)
+  return arrays.whole(codes, shape.mesh)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -275,7 +274,7 @@ def _last_values(config, site, shape, params, sae, tokens_BT, last_B, latent):
   last_BD = ablating.at_token(raw_BTD, last_B)
   vals_BK, idx_BK = scored_lib.codes(shape, sae, last_BD)
   value_B = jnp.where(idx_BK == latent, vals_BK, 0).max(-1)
-  return context_lib.whole(value_B, shape.mesh)
+  return arrays.whole(value_B, shape.mesh)
 
 
 def _last_token(pattern: patterns_lib.Pattern) -> patterns_lib.Pattern:

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from sae_jax import autoencoder
-from sae_jax.probing.suite import context as context_lib
+from sae_jax.probing.suite import arrays
 from sae_jax.probing.suite import scored as scored_lib
 from sae_jax.probing.suite.context import Context
 from sae_jax.probing.suite.figures import ratio, Sample, Statistic
@@ -70,14 +70,12 @@ def measure(context: Context) -> Outcome:
     for draw in range(context.draws):
       raw_BD = drawn.raw_BD[drawn.draw_B == draw]
       parts = []
-      for start, stop in context_lib.batches(
+      for start, stop in arrays.batches(
         size.batch_rows, len(raw_BD), context.mesh
       ):
-        part = context_lib.on_data(
-          raw_BD[start:stop], size.batch_rows, context.mesh
-        )
+        part = arrays.on_data(raw_BD[start:stop], size.batch_rows, context.mesh)
         out = _projections(shape, sae, part, latents)
-        parts.append(context_lib.to_host(out, stop - start))
+        parts.append(arrays.to_host(out, stop - start))
       order = -np.sort(-np.concatenate(parts), axis=None)
       places = [int(share * count) * len(raw_BD) for share in _SHARES]
       values.append(order[np.minimum(places, len(order) - 1)])
@@ -101,4 +99,4 @@ def _projections(shape, sae, raw_BD, latents):
   x_BD, _ = autoencoder.preprocess(shape.config, sae, raw_BD)
   rows_CD = scored_lib.rows(shape, sae.w_dec_ND, latents)
   out_BC = (x_BD - sae.b_pre_D) @ rows_CD.T
-  return context_lib.whole(out_BC, shape.mesh)
+  return arrays.whole(out_BC, shape.mesh)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sae_jax import autoencoder
-from sae_jax.probing.suite import context as context_lib
+from sae_jax.probing.suite import arrays
 from sae_jax.probing.suite import scored as scored_lib
 from sae_jax.probing.suite.context import Context
 from sae_jax.probing.suite.figures import ratio, Statistic
@@ -127,12 +127,10 @@ class _Points(NamedTuple):
     latents = tuple(min(point, shape.config.n_latents) for point in points)
     raw_BD = context.chosen_on(_VALIDATION_ROWS)
     values = []
-    for start, stop in context_lib.batches(
-      batch_rows, len(raw_BD), context.mesh
-    ):
-      part = context_lib.on_data(raw_BD[start:stop], batch_rows, context.mesh)
+    for start, stop in arrays.batches(batch_rows, len(raw_BD), context.mesh):
+      part = arrays.on_data(raw_BD[start:stop], batch_rows, context.mesh)
       vals_BW = _values(shape, _width(shape, latents), sae, part)
-      values.append(context_lib.to_host(vals_BW, stop - start))
+      values.append(arrays.to_host(vals_BW, stop - start))
     # Of all candidates of all tokens, as many as the tokens times k'.
     order = -np.sort(-np.concatenate(values), axis=None)
     places = np.minimum(np.array(latents) * len(raw_BD), len(order)) - 1
@@ -147,7 +145,7 @@ def _width(shape, latents) -> int:
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _values(shape, width, sae, raw_BD):
   vals_BW, _ = scored_lib.ranked(shape, sae, raw_BD, width)
-  return context_lib.whole(vals_BW, shape.mesh)
+  return arrays.whole(vals_BW, shape.mesh)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 3))
@@ -180,4 +178,4 @@ def _terms(shape, sae, raw_BD, latents, mean_D, least_P):
     'variance_points': variance_B[:, None] * as_points,
     'rows_points': jnp.ones_like(variance_B)[:, None] * as_points,
   }
-  return context_lib.whole(terms, shape.mesh)
+  return arrays.whole(terms, shape.mesh)

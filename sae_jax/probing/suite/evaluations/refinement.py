@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from sae_jax import autoencoder
-from sae_jax.probing.suite import context as context_lib
+from sae_jax.probing.suite import arrays
 from sae_jax.probing.suite import scored as scored_lib
 from sae_jax.probing.suite.context import Context
 from sae_jax.probing.suite.figures import divided, ratio, Statistic
@@ -106,7 +106,7 @@ def _terms(shape, sae, raw_BD, mean_D):
     'dropped': (active_BK & (new_BK <= 0)).sum(-1),
     'active': active_BK.sum(-1),
   }
-  return context_lib.whole(terms, shape.mesh)
+  return arrays.whole(terms, shape.mesh)
 
 
 def refined(

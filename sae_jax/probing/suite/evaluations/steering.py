@@ -9,7 +9,7 @@ import numpy as np
 
 from sae_jax import progress
 from sae_jax.probing import lens, splicing, steering
-from sae_jax.probing.suite import context as context_lib
+from sae_jax.probing.suite import arrays
 from sae_jax.probing.suite.context import CannotMeasure, Context
 from sae_jax.probing.suite.figures import ratio, Sample, Statistic
 from sae_jax.probing.suite.outcome import Outcome
@@ -180,12 +180,12 @@ class _Unsteered:
       self.size.new_tokens,
       edits=edits,
     )
-    return context_lib.fetched(new_BT, self.context.mesh)
+    return arrays.fetched(new_BT, self.context.mesh)
 
   def loss_of(self, prompts_BT, new_BT: np.ndarray) -> np.ndarray:
     """Mean cross-entropy of each continuation, without steering."""
     whole_BT = np.concatenate([prompts_BT, new_BT], 1)
-    losses_BT = context_lib.fetched(
+    losses_BT = arrays.fetched(
       _losses(self.context.subject.config, self.context.params, whole_BT),
       self.context.mesh,
     )
@@ -205,7 +205,7 @@ class _Unsteered:
       np.tile(of, (n_strengths,) + (1,) * (of.ndim - 1))
       for of in (self.prompts_PT, self.raw_PTD, self.log_p_PV)
     )
-    after_BV = context_lib.fetched(
+    after_BV = arrays.fetched(
       _steered(config, context.site, context.params, prompts_BT, raw_BTD, push),
       context.mesh,
     )

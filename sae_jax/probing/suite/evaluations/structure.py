@@ -9,8 +9,7 @@ import numpy as np
 from scipy import optimize
 
 from sae_jax.probing import neighbours
-from sae_jax.probing.suite import context as context_lib
-from sae_jax.probing.suite import controls
+from sae_jax.probing.suite import arrays, controls
 from sae_jax.probing.suite.context import Context
 from sae_jax.probing.suite.figures import ratio, Sample, Statistic
 from sae_jax.probing.suite.outcome import Outcome
@@ -93,14 +92,14 @@ def measure(context: Context) -> Outcome:
     count = min(1, n_latents - 1)
     nearest = neighbours.nearest(sae.w_dec_ND, count).cosines_NC
     nearest_N = (
-      context_lib.fetched(nearest, shape.mesh)
+      arrays.fetched(nearest, shape.mesh)
       .reshape(n_latents, -1)
       .max(1, initial=-1)
     )
     terms = {
       'nearest': nearest_N,
       'duplicates': nearest_N > 0.9,
-      'encoder_decoder': context_lib.fetched(
+      'encoder_decoder': arrays.fetched(
         _cosines(sae.w_enc_ND, sae.w_dec_ND), shape.mesh
       ),
       'latents': np.ones(n_latents),
@@ -135,8 +134,8 @@ def _compared(itself, other, size: Size, name: str, remarks: list[str]):
     remarks.append(line)
     return {}
   decoders, encoders = (
-    _unit(context_lib.fetched(of, other_shape.mesh))
-    @ _unit(context_lib.fetched(own, shape.mesh)).T
+    _unit(arrays.fetched(of, other_shape.mesh))
+    @ _unit(arrays.fetched(own, shape.mesh)).T
     for of, own in (
       (other_sae.w_dec_ND, sae.w_dec_ND),
       (other_sae.w_enc_ND, sae.w_enc_ND),
