@@ -113,7 +113,7 @@ def probe(
     )
     if results.are_finished(workdir, vouched):
       report = results.read_report(workdir)
-      if suite.has_all(report, config.suite):
+      if suite.has_all(report, config):
         logging.info('%s is finished: reused', workdir)
         joined.by_first(workdir, lambda: _clean(workdir))
         return report

@@ -15,6 +15,7 @@ from sae_jax.probing.suite import (
   compare,
   evaluations,
   figures,
+  measured,
   outcome,
   page,
   run,
@@ -150,6 +151,30 @@ def test_finished_evaluations_are_kept(fakes, tmp_path):
     assert len(calls) == before + 1
 
 
+def test_an_option_is_of_those_that_depend_on_it(fakes, tmp_path):
+  """A loss curve is read by one, and asked for again when it is given."""
+  calls = []
+  fakes['one'], fakes['two'] = fake(calls=calls), fake(calls=calls)
+  fakes['two'].OPTIONS = ('loss_curve',)
+  curve = tmp_path / 'curve.csv'
+  curve.write_text('compute,loss\n1,2\n2,1\n')
+  names, out = ['one', 'two'], []
+  for url in ('', str(curve)):
+    asked = context(loss_curve=url)
+    out.append(run.run(names, asked, str(tmp_path), {}))
+  assert len(calls) == 3
+  plain, curved = (
+    {'evaluations': {n: of.record for n, of in results.items()}}
+    for results in out
+  )
+  config = types.SimpleNamespace(suite=('quick',), loss_curve='', wordnet='')
+  given = types.SimpleNamespace(**vars(config) | {'loss_curve': str(curve)})
+  evaluations.NAMES = ('one', 'two')
+  assert measured.has_all(plain, config) and measured.has_all(curved, config)
+  assert measured.has_all(curved, given)
+  assert not measured.has_all(plain, given)
+
+
 @pytest.mark.parametrize('part', ['json', 'npz', 'gone'])
 def test_a_damaged_result_is_measured_again(fakes, tmp_path, part):
   calls = []
@@ -261,12 +286,12 @@ def test_a_report_has_its_evaluations(tmp_path, monkeypatch):
       probed.make_subject(),
     )
 
-  measured = []
+  done = []
   monkeypatch.setattr(
     run,
     '_measured',
     lambda name, context, own=run._measured: (
-      measured.append(name) or own(name, context)
+      done.append(name) or own(name, context)
     ),
   )
   plain = probe()
@@ -274,7 +299,7 @@ def test_a_report_has_its_evaluations(tmp_path, monkeypatch):
   assert not (tmp_path / 'probe' / results.PAGE).exists()
   first = probe('quick', 'refinement')
   both = probe('quick', 'refinement', 'recovery')
-  assert measured == ['refinement', 'recovery']
+  assert done == ['refinement', 'recovery']
   assert both['evaluations']['refinement'] == first['evaluations']['refinement']
   # What it has is enough for one that asks for less.
   assert probe('quick', 'recovery') == both == probe()

@@ -1,6 +1,6 @@
 """The suite as a part of sae-probe."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -88,13 +88,20 @@ def columns(evaluated: Mapping[str, Result]) -> dict[str, np.ndarray]:
   }
 
 
-def has_all(report: Mapping[str, Any], words: Sequence[str]) -> bool:
-  """Whether a report has the evaluations that are asked for, of their size."""
-  names, size = evaluations.asked(words)
-  there = report['evaluations']
-  return all(
-    name in there and there[name]['size_name'] == size for name in names
-  )
+def has_all(report: Mapping[str, Any], config: ProbeConfig) -> bool:
+  """Whether a report has the evaluations that are asked for.
+
+  They must be of the size, and of the options that are given.
+  """
+  names, size = evaluations.asked(config.suite)
+  for name in names:
+    record = report['evaluations'].get(name)
+    if record is None or record['size_name'] != size:
+      return False
+    given = evaluations.options(name, config.loss_curve, config.wordnet)
+    if any(of and record['options'][flag] != of for flag, of in given.items()):
+      return False
+  return True
 
 
 def plots_of(report: Mapping[str, Any]) -> dict[str, Figure]:

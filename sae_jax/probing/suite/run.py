@@ -7,7 +7,6 @@ import time
 from typing import Any
 
 from absl import logging
-from etils import epath
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
@@ -64,10 +63,8 @@ def _inputs(
   name: str, context: Context, size: str, made_from
 ) -> dict[str, Any]:
   """All that a result depends on."""
-  curve = context.loss_curve
   return {
-    'loss_curve': epath.Path(curve).read_text() if curve else '',
-    'wordnet': bool(context.wordnet),
+    'options': evaluations.options(name, context.loss_curve, context.wordnet),
     'inputs': made_from,
     'size': dataclasses.asdict(evaluations.of(name).SIZES[size]),
     'seed': context.seed,
@@ -92,6 +89,7 @@ def _measured(name: str, context: Context) -> Result:
     'about': evaluation.ABOUT,
     'unit': evaluation.UNIT,
     'size_name': context.size,
+    'options': evaluations.options(name, context.loss_curve, context.wordnet),
     'size': size,
     'draws': context.draws,
   }

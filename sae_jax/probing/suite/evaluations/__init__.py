@@ -8,6 +8,8 @@ import importlib
 import pkgutil
 from typing import Any, Protocol
 
+from etils import epath
+
 from sae_jax import errors
 
 QUICK, ALL = 'quick', 'all'
@@ -27,6 +29,7 @@ class Evaluation(Protocol):
     STATISTICS: its figures and curves, `figures.Statistic` by name.
     SIZES: by the size of the suite, QUICK and ALL, how much is measured: a
       dataclass whose fields are named in the report.
+    OPTIONS: flags beside the size that it depends on; may be left out for none.
   """
 
   TITLE: str
@@ -66,3 +69,20 @@ def asked(words: Sequence[str]) -> tuple[list[str], str]:
       )
   size = QUICK if QUICK in words else ALL
   return (names or list(NAMES)) if words else [], size
+
+
+def options(name: str, loss_curve: str, wordnet: str) -> dict[str, Any]:
+  """What an evaluation depends on beside its size, by the name of the flag.
+
+  Args:
+    name: of the evaluation.
+    loss_curve: URL of a table, see `loss_curve.read`; empty for none.
+    wordnet: folder of WordNet's files; empty for none.
+
+  Returns:
+    The table's text, and whether there are WordNet's files: the same wherever
+    they lie.
+  """
+  curve = epath.Path(loss_curve).read_text() if loss_curve else ''
+  given = {'loss_curve': curve, 'wordnet': bool(wordnet)}
+  return {flag: given[flag] for flag in getattr(of(name), 'OPTIONS', ())}

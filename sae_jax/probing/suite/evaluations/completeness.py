@@ -28,6 +28,7 @@ curve says from which frequency on a concept has one. In Templeton et al.,
 "Scaling Monosemanticity" (2024), half of the concepts had one at a frequency of
 somewhat less than 1 / (latents that fire)."""
 UNIT = 'concepts'
+OPTIONS = ('wordnet',)
 
 
 @dataclasses.dataclass(frozen=True)
