@@ -1,16 +1,57 @@
 """Taking single latents out of the activations that the subject reads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from sae_jax import autoencoder
+from sae_jax import autoencoder, progress
 from sae_jax.probing import splicing
+from sae_jax.probing.suite import arrays
+from sae_jax.probing.suite import context as context_lib
 from sae_jax.probing.suite import scored as scored_lib
+from sae_jax.probing.suite.context import Context
+from sae_jax.probing.suite.figures import Sample
 from sae_jax.subject import capture
+
+
+def samples(
+  context: Context,
+  drawn: context_lib.Tokens,
+  chance_C: np.ndarray,
+  batch_contexts: int,
+  terms: Callable[..., Iterator[tuple[str, dict[str, jax.Array]]]],
+  desc: str,
+) -> dict[str, Sample]:
+  """What ablations add to the sums of each autoencoder, one for each token.
+
+  Args:
+    context: the autoencoders.
+    drawn: the tokens.
+    chance_C: numbers in [0, 1) that choose the latent of each, see `active`.
+    batch_contexts: tokens at a time.
+    terms: tokens_BT, at_B and chance_B of a batch -> each autoencoder's name,
+      with arrays [B] by term, whole on every process.
+    desc: label of the progress bar.
+  """
+  parts = {name: [] for name in context.scored}
+  total = len(drawn.at_C) * len(parts)
+  with progress.bar(total=total, unit='latent', desc=desc) as bar:
+    for start, stop in arrays.batches(
+      batch_contexts, len(drawn.at_C), context.mesh
+    ):
+      batch = (
+        arrays.on_data(of_C[start:stop], batch_contexts, context.mesh)
+        for of_C in (drawn.tokens_CT, drawn.at_C, chance_C)
+      )
+      count = stop - start
+      for name, of in terms(*batch):
+        parts[name].append({t: arrays.to_host(a, count) for t, a in of.items()})
+        bar.update(count)
+  return context_lib.samples(drawn, parts)
 
 
 class Active(NamedTuple):

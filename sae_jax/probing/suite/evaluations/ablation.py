@@ -7,9 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sae_jax import progress
 from sae_jax.probing.suite import ablating, arrays
-from sae_jax.probing.suite import context as context_lib
 from sae_jax.probing.suite.context import Context
 from sae_jax.probing.suite.figures import ratio, Statistic
 from sae_jax.probing.suite.outcome import Outcome
@@ -65,35 +63,27 @@ STATISTICS = {
 
 
 def measure(context: Context) -> Outcome:
-  size, mesh = SIZES[context.size], context.mesh
+  size = SIZES[context.size]
   drawn = context.tokens(size.ablations, TOKENS, 'ablation')
   chance_C = context.rng('ablated').random(len(drawn.at_C), np.float32)
-  ahead = np.arange(TOKENS)
   where = context.subject.config, context.site
-  sums = {name: [] for name in context.scored}
-  with progress.bar(
-    total=len(drawn.at_C) * len(context.scored), unit='latent', desc='ablation'
-  ) as bar:
-    for start, stop in arrays.batches(
-      size.batch_contexts, len(drawn.at_C), mesh
-    ):
-      tokens, at, chance = (
-        arrays.on_data(of_C[start:stop], size.batch_contexts, mesh)
-        for of_C in (drawn.tokens_CT, drawn.at_C, chance_C)
-      )
-      at_BS = at[:, None] + ahead
-      raw_BTD, logits = ablating.read(*where, context.params, tokens, at_BS)
-      for name, (shape, sae) in context.scored.items():
-        taken, without = ablating.logits_without(
-          ablating.active, *where, shape, context.params, sae, tokens, raw_BTD,
-          at, chance, at_BS,
-        )  # fmt: skip
-        terms = _terms(mesh, tokens, at, taken.vals_B, logits, without)
-        sums[name].append(
-          {t: arrays.to_host(a, stop - start) for t, a in terms.items()}
-        )
-        bar.update(stop - start)
-  return Outcome(context_lib.samples(drawn, sums))
+
+  def terms(tokens, at, chance):
+    at_BS = at[:, None] + np.arange(TOKENS)
+    raw_BTD, logits = ablating.read(*where, context.params, tokens, at_BS)
+    for name, (shape, sae) in context.scored.items():
+      taken, without = ablating.logits_without(
+        ablating.active, *where, shape, context.params, sae, tokens, raw_BTD,
+        at, chance, at_BS,
+      )  # fmt: skip
+      of = _terms(context.mesh, tokens, at, taken.vals_B, logits, without)
+      yield name, of
+
+  return Outcome(
+    ablating.samples(
+      context, drawn, chance_C, size.batch_contexts, terms, 'ablation'
+    )
+  )
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -7,10 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sae_jax import progress
 from sae_jax.probing import splicing
 from sae_jax.probing.suite import ablating, arrays
-from sae_jax.probing.suite import context as context_lib
 from sae_jax.probing.suite.context import Context
 from sae_jax.probing.suite.figures import divided, ratio, Statistic
 from sae_jax.probing.suite.outcome import Outcome
@@ -79,37 +77,28 @@ STATISTICS = {
 
 
 def measure(context: Context) -> Outcome:
-  size, mesh = SIZES[context.size], context.mesh
+  size = SIZES[context.size]
   drawn = context.tokens(size.ablations, 1, 'attribution')
   chance_C = context.rng('attributed').random(len(drawn.at_C), np.float32)
   where = context.subject.config, context.site
-  sums = {name: [] for name in context.scored}
-  with progress.bar(
-    total=len(drawn.at_C) * len(context.scored),
-    unit='latent',
-    desc='attribution',
-  ) as bar:
-    for start, stop in arrays.batches(
-      size.batch_contexts, len(drawn.at_C), mesh
-    ):
-      tokens, at, chance = (
-        arrays.on_data(of_C[start:stop], size.batch_contexts, mesh)
-        for of_C in (drawn.tokens_CT, drawn.at_C, chance_C)
-      )
-      raw_BTD, pair_B2, before_B, slope_BD = gradients(
-        *where, context.params, tokens, at
-      )
-      for name, (shape, sae) in context.scored.items():
-        taken, without_B1V = ablating.logits_without(
-          ablating.active, *where, shape, context.params, sae, tokens, raw_BTD,
-          at, chance, at[:, None],
-        )  # fmt: skip
-        terms = _terms(mesh, taken, without_B1V, pair_B2, before_B, slope_BD)
-        sums[name].append(
-          {t: arrays.to_host(a, stop - start) for t, a in terms.items()}
-        )
-        bar.update(stop - start)
-  return Outcome(context_lib.samples(drawn, sums))
+
+  def terms(tokens, at, chance):
+    raw_BTD, pair_B2, before_B, slope_BD = gradients(
+      *where, context.params, tokens, at
+    )
+    for name, (shape, sae) in context.scored.items():
+      taken, without_B1V = ablating.logits_without(
+        ablating.active, *where, shape, context.params, sae, tokens, raw_BTD,
+        at, chance, at[:, None],
+      )  # fmt: skip
+      of = _terms(context.mesh, taken, without_B1V, pair_B2, before_B, slope_BD)
+      yield name, of
+
+  return Outcome(
+    ablating.samples(
+      context, drawn, chance_C, size.batch_contexts, terms, 'attribution'
+    )
+  )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
