@@ -50,13 +50,17 @@ class Study:
     store: URL of the activations.
     workdir: of the sweep of the runs that are missing.
     results: file of finished runs, a line of JSON each.
+    evaluations: file of finished evaluations, a line of JSON each.
     machine: what is written beside figures as the machine.
+    site: of the store's activations; empty if it has one.
   """
 
   store: str
   workdir: str
   results: str
+  evaluations: str
   machine: str = 'cpu'
+  site: str = ''
 
 
 def lines(study: Study, configs: Mapping[Any, TrainConfig]) -> dict[Any, Line]:
@@ -72,13 +76,36 @@ def lines(study: Study, configs: Mapping[Any, TrainConfig]) -> dict[Any, Line]:
   Raises:
     UserError: if the sweep was stopped.
   """
-  cells = {
-    key: grid.grid(config, [study.store], {})[0]
-    for key, config in configs.items()
-  }
-  done = _read(study.results)
+  return once(study, study.results, configs, '', _line)
+
+
+def once(
+  study: Study,
+  path: str,
+  configs: Mapping[Any, TrainConfig],
+  kind: str,
+  line_of: Callable[[Study, Cell], Line],
+) -> dict[Any, Line]:
+  """A line of each run, of a file where each is made once.
+
+  Args:
+    study: where.
+    path: the file.
+    configs: the runs, by any key; those that are missing are trained, and
+      deleted when their lines are made.
+    kind: of the line, if a run has several in the file.
+    line_of: a trained cell's line, which has its name.
+
+  Raises:
+    UserError: if the sweep was stopped.
+  """
+  cells = {}
+  for key, config in configs.items():
+    of_site = dataclasses.replace(config, site=study.site)
+    (cells[key],) = grid.grid(of_site, [study.store], {})
+  done = _read(path)
   missing = {
-    cell.name: cell for cell in cells.values() if cell.name not in done
+    cell.name: cell for cell in cells.values() if (cell.name, kind) not in done
   }
   if missing:
     left = work.work(work.WorkConfig(), list(missing.values()), study.workdir)
@@ -87,20 +114,35 @@ def lines(study: Study, configs: Mapping[Any, TrainConfig]) -> dict[Any, Line]:
         f'{left} runs are left: give the same command again to go on'
       )
     for name, cell in missing.items():
-      done[name] = _line(study, cell)
-      _append(study.results, done[name])
-      folder = epath.Path(sweep_cells.run_url(study.workdir, cell))
-      if folder.exists():
-        folder.rmtree()
-  return {key: done[cell.name] for key, cell in cells.items()}
+      line = {'name': name} | ({'kind': kind} if kind else {})
+      done[name, kind] = line | line_of(study, cell)
+      _append(path, done[name, kind])
+      _remove(study, cell)
+  return {key: done[cell.name, kind] for key, cell in cells.items()}
+
+
+def recorded(study: Study, cell: Cell) -> Line:
+  """What a line has of a trained cell's record."""
+  record = records.read(_record(study, cell))
+  line = {name: record[name] for name in _KEPT}
+  return line | {'failure': record['failure'], 'machine': study.machine}
+
+
+def _record(study: Study, cell: Cell) -> epath.Path:
+  return epath.Path(study.workdir) / 'cells' / f'{cell.name}.json'
+
+
+def _remove(study: Study, cell: Cell) -> None:
+  """Removes a run, and its record, so that another line trains it again."""
+  folder = epath.Path(sweep_cells.run_url(study.workdir, cell))
+  _record(study, cell).unlink(missing_ok=True)
+  if folder.exists():
+    folder.rmtree()
 
 
 def _line(study: Study, cell: Cell) -> Line:
-  path = epath.Path(study.workdir) / 'cells' / f'{cell.name}.json'
-  record = records.read(path)
-  line = {name: record[name] for name in _KEPT}
-  line |= {'failure': record['failure'], 'machine': study.machine}
-  if record['failure']:
+  line = recorded(study, cell)
+  if line['failure']:
     return line
   trained = checkpoint.load(sweep_cells.run_url(study.workdir, cell))
   data = store_lib.open_store(study.store, trained.metadata.dataset['site'])
@@ -137,10 +179,12 @@ def other_k(k: int) -> list[int]:
   return [max(1, int(width * k)) for width in WIDTHS]
 
 
-def _read(path: str) -> dict[str, Line]:
+def _read(path: str) -> dict[tuple[str, str], Line]:
+  """Lines by the run's name and their kind."""
   file = pathlib.Path(path)
   text = file.read_text() if file.exists() else ''
-  return {line['name']: line for line in map(json.loads, text.splitlines())}
+  lines_ = map(json.loads, text.splitlines())
+  return {(line['name'], line.get('kind', '')): line for line in lines_}
 
 
 def _append(path: str, line: Line) -> None:

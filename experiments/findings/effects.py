@@ -36,9 +36,13 @@ class Effect:
 def interval(values: Sequence[float]) -> tuple[float, float, float]:
   """The mean of independent values and the ends of its 95 % interval by t.
 
+  They are nan where a value is.
+
   Raises:
     ValueError: of fewer than two.
   """
+  if any(map(math.isnan, values)):
+    return math.nan, math.nan, math.nan
   mean = statistics.fmean(values)
   error = statistics.stdev(values) / math.sqrt(len(values))
   half = float(stats.t.ppf(0.975, len(values) - 1)) * error

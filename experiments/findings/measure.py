@@ -14,7 +14,15 @@ import pathlib
 from typing import Any
 
 from experiments import runs
-from experiments.findings import baselines, cells, dead, page, pairs, rates
+from experiments.findings import (
+  baselines,
+  cells,
+  dead,
+  evaluated,
+  page,
+  pairs,
+  rates,
+)
 from experiments.findings.effects import Effect
 from experiments.findings.pairs import Budget
 from sae_jax import config as config_lib
@@ -76,6 +84,28 @@ FINDINGS = {
   'median': Finding(
     'b_pre begins at the geometric median (beside the mean)', pairs.median
   ),
+  'progressive': Finding(
+    'Codes of Multi-TopK get better with latents beyond k, and those of TopK '
+    'do not',
+    evaluated.progressive,
+  ),
+  'shrinkage': Finding(
+    'ReLU with an L1 penalty makes activations smaller than those that '
+    'reconstruct best, and TopK does not',
+    evaluated.shrinkage,
+  ),
+  'ablation': Finding(
+    'Latents act on fewer logits than channels do', evaluated.ablation
+  ),
+  'probes': Finding(
+    'The best latent tells properties of texts better than the best channel, '
+    'and than the best random direction',
+    evaluated.probes,
+  ),
+  'patterns': Finding(
+    'Explanations by token patterns have a recall above their precision',
+    evaluated.patterns,
+  ),
 }
 
 
@@ -89,6 +119,10 @@ class FindingsConfig(config_lib.Config):
   cells: str = config_lib.option(
     f'{_HERE}/cells.jsonl', 'file of finished runs, a line each'
   )
+  evaluations: str = config_lib.option(
+    f'{_HERE}/evaluations.jsonl',
+    'file of finished evaluations of runs, a line each',
+  )
   results: str = config_lib.option(
     f'{_HERE}/results.json', 'file of effects and verdicts by finding'
   )
@@ -97,6 +131,9 @@ class FindingsConfig(config_lib.Config):
   )
   machine: str = config_lib.option(
     'cpu', 'what is written beside figures as the machine'
+  )
+  site: str = config_lib.option(
+    '', "site of the store's activations; may be left out if it has one"
   )
 
 
@@ -112,7 +149,14 @@ def measure(config: FindingsConfig, store: str, workdir: str) -> dict:
       f'no finding is called {", ".join(unknown)}: '
       f'use some of {", ".join(FINDINGS)}'
     )
-  study = cells.Study(store, workdir, config.cells, config.machine)
+  study = cells.Study(
+    store,
+    workdir,
+    config.cells,
+    config.evaluations,
+    config.machine,
+    config.site,
+  )
   path = pathlib.Path(config.results)
   results = json.loads(path.read_text()) if path.exists() else {}
   for name in config.findings:

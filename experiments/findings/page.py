@@ -1,6 +1,7 @@
 """The table of all findings, from their results."""
 
 from collections.abc import Mapping, Sequence
+import math
 from typing import Any
 
 _HEAD = """# Experiments
@@ -8,7 +9,7 @@ _HEAD = """# Experiments
 | | |
 |---|---|
 | [quickstart.py](quickstart.py), [colab/](colab/) | the demo, notebooks |
-| [findings/](findings/) | what the paper says of training, below |
+| [findings/](findings/) | what the paper says, measured again: below |
 | [short_runs.py](short_runs.py) | what the defaults of short runs are worth |
 | [peers/](peers/) | other trainers on the same activations |
 | [scaling/](scaling/) | do intervals of scaling laws hold the truth |
@@ -20,7 +21,7 @@ What they measured is in [docs/results.md](../docs/results.md).
 
 ## Findings
 
-What training does on real activations: an effect's mean, its 95 % interval by
+What is so on real activations: an effect's mean, its 95 % interval by
 Student's t over the seeds, and a verdict. *Found*: the interval is on the
 claim's side of 0 (or holds the number that is claimed, and no end of it is far
 from it). *Not found*: all of it is below what would matter. Otherwise the runs
@@ -33,7 +34,9 @@ sae-harvest --store=runs/1m --n_tokens=1150000 --mask_norm_multiple=10
 python -m experiments.findings.measure --store=runs/1m --workdir=runs/findings
 ```
 
-Runs that are in [cells.jsonl](findings/cells.jsonl) are not run again.
+Runs that are in [cells.jsonl](findings/cells.jsonl) are not run again, nor are
+evaluations of [evaluations.jsonl](findings/evaluations.jsonl), made by the
+[suite](../docs/evaluation.md) on small samples.
 `--findings=projection` measures one.
 """
 
@@ -61,6 +64,8 @@ def markdown(results: Sequence[Mapping[str, Any]]) -> str:
 
 def _effect(effect: Mapping[str, Any]) -> str:
   unit = f' {effect["unit"]}' if effect['unit'] else ''
+  if math.isnan(effect['mean']):
+    return f'{effect["name"]} | not measured | {effect["verdict"]}'
   numbers = (
     f'{effect["mean"]:.2f} ({effect["low"]:.2f} to {effect["high"]:.2f})'
   )

@@ -29,7 +29,11 @@ BUDGET = Budget(n_latents=64, k=4, n_tokens=2000, batch_size=64, seeds=2)
 @pytest.fixture
 def study(store, tmp_path):
   return cells.Study(
-    store, str(tmp_path / 'runs'), str(tmp_path / 'cells.jsonl'), 'a machine'
+    store,
+    str(tmp_path / 'runs'),
+    str(tmp_path / 'cells.jsonl'),
+    str(tmp_path / 'evaluations.jsonl'),
+    'a machine',
   )
 
 
