@@ -10,8 +10,8 @@ from experiments.findings import cells, effects, evaluated
 from experiments.findings import measure as findings
 from experiments.findings.pairs import Budget, run
 
-BUDGET = Budget(n_latents=64, k=8, n_tokens=2000, batch_size=64, seeds=2)
-SHAPES = ['n 16, k 2', 'n 16, k 8', 'n 64, k 2', 'n 64, k 8']
+BUDGET = Budget(n_latents=128, k=8, n_tokens=2000, batch_size=64, seeds=2)
+SHAPES = ['n 32, k 2', 'n 32, k 8', 'n 128, k 2', 'n 128, k 8']
 
 
 @pytest.fixture
@@ -95,7 +95,7 @@ def test_shrinkage_is_of_topk_and_of_relu_at_each_weight(monkeypatch):
   assert {e.verdict for e in topk} == {effects.NOT_FOUND}
   np.testing.assert_allclose([e.mean for e in relu], 20.05)
   assert {e.verdict for e in relu} == {effects.FOUND}
-  assert relu[0].name == 'ReLU, n 16, L0 12: smaller by' and len(relu) == 4
+  assert relu[0].name == 'ReLU, n 32, L0 12: smaller by' and len(relu) == 4
 
 
 def test_latents_are_compared_with_channels_and_random_directions(monkeypatch):
@@ -157,7 +157,7 @@ def test_progressive_codes_are_read_at_four_times_k(monkeypatch):
   multi, single = of[:4], of[4:]
   np.testing.assert_allclose([e.mean for e in multi], 49.75)
   np.testing.assert_allclose([e.mean for e in single], -50.25)
-  assert single[0].name == 'TopK, n 16, k 2: FVU lower at 4 k than at k, by'
+  assert single[0].name == 'TopK, n 32, k 2: FVU lower at 4 k than at k, by'
   assert {e.verdict for e in single} == {effects.NOT_FOUND}
 
 
