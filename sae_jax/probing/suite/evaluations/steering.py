@@ -105,24 +105,8 @@ def measure(context: Context) -> Outcome:
     )
   size = SIZES[context.size]
   latents, draws = context.latents(size.latents)
-  prompts_PT = _prompts(context, size)
-  rows_UD = context.decoder_rows(latents)
-  most_U = context.max_N[latents]
-  votes_UV = _votes(context, rows_UD)
-  rng = context.rng('steering')
-  other = rng.permutation(len(latents))
-  # Never itself.
-  other = np.roll(other, 1)[np.argsort(other)]
-  noise_UD = rng.standard_normal(rows_UD.shape)
-  noise_UD /= np.linalg.norm(noise_UD, axis=1, keepdims=True)
-  own_UD = most_U[:, None] * rows_UD
-  kinds = {
-    context.name: own_UD,
-    WRONG: -own_UD,
-    OTHER: own_UD[other],
-    NOISE: most_U[:, None] * noise_UD,
-  }
-  before = _Unsteered.of(context, prompts_PT, size)
+  votes_UV, kinds = directions(context, latents)
+  before = Unsteered.of(context, size)
   samples = {}
   with progress.bar(
     total=len(latents) * len(kinds), unit='latent', desc='steering'
@@ -132,9 +116,42 @@ def measure(context: Context) -> Outcome:
       for vector_D, votes_V in zip(vector_UD, votes_UV):
         terms.append(before.steered(vector_D, votes_V))
         bar.update(1)
-      sums = {t: np.array([each[t] for each in terms]) for t in terms[0]}
+      sums = {
+        term: np.array([each[term].mean(1) for each in terms])
+        for term in terms[0]
+      } | {'latents': np.ones((len(latents), len(STRENGTHS)))}
       samples[kind] = Sample(latents, draws, sums)
   return Outcome(samples, {'strength': np.array(STRENGTHS)})
+
+
+def directions(
+  context: Context, latents: np.ndarray
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+  """What is added to the activations for each latent, and what it votes for.
+
+  Args:
+    context: the autoencoder, with the latents' highest activations.
+    latents: U of them, two at least.
+
+  Returns:
+    The tokens that each votes for, [U, VOTES]; and by kind, the latents
+    themselves and the three controls, vectors [U, D] at strength 1.
+  """
+  rows_UD = context.decoder_rows(latents)
+  most_U = context.max_N[latents]
+  rng = context.rng('steering')
+  other = rng.permutation(len(latents))
+  # Never itself.
+  other = np.roll(other, 1)[np.argsort(other)]
+  noise_UD = rng.standard_normal(rows_UD.shape)
+  noise_UD /= np.linalg.norm(noise_UD, axis=1, keepdims=True)
+  own_UD = most_U[:, None] * rows_UD
+  return _votes(context, rows_UD), {
+    context.name: own_UD,
+    WRONG: -own_UD,
+    OTHER: own_UD[other],
+    NOISE: most_U[:, None] * noise_UD,
+  }
 
 
 def _prompts(context: Context, size: Size) -> np.ndarray:
@@ -150,7 +167,7 @@ def _votes(context: Context, rows_UD: np.ndarray) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Unsteered:
+class Unsteered:
   """The prompts and what the subject makes of them without steering."""
 
   context: Context
@@ -161,7 +178,9 @@ class _Unsteered:
   loss: float
 
   @classmethod
-  def of(cls, context: Context, prompts_PT: np.ndarray, size: Size):
+  def of(cls, context: Context, size: Size) -> 'Unsteered':
+    """Of prompts that are drawn of test documents."""
+    prompts_PT = _prompts(context, size)
     config, site = context.subject.config, context.site
     last_P1 = np.full((len(prompts_PT), 1), prompts_PT.shape[1] - 1, np.int32)
     raw_PTD, log_p_PV = _read(config, site, context.params, prompts_PT, last_P1)
@@ -191,8 +210,18 @@ class _Unsteered:
     )
     return losses_BT[:, prompts_BT.shape[1] - 1 :].mean(1)
 
-  def steered(self, vector_D: np.ndarray, votes_V: np.ndarray):
-    """What a vector adds to the sums, at each strength."""
+  def steered(
+    self, vector_D: np.ndarray, votes_V: np.ndarray
+  ) -> dict[str, np.ndarray]:
+    """What a vector adds to the sums, at each strength.
+
+    Args:
+      vector_D: see `directions`.
+      votes_V: tokens whose probability is told.
+
+    Returns:
+      By term of `STATISTICS`, [len(STRENGTHS), prompts].
+    """
     context, config = self.context, self.context.subject.config
     shape, sae = context.itself
     n_strengths, n_prompts = len(STRENGTHS), len(self.prompts_PT)
@@ -218,11 +247,10 @@ class _Unsteered:
       'confidence': np.exp(after_BV.max(1)) - np.exp(before_BV.max(1)),
       'fluency': self.loss_of(prompts_BT, new_BT) - self.loss,
     }
-    means = {
-      term: np.float64(of_B).reshape(n_strengths, n_prompts).mean(1)
+    return {
+      term: np.float64(of_B).reshape(n_strengths, n_prompts)
       for term, of_B in terms.items()
     }
-    return means | {'latents': np.ones(n_strengths)}
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
