@@ -4,11 +4,11 @@ For each latent: the text after prompts without steering and with it, and at
 each strength how much likelier the tokens become that it votes for, beside the
 three controls of the suite, with 95 % intervals over prompts of test documents.
 The probing results say what a latent's highest activation is, and its examples
-what it stands for: `sae-probe --workdir=P --latent=2073`.
+what it stands for: `sae-probe --workdir=P --latent=719`.
 
   python -m experiments.steering --checkpoint=runs/demo/train \\
     --store=runs/demo/store --probe=runs/demo/probe \\
-    --latents=2073,305,2272 --prompts='My favourite thing is,The doctor said'
+    --latents=719,700,2753 --prompts='My favourite thing is,She wants to know'
 """
 
 from collections.abc import Sequence
@@ -37,14 +37,15 @@ _SHOWN_VOTES = 6
 class SteeringConfig(sae_jax.Config):
   """Which latents are steered, and how."""
 
-  latents: tuple[int, ...] = sae_jax.option(
-    (2073, 305, 2272), 'latents, two at least: each is the control of another'
+  latents: tuple[str, ...] = sae_jax.option(
+    ('719', '700', '2753'),
+    'latents, two at least: each is the control of another',
   )
   prompts: tuple[str, ...] = sae_jax.option(
-    ('My favourite thing is', 'The doctor said'), 'prompts that are continued'
+    ('My favourite thing is', 'She wants to know'), 'prompts that are continued'
   )
-  strengths: tuple[float, ...] = sae_jax.option(
-    (1.0, 2.0, 4.0),
+  strengths: tuple[str, ...] = sae_jax.option(
+    ('1', '2', '4'),
     "strengths of the texts, in units of the latent's highest activation",
   )
   n_new: int = sae_jax.option(24, 'tokens that are written', least=1)
@@ -52,6 +53,25 @@ class SteeringConfig(sae_jax.Config):
     32, 'prompts of test documents on which probabilities are measured', least=2
   )
   seed: int = sae_jax.option(0, 'seed of what is drawn')
+
+  def __post_init__(self):
+    super().__post_init__()
+    try:
+      _ = self.numbers, self.multiples
+    except ValueError as error:
+      raise sae_jax.UserError(
+        f'{error}: write --latents=719,700 --strengths=1,2'
+      ) from error
+
+  @property
+  def numbers(self) -> list[int]:
+    """The latents."""
+    return list(map(int, self.latents))
+
+  @property
+  def multiples(self) -> list[float]:
+    """The strengths of the texts."""
+    return list(map(float, self.strengths))
 
 
 def measure(
@@ -66,7 +86,7 @@ def measure(
   data = store_lib.open_store(store, trained.metadata.dataset['site'])
   subject = sae_jax.load_subject(data.manifest.subject)
   max_N = sae_jax.open_features(f'{probe}/features').column('max')
-  latents = np.array(config.latents)
+  latents = np.array(config.numbers)
   _check(latents, max_N)
   context = _context(config, trained, data, subject, max_N)
   votes_UV, kinds = steering.directions(context, latents)
@@ -129,7 +149,7 @@ def _texts(config, subject, trained, latent, most) -> dict[float, list[str]]:
       config.prompts,
       n_new=config.n_new,
     )
-    for strength in (0.0, *config.strengths)
+    for strength in (0.0, *config.multiples)
   }
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import runs as runs_lib
+from experiments import steering
 from experiments.benchmarks import train
 from sae_jax import checkpoint, errors
 from sae_jax import store as store_lib
@@ -106,3 +107,11 @@ def test_the_benchmark_times_every_part_and_the_step_learns(monkeypatch):
   assert found['peak_memory_gib'] > 0.05
   assert len(losses) == 2 + shape.steps
   assert found['loss'] == losses[-1] < losses[4]
+
+
+def test_steering_takes_numbers_of_latents_and_strengths():
+  config = steering.SteeringConfig(latents=('3', '5'), strengths=('0.5',))
+  assert (config.numbers, config.multiples) == ([3, 5], [0.5])
+  for wrong in ({'latents': ('3', 'x')}, {'strengths': ('often',)}):
+    with pytest.raises(errors.UserError, match='write --latents=719,700'):
+      steering.SteeringConfig(**wrong)
