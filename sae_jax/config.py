@@ -31,6 +31,7 @@ def option(
   shared: bool = False,
   sizes_store: bool = False,
   speed_only: bool = False,
+  later: bool = False,
 ) -> Any:
   """A dataclass field with a default, a help text and allowed values.
 
@@ -47,6 +48,8 @@ def option(
       part, and changes no shard.
     speed_only: role of a harvest field that changes how fast the harvest is,
       and no byte of the store.
+    later: role of a training field that is younger than runs with names: at
+      its default it is no part of a name.
   """
   metadata = {
     'help': help,
@@ -57,6 +60,7 @@ def option(
     'shared': shared,
     'sizes_store': sizes_store,
     'speed_only': speed_only,
+    'later': later,
   }
   return dataclasses.field(default=default, metadata=metadata)
 

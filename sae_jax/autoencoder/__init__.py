@@ -9,7 +9,7 @@ from typing import Any
 
 _MODULES = {
   'average': ('averaged', 'corrected', 'sum_of_weights'),
-  'encoder': ('pre_activations',),
+  'encoder': ('input_bias', 'pre_activations', 'products'),
   'initial': (
     'DataStart',
     'data_start',

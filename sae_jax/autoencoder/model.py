@@ -22,8 +22,8 @@ def encode(
   """The active latents of each token as values and indices.
 
   z = f(W_enc (x - b_pre) + b_lat), where f is the config's nonlinearity, such
-  as ReLU(TopK(.)). If a token may have any number of active latents
-  (`nonlinearity.active_per_token`), K is N.
+  as ReLU(TopK(.)); b_pre is left out if `pre_bias` is output. If a token may
+  have any number of active latents (`nonlinearity.active_per_token`), K is N.
 
   Args:
     config: gives the nonlinearity and its k.

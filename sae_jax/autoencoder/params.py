@@ -11,7 +11,11 @@ from sae_jax import errors
 from sae_jax.autoencoder import nonlinearity
 from sae_jax.tpu import target
 
-PREPROCESSING = ('none', 'center_unit_norm', 'layer_norm', 'dataset')
+PREPROCESSING = (
+  'none', 'center_unit_norm', 'layer_norm', 'unit_rms', 'dataset',
+)  # fmt: skip
+TIED, OUTPUT = 'tied', 'output'
+UNIT, FREE = 'unit', 'free'
 MATMULS = ('auto', 'float32', 'bfloat16')
 
 
@@ -44,9 +48,30 @@ class SaeConfig(config_lib.Config):
     'center_unit_norm',
     'change of each activation before it is encoded: subtract its own mean and'
     ' scale it to unit norm (center_unit_norm) or to unit standard deviation '
-    "(layer_norm); subtract the dataset's mean and divide by its scale "
-    '(dataset); or none',
+    '(layer_norm); scale it to a root mean square of 1 (unit_rms); subtract '
+    "the dataset's mean and divide by its scale (dataset); or none",
     PREPROCESSING,
+  )
+  pre_bias: str = config_lib.option(
+    TIED,
+    'where the decoder bias b_pre is: subtracted before the encoder and added '
+    'after the decoder (tied), or added after the decoder alone (output)',
+    (TIED, OUTPUT),
+    later=True,
+  )
+  decoder_norm: str = config_lib.option(
+    UNIT,
+    'length of decoder rows: 1 after every step (unit), or what training makes '
+    'it (free), as others train',
+    (UNIT, FREE),
+    later=True,
+  )
+  jump_threshold: str = config_lib.option(
+    'log',
+    "what of JumpReLU's thresholds is trained: their logarithm (log), or "
+    'themselves (value), as in checkpoints of others',
+    ('log', 'value'),
+    later=True,
   )
   matmul: str = config_lib.option(
     'auto',
@@ -104,9 +129,11 @@ class Sae:
 
   Attributes:
     w_enc_ND: encoder, a row per latent.
-    w_dec_ND: decoder, a row of unit norm per latent.
+    w_dec_ND: decoder, a row per latent, of unit norm unless `decoder_norm` is
+      free.
     b_lat_N: latent bias, added to the pre-activations.
-    b_pre_D: bias subtracted before the encoder and added after the decoder.
+    b_pre_D: bias added after the decoder and, unless `pre_bias` is output,
+      subtracted before the encoder.
     data_mean_D: mean of the dataset; used by preprocessing 'dataset'.
     data_scale: RMS distance from it; used by preprocessing 'dataset'.
     extra: parameters of the nonlinearity's own, by name.

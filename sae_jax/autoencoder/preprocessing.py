@@ -26,13 +26,15 @@ def preprocess(
 
   Args:
     config: names the preprocessing (Gao et al. 2024, section 2; layer_norm as
-      in the code released with it).
+      in the code released with it; unit_rms as SAELens's
+      constant_norm_rescale).
     sae: holds the dataset's statistics.
     raw_BD: activations of the subject.
 
   Returns:
     x_BD in the higher of the precisions of the parameters and `raw_BD`, and the
-    map for `restore` to undo it. A constant token becomes zero.
+    map for `restore` to undo it. A constant token becomes
+    zero, with unit_rms a zero one.
   """
   raw_BD = raw_BD.astype(jnp.result_type(raw_BD, sae.b_pre_D))
   if config.preprocessing == 'none':
@@ -42,6 +44,9 @@ def preprocess(
       jnp.broadcast_to(sae.data_mean_D, raw_BD.shape),
       jnp.broadcast_to(sae.data_scale, raw_BD[:, :1].shape),
     )
+  elif config.preprocessing == 'unit_rms':
+    rms_B1 = jnp.sqrt((raw_BD**2).mean(-1, keepdims=True))
+    affine = Affine(jnp.zeros_like(rms_B1), jnp.where(rms_B1 > 0, rms_B1, 1))
   else:
     shift_B1 = raw_BD.mean(-1, keepdims=True)
     centred_BD = raw_BD - shift_B1

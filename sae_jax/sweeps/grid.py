@@ -189,10 +189,12 @@ def _values_text(values: Mapping[str, Any]) -> str:
 def _digest(config: TrainConfig, data: store_lib.Store, converge: float) -> str:
   """Of all that a run's weights depend on, and of its rows."""
   may_change = set(config_lib.names_with(TrainConfig, 'may_change'))
+  later = config_lib.names_with(TrainConfig, 'later')
+  usual = config_lib.flat(TrainConfig())
   content = {
     name: value
     for name, value in config_lib.flat(config).items()
-    if name not in may_change
+    if name not in may_change and (name not in later or value != usual[name])
   }
   content |= {
     'identity': data.manifest.identity,

@@ -75,7 +75,8 @@ def add_gradient(
 
   Args:
     aux: k_aux and the weight.
-    sae: the autoencoder, or this shard of it.
+    sae: the autoencoder, or this shard of it, whose b_pre is what the encoder
+      subtracts.
     grads: the other terms' gradients, of this device's tokens.
     x_BD: preprocessed activations.
     error_BD: e = x - x^, a constant.

@@ -195,6 +195,7 @@ def update(
   grads: autoencoder.Sae,
   rate: jax.Array,
   *,
+  unit_rows: bool = True,
   only_if: jax.Array | None = None,
   implementation: str | None = None,
   mesh: Mesh | None = None,
@@ -205,10 +206,12 @@ def update(
 
   Args:
     config: Adam's and the average's settings, and the part that is frozen.
-    sae: parameters; decoder rows of unit norm.
+    sae: parameters.
     state: the optimiser's state.
     grads: gradients, shaped as `sae`.
     rate: this step's learning rate.
+    unit_rows: whether decoder rows have unit norm and keep it; otherwise the
+      decoder is a parameter as others are.
     only_if: a bool; unless it is true and the norm finite, parameters and state
       come back unchanged. None takes the step in any case.
     implementation: of the decoder's step, see `ops.adam_rows.api`: 'pallas'
@@ -217,7 +220,8 @@ def update(
       'pallas' needs it.
 
   Returns:
-    The new parameters, decoder rows of unit norm again, the new state, and
+    The new parameters, with `unit_rows` decoder rows of unit norm again, the
+    new state, and
     the global norm of the projected gradients before clipping, without those
     of a frozen part.
   """
@@ -226,7 +230,7 @@ def update(
   trees = (params, state.adam.mu, state.adam.nu, state.ema.ema, gradients)
   arrays = {name: [tree[name] for tree in trees] for name in params}
   # None if it is frozen.
-  decoder = arrays.pop(_DECODER, None)
+  decoder = arrays.pop(_DECODER, None) if unit_rows else None
   where = {'implementation': implementation, 'mesh': mesh}
   squares = {name: jnp.sum(g * g) for name, (*_, g) in arrays.items()}
 

@@ -142,6 +142,7 @@ def _program(config, mesh, implementation, debug_nans):
       state.optimizer,
       grads,
       rate,
+      unit_rows=config.sae.decoder_norm == 'unit',
       only_if=jnp.isfinite(loss) if skips else None,
       implementation=chosen,
       mesh=mesh,

@@ -50,13 +50,17 @@ def test_a_mesh_changes_nothing_but_rounding(config, unsharded, shape):
   assert moments.sharding.shard_shape((64, 16)) == per_shard
 
 
-@pytest.mark.parametrize('activation', ['relu', 'jumprelu'])
+@pytest.mark.parametrize(
+  'activation', ['relu', 'jumprelu', 'gated', 'groupmax']
+)
 def test_baselines_are_the_same_on_a_mesh(config, activation):
   made = dataclasses.replace(
     config,
     sae=dataclasses.replace(config.sae, activation=activation),
     objective=dataclasses.replace(
-      config.objective, sparsity_weight=0.05, jump_bandwidth=0.1
+      config.objective,
+      sparsity_weight=0.05 * (activation != 'groupmax'),
+      jump_bandwidth=0.1,
     ),
   )
   want = run(made, (1, 1))

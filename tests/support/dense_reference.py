@@ -47,6 +47,47 @@ def loss(
   return total, (nmse, aux)
 
 
+def codes_of(config, sae, x_BD):
+  """The codes of any nonlinearity but BatchTopK, [B, N]."""
+  bias_D = sae.b_pre_D if config.pre_bias == 'tied' else 0
+  product_BN = (x_BD - bias_D) @ sae.w_enc_ND.T
+  pre_BN = product_BN + sae.b_lat_N
+  if config.activation == 'topk':
+    return topk_codes(pre_BN, config.k)
+  if config.activation == 'groupmax':
+    pre_BGM = pre_BN.reshape(len(pre_BN), config.k, -1)
+    best_BG1 = pre_BGM.argmax(-1, keepdims=True)
+    is_best_BGM = jnp.arange(pre_BGM.shape[-1]) == best_BG1
+    pre_BN = jnp.where(is_best_BGM, pre_BGM, 0).reshape(pre_BN.shape)
+  if config.activation == 'gated':
+    magnitude_BN = product_BN * jnp.exp(sae.extra['r_mag_N'])
+    magnitude_BN += sae.extra['b_mag_N']
+    return jnp.where(pre_BN > 0, jax.nn.relu(magnitude_BN), 0)
+  return jax.nn.relu(pre_BN)
+
+
+def loss_of(config, sae, x_BD, dead_N, mse_of_mean, weight, k_aux):
+  """The loss of a config, AuxK at 1 / 32 and penalties, by plain autodiff."""
+  output_BD = codes_of(config, sae, x_BD) @ sae.w_dec_ND + sae.b_pre_D
+  total = ((x_BD - output_BD) ** 2).sum(1).mean() / mse_of_mean
+  bias_D = sae.b_pre_D if config.pre_bias == 'tied' else 0
+  gate_BN = (x_BD - bias_D) @ sae.w_enc_ND.T + sae.b_lat_N
+  if config.activation in ('relu', 'gated'):
+    penalty = jax.nn.relu(gate_BN).sum(1).mean() / mse_of_mean**0.5
+    total += weight * penalty
+  if config.activation == 'gated':
+    held_ND, held_D = map(jax.lax.stop_gradient, (sae.w_dec_ND, sae.b_pre_D))
+    missed_BD = x_BD - jax.nn.relu(gate_BN) @ held_ND - held_D
+    total += (missed_BD**2).sum(1).mean() / mse_of_mean
+  if config.activation in ('topk', 'groupmax'):
+    error_BD = jax.lax.stop_gradient(x_BD - output_BD)
+    dead_BN = jax.lax.stop_gradient(x_BD - bias_D) @ sae.w_enc_ND.T
+    dead_BN = jnp.where(dead_N, dead_BN + sae.b_lat_N, -1e30)
+    missed_BD = error_BD - topk_codes(dead_BN, k_aux) @ sae.w_dec_ND
+    total += (missed_BD**2).sum() / (error_BD**2).sum() / 32
+  return total
+
+
 def relu_loss(sae, x_BD, mse_of_mean, weight):
   """The ReLU baseline: NMSE and L1 in units of the RMS distance."""
   z_BN = jax.nn.relu((x_BD - sae.b_pre_D) @ sae.w_enc_ND.T + sae.b_lat_N)

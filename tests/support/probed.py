@@ -135,6 +135,8 @@ def make_trained(
   thresholds = {
     'threshold': np.float32(0.1),
     'log_threshold_N': np.log(rng.uniform(0.02, 0.2, n_latents), dtype='f4'),
+    'r_mag_N': rng.normal(0, 0.2, n_latents).astype('f4'),
+    'b_mag_N': rng.normal(0, 0.2, n_latents).astype('f4'),
   }
   sae = fresh.sae.replace(
     b_lat_N=jax.numpy.asarray(bias_N),
@@ -174,6 +176,16 @@ def latents(trained, x_BD):
   """All N latents of each token, in float64; those not active are 0."""
   sae = wide(trained)
   pre_BN = (x_BD - sae.b_pre_D) @ sae.w_enc_ND.T + sae.b_lat_N
+  if trained.config.activation == 'gated':
+    magnitude_BN = (pre_BN - sae.b_lat_N) * np.exp(sae.extra['r_mag_N'])
+    magnitude_BN += sae.extra['b_mag_N']
+    return np.where(pre_BN > 0, np.maximum(magnitude_BN, 0), 0)
+  if trained.config.activation == 'groupmax':
+    groups_BGM = pre_BN.reshape(len(pre_BN), trained.config.k, -1)
+    is_most_BGM = groups_BGM == groups_BGM.max(-1, keepdims=True)
+    return np.maximum(
+      np.where(is_most_BGM, groups_BGM, 0).reshape(pre_BN.shape), 0
+    )
   if trained.config.activation != 'topk':
     threshold = {
       'relu': lambda: 0.0,

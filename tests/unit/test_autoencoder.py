@@ -51,6 +51,8 @@ def preprocessed(name, raw_BD):
     return centred / np.linalg.norm(centred, axis=1, keepdims=True)
   if name == 'layer_norm':
     return centred / (raw_BD.std(1, ddof=1, keepdims=True) + 1e-5)
+  if name == 'unit_rms':
+    return raw_BD / np.sqrt((raw_BD**2).mean(1, keepdims=True))
   centred = raw_BD - raw_BD.mean(0)
   return centred / np.sqrt((centred**2).sum(1).mean())
 

@@ -19,6 +19,8 @@ PARAMETERS = {
 EXTRA = {
   'topk': set(),
   'batchtopk': {'threshold'},
+  'gated': {'r_mag_N', 'b_mag_N'},
+  'groupmax': set(),
   'jumprelu': {'log_threshold_N'},
   'relu': set(),
 }

@@ -55,17 +55,27 @@ def reference(trained, raw_BD):
     scale = np.linalg.norm(raw_BD - shift, axis=1, keepdims=True)
   elif trained.config.preprocessing == 'layer_norm':
     scale = raw_BD.std(1, ddof=1, keepdims=True) + 1e-5
+  elif trained.config.preprocessing == 'unit_rms':
+    shift, scale = 0.0, np.sqrt((raw_BD**2).mean(1, keepdims=True))
   elif trained.config.preprocessing == 'dataset':
     shift, scale = sae['data_mean_D'], sae['data_scale']
   else:
     shift = 0.0
   x_BD = (raw_BD - shift) / scale
-  z_BN = (x_BD - sae['b_pre_D']) @ sae['w_enc_ND'].T + sae['b_lat_N']
+  product_BN = (x_BD - sae['b_pre_D']) @ sae['w_enc_ND'].T
+  z_BN = product_BN + sae['b_lat_N']
   if trained.config.activation == 'topk':
     place_BN = np.argsort(np.argsort(-z_BN, axis=1), axis=1)
     z_BN = np.where(place_BN < K, z_BN, 0)
   threshold = sae.get('threshold', np.exp(sae.get('log_threshold_N', -np.inf)))
   z_BN = np.where(z_BN > threshold, z_BN, 0)
+  if trained.config.activation == 'groupmax':
+    groups_BGM = z_BN.reshape(len(z_BN), K, -1)
+    is_most_BGM = groups_BGM == groups_BGM.max(-1, keepdims=True)
+    z_BN = np.where(is_most_BGM, groups_BGM, 0).reshape(z_BN.shape)
+  if trained.config.activation == 'gated':
+    magnitude_BN = product_BN * np.exp(sae['r_mag_N']) + sae['b_mag_N']
+    z_BN = np.where(z_BN > 0, np.maximum(magnitude_BN, 0), 0)
   own_BD = z_BN @ sae['w_dec_ND'] + sae['b_pre_D']
   return z_BN, own_BD, own_BD * scale + shift
 

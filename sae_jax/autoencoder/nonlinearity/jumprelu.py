@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from sae_jax.autoencoder import encoder, nonlinearity
 from sae_jax.autoencoder.params import Sae, SaeConfig
 
-# The logarithm of each latent's threshold.
-TRAINED = ('log_threshold_N',)
+# Each latent's threshold as its logarithm, or as it is; a config has one.
+_LOG, _VALUE = 'log_threshold_N', 'threshold_N'
+TRAINED = (_LOG, _VALUE)
 # Initial threshold, in units of the preprocessed tokens' RMS distance from
 # their mean.
 _FIRST_THRESHOLD = 1e-3
@@ -22,7 +23,16 @@ active_per_token = nonlinearity.any_number
 
 def extra(config: SaeConfig, dtype: jnp.dtype) -> dict[str, jax.Array]:
   """A threshold of 1 for every latent."""
-  return {'log_threshold_N': jnp.zeros((config.n_latents,), dtype)}
+  if config.jump_threshold == 'value':
+    return {_VALUE: jnp.ones((config.n_latents,), dtype)}
+  return {_LOG: jnp.zeros((config.n_latents,), dtype)}
+
+
+def thresholds(extra: dict[str, jax.Array]) -> jax.Array:
+  """Each latent's threshold; one below 0 is as good as 0."""
+  if _VALUE in extra:
+    return jnp.maximum(extra[_VALUE], 0)
+  return jnp.exp(extra[_LOG])
 
 
 def fit(
@@ -34,9 +44,11 @@ def fit(
 ) -> dict[str, jax.Array]:
   """Thresholds that are small beside the tokens' distance from their mean."""
   del config, x_BD, axis
-  first = jnp.log(_FIRST_THRESHOLD * jnp.sqrt(mse_of_mean))
-  zeros_N = jnp.zeros_like(sae.extra['log_threshold_N'])
-  return {'log_threshold_N': zeros_N + first}
+  first = _FIRST_THRESHOLD * jnp.sqrt(mse_of_mean)
+  ((name, old_N),) = sae.extra.items()
+  return {
+    name: jnp.zeros_like(old_N) + (jnp.log(first) if name == _LOG else first)
+  }
 
 
 def codes(
@@ -45,16 +57,16 @@ def codes(
   """JumpReLU of every latent's pre-activation."""
   del axis
   pre_BN = encoder.pre_activations(config, sae, x_BD)
-  return encoder.dense_codes(jump_relu(pre_BN, sae.extra['log_threshold_N']))
+  return encoder.dense_codes(jump_relu(pre_BN, thresholds(sae.extra)))
 
 
-def jump_relu(pre_BN: jax.Array, log_threshold_N: jax.Array) -> jax.Array:
+def jump_relu(pre_BN: jax.Array, threshold_N: jax.Array) -> jax.Array:
   """JumpReLU: the pre-activation where it exceeds its latent's threshold.
 
   Rajamanoharan et al. 2024, equation 4. It has no gradient with respect to the
   threshold: for that see `trainable_jump_relu`.
   """
-  return jnp.where(pre_BN > jnp.exp(log_threshold_N), pre_BN, 0)
+  return jnp.where(pre_BN > threshold_N, pre_BN, 0)
 
 
 def _near(pre_BN, threshold_N, bandwidth):
@@ -69,7 +81,7 @@ def _threshold_sum(terms_BN, like_N):
 
 @jax.custom_vjp
 def trainable_jump_relu(
-  pre_BN: jax.Array, log_threshold_N: jax.Array, bandwidth: jax.Array
+  pre_BN: jax.Array, threshold_N: jax.Array, bandwidth: jax.Array
 ) -> jax.Array:
   """`jump_relu` with a straight-through estimate for the threshold.
 
@@ -80,27 +92,24 @@ def trainable_jump_relu(
 
   Args:
     pre_BN: pre-activations.
-    log_threshold_N: logarithm of each latent's threshold.
+    threshold_N: each latent's threshold.
     bandwidth: width of the kernel, in units of the pre-activations.
   """
   del bandwidth
-  return jump_relu(pre_BN, log_threshold_N)
+  return jump_relu(pre_BN, threshold_N)
 
 
-def _jump_forward(pre_BN, log_threshold_N, bandwidth):
-  saved = (pre_BN, log_threshold_N, bandwidth)
-  return jump_relu(pre_BN, log_threshold_N), saved
+def _jump_forward(pre_BN, threshold_N, bandwidth):
+  saved = (pre_BN, threshold_N, bandwidth)
+  return jump_relu(pre_BN, threshold_N), saved
 
 
 def _jump_backward(saved, g_BN):
-  pre_BN, log_threshold_N, bandwidth = saved
-  threshold_N = jnp.exp(log_threshold_N)
-  near_BN = _near(pre_BN, threshold_N, bandwidth)
-  # A second factor of the threshold, since the parameter is its logarithm.
-  slope_BN = -(threshold_N**2) * near_BN
+  pre_BN, threshold_N, bandwidth = saved
+  slope_BN = -threshold_N * _near(pre_BN, threshold_N, bandwidth)
   return (
     jnp.where(pre_BN > threshold_N, g_BN, 0),
-    _threshold_sum(g_BN * slope_BN, log_threshold_N),
+    _threshold_sum(g_BN * slope_BN, threshold_N),
     jnp.zeros_like(bandwidth),
   )
 
@@ -110,7 +119,7 @@ trainable_jump_relu.defvjp(_jump_forward, _jump_backward)
 
 @jax.custom_vjp
 def trainable_count(
-  pre_BN: jax.Array, log_threshold_N: jax.Array, bandwidth: jax.Array
+  pre_BN: jax.Array, threshold_N: jax.Array, bandwidth: jax.Array
 ) -> jax.Array:
   """How many pre-activations exceed their threshold, all tokens together.
 
@@ -120,27 +129,25 @@ def trainable_count(
 
   Args:
     pre_BN: pre-activations.
-    log_threshold_N: logarithm of each latent's threshold.
+    threshold_N: each latent's threshold.
     bandwidth: width of the kernel, in units of the pre-activations.
   """
   del bandwidth
   # Two sums, since the pairs of a large batch may exceed an int32.
-  open_B = (pre_BN > jnp.exp(log_threshold_N)).sum(-1)
+  open_B = (pre_BN > threshold_N).sum(-1)
   return open_B.astype(pre_BN.dtype).sum()
 
 
-def _count_forward(pre_BN, log_threshold_N, bandwidth):
-  count = trainable_count(pre_BN, log_threshold_N, bandwidth)
-  return count, (pre_BN, log_threshold_N, bandwidth)
+def _count_forward(pre_BN, threshold_N, bandwidth):
+  count = trainable_count(pre_BN, threshold_N, bandwidth)
+  return count, (pre_BN, threshold_N, bandwidth)
 
 
 def _count_backward(saved, g):
-  pre_BN, log_threshold_N, bandwidth = saved
-  threshold_N = jnp.exp(log_threshold_N)
-  slope_BN = -threshold_N * _near(pre_BN, threshold_N, bandwidth)
+  pre_BN, threshold_N, bandwidth = saved
   return (
     jnp.zeros_like(pre_BN),
-    _threshold_sum(g * slope_BN, log_threshold_N),
+    _threshold_sum(-g * _near(pre_BN, threshold_N, bandwidth), threshold_N),
     jnp.zeros_like(bandwidth),
   )
 

@@ -3,7 +3,7 @@
 import jax
 
 from sae_jax import ops
-from sae_jax.autoencoder import nonlinearity
+from sae_jax.autoencoder import encoder, nonlinearity
 from sae_jax.autoencoder.params import Sae, SaeConfig
 
 TRAINED = ()
@@ -26,7 +26,7 @@ def codes(
     sae.w_enc_ND,
     sae.b_lat_N,
     min(config.k, sae.w_enc_ND.shape[0]),
-    b_pre_D=sae.b_pre_D,
+    b_pre_D=encoder.input_bias(config, sae),
     dtype=config.matmul_dtype,
   )
   return jax.nn.relu(ops.global_top_k(vals_BK, axis, config.k, 0.0)), idx_BK

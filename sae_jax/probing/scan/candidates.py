@@ -184,7 +184,7 @@ def codes(
     sae.w_enc_ND,
     sae.b_lat_N,
     offered,
-    b_pre_D=sae.b_pre_D,
+    b_pre_D=autoencoder.input_bias(config, sae),
     dtype=config.matmul_dtype,
     implementation=ops.choose(n_own * shards, k, None, d_model),
   )
@@ -208,7 +208,7 @@ def _of_top_k(config, sae, x_BD, longest, width, axis, few) -> Candidates:
     sae.w_enc_ND,
     sae.b_lat_N,
     offered,
-    b_pre_D=sae.b_pre_D,
+    b_pre_D=autoencoder.input_bias(config, sae),
     dtype=config.matmul_dtype,
     implementation=name,
   )
@@ -223,7 +223,8 @@ def _of_top_k(config, sae, x_BD, longest, width, axis, few) -> Candidates:
   last_E = ranked.vals_EM[:, width - 1]
   tied_E = jnp.zeros(last_E.shape, bool)
   if most > width:
-    lengths_E = jnp.linalg.norm(own_share(x_BD, axis) - sae.b_pre_D, axis=-1)
+    bias_D = autoencoder.input_bias(config, sae)
+    lengths_E = jnp.linalg.norm(own_share(x_BD - bias_D, axis), axis=-1)
     eps = jnp.finfo(last_E.dtype).eps
     gap_E = last_E - ranked.vals_EM[:, width]
     tied_E = (last_E > 0) & (gap_E <= _ROUNDINGS * eps * longest * lengths_E)

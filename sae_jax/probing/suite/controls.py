@@ -46,6 +46,8 @@ def of_directions(
     n_latents=len(both_ND),
     k=min(k, len(directions_KD)),
     activation='topk',
+    # Their mean is taken away before they are looked for.
+    pre_bias='tied',
   )
   sae = autoencoder.Sae(
     w_enc_ND=jnp.asarray(both_ND),

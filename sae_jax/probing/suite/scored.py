@@ -160,7 +160,7 @@ def ranked(
       sae.w_enc_ND,
       sae.b_lat_N,
       min(width, n_own),
-      b_pre_D=sae.b_pre_D,
+      b_pre_D=autoencoder.input_bias(shape.config, sae),
       dtype=shape.config.matmul_dtype,
     )
     return _of_all_shards(jax.nn.relu(vals_BC), idx_BC, n_own, width)

@@ -11,6 +11,7 @@ from sae_jax.training.objective.config import ObjectiveConfig
 AUXK = True
 SPARSE = False
 fold = dense.fold
+second_weight = dense.no_second
 
 
 def check(sae_config: SaeConfig, config: ObjectiveConfig) -> None:

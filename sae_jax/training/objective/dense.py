@@ -42,13 +42,24 @@ def prepare(setting: terms.Setting, sae: Sae, x_BD: jax.Array) -> None:
   del setting, sae, x_BD
 
 
-@jax.named_scope(scopes.ENCODER)
+def no_second(config: ObjectiveConfig) -> float:
+  """`registry.Method.second_weight` of one with one reconstruction."""
+  del config
+  return 0.0
+
+
 def pre_activations(
   setting: terms.Setting, sae: Sae, x_BD: jax.Array
 ) -> jax.Array:
   """Pre-activations of this shard's latents, with a gradient for b_pre."""
+  return products(setting, sae, x_BD) + sae.b_lat_N
+
+
+@jax.named_scope(scopes.ENCODER)
+def products(setting: terms.Setting, sae: Sae, x_BD: jax.Array) -> jax.Array:
+  """W_enc (x - b_pre) of this shard's latents, with a gradient for b_pre."""
   shard = sae.replace(b_pre_D=setting.shards.to_latents(sae.b_pre_D))
-  return autoencoder.pre_activations(setting.sae_config, shard, x_BD)
+  return autoencoder.products(setting.sae_config, shard, x_BD)
 
 
 def sums(
@@ -57,6 +68,7 @@ def sums(
   x_BD: jax.Array,
   z_BN: jax.Array,
   penalty: jax.Array | None = None,
+  second_BN: jax.Array | None = None,
   observed: dict[str, jax.Array] | None = None,
 ) -> terms.Pass:
   """A pass with given codes.
@@ -68,17 +80,26 @@ def sums(
     z_BN: their codes, of this shard's latents.
     penalty: the penalty, summed over tokens and this shard's latents; None for
       none.
+    second_BN: other codes, which must reconstruct with a decoder and b_pre
+      that they do not teach; None for none.
     observed: see `terms.Pass`.
   """
   shards = setting.shards
   with jax.named_scope(scopes.DECODER):
     model_BD = ops.matmul(z_BN, sae.w_dec_ND, setting.sae_config.matmul_dtype)
+    held_BD = None
+    if second_BN is not None:
+      held_ND = jax.lax.stop_gradient(sae.w_dec_ND)
+      held_BD = ops.matmul(second_BN, held_ND, setting.sae_config.matmul_dtype)
   error_BD = x_BD - shards.over_latents(model_BD) - sae.b_pre_D
-  zero = varying.zeros((), x_BD.dtype, error_BD)
+  zero = multi = varying.zeros((), x_BD.dtype, error_BD)
+  if held_BD is not None:
+    bias_D = jax.lax.stop_gradient(sae.b_pre_D)
+    multi = ((x_BD - shards.over_latents(held_BD) - bias_D) ** 2).sum()
   return terms.Pass(
     sums=terms.Sums(
       error=(error_BD**2).sum(),
-      multi=zero,
+      multi=multi,
       penalty=zero if penalty is None else shards.over_latents(penalty),
       active=terms.count(z_BN > 0).astype(x_BD.dtype),
       fired_N=(z_BN > 0).any(0).astype(jnp.int32),

@@ -13,6 +13,7 @@ SPARSE = False
 check = dense.check_topk_alone
 prepare = dense.prepare
 fold = dense.fold
+second_weight = dense.no_second
 logged = dense.penalty_logged
 
 
@@ -28,7 +29,8 @@ def sums(
   del prepared, tally_N, candidates
   pre_BN = dense.pre_activations(setting, sae, x_BD)
   bandwidth = setting.config.jump_bandwidth * jnp.sqrt(setting.mse_of_mean)
-  jump = sae.extra['log_threshold_N'], varying.match(bandwidth, pre_BN)
+  threshold_N = jumprelu.thresholds(sae.extra)
+  jump = threshold_N, varying.match(bandwidth, pre_BN)
   return dense.sums(
     setting,
     sae,

@@ -5,7 +5,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from sae_jax import ops
+from sae_jax import autoencoder, ops
 from sae_jax.autoencoder import Sae, SaeConfig
 from sae_jax.ops import Diagnostics, varying
 from sae_jax.training import auxk
@@ -85,8 +85,15 @@ def value_and_grad(
   # the error, is a constant.
   aux = jnp.zeros((), x_BD.dtype)
   if config.k_aux and method.AUXK:
+    bias_D = autoencoder.input_bias(sae_config, own)
     aux, grads = auxk.add_gradient(
-      _aux(setting), own, grads, x_BD, error_BD, dead_N, shards
+      _aux(setting),
+      own.replace(b_pre_D=bias_D),
+      grads,
+      x_BD,
+      error_BD,
+      dead_N,
+      shards,
     )
 
   loss = shards.over_tokens(value) + config.aux_weight * aux
@@ -118,7 +125,8 @@ def _share(setting, method, prepared, x_BD, candidates, sae, tally_N):
   """These tokens' part of the loss without AuxK, and their `terms.Pass`."""
   config = setting.config
   result = method.sums(setting, sae, x_BD, prepared, tally_N, candidates)
-  error = result.sums.error + config.multi_weight * result.sums.multi
+  weight = method.second_weight(config)
+  error = result.sums.error + weight * result.sums.multi
   total = error / setting.mse_of_mean
   total += config.sparsity_weight * result.sums.penalty
   return total / setting.tokens, result

@@ -26,6 +26,9 @@ class Method(Protocol):
   def check(self, sae_config: SaeConfig, config: ObjectiveConfig) -> None:
     """Raises UserError for terms that do not go with the nonlinearity."""
 
+  def second_weight(self, config: ObjectiveConfig) -> float:
+    """Weight in the loss of the error of `Sums.multi`."""
+
   def prepare(self, setting: Setting, sae: Sae, x_BD: jax.Array) -> Any:
     """Values of the whole batch for all micro-batches, without a gradient.
 

@@ -11,6 +11,7 @@ SPARSE = False
 check = dense.check_topk_alone
 prepare = dense.prepare
 fold = dense.fold
+second_weight = dense.no_second
 logged = dense.penalty_logged
 
 

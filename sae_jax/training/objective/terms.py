@@ -19,7 +19,8 @@ class Terms:
   Attributes:
     nmse: mean squared error over the mean predictor's, which is a constant.
     aux: AuxK's normalised error, 0 where no latent is dead.
-    multi: NMSE of the wider code of Multi-TopK, 0 without it.
+    multi: NMSE of the second reconstruction, 0 without one: of the wider code
+      of Multi-TopK, or of gates alone.
     penalty: the baselines' L1 or L0 per token, 0 for others.
     l0: mean number of active latents per token.
     fired_N: whether a latent was active for any token of the batch.
@@ -44,7 +45,7 @@ class Sums:
 
   Attributes:
     error: of squared errors.
-    multi: of squared errors of the wider code of Multi-TopK.
+    multi: of squared errors of the second reconstruction.
     penalty: of the baselines' penalty, over all shards of the latents.
     active: of active latents.
     fired_N: above 0 for latents that were active. TopK leaves it to the

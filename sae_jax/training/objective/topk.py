@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from sae_jax import errors, ops
+from sae_jax import autoencoder, errors, ops
 from sae_jax.autoencoder import Sae, SaeConfig
 from sae_jax.ops import varying
 from sae_jax.ops.autoencode import candidates as candidates_lib
@@ -28,6 +28,11 @@ def check(sae_config: SaeConfig, config: ObjectiveConfig) -> None:
       f'{sae_config.n_latents} latents: use '
       f'{sae_config.n_latents // sae_config.k} or less'
     )
+
+
+def second_weight(config: ObjectiveConfig) -> float:
+  """That of the wider code of Multi-TopK."""
+  return config.multi_weight
 
 
 def _kernels(sae_config, config, implementation):
@@ -64,7 +69,7 @@ def sums(
     sae.b_lat_N,
     sae.w_dec_ND,
     ks,
-    b_pre_D=shards.to_latents(sae.b_pre_D),
+    b_pre_D=shards.to_latents(autoencoder.input_bias(sae_config, sae)),
     axis=shards.latent_axis,
     dtype=sae_config.matmul_dtype,
     implementation=setting.implementation,
