@@ -9,7 +9,7 @@ from typing import Any
 
 _MODULES = {
   'average': ('averaged', 'corrected', 'sum_of_weights'),
-  'encoder': ('input_bias', 'pre_activations', 'products'),
+  'encoder': ('has_input_bias', 'input_bias', 'pre_activations', 'products'),
   'initial': (
     'DataStart',
     'data_start',
@@ -28,7 +28,15 @@ _MODULES = {
     'trained',
     'with_arrays',
   ),
-  'preprocessing': ('Affine', 'preprocess', 'restore'),
+  'preprocessing': (
+    'Affine',
+    'halves',
+    'preprocess',
+    'restore',
+    'skipped',
+    'tokens',
+    'way_back',
+  ),
   'raw': ('Codes',),
 }
 _MODULE_OF = {name: m for m, names in _MODULES.items() for name in names}

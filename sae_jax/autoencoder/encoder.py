@@ -8,9 +8,14 @@ from sae_jax.autoencoder import params
 from sae_jax.autoencoder.params import Sae, SaeConfig
 
 
+def has_input_bias(config: SaeConfig) -> bool:
+  """Whether the encoder subtracts b_pre; a transcoder's is of its output."""
+  return config.pre_bias == params.TIED and not config.target_site
+
+
 def input_bias(config: SaeConfig, sae: Sae) -> jax.Array:
   """What the encoder subtracts from its input, [D]: b_pre, or zeros."""
-  if config.pre_bias == params.TIED:
+  if has_input_bias(config):
     return sae.b_pre_D
   return jnp.zeros_like(sae.b_pre_D)
 

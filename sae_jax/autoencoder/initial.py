@@ -8,8 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from sae_jax import errors, ops
-from sae_jax.autoencoder import metrics, model, nonlinearity, preprocessing
-from sae_jax.autoencoder.params import Sae, SaeConfig
+from sae_jax.autoencoder import (
+  encoder,
+  metrics,
+  model,
+  nonlinearity,
+  preprocessing,
+)
+from sae_jax.autoencoder.params import Sae, SaeConfig, SKIP
 from sae_jax.ops import rows
 
 _GAIN_TOKENS = 1024
@@ -80,7 +86,7 @@ def init_weights(
   w_dec_ND = rows.unit_rows(jax.random.normal(key, shape, dtype))
   # A copy, since the two are donated separately.
   w_enc_ND = jnp.copy(w_dec_ND)
-  if config.encoder_init == 'independent':
+  if config.encoder_init == 'independent' or config.target_site:
     other = jax.random.fold_in(key, 1)
     w_enc_ND = rows.unit_rows(jax.random.normal(other, shape, dtype))
   return Sae(
@@ -90,8 +96,22 @@ def init_weights(
     b_pre_D=jnp.zeros((config.d_model,), dtype),
     data_mean_D=jnp.zeros((config.d_model,), dtype),
     data_scale=jnp.ones((), dtype),
+    target=_target(config, dtype),
     extra=nonlinearity.of(config.activation).extra(config, dtype),
   )
+
+
+def _target(config: SaeConfig, dtype: jnp.dtype) -> dict[str, jax.Array]:
+  """A transcoder's own arrays before they are fitted; see `Sae.target`."""
+  if not config.target_site:
+    return {}
+  arrays = {
+    'target_mean_D': jnp.zeros((config.d_model,), dtype),
+    'target_scale': jnp.ones((), dtype),
+  }
+  if config.skip:
+    arrays[SKIP] = jnp.zeros((config.d_model, config.d_model), dtype)
+  return arrays
 
 
 @flax.struct.dataclass
@@ -102,11 +122,13 @@ class DataStart:
 
   Attributes:
     chosen_N: which row each latent starts from, all different.
-    whitening_DD: half whitening of the preprocessed activations.
+    whitening_DD: half whitening of what is reconstructed.
+    read_whitening_DD: that of what is read, of a transcoder; else None.
   """
 
   chosen_N: np.ndarray
   whitening_DD: np.ndarray
+  read_whitening_DD: np.ndarray | None = None
 
 
 def data_start(
@@ -119,7 +141,8 @@ def data_start(
 
   Args:
     config: the autoencoder's config.
-    sample_BD: raw activations, at least as many as there are latents.
+    sample_BD: raw activations, at least as many as there are latents; of a
+      transcoder [B, 2 D].
     seed: seed of the choice of rows.
 
   Raises:
@@ -135,13 +158,15 @@ def data_start(
   fresh = init_weights(
     dataclasses.replace(config, n_latents=config.k), jax.random.key(0)
   )
-  x_BD, _ = jax.jit(preprocessing.preprocess, static_argnums=0)(
+  tokens_BX, _ = jax.jit(preprocessing.tokens, static_argnums=0)(
     config, fresh, jnp.asarray(sample_BD)
   )
+  x_BD, target_BD = preprocessing.halves(config, np.asarray(tokens_BX))
   order_B = np.random.default_rng(seed).permutation(len(sample_BD))
   return DataStart(
     order_B[: config.n_latents].astype(np.int32),
-    half_whitening(np.asarray(x_BD)),
+    half_whitening(target_BD),
+    half_whitening(x_BD) if config.target_site else None,
   )
 
 
@@ -159,18 +184,24 @@ def half_whitening(x_BD: np.ndarray) -> np.ndarray:
 
 
 def data_rows(
-  sae: Sae, x_BD: jax.Array, start: DataStart, axis: str | None = None
+  random_ND: jax.Array,
+  away_BD: jax.Array,
+  chosen_N: np.ndarray,
+  whitening_DD: np.ndarray,
+  axis: str | None = None,
 ) -> jax.Array:
-  """Unit decoder rows from the data: different rows of x - b_pre.
+  """Unit rows from the data: different rows of x - b_pre.
 
   They are half whitened, with a random part a tenth as long. On held-out rows
   this did better than random directions in all runs of 0.2 to 4 million tokens,
   see docs/results.md.
 
   Args:
-    sae: its random decoder and b_pre, or this shard of it.
-    x_BD: preprocessed activations, at least as many as all shards' latents.
-    start: from `data_start`.
+    random_ND: random unit rows, of this shard.
+    away_BD: preprocessed activations less their centre, at least as many as
+      all shards' latents.
+    chosen_N: see `DataStart`.
+    whitening_DD: see `DataStart`.
     axis: the mesh axis of the latents, inside shard_map.
 
   Returns:
@@ -178,14 +209,12 @@ def data_rows(
   """
   # All rows are turned before any is chosen: products of one shape round alike
   # on every mesh.
-  away_BD = ops.matmul(x_BD - sae.b_pre_D, start.whitening_DD)
-  n_own = sae.w_dec_ND.shape[0]
+  away_BD = ops.matmul(away_BD, whitening_DD)
+  n_own = random_ND.shape[0]
   first = 0 if axis is None else jax.lax.axis_index(axis) * n_own
-  chosen_N = jax.lax.dynamic_slice(
-    jnp.asarray(start.chosen_N), (first,), (n_own,)
-  )
+  chosen_N = jax.lax.dynamic_slice(jnp.asarray(chosen_N), (first,), (n_own,))
   unit_ND = rows.unit_rows(away_BD[chosen_N])
-  return rows.unit_rows(unit_ND + _NOISE * sae.w_dec_ND)
+  return rows.unit_rows(unit_ND + _NOISE * random_ND)
 
 
 def _mean(x_BD):
@@ -206,12 +235,15 @@ def fit_inputs(
   'mean' the mean), the decoder with
   decoder_init 'data' and the nonlinearity's own parameters. Scales the encoder
   so that reconstructions have the norm of the inputs, as the paper's code does,
-  or with encoder_gain 'least_squares' so that they are nearest to them.
+  or with encoder_gain 'least_squares' so that they are nearest to them. Where
+  the encoder subtracts no b_pre, the latents' biases begin as if it subtracted
+  the mean.
 
   Args:
     config: the autoencoder's config.
     sae: from `init_weights`, or this shard of it.
-    sample_BD: raw activations; the paper's code takes 32,768 of them.
+    sample_BD: raw activations, of a transcoder [B, 2 D]; the paper's code takes
+      32,768 of them.
     start: from `data_start`, for decoder_init 'data'.
     axis: the mesh axis of the latents, inside shard_map.
 
@@ -220,25 +252,27 @@ def fit_inputs(
     the preprocessed sample: the constant that NMSE divides by. It is 0 if the
     rows differ by no more than rounding.
   """
-  mean_D = sample_BD.mean(0)
-  sae = sae.replace(
-    data_mean_D=mean_D,
-    data_scale=jnp.sqrt(((sample_BD - mean_D) ** 2).sum(-1).mean()),
-  )
-  x_BD, affine = preprocessing.preprocess(config, sae, sample_BD)
-  mse_of_mean = ((x_BD - x_BD.mean(0)) ** 2).sum(-1).mean()
+  read_BD, output_BD = preprocessing.halves(config, sample_BD)
+  mean_D, scale = _statistics(read_BD)
+  sae = sae.replace(data_mean_D=mean_D, data_scale=scale)
+  if config.target_site:
+    mean_D, scale = _statistics(output_BD)
+    statistics = {'target_mean_D': mean_D, 'target_scale': scale}
+    sae = sae.replace(target=sae.target | statistics)
+  tokens_BX, affine = preprocessing.tokens(config, sae, sample_BD)
+  x_BD, target_BD = preprocessing.halves(config, tokens_BX)
+  mse_of_mean = ((target_BD - target_BD.mean(0)) ** 2).sum(-1).mean()
   # Not by their mean, which rounding moves away from rows that are all equal.
-  apart = ((x_BD - x_BD[0]) ** 2).sum()
-  varies = apart > metrics.rounding(sample_BD / affine.scale).sum()
+  apart = ((target_BD - target_BD[0]) ** 2).sum()
+  varies = apart > metrics.rounding(output_BD / affine.scale).sum()
   mse_of_mean = jnp.where(varies, mse_of_mean, 0)
   center = geometric_median if config.bias_init == 'median' else _mean
-  sae = sae.replace(b_pre_D=center(x_BD))
+  sae = sae.replace(b_pre_D=center(target_BD))
   if start is not None:
-    w_dec_ND = data_rows(sae, x_BD, start, axis)
-    sae = sae.replace(w_dec_ND=w_dec_ND)
-    if config.encoder_init == 'transposed':
-      sae = sae.replace(w_enc_ND=w_dec_ND)
-  gain_BD = x_BD[:_GAIN_TOKENS]
+    sae = _from_data(config, sae, x_BD, target_BD, start, axis)
+  if not encoder.has_input_bias(config):
+    sae = sae.replace(b_lat_N=-(sae.w_enc_ND @ x_BD.mean(0)))
+  gain_BD, away_BD = x_BD[:_GAIN_TOKENS], target_BD[:_GAIN_TOKENS]
   method = nonlinearity.of(config.activation)
 
   def fitted(sae):
@@ -249,12 +283,44 @@ def fit_inputs(
   sae = fitted(sae)
   codes = model.encode(config, sae, gain_BD, axis=axis)
   output_BD = model.decode(sae, *codes, axis=axis, dtype=config.matmul_dtype)
-  model_BD, away_BD = output_BD - sae.b_pre_D, gain_BD - sae.b_pre_D
+  model_BD, away_BD = output_BD - sae.b_pre_D, away_BD - sae.b_pre_D
   squares = (model_BD**2).sum()
   if config.encoder_gain == 'least_squares':
     # Codes are proportional to the encoder's length, or nearly so.
     gain = (away_BD * model_BD).sum() / squares
   else:
     gain = jnp.sqrt((away_BD**2).sum() / squares)
+  sae = sae.replace(w_enc_ND=gain * sae.w_enc_ND, b_lat_N=gain * sae.b_lat_N)
   # Fitted once more: a threshold may be in units of the pre-activations.
-  return fitted(sae.replace(w_enc_ND=gain * sae.w_enc_ND)), mse_of_mean
+  return fitted(sae), mse_of_mean
+
+
+def _statistics(raw_BD: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """The mean of rows and their RMS distance from it."""
+  mean_D = raw_BD.mean(0)
+  return mean_D, jnp.sqrt(((raw_BD - mean_D) ** 2).sum(-1).mean())
+
+
+def _from_data(config, sae, x_BD, target_BD, start, axis) -> Sae:
+  """The autoencoder with rows from the data, see `data_rows`."""
+  w_dec_ND = data_rows(
+    sae.w_dec_ND,
+    target_BD - sae.b_pre_D,
+    start.chosen_N,
+    start.whitening_DD,
+    axis,
+  )
+  sae = sae.replace(w_dec_ND=w_dec_ND)
+  if config.target_site:
+    # Of the same tokens, so that a latent writes what goes with what it reads.
+    w_enc_ND = data_rows(
+      sae.w_enc_ND,
+      x_BD - x_BD.mean(0),
+      start.chosen_N,
+      start.read_whitening_DD,
+      axis,
+    )
+    return sae.replace(w_enc_ND=w_enc_ND)
+  if config.encoder_init == 'transposed':
+    sae = sae.replace(w_enc_ND=w_dec_ND)
+  return sae

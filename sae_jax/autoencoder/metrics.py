@@ -192,20 +192,24 @@ def evaluate_batch(
   Args:
     config: the autoencoder's config.
     sae: the autoencoder, or this shard of it.
-    raw_BD: raw activations, or this shard of them.
+    raw_BD: raw activations, or this shard of them; of a transcoder [B, 2 D].
     data_axis: mesh axis of the tokens, inside shard_map.
     latent_axis: mesh axis of the latents, inside shard_map.
 
   Returns:
     Sums over the whole batch; `fired_N` of this shard's latents.
   """
-  x_BD, affine = preprocessing.preprocess(config, sae, raw_BD)
+  tokens_BX, affine = preprocessing.tokens(config, sae, raw_BD)
+  x_BD, target_BD = preprocessing.halves(config, tokens_BX)
+  _, raw_BD = preprocessing.halves(config, raw_BD)
   vals_BK, idx_BK = model.encode(config, sae, x_BD, axis=latent_axis)
   output_BD = model.decode(
     sae, vals_BK, idx_BK, axis=latent_axis, dtype=config.matmul_dtype
   )
+  if config.skip:
+    output_BD += preprocessing.skipped(config, sae, x_BD)
   sums = batch_sums(
-    x_BD,
+    target_BD,
     output_BD,
     vals_BK,
     idx_BK,

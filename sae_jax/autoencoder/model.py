@@ -60,9 +60,10 @@ def decode(
 def reconstruct(
   config: SaeConfig, sae: Sae, raw_BD: jax.Array, *, axis: str | None = None
 ) -> jax.Array:
-  """The autoencoder's reconstruction of raw activations, [B, D]."""
+  """The reconstruction of raw activations, [B, D], or a transcoder's output."""
   x_BD, affine = preprocessing.preprocess(config, sae, raw_BD)
   codes = encode(config, sae, x_BD, axis=axis)
   return preprocessing.restore(
-    affine, decode(sae, *codes, axis=axis, dtype=config.matmul_dtype)
+    preprocessing.way_back(config, sae, x_BD, affine),
+    decode(sae, *codes, axis=axis, dtype=config.matmul_dtype),
   )

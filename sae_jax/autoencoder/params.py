@@ -55,7 +55,8 @@ class SaeConfig(config_lib.Config):
   pre_bias: str = config_lib.option(
     TIED,
     'where the decoder bias b_pre is: subtracted before the encoder and added '
-    'after the decoder (tied), or added after the decoder alone (output)',
+    'after the decoder (tied), or added after the decoder alone (output, which '
+    'a transcoder has in any case)',
     (TIED, OUTPUT),
     later=True,
   )
@@ -80,10 +81,24 @@ class SaeConfig(config_lib.Config):
     "Adam's moments are always float32",
     MATMULS,
   )
+  target_site: str = config_lib.option(
+    '',
+    'site of the same store whose activations are reconstructed from those of '
+    'site: a transcoder; empty for an autoencoder, which reconstructs what it '
+    'reads',
+    shared=True,
+    later=True,
+  )
+  skip: bool = config_lib.option(
+    False,
+    'add a linear map of the input to the reconstruction, in a transcoder',
+    later=True,
+  )
   encoder_init: str = config_lib.option(
     'transposed',
     'initial encoder: the transpose of the decoder (transposed), or drawn '
-    'independently of it, which leaves more latents dead',
+    'independently of it, which leaves more latents dead. That of a transcoder '
+    'is independent, or with decoder_init data of the same tokens',
     ('transposed', 'independent'),
   )
   decoder_init: str = config_lib.option(
@@ -108,6 +123,11 @@ class SaeConfig(config_lib.Config):
   )
 
   @property
+  def row_width(self) -> int:
+    """Width of a row of data: a transcoder's has what it reconstructs too."""
+    return self.d_model * (2 if self.target_site else 1)
+
+  @property
   def matmul_dtype(self) -> jnp.dtype | None:
     """The type that factors of dense products are rounded to, or None."""
     rounded = self.matmul == 'bfloat16' or (
@@ -121,11 +141,18 @@ class SaeConfig(config_lib.Config):
       raise errors.UserError(
         f'k {self.k} exceeds n_latents {self.n_latents}: use fewer'
       )
+    if self.skip and not self.target_site:
+      raise errors.UserError(
+        'skip is for a transcoder, an autoencoder would be a linear map alone: '
+        'give a target_site, or leave skip out'
+      )
 
 
 @flax.struct.dataclass
 class Sae:
-  """The arrays of an autoencoder; data_mean_D and data_scale are not trained.
+  """The arrays of an autoencoder or a transcoder.
+
+  Statistics of the data, its mean and scale, are not trained.
 
   Attributes:
     w_enc_ND: encoder, a row per latent.
@@ -137,6 +164,8 @@ class Sae:
     data_mean_D: mean of the dataset; used by preprocessing 'dataset'.
     data_scale: RMS distance from it; used by preprocessing 'dataset'.
     extra: parameters of the nonlinearity's own, by name.
+    target: of a transcoder, by name: `target_mean_D` and `target_scale` of
+      what is reconstructed, and with a skip its map `w_skip_DD`.
   """
 
   w_enc_ND: jax.Array
@@ -146,27 +175,34 @@ class Sae:
   data_mean_D: jax.Array
   data_scale: jax.Array
   extra: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
+  target: dict[str, jax.Array] = flax.struct.field(default_factory=dict)
 
 
 _FIELDS = tuple(
-  field.name for field in dataclasses.fields(Sae) if field.name != 'extra'
+  field.name
+  for field in dataclasses.fields(Sae)
+  if field.name not in ('extra', 'target')
 )
-_TRAINED = ('w_enc_ND', 'w_dec_ND', 'b_lat_N', 'b_pre_D')
+SKIP = 'w_skip_DD'
+_TARGET = ('target_mean_D', 'target_scale', SKIP)
+_TRAINED = ('w_enc_ND', 'w_dec_ND', 'b_lat_N', 'b_pre_D', SKIP)
 
 
 def to_dict(sae: Sae) -> dict[str, jax.Array]:
-  """All arrays by name, the nonlinearity's beside the others.
+  """All arrays by name, the nonlinearity's and a target's beside the others.
 
   These are the names in a checkpoint.
   """
-  return {name: getattr(sae, name) for name in _FIELDS} | sae.extra
+  fields = {name: getattr(sae, name) for name in _FIELDS}
+  return fields | sae.extra | sae.target
 
 
 def from_dict(arrays: dict[str, jax.Array]) -> Sae:
-  """The inverse of `to_dict`; arrays that are no field of `Sae` are `extra`."""
+  """The inverse of `to_dict`; arrays that it does not know are `extra`."""
   fields = {name: arrays[name] for name in _FIELDS}
-  extra = {name: a for name, a in arrays.items() if name not in fields}
-  return Sae(**fields, extra=extra)
+  target = {name: a for name, a in arrays.items() if name in _TARGET}
+  extra = {n: a for n, a in arrays.items() if n not in fields | target}
+  return Sae(**fields, extra=extra, target=target)
 
 
 def with_arrays(sae: Sae, arrays: dict[str, jax.Array]) -> Sae:

@@ -4,7 +4,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
-from sae_jax.autoencoder.params import Sae, SaeConfig
+from sae_jax import ops
+from sae_jax.autoencoder.params import Sae, SaeConfig, SKIP
 from sae_jax.ops import scopes
 
 _LAYER_NORM_EPS = 1e-5
@@ -29,7 +30,8 @@ def preprocess(
       in the code released with it; unit_rms as SAELens's
       constant_norm_rescale).
     sae: holds the dataset's statistics.
-    raw_BD: activations of the subject.
+    raw_BD: activations of the subject; of a transcoder, those that are
+      reconstructed may follow in the same rows, [B, 2 D].
 
   Returns:
     x_BD in the higher of the precisions of the parameters and `raw_BD`, and the
@@ -37,6 +39,7 @@ def preprocess(
     zero, with unit_rms a zero one.
   """
   raw_BD = raw_BD.astype(jnp.result_type(raw_BD, sae.b_pre_D))
+  raw_BD, _ = halves(config, raw_BD)
   if config.preprocessing == 'none':
     affine = Affine(jnp.zeros_like(raw_BD[:, :1]), jnp.ones_like(raw_BD[:, :1]))
   elif config.preprocessing == 'dataset':
@@ -70,3 +73,79 @@ def preprocess(
 def restore(affine: Affine, x_BD: jax.Array) -> jax.Array:
   """The inverse of `preprocess` with the same token's affine map."""
   return x_BD * affine.scale + affine.shift
+
+
+def halves(
+  config: SaeConfig, rows_BX: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """What is read and what is reconstructed, of rows that hold both.
+
+  Args:
+    config: says whether it is a transcoder, whose two have equal widths.
+    rows_BX: [B, D], or [B, 2 D] of a transcoder.
+
+  Returns:
+    Two arrays [B, D]: of an autoencoder, or where a transcoder's rows have no
+    target, the rows twice.
+  """
+  if not config.target_site or rows_BX.shape[-1] == config.d_model:
+    return rows_BX, rows_BX
+  return rows_BX[:, : config.d_model], rows_BX[:, config.d_model :]
+
+
+def tokens(
+  config: SaeConfig, sae: Sae, raw_BX: jax.Array
+) -> tuple[jax.Array, Affine]:
+  """Preprocessed rows with their targets, and the way back of these.
+
+  Args:
+    config: the autoencoder's.
+    sae: holds the statistics.
+    raw_BX: [B, D], or [B, 2 D] of a transcoder.
+
+  Returns:
+    Rows that `halves` takes apart: of an autoencoder what `preprocess` gives,
+    of a transcoder [B, 2 D]; and the map of the targets.
+  """
+  x_BD, affine = preprocess(config, sae, raw_BX)
+  if not config.target_site:
+    return x_BD, affine
+  _, target_BD = halves(config, raw_BX)
+  back = _target_affine(sae, x_BD)
+  target_BD = (target_BD.astype(x_BD.dtype) - back.shift) / back.scale
+  return jnp.concatenate([x_BD, target_BD], axis=1), back
+
+
+def way_back(
+  config: SaeConfig, sae: Sae, x_BD: jax.Array, affine: Affine
+) -> Affine:
+  """The map from decoded latents, b_pre included, to raw activations.
+
+  Args:
+    config: the autoencoder's.
+    sae: the autoencoder.
+    x_BD: preprocessed tokens.
+    affine: their own map.
+
+  Returns:
+    `affine`; of a transcoder that of what it reconstructs, with the skip.
+  """
+  if not config.target_site:
+    return affine
+  back = _target_affine(sae, x_BD)
+  shift_BD = back.shift + back.scale * skipped(config, sae, x_BD)
+  return Affine(shift_BD, back.scale)
+
+
+def skipped(config: SaeConfig, sae: Sae, x_BD: jax.Array) -> jax.Array:
+  """What a skip adds to the reconstruction; zeros without one."""
+  if not config.skip:
+    return jnp.zeros_like(x_BD)
+  return ops.matmul(x_BD, sae.target[SKIP], config.matmul_dtype)
+
+
+def _target_affine(sae: Sae, x_BD: jax.Array) -> Affine:
+  return Affine(
+    jnp.broadcast_to(sae.target['target_mean_D'], x_BD.shape),
+    jnp.broadcast_to(sae.target['target_scale'], x_BD[:, :1].shape),
+  )

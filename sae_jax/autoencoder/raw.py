@@ -38,11 +38,11 @@ class Codes:
     values: activations of the latents, [..., K]; a 0 is not active.
     indices: which latents these are, 0 to N - 1, [..., K].
     n_latents: N.
-    affine: the map of preprocessing, x = (raw - shift) / scale. `encode` sets
-      it: arrays [..., 1] if each token has its own map (center_unit_norm,
-      layer_norm), else one row for all tokens. With None, as in codes made by
-      hand, `decode` returns preprocessed activations. To decode other values
-      into raw activations keep the map: `codes.replace(values=...)`.
+    affine: the way back, raw = x scale + shift. `encode` sets it: of each token
+      if each has its own map (center_unit_norm, layer_norm, unit_rms, a
+      transcoder's skip), else one row for all tokens. With None, as in codes
+      made by hand, `decode` returns preprocessed activations. To decode other
+      values into raw activations keep the map: `codes.replace(values=...)`.
   """
 
   values: Array
@@ -101,7 +101,7 @@ def decode(config: SaeConfig, sae: Sae, codes: Codes) -> Array:
   """
   _check_codes(codes, _shape(sae)[0])
   own, shared = codes.affine, None
-  if config.preprocessing in _SHARED:
+  if _is_shared(config):
     own, shared = None, codes.affine
   elif own is not None and own.scale.shape[:-1] != codes.values.shape[:-1]:
     raise errors.UserError(
@@ -138,7 +138,9 @@ def _encode(config, sae, raw_BD):
   """Values, indices, and each token's affine map; None if all share one."""
   x_BD, affine = preprocessing.preprocess(config, sae, raw_BD)
   vals_BK, idx_BK = model.encode(config, sae, x_BD)
-  own = None if config.preprocessing in _SHARED else affine
+  own = None
+  if not _is_shared(config):
+    own = preprocessing.way_back(config, sae, x_BD, affine)
   return vals_BK, idx_BK, own
 
 
@@ -154,9 +156,17 @@ _scatter = jax.jit(dense.scatter_codes, static_argnums=2)
 
 def _shared_affine(config: SaeConfig, sae: Sae) -> Affine | None:
   """The affine map of all tokens, [1, D] and [1, 1]; None if they have none."""
-  if config.preprocessing not in _SHARED:
+  if not _is_shared(config):
     return None
-  return preprocessing.preprocess(config, sae, sae.data_mean_D[None])[1]
+  x_BD, affine = preprocessing.preprocess(config, sae, sae.data_mean_D[None])
+  return preprocessing.way_back(config, sae, x_BD, affine)
+
+
+def _is_shared(config: SaeConfig) -> bool:
+  """Whether all tokens have one way back."""
+  if config.target_site:
+    return not config.skip
+  return config.preprocessing in _SHARED
 
 
 def _shape(sae: Sae) -> tuple[int, int]:

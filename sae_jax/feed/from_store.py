@@ -75,7 +75,7 @@ class StoreFeed:
     self._lane_size = order_lib.lane_size(order, batch_size)
     self._store = store
     self._order = order
-    self._shape = batch_size, manifest.d_model
+    self._shape = batch_size, store.width
     self._sharding = None if mesh is None else mesh_lib.sharding(mesh, 'BD')
     self._stretches = self._local_stretches()
     numbers = sorted({stretch.lane for stretch in self._stretches})

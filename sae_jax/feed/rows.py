@@ -43,7 +43,7 @@ def read_rows(
   if isinstance(data, TextRows):
     return data.on_devices(start, stop, size, finite)
   read = data.finite_rows if finite else data.read_rows
-  shape = (size, data.manifest.d_model)
+  shape = (size, data.width)
   return place(read, start, stop, shape, mesh, 'BD')
 
 

@@ -205,6 +205,7 @@ class TextRows(store_lib.Text):
 
   Attributes:
     site: the site whose activations are read.
+    width: of a row, D.
   """
 
   def __init__(
@@ -226,6 +227,7 @@ class TextRows(store_lib.Text):
     """
     super().__init__(url, manifest)
     self.site, self._forward, self._batch_rows = site, forward, batch_rows
+    self.width = manifest.d_model
     size = pools.size(forward.config)
     self._n_pools = math.ceil(
       batch_rows / (size * forward.config.context_length)

@@ -25,6 +25,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+import tensorstore as ts
 
 from sae_jax import errors
 from sae_jax.storage import sharded
@@ -42,7 +43,10 @@ class Store(Text):
 
   Attributes:
     site: the site whose activations are read.
-    activations: [S * shard_rows, D], the array of them.
+    target_site: another site whose activations follow in the same rows, for a
+      transcoder; empty for none.
+    activations: [S * shard_rows, width], the array of them.
+    width: D, or 2 D with a target site.
   """
 
   def __init__(
@@ -51,15 +55,22 @@ class Store(Text):
     manifest: Manifest,
     site: str,
     cache_bytes: int = CACHE_BYTES,
+    target_site: str = '',
   ):
     super().__init__(url, manifest, cache_bytes)
-    self.site = site
+    self.site, self.target_site = site, target_site
     self.activations = self._open(layout.array_name(site))
+    if target_site:
+      target = self._open(layout.array_name(target_site))
+      self.activations = ts.concat([self.activations, target], axis=1)
+    self.width = self.activations.shape[1]
 
   @property
   def about(self) -> dict[str, Any]:
     """The description of the data that a checkpoint keeps."""
     about = dataclasses.asdict(self.manifest) | {'site': self.site}
+    if self.target_site:
+      about['target_site'] = self.target_site
     # They grow with the shards, and the identity covers them.
     del about['shard_counts'], about['checksums']
     return about
@@ -70,7 +81,7 @@ class Store(Text):
     return rows - self.starts[shard] + shard * self.manifest.shard_rows
 
   def read_rows(self, start: int, stop: int) -> np.ndarray:
-    """Activations of rows start to stop, [stop - start, D] float32.
+    """Activations of rows start to stop, [stop - start, width] float32.
 
     Raises:
       IndexError: if there are no such rows.
@@ -78,7 +89,13 @@ class Store(Text):
     """
     self._check_rows(start, stop - 1, stop == start)
     rows_RD = self._read_range(
-      layout.array_name(self.site), self.activations, self.starts, start, stop
+      layout.array_name(self.site),
+      self.activations,
+      self.starts,
+      start,
+      stop,
+      # Two arrays beside each other say nothing of their shards.
+      self.manifest.shard_rows,
     )
     return rows_RD.astype(np.float32, copy=False)
 
@@ -100,7 +117,7 @@ class Store(Text):
     return rows_RD
 
   def gather(self, rows: np.ndarray) -> np.ndarray:
-    """Activations of any rows in the order given, [len(rows), D] float32.
+    """Activations of any rows in the order given, [len(rows), width] float32.
 
     Raises:
       IndexError: if there are no such rows.
@@ -157,6 +174,7 @@ def open_store(
   version: int | None = None,
   unsealed: bool = False,
   in_order: bool = False,
+  target_site: str = '',
 ) -> Store:
   """Opens a store.
 
@@ -167,6 +185,7 @@ def open_store(
     unsealed: whether to open a store whose harvest is not finished, up to its
       first missing shard. Its version is 0, and it has no held-out rows.
     in_order: whether rows are read once, in order: fewer are kept in memory.
+    target_site: see `Store`.
 
   Raises:
     UserError: if there is no store, its harvest is not finished, or it has no
@@ -194,8 +213,13 @@ def open_store(
       + (f', not {site}' if site else '')
       + ': name one of them as the site'
     )
+  if target_site and target_site not in manifest.sites:
+    raise errors.UserError(
+      f'store {url} holds {", ".join(manifest.sites)}, not {target_site}: '
+      'harvest both sites in one pass, as --sites=A,B'
+    )
   cache_bytes = _CACHE_BYTES_IN_ORDER if in_order else CACHE_BYTES
-  return Store(url, manifest, site, cache_bytes)
+  return Store(url, manifest, site, cache_bytes, target_site)
 
 
 def _unsealed(url: str) -> Manifest | None:

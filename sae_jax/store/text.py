@@ -170,9 +170,9 @@ class Text:
       name, self._opened(name), self._starts_of(name), start, stop
     )
 
-  def _read_range(self, name, array, starts, start, stop):
+  def _read_range(self, name, array, starts, start, stop, shard_rows=0):
     """Rows start to stop of an array whose shards begin at rows `starts`."""
-    shard_rows = array.chunk_layout.write_chunk.shape[0]
+    shard_rows = shard_rows or array.chunk_layout.write_chunk.shape[0]
     shape = (int(stop - start), *array.shape[1:])
     try:
       data = np.empty(shape, array.dtype.numpy_dtype)

@@ -70,7 +70,12 @@ def grid(
     for run, chosen, factor in combinations:
       if factor == 1:
         defaults.warn_unmeasured(run)
-      data = open_store(url, run.site, run.store_version or None)
+      data = open_store(
+        url,
+        run.site,
+        run.store_version or None,
+        target_site=run.sae.target_site,
+      )
       run = train.resolve(run, data.manifest)
       cell = _cell(run, data, chosen, factor, len(stores) > 1, converge)
       cells[cell.name] = cell

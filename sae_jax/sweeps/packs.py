@@ -53,7 +53,8 @@ def _fits(cells: Sequence[Cell], device_bytes: int | None, latent: int) -> bool:
 
 def _reading(cell: Cell) -> tuple:
   shared = config_lib.names_with(TrainConfig, 'shared')
-  return cell.store, *(getattr(cell.config, name) for name in shared)
+  values = config_lib.flat(cell.config)
+  return cell.store, *(values[name] for name in shared)
 
 
 def _size(cell: Cell) -> tuple[int, int]:

@@ -209,7 +209,10 @@ def _record(
   failure: str = '',
 ) -> None:
   data = store_lib.open_store(
-    cell.store, cell.config.site, cell.config.store_version or None
+    cell.store,
+    cell.config.site,
+    cell.config.store_version or None,
+    target_site=cell.config.sae.target_site,
   )
   scores = {}
   if state is not None:

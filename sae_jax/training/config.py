@@ -5,6 +5,7 @@ import dataclasses
 from jax.sharding import AbstractMesh, Mesh
 
 from sae_jax import config as config_lib
+from sae_jax import errors
 from sae_jax import mesh as mesh_lib
 from sae_jax.autoencoder import SaeConfig
 from sae_jax.training import objective as objective_lib
@@ -178,6 +179,11 @@ class TrainConfig(config_lib.Config):
   def __post_init__(self):
     super().__post_init__()
     objective_lib.check(self.sae, self.objective)
+    if self.stream and self.sae.target_site:
+      raise errors.UserError(
+        f'stream computes the activations of one site, and target_site is '
+        f'{self.sae.target_site}: train on a store that holds both'
+      )
     # Refuses a schedule that does not fit the run.
     optimizer_lib.schedule(self.optimizer, self.steps)
 

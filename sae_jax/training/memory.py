@@ -21,6 +21,7 @@ def state_bytes(config: TrainConfig) -> int:
   n_latents, d_model = config.sae.n_latents, config.sae.d_model
   matrix = n_latents * d_model
   size = 2 * matrix + n_latents + d_model
+  size += d_model**2 * config.sae.skip
   frozen = 0 if config.optimizer.freeze == 'none' else matrix
   return _BYTES * (size + 3 * (size - frozen))
 
@@ -41,7 +42,7 @@ def check(configs: Sequence[TrainConfig], mesh: Mesh) -> None:
   first = configs[0]
   latent, data = mesh.shape['latent'], mesh.shape['data']
   states = sum(map(state_bytes, configs)) // latent
-  batch = first.batch_size // data * first.sae.d_model * _BATCH_BYTES
+  batch = first.batch_size // data * first.sae.row_width * _BATCH_BYTES
   if states + batch <= there:
     return
   runs = f'{len(configs)} runs' if len(configs) > 1 else 'the run'

@@ -71,7 +71,7 @@ def lowered(
   """
   do = _program(_without_seed_and_rate(config), mesh, implementation, False)
   raw_BD = jax.ShapeDtypeStruct(
-    (config.batch_size, config.sae.d_model),
+    (config.batch_size, config.sae.row_width),
     jnp.bfloat16,
     sharding=mesh_lib.sharding(mesh, 'BD'),
   )
@@ -125,7 +125,7 @@ def _program(config, mesh, implementation, debug_nans):
   )
 
   def step(state: TrainState, raw_BD: jax.Array, peak: jax.Array):
-    x_BD, _ = autoencoder.preprocess(config.sae, state.sae, raw_BD)
+    x_BD, _ = autoencoder.tokens(config.sae, state.sae, raw_BD)
     dead_N = state.silent_N >= dead_after
     (loss, terms), grads = gradients(state.sae, x_BD, dead_N, state.mse_of_mean)
     rate = (peak * share(state.step)).astype(loss.dtype)

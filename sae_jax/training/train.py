@@ -136,7 +136,12 @@ def train_many(
   #    given up.
   _check_shared(configs)
   first = next(iter(configs.values()))
-  data = store.open_store(store_url, first.site, first.store_version or None)
+  data = store.open_store(
+    store_url,
+    first.site,
+    first.store_version or None,
+    target_site=first.sae.target_site,
+  )
   for config in configs.values():
     defaults.warn_unmeasured(config)
   configs = {w: resolve(c, data.manifest) for w, c in configs.items()}
@@ -167,8 +172,9 @@ def train_many(
 
 def _check_shared(configs: Mapping[str, TrainConfig]) -> None:
   """Raises UserError if runs cannot share batches."""
+  flat = list(map(config_lib.flat, configs.values()))
   for name in config_lib.names_with(TrainConfig, 'shared'):
-    values = {getattr(config, name) for config in configs.values()}
+    values = {values[name] for values in flat}
     if len(values) > 1:
       raise errors.UserError(
         f'{name} differs between runs on the same batches '

@@ -10,6 +10,7 @@ import pytest
 from sae_jax import autoencoder, mesh
 from sae_jax.training import auxk, evaluation, step
 from sae_jax.training import state as state_lib
+from tests.support import planted
 from tests.support.step_runs import (
   assert_same_run,
   config,
@@ -69,6 +70,28 @@ def test_baselines_are_the_same_on_a_mesh(config, activation):
   if activation == 'jumprelu':
     last_N = np.asarray(want[3].sae.extra['log_threshold_N'])
     assert np.ptp(last_N) > 0
+
+
+def test_a_transcoder_is_the_same_on_a_mesh(config):
+  made = dataclasses.replace(
+    config,
+    sae=dataclasses.replace(
+      config.sae, target_site='blocks.0.mlp_out', skip=True
+    ),
+  )
+  rows = np.concatenate([ROWS, planted.targets(ROWS)], axis=1)
+  want = run(made, (1, 1), rows)
+  assert_same_run(run(made, (2, 4), rows), want)
+  assert max(row['aux'] for row in want[0]) > 0
+  skip_DD = np.asarray(want[3].sae.target['w_skip_DD'])
+  assert np.abs(skip_DD).max() > 1e-3
+  # Control: without it the run is another.
+  plain = dataclasses.replace(
+    made, sae=dataclasses.replace(made.sae, skip=False)
+  )
+  assert (
+    abs(run(plain, (1, 1), rows)[0][-1]['loss'] - want[0][-1]['loss']) > 1e-3
+  )
 
 
 @pytest.mark.parametrize('multi_topk', [0, 2])

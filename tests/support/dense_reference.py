@@ -47,9 +47,14 @@ def loss(
   return total, (nmse, aux)
 
 
+def _bias(config, sae):
+  tied = config.pre_bias == 'tied' and not config.target_site
+  return sae.b_pre_D if tied else 0
+
+
 def codes_of(config, sae, x_BD):
   """The codes of any nonlinearity but BatchTopK, [B, N]."""
-  bias_D = sae.b_pre_D if config.pre_bias == 'tied' else 0
+  bias_D = _bias(config, sae)
   product_BN = (x_BD - bias_D) @ sae.w_enc_ND.T
   pre_BN = product_BN + sae.b_lat_N
   if config.activation == 'topk':
@@ -67,20 +72,26 @@ def codes_of(config, sae, x_BD):
 
 
 def loss_of(config, sae, x_BD, dead_N, mse_of_mean, weight, k_aux):
-  """The loss of a config, AuxK at 1 / 32 and penalties, by plain autodiff."""
+  """The loss of a config, AuxK at 1 / 32 and penalties, by plain autodiff.
+
+  Rows of a transcoder are followed by what they are to become.
+  """
+  x_BD, target_BD = x_BD[:, : config.d_model], x_BD[:, -config.d_model :]
+  if config.skip:
+    target_BD = target_BD - x_BD @ sae.target['w_skip_DD']
   output_BD = codes_of(config, sae, x_BD) @ sae.w_dec_ND + sae.b_pre_D
-  total = ((x_BD - output_BD) ** 2).sum(1).mean() / mse_of_mean
-  bias_D = sae.b_pre_D if config.pre_bias == 'tied' else 0
+  total = ((target_BD - output_BD) ** 2).sum(1).mean() / mse_of_mean
+  bias_D = _bias(config, sae)
   gate_BN = (x_BD - bias_D) @ sae.w_enc_ND.T + sae.b_lat_N
   if config.activation in ('relu', 'gated'):
     penalty = jax.nn.relu(gate_BN).sum(1).mean() / mse_of_mean**0.5
     total += weight * penalty
   if config.activation == 'gated':
     held_ND, held_D = map(jax.lax.stop_gradient, (sae.w_dec_ND, sae.b_pre_D))
-    missed_BD = x_BD - jax.nn.relu(gate_BN) @ held_ND - held_D
+    missed_BD = target_BD - jax.nn.relu(gate_BN) @ held_ND - held_D
     total += (missed_BD**2).sum(1).mean() / mse_of_mean
   if config.activation in ('topk', 'groupmax'):
-    error_BD = jax.lax.stop_gradient(x_BD - output_BD)
+    error_BD = jax.lax.stop_gradient(target_BD - output_BD)
     dead_BN = jax.lax.stop_gradient(x_BD - bias_D) @ sae.w_enc_ND.T
     dead_BN = jnp.where(dead_N, dead_BN + sae.b_lat_N, -1e30)
     missed_BD = error_BD - topk_codes(dead_BN, k_aux) @ sae.w_dec_ND

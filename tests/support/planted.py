@@ -25,6 +25,15 @@ def activations(n_rows, seed=0):
   return out.astype(np.float32)
 
 
+def targets(rows_RD, seed=7):
+  """What a block might make of them: pieces that are linear, and noise."""
+  rng = np.random.default_rng(seed)
+  first, second = rng.standard_normal((2, D_MODEL, D_MODEL)) / D_MODEL**0.5
+  hidden_RD = np.maximum(rows_RD @ first - 0.5, 0)
+  noise_RD = 0.02 * rng.standard_normal(rows_RD.shape)
+  return (3 + hidden_RD @ second + noise_RD).astype(np.float32)
+
+
 def write_store(
   url,
   n_rows=2000,
@@ -36,6 +45,8 @@ def write_store(
   rows_RD=None,
   vocabulary=50,
   site='blocks.0.resid_post',
+  target_site='',
+  targets_RD=None,
 ):
   """A finished store; position 0 of each context is masked."""
   rng = np.random.default_rng(1)
@@ -45,7 +56,7 @@ def write_store(
   rows_RD = activations(n_rows) if rows_RD is None else rows_RD
   plan = StorePlan(
     subject=subject,
-    sites=(site,),
+    sites=(site, target_site) if target_site else (site,),
     d_model=rows_RD.shape[1],
     weights_sha256=weights_sha256,
     chunk_rows=64,
@@ -53,6 +64,8 @@ def write_store(
     context_length=context,
     sources=('made',),
   )
+
+  sites = {site: rows_RD} | ({target_site: targets_RD} if target_site else {})
 
   def contexts():
     for i in range(documents * contexts_per_document):
@@ -62,7 +75,10 @@ def write_store(
         np.full(context, i // contexts_per_document),
         positions,
         positions > 0,
-        {site: rows_RD[(context - 1) * i :][: context - 1]},
+        {
+          name: of_site_RD[(context - 1) * i :][: context - 1]
+          for name, of_site_RD in sites.items()
+        },
       )
 
   return writer_lib.write(

@@ -59,7 +59,19 @@ def pre_activations(
 def products(setting: terms.Setting, sae: Sae, x_BD: jax.Array) -> jax.Array:
   """W_enc (x - b_pre) of this shard's latents, with a gradient for b_pre."""
   shard = sae.replace(b_pre_D=setting.shards.to_latents(sae.b_pre_D))
+  x_BD, _ = autoencoder.halves(setting.sae_config, x_BD)
   return autoencoder.products(setting.sae_config, shard, x_BD)
+
+
+def missed_by_none(
+  setting: terms.Setting, sae: Sae, x_BD: jax.Array
+) -> jax.Array:
+  """What latents and b_pre are to reconstruct: what a skip has not."""
+  config = setting.sae_config
+  x_BD, target_BD = autoencoder.halves(config, x_BD)
+  if not config.skip:
+    return target_BD
+  return target_BD - autoencoder.skipped(config, sae, x_BD)
 
 
 def sums(
@@ -85,17 +97,19 @@ def sums(
     observed: see `terms.Pass`.
   """
   shards = setting.shards
+  target_BD = missed_by_none(setting, sae, x_BD)
   with jax.named_scope(scopes.DECODER):
     model_BD = ops.matmul(z_BN, sae.w_dec_ND, setting.sae_config.matmul_dtype)
     held_BD = None
     if second_BN is not None:
       held_ND = jax.lax.stop_gradient(sae.w_dec_ND)
       held_BD = ops.matmul(second_BN, held_ND, setting.sae_config.matmul_dtype)
-  error_BD = x_BD - shards.over_latents(model_BD) - sae.b_pre_D
+  error_BD = target_BD - shards.over_latents(model_BD) - sae.b_pre_D
   zero = multi = varying.zeros((), x_BD.dtype, error_BD)
   if held_BD is not None:
     bias_D = jax.lax.stop_gradient(sae.b_pre_D)
-    multi = ((x_BD - shards.over_latents(held_BD) - bias_D) ** 2).sum()
+    missed_BD = target_BD - shards.over_latents(held_BD) - bias_D
+    multi = (missed_BD**2).sum()
   return terms.Pass(
     sums=terms.Sums(
       error=(error_BD**2).sum(),

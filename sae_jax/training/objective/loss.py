@@ -35,7 +35,7 @@ def value_and_grad(
 
   Args:
     sae: the autoencoder, or this shard of it.
-    x_BD: preprocessed activations.
+    x_BD: preprocessed activations, from `autoencoder.tokens`.
     dead_N: which latents are dead.
     mse_of_mean: squared error of the mean predictor per token, a constant
       measured on a sample at the start of training.
@@ -86,11 +86,12 @@ def value_and_grad(
   aux = jnp.zeros((), x_BD.dtype)
   if config.k_aux and method.AUXK:
     bias_D = autoencoder.input_bias(sae_config, own)
+    read_BD, _ = autoencoder.halves(sae_config, x_BD)
     aux, grads = auxk.add_gradient(
       _aux(setting),
       own.replace(b_pre_D=bias_D),
       grads,
-      x_BD,
+      read_BD,
       error_BD,
       dead_N,
       shards,

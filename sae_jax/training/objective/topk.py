@@ -60,6 +60,8 @@ def sums(
     setting.config,
     setting.shards,
   )
+  target_BD = dense.missed_by_none(setting, sae, x_BD)
+  x_BD, _ = autoencoder.halves(sae_config, x_BD)
   ks = (sae_config.k,)
   if config.multi_topk:
     ks += (config.widest(sae_config.k),)
@@ -79,7 +81,7 @@ def sums(
   )
   # One sum for both reconstructions: collectives cost a wait each.
   models = shards.over_latents(coded.models)
-  error_BD, *wide = (x_BD - (model + sae.b_pre_D) for model in models)
+  error_BD, *wide = (target_BD - (model + sae.b_pre_D) for model in models)
   zero = varying.zeros((), x_BD.dtype, error_BD)
   return terms.Pass(
     sums=terms.Sums(
