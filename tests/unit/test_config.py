@@ -175,7 +175,10 @@ ROLES = {
   },
   (TrainConfig, 'shared'): {
     'site', 'store_version', 'stream', 'subject', 'batch_size', 'order_seed',
-    'window_chunks', 'lanes', 'mesh_data', 'mesh_latent',
+    'window_chunks', 'lanes', 'mesh_data', 'mesh_latent', 'target_site',
+  },
+  (TrainConfig, 'later'): {
+    'pre_bias', 'decoder_norm', 'jump_threshold', 'target_site', 'skip',
   },
   (HarvestConfig, 'sizes_store'): {
     'n_tokens', 'holdout_fraction', 'skip_bad_rows',

@@ -1,6 +1,7 @@
 """Sweeps: the grid, packs, workers that share it, what is recorded."""
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -84,7 +85,27 @@ def test_a_name_tells_all_that_a_run_depends_on(store):
     return grid(base(**fields), [store], {})[0].name
 
   assert name() == name(checkpoint_every=7, eval_rows=99)
-  assert len({name(), name(seed=1), name(order_seed=1), name(steps=7)}) == 4
+  others = {'seed': 1}, {'order_seed': 1}, {'steps': 7}, {'pre_bias': 'output'}
+  assert len({name(), *(name(**other) for other in others)}) == 5
+
+
+def test_a_name_from_before_a_setting_was_there_is_the_same(store):
+  (cell,) = grid(base(), [store], {})
+  left_out = {
+    name
+    for role in ('may_change', 'later')
+    for name in config_lib.names_with(TrainConfig, role)
+  }
+  assert {'pre_bias', 'target_site'} <= left_out
+  values = config_lib.flat(cell.config)
+  content = {n: v for n, v in values.items() if n not in left_out}
+  content |= {
+    'identity': cell.identity,
+    'site of the data': 'blocks.0.resid_post',
+    'converge': 0.0,
+  }
+  text = json.dumps(content, sort_keys=True, default=str)
+  assert hashlib.sha256(text.encode()).hexdigest().startswith(cell.name)
 
 
 def test_packs_share_a_reading_and_fit(store):
