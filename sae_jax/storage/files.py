@@ -96,8 +96,8 @@ def size(path: epath.PathLike, what: str) -> int:
     what: what it should be, for the error.
 
   Raises:
-    UserError: if nothing is there, or a folder or a device, or it is empty, or
-      it cannot be read, or see `url.backend`.
+    UserError: if nothing is there, or a folder or a device, or it cannot be
+      read, or see `url.backend`.
   """
   url_lib.backend(path)
   try:
@@ -115,8 +115,6 @@ def size(path: epath.PathLike, what: str) -> int:
     raise errors.UserError(
       f'{path} cannot be read ({errors.reason(error)}): give the path of {what}'
     ) from error
-  if not n_bytes:
-    raise errors.UserError(f'{path} is empty: get it again')
   return n_bytes
 
 

@@ -18,7 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from sae_jax import errors
-from sae_jax.storage import files, records, tensors
+from sae_jax.storage import files, names, records, tensors
 
 # Of the longest headers that are read; that of 100,000 tensors has 10 MB.
 _LONGEST = 16 * 2**20
@@ -46,17 +46,19 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def read(
-  url: str | os.PathLike[str],
+  url: str | os.PathLike[str], name: str | None = None
 ) -> tuple[dict[str, tensors.Tensor], dict[str, str]]:
   """The tensors of a file, none of whose values is read yet, and its metadata.
 
   Args:
     url: local path or URL.
+    name: what errors call it; None for its URL.
 
   Raises:
     UserError: if it is not a whole safetensors file.
   """
   url = os.fspath(url)
+  called = name or url
   size = files.size(url, 'a .safetensors file')
   opener = functools.partial(epath.Path(url).open, 'rb')
   try:
@@ -72,24 +74,56 @@ def read(
         )
       header = file.read(length)
     header = records.parse(
-      header, f'the header of {url}', _AGAIN, _LONGEST, is_unique=True
+      header, f'the header of {called}', _AGAIN, _LONGEST, is_unique=True
     )
     metadata = header.pop(_METADATA, {})
     _check_metadata(metadata)
-    places = {name: _place(name, entry) for name, entry in header.items()}
+    places = {stored: _place(stored, entry) for stored, entry in header.items()}
     _check_layout(places, size - _LENGTH - length)
   except (OSError, ValueError) as error:
     raise errors.UserError(
-      f'{url} is not a whole safetensors file '
+      f'{called} is not a whole safetensors file '
       f'({size} bytes, {errors.reason(error)}): {_AGAIN}'
     ) from error
   base = _LENGTH + length
   return {
-    name: tensors.stored(
-      opener, base + start, shape, dtype, f'tensor {name} of {url}'
+    stored: tensors.stored(
+      opener, base + start, shape, dtype, f'tensor {stored} of {called}'
     )
-    for name, (dtype, shape, start, _) in places.items()
+    for stored, (dtype, shape, start, _) in places.items()
   }, metadata
+
+
+def read_index(
+  url: str | os.PathLike[str],
+) -> tuple[dict[str, tensors.Tensor], dict[str, str]]:
+  """`read` of all files that an index names; there is no metadata.
+
+  Args:
+    url: local path or URL of the index, which lies beside its files.
+
+  Raises:
+    UserError: if it is no index, or a file or a tensor that it names is absent.
+  """
+  index = records.read(url, _AGAIN, _LONGEST)
+  file_of = index.get('weight_map')
+  if not isinstance(file_of, dict) or not file_of:
+    raise errors.UserError(
+      f'{url} has no weight_map of tensors to files: {_AGAIN}'
+    )
+  folder = epath.Path(url).parent
+  stored = {
+    name: read(folder / name)[0]
+    for name in sorted(
+      {names.plain(name, str(url)) for name in file_of.values()}
+    )
+  }
+  for tensor, name in file_of.items():
+    if tensor not in stored[name]:
+      raise errors.UserError(
+        f'{folder / name} has no tensor {tensor}, which {url} names: {_AGAIN}'
+      )
+  return {tensor: stored[name][tensor] for tensor, name in file_of.items()}, {}
 
 
 def _check_metadata(metadata: Any) -> None:

@@ -50,7 +50,8 @@ def open_tensors(url: str | os.PathLike[str]) -> TensorFile:
   """Opens a file of tensors; none stays open.
 
   Args:
-    url: local path or URL of a file.
+    url: local path or URL of a file, which may be the index of several
+      safetensors files (`*.safetensors.index.json`).
 
   Raises:
     UserError: if there is none, or it is damaged, or of no format that is read,
@@ -83,6 +84,8 @@ def open_tensors(url: str | os.PathLike[str]) -> TensorFile:
       raise errors.UserError(f'{url} is {words}')
   if head[8:9] == b'{':
     return TensorFile(url, 'safetensors', *safetensors.read(url))
+  if head.lstrip().startswith(b'{'):
+    return TensorFile(url, 'safetensors', *safetensors.read_index(url))
   raise errors.UserError(
     f'{url} is no file of tensors that is known ({size:,} bytes, the first are '
     f'{head[:8]!r}): give {_WHAT}'
