@@ -13,7 +13,7 @@ import yaml
 
 from sae_jax import errors
 from sae_jax.interchange.files import reading
-from sae_jax.storage import records
+from sae_jax.storage import files, records
 from sae_jax.storage import url as url_lib
 
 AGAIN = 'get it from its source again'
@@ -56,7 +56,7 @@ class Place:
   def has(self, *names: str) -> bool:
     """Whether it is a folder with all these files."""
     return self.is_folder and all(
-      epath.Path(self.path(name)).is_file() for name in names
+      files.is_file(self.path(name)) for name in names
     )
 
   def names(self) -> list[str]:
@@ -69,14 +69,22 @@ class Place:
     """The tensors of a file of the folder, or of the file that it is."""
     return reading.open_tensors(self.path(name))
 
+  def _file(self, name: str) -> str:
+    """The URL of a file of the folder; UserError unless it is one."""
+    if not self.has(name):
+      raise errors.UserError(
+        f'{self.url} has no {name}: give the folder of an autoencoder'
+      )
+    return self.path(name)
+
   def json(self, name: str) -> 'Settings':
     """A config in JSON of the folder."""
-    path = self.path(name)
+    path = self._file(name)
     return Settings(records.read(path, AGAIN, _LONGEST_CONFIG), path)
 
   def yaml(self, name: str) -> 'Settings':
     """A config in YAML of the folder; references within it are not read."""
-    path = self.path(name)
+    path = self._file(name)
     with epath.Path(path).open('rb') as file:
       data = file.read(_LONGEST_YAML + 1)
     try:

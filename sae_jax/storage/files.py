@@ -88,6 +88,17 @@ def write_stream(
     raise
 
 
+def is_file(path: epath.PathLike) -> bool:
+  """Whether a file is there: no folder, and no pipe or device.
+
+  Reading a pipe or a device may never end. Links are followed.
+  """
+  path = epath.Path(path)
+  if url_lib.is_remote(path):
+    return path.is_file()
+  return os.path.isfile(path)
+
+
 def size(path: epath.PathLike, what: str) -> int:
   """The bytes of a file that is to be read.
 
@@ -101,12 +112,11 @@ def size(path: epath.PathLike, what: str) -> int:
   """
   url_lib.backend(path)
   try:
-    place = epath.Path(path)
-    if place.is_dir():
-      raise errors.UserError(f'{path} is a folder: give the path of {what}')
-    if not place.is_file():
+    if not is_file(path):
+      if epath.Path(path).is_dir():
+        raise errors.UserError(f'{path} is a folder: give the path of {what}')
       raise errors.UserError(f'no file at {path}: give the path of {what}')
-    with place.open('rb') as file:
+    with epath.Path(path).open('rb') as file:
       n_bytes = file.seek(0, os.SEEK_END)
   except errors.UserError:
     raise

@@ -18,7 +18,7 @@ from sae_jax.storage import tensors
 
 LONGEST = 8 * 2**20
 # An instruction makes an object of a hundred bytes at the most.
-_MOST_STEPS = 2**18
+_MOST_STEPS = 2**17
 # Of a text, an integer's bytes, and values inside values.
 _LONGEST_TEXT = 2**16
 _LONGEST_INTEGER = 16

@@ -15,6 +15,7 @@ from sae_jax.interchange import imported, weights
 from sae_jax.interchange import place as place_lib
 from sae_jax.interchange.files import reading
 from sae_jax.interchange.place import Place, Settings
+from sae_jax.storage import files
 
 _CONFIG = 'config.yaml'
 _LAYER = re.compile(r'layer_(\d{1,6})\.safetensors')
@@ -41,9 +42,8 @@ def detect(where: Place) -> str | None:
     is_it = where.has(_CONFIG) and bool(_layers(where))
   else:
     path = epath.Path(where.url)
-    is_it = (
-      bool(_LAYER.fullmatch(path.name)) and (path.parent / _CONFIG).is_file()
-    )
+    is_layer = bool(_LAYER.fullmatch(path.name))
+    is_it = is_layer and files.is_file(path.parent / _CONFIG)
   return f'layer_*.safetensors with {_CONFIG}' if is_it else None
 
 
