@@ -220,9 +220,11 @@ def dictionary_learning(folder: pathlib.Path) -> None:
 
 
 def circuit_tracer(folder: pathlib.Path) -> None:
+  """With latents that are kept below zero."""
+  k = N - K
   for name, activation, has_skip in (
     ('relu', torch.nn.functional.relu, True),
-    ('topk', activation_functions.TopK(K), False),
+    ('topk', activation_functions.TopK(k), False),
     ('jumprelu', activation_functions.JumpReLU(torch.rand(N)), False),
   ):
     here = made(folder / name)
@@ -231,6 +233,8 @@ def circuit_tracer(folder: pathlib.Path) -> None:
     )
     sae = make(skip_connection=has_skip)
     draw(sae)
+    if name == 'jumprelu':
+      activation.threshold -= 1
     sae.to_safetensors(str(here / 'layer_0.safetensors'))
     lines = [
       'model_name: meta-llama/Llama-3.2-1B',
@@ -239,7 +243,7 @@ def circuit_tracer(folder: pathlib.Path) -> None:
       'feature_output_hook: hook_mlp_out',
       f'activation: {name}',
     ]
-    lines += [f'k: {K}'] * (name == 'topk')
+    lines += [f'k: {k}'] * (name == 'topk')
     (here / 'config.yaml').write_text('\n'.join(lines) + '\n')
     x = activations()
     sae = sae.double()

@@ -113,8 +113,13 @@ def stored(
     out = np.empty(sizes, raw)
     if out.size:
       first = sum(start * step for (start, _), step in zip(ranges, strides))
-      with opener() as file:
-        _fill(file, offset, first, strides, out, where)
+      try:
+        with opener() as file:
+          _fill(file, offset, first, strides, out, where)
+      except OSError as error:
+        raise errors.UserError(
+          f'{where} cannot be read ({errors.reason(error)}): get it again'
+        ) from error
     # A byte of a damaged file may be neither 0 nor 1.
     return out != 0 if is_bool else out
 
