@@ -18,8 +18,9 @@ from sae_jax.storage import url as url_lib
 
 AGAIN = 'get it from its source again'
 _LONGEST_CONFIG = 2**20
-# PyYAML takes a second for so much.
-_LONGEST_YAML = 2**16
+# PyYAML takes a second for so much, and for as many brackets as bytes two.
+_LONGEST_YAML = 2**15
+_MOST_BRACKETS = 200
 # More than any model's width, or latents of any autoencoder.
 _MOST = 2**40
 
@@ -90,6 +91,8 @@ class Place:
     try:
       if len(data) > _LONGEST_YAML:
         raise ValueError(f'it has more than {_LONGEST_YAML:,} bytes')
+      if data.count(b'[') + data.count(b'{') > _MOST_BRACKETS:
+        raise ValueError(f'it has more than {_MOST_BRACKETS} brackets')
       value = yaml.load(data, _Loader)
       if not isinstance(value, dict):
         raise ValueError(f'it holds a {type(value).__name__}, not a mapping')

@@ -20,8 +20,9 @@ import numpy as np
 from sae_jax import errors
 from sae_jax.storage import files, names, records, tensors
 
-# Of the longest headers that are read; that of 100,000 tensors has 10 MB.
-_LONGEST = 16 * 2**20
+# Of the longest headers that are read; that of 80,000 tensors has so much, and
+# the objects that Python makes of it two hundred megabytes at the most.
+_LONGEST = 8 * 2**20
 _LENGTH = 8
 _AGAIN = 'download it again'
 _METADATA = '__metadata__'
@@ -80,6 +81,8 @@ def read(
     _check_metadata(metadata)
     places = {stored: _place(stored, entry) for stored, entry in header.items()}
     _check_layout(places, size - _LENGTH - length)
+  except errors.UserError:
+    raise
   except (OSError, ValueError) as error:
     raise errors.UserError(
       f'{called} is not a whole safetensors file '
@@ -94,29 +97,37 @@ def read(
   }, metadata
 
 
-def read_index(
-  url: str | os.PathLike[str],
-) -> tuple[dict[str, tensors.Tensor], dict[str, str]]:
-  """`read` of all files that an index names; there is no metadata.
+def weight_map(url: str | os.PathLike[str]) -> dict[str, str]:
+  """Tensor -> name of its file, of a model in several files.
 
   Args:
     url: local path or URL of the index, which lies beside its files.
 
   Raises:
-    UserError: if it is no index, or a file or a tensor that it names is absent.
+    UserError: if it is no index, or names a file in another folder.
   """
-  index = records.read(url, _AGAIN, _LONGEST)
-  file_of = index.get('weight_map')
+  file_of = records.read(url, _AGAIN).get('weight_map')
   if not isinstance(file_of, dict) or not file_of:
     raise errors.UserError(
       f'{url} has no weight_map of tensors to files: {_AGAIN}'
     )
+  return {
+    tensor: names.plain(name, str(url)) for tensor, name in file_of.items()
+  }
+
+
+def read_index(
+  url: str | os.PathLike[str],
+) -> tuple[dict[str, tensors.Tensor], dict[str, str]]:
+  """`read` of all files of a `weight_map`; there is no metadata.
+
+  Raises:
+    UserError: see there, or if a file or a tensor that it names is absent.
+  """
+  file_of = weight_map(url)
   folder = epath.Path(url).parent
   stored = {
-    name: read(folder / name)[0]
-    for name in sorted(
-      {names.plain(name, str(url)) for name in file_of.values()}
-    )
+    name: read(folder / name)[0] for name in sorted(set(file_of.values()))
   }
   for tensor, name in file_of.items():
     if tensor not in stored[name]:

@@ -35,6 +35,8 @@ EVENTS = {
   'socket.connect',
 }
 _heard: list[list[str]] = []
+# Python imports what escapes characters when it is first used.
+errors.printable('\x00')
 
 
 def _hear(event, args):

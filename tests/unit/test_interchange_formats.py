@@ -344,9 +344,10 @@ def test_yaml_that_is_more_than_a_mapping(tmp_path):
   for text, words in (
     ('a: &x [1]\nb: *x\n', 'refers to its own parts'),
     ('!!python/object/apply:os.system ["touch ran"]', 'could not determine a'),
-    ('[' * 5000, 'is not YAML as it should be'),
+    ('[' * 201, 'more than 200 brackets'),
+    ('- ' * 5000, 'is not YAML as it should be'),
     ('- 1', 'it holds a list'),
-    (whole + '#' * 2**16, 'more than 65,536 bytes'),
+    (whole + '#' * 2**15, 'more than 32,768 bytes'),
     ('\x00', 'is not YAML as it should be'),
   ):
     config.write_text(text)

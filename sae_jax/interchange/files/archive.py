@@ -81,7 +81,7 @@ def members(file: BinaryIO, size: int) -> dict[str, Member]:
     )
   if start + length > size:
     raise ValueError(f'its directory would end at byte {start + length:,}')
-  directory = _read(file, start, length)
+  directory = read_at(file, start, length)
   entries, at = [], 0
   for _ in range(count):
     entry, at = _entry(directory, at)
@@ -102,7 +102,7 @@ def members(file: BinaryIO, size: int) -> dict[str, Member]:
 def _directory(file: BinaryIO, size: int) -> tuple[int, int, int]:
   """Count of the directory's entries, its first byte, and its length."""
   tail_size = min(size, _TAIL)
-  tail = _read(file, size - tail_size, tail_size)
+  tail = read_at(file, size - tail_size, tail_size)
   at = tail.rfind(b'PK\x05\x06')
   if at < 0 or at + _END.size > len(tail):
     raise ValueError('it has no end record, which is the last of an archive')
@@ -115,14 +115,14 @@ def _directory(file: BinaryIO, size: int) -> tuple[int, int, int]:
     or _UNSET_32 in (length, start)
     or (
       at >= _LOCATOR_64.size
-      and _read(file, at - _LOCATOR_64.size, 4) == b'PK\x06\x07'
+      and read_at(file, at - _LOCATOR_64.size, 4) == b'PK\x06\x07'
     )
   ):
-    locator = _read(file, at - _LOCATOR_64.size, _LOCATOR_64.size)
+    locator = read_at(file, at - _LOCATOR_64.size, _LOCATOR_64.size)
     mark, _, at_64, _ = _LOCATOR_64.unpack(locator)
     if mark != b'PK\x06\x07' or at_64 + _END_64.size > size:
       raise ValueError('it has no 64-bit end record, of which it needs one')
-    fields = _END_64.unpack(_read(file, at_64, _END_64.size))
+    fields = _END_64.unpack(read_at(file, at_64, _END_64.size))
     if fields[0] != b'PK\x06\x06':
       raise ValueError('it has no 64-bit end record where it should be')
     disk, first_disk, here, count, length, start = fields[4:]
@@ -185,10 +185,10 @@ def data_offset(file: BinaryIO, member: Member) -> int:
   Raises:
     ValueError: if its own header does not agree with the directory.
   """
-  fields = _LOCAL.unpack(_read(file, member.header, _LOCAL.size))
+  fields = _LOCAL.unpack(read_at(file, member.header, _LOCAL.size))
   method, name_size, extra_size = fields[3], fields[9], fields[10]
   start = member.header + _LOCAL.size + name_size + extra_size
-  name = _read(file, member.header + _LOCAL.size, name_size)
+  name = read_at(file, member.header + _LOCAL.size, name_size)
   if (
     fields[0] != b'PK\x03\x04'
     or name != member.name.encode()
@@ -330,6 +330,10 @@ class _Inflated(io.RawIOBase):
         return data
 
 
-def _read(file: BinaryIO, at: int, size: int) -> bytes:
-  """Bytes of an archive; ValueError if they are not there."""
-  return tensors.exactly(file, at, size, 'it') if size else b''
+def read_at(file: BinaryIO, at: int, size: int) -> bytes:
+  """Bytes of a file; ValueError if it ends before."""
+  file.seek(at)
+  data = file.read(size)
+  if len(data) != size:
+    raise ValueError(f'it ends {size - len(data):,} bytes too early')
+  return data

@@ -104,7 +104,7 @@ def _check_reach(view: View) -> None:
     if n > 1 and step <= last:
       raise ValueError(
         f'a tensor of {view.shape} has the strides {view.strides}, so that '
-        'some of its values are the same ones'
+        'some of its values may be the same ones'
       )
     last += (n - 1) * step
   if view.offset + last >= view.storage.count:

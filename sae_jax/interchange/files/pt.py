@@ -201,7 +201,7 @@ def _legacy_starts(
   for key in keys:
     if key not in storages or key in starts:
       raise ValueError(f'it has values {key!r:.50} of no tensor, or twice')
-    count = struct.unpack('<q', tensors.exactly(file, at, 8, 'it'))[0]
+    count = struct.unpack('<q', archive.read_at(file, at, 8))[0]
     n_bytes = count * storages[key].dtype.itemsize
     at += 8
     if not 0 <= n_bytes <= size - at:

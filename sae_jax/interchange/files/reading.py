@@ -1,7 +1,7 @@
 """Files of tensors, whatever library wrote them.
 
 The format is seen in a file's first bytes; its name says nothing. No code of a
-file is run, no more is in memory than a description of at most 16 MiB and what
+file is run, no more is in memory than a description of at most 8 MiB and what
 is asked for, and nothing is written.
 """
 

@@ -14,7 +14,7 @@ from etils import epath
 import numpy as np
 
 from sae_jax import errors
-from sae_jax.storage import names, records, safetensors
+from sae_jax.storage import records, safetensors
 from sae_jax.storage import tensors as tensors_lib
 from sae_jax.storage import url as url_lib
 from sae_jax.subject import transformer
@@ -130,12 +130,7 @@ def _filenames(url: str) -> list[str]:
   folder = epath.Path(url)
   index = folder / _INDEX
   if index.is_file():
-    named = records.read(index, _AGAIN).get('weight_map')
-    if not isinstance(named, dict) or not named:
-      raise errors.UserError(
-        f'{index} has no weight_map of tensors to files: {_AGAIN}'
-      )
-    return sorted({names.plain(name, str(index)) for name in named.values()})
+    return sorted(set(safetensors.weight_map(index).values()))
   if (folder / _SINGLE).is_file():
     return [_SINGLE]
   files = sorted(path.name for path in folder.glob('*.safetensors'))
