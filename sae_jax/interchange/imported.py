@@ -11,6 +11,7 @@ one of its lines; a format that has no such line has the field's default.
   u  = x^ - b_dec_D                          subtract_b_dec, else x^
   h  = w_enc_ND u + b_enc_N                  without b_enc_N where there is none
   h  = h |w_dec_ND|, the norm of each row    rescale_by_decoder_norm
+  h  = ReLU(h)                               relu_before_topk
   z  = ReLU(h)                               'relu'
      = h, but for the k largest of them 0    'topk'
      = h, but for the largest of each of k
@@ -45,9 +46,6 @@ NONLINEARITIES = (
   'gated',
 )
 NORMALISATIONS = ('none', 'layer_norm', 'constant_norm_rescale', 'dataset')
-# Of layer_norm, in the formats that have it.
-LAYER_NORM_EPS = 1e-5
-LAYER_NORM_DDOF = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,6 +80,12 @@ class Semantics:
   scale_out: float | None = None
   subtract_b_dec: bool = False
   rescale_by_decoder_norm: bool = False
+
+  def __post_init__(self):
+    if self.nonlinearity not in NONLINEARITIES:
+      raise ValueError(f'no nonlinearity is called {self.nonlinearity!r}')
+    if self.normalisation not in NORMALISATIONS:
+      raise ValueError(f'no normalisation is called {self.normalisation!r}')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

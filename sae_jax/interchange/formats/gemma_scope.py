@@ -1,6 +1,6 @@
 """Gemma Scope's params.npz (Lieberum et al. 2024): JumpReLU.
 
-z = h where h > threshold, with h = w_enc x + b_enc; no bias is subtracted. The
+z = ReLU(h) where h > threshold, h = w_enc x + b_enc; no bias is subtracted. The
 file says nothing else: its folder's name says what it was trained on.
 """
 
