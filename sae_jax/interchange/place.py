@@ -86,9 +86,9 @@ class Place:
   def yaml(self, name: str) -> 'Settings':
     """A config in YAML of the folder; references within it are not read."""
     path = self._file(name)
-    with epath.Path(path).open('rb') as file:
-      data = file.read(_LONGEST_YAML + 1)
     try:
+      with epath.Path(path).open('rb') as file:
+        data = file.read(_LONGEST_YAML + 1)
       if len(data) > _LONGEST_YAML:
         raise ValueError(f'it has more than {_LONGEST_YAML:,} bytes')
       if data.count(b'[') + data.count(b'{') > _MOST_BRACKETS:
@@ -96,7 +96,7 @@ class Place:
       value = yaml.load(data, _Loader)
       if not isinstance(value, dict):
         raise ValueError(f'it holds a {type(value).__name__}, not a mapping')
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
       raise errors.UserError(
         f'{path} is not YAML as it should be ({errors.reason(error)}): {AGAIN}'
       ) from error
