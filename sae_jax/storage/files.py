@@ -1,8 +1,12 @@
-"""Small files under a URL: each is written whole or not at all."""
+"""Files under a URL: each is written whole or not at all."""
 
+from collections.abc import Callable
 import contextlib
 import os
 import re
+import shutil
+import tempfile
+from typing import BinaryIO
 
 from etils import epath
 import tensorstore as ts
@@ -44,6 +48,84 @@ def write_bytes(path: epath.PathLike, data: bytes) -> None:
     # An error of a write names no file.
     error.filename = os.fspath(path)
     raise
+
+
+def write_stream(
+  path: epath.PathLike, write: Callable[[BinaryIO], None]
+) -> None:
+  """`write_bytes` of more than there is memory for.
+
+  Args:
+    path: local path or URL; missing folders are made.
+    write: writes the content to a file, in which it can go back.
+
+  Raises:
+    OSError: if it cannot be written.
+  """
+  path = epath.Path(path)
+  if url_lib.is_remote(path):
+    # A bucket's client would keep what was written before an error.
+    with tempfile.TemporaryFile() as copy:
+      write(copy)
+      copy.seek(0)
+      try:
+        with path.open('wb') as file:
+          shutil.copyfileobj(copy, file, 1 << 24)
+      except Exception as error:
+        raise OSError(f'cannot write {path}: {errors.reason(error)}') from error
+    return
+  path.parent.mkdir(parents=True, exist_ok=True)
+  partial = path.parent / f'.{path.name}.{os.getpid()}.partial'
+  try:
+    with partial.open('wb') as file:
+      write(file)
+    partial.replace(path)
+  except BaseException as error:
+    with contextlib.suppress(OSError):
+      partial.unlink(missing_ok=True)
+    if isinstance(error, OSError):
+      error.filename = os.fspath(path)
+    raise
+
+
+def is_file(path: epath.PathLike) -> bool:
+  """Whether a file is there: no folder, and no pipe or device.
+
+  Reading a pipe or a device may never end. Links are followed.
+  """
+  path = epath.Path(path)
+  if url_lib.is_remote(path):
+    return path.is_file()
+  return os.path.isfile(path)
+
+
+def size(path: epath.PathLike, what: str) -> int:
+  """The bytes of a file that is to be read.
+
+  Args:
+    path: local path or URL.
+    what: what it should be, for the error.
+
+  Raises:
+    UserError: if nothing is there, or a folder or a device, or it cannot be
+      read, or see `url.backend`.
+  """
+  url_lib.backend(path)
+  try:
+    if not is_file(path):
+      if epath.Path(path).is_dir():
+        raise errors.UserError(f'{path} is a folder: give the path of {what}')
+      raise errors.UserError(f'no file at {path}: give the path of {what}')
+    with epath.Path(path).open('rb') as file:
+      n_bytes = file.seek(0, os.SEEK_END)
+  except errors.UserError:
+    raise
+  except Exception as error:
+    # Clients of buckets raise errors of many types; a path may hold a NUL.
+    raise errors.UserError(
+      f'{path} cannot be read ({errors.reason(error)}): give the path of {what}'
+    ) from error
+  return n_bytes
 
 
 _PARTIAL = re.compile(r'\..+\.\d+\.partial')

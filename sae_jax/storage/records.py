@@ -1,5 +1,6 @@
 """JSON that is read from files: by these functions, wherever it comes from."""
 
+import collections
 import json
 import re
 from typing import Any
@@ -44,7 +45,11 @@ def read(
 
 
 def parse(
-  data: bytes, name: str, remedy: str = DAMAGED, longest: int = LONGEST
+  data: bytes,
+  name: str,
+  remedy: str = DAMAGED,
+  longest: int = LONGEST,
+  is_unique: bool = False,
 ) -> dict[str, Any]:
   """The mapping that JSON text holds; a byte order mark is read over.
 
@@ -53,6 +58,7 @@ def parse(
     name: the file that it was read from, for the error.
     remedy: what the user can do if it cannot be understood.
     longest: bytes that it may have.
+    is_unique: whether a mapping must not have a key twice.
 
   Raises:
     UserError: if it is too long, not UTF-8, no JSON, nested more than `DEEPEST`
@@ -60,7 +66,10 @@ def parse(
   """
   try:
     check(data, longest)
-    value = json.loads(data.decode('utf-8-sig'))
+    value = json.loads(
+      data.decode('utf-8-sig'),
+      object_pairs_hook=_unique if is_unique else None,
+    )
     if _ESCAPED_SURROGATE.search(data):
       _check_characters(value)
     if not isinstance(value, dict):
@@ -90,6 +99,15 @@ def check(data: bytes, longest: int = LONGEST) -> None:
   depth = int(np.cumsum(step).max(initial=0))
   if depth > DEEPEST:
     raise ValueError(f'it is nested {depth:,} deep, more than {DEEPEST}')
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+  """The mapping of pairs; ValueError if a key is there twice."""
+  mapping = dict(pairs)
+  if len(mapping) < len(pairs):
+    keys = collections.Counter(key for key, _ in pairs)
+    raise ValueError(f'it has the key {keys.most_common(1)[0][0]!r} twice')
+  return mapping
 
 
 def _check_characters(value: Any) -> None:

@@ -18,6 +18,7 @@ PAGES = [
   ROOT / 'CONTRIBUTING.md',
   ROOT / 'CHANGELOG.md',
   *sorted(ROOT.glob('sae_jax/**/*.md')),
+  *sorted(ROOT.glob('tests/**/*.md')),
 ]
 
 

@@ -33,6 +33,27 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
   assert [p.name for p in tmp_path.iterdir()] == ['a.txt']
 
 
+def test_a_stream_is_whole_or_absent(tmp_path):
+  path = tmp_path / 'deep' / 'a'
+
+  def write(file):
+    file.write(b'old')
+    file.seek(1)
+    file.write(b'ne')
+
+  files.write_stream(path, write)
+  assert path.read_bytes() == b'one' and files.size(path, 'a') == 3
+
+  def half(file):
+    file.write(b'a longer text')
+    raise OSError(28, 'disk full')
+
+  with pytest.raises(OSError, match=f"disk full: '{path}'"):
+    files.write_stream(path, half)
+  assert path.read_bytes() == b'one'
+  assert [p.name for p in path.parent.iterdir()] == ['a']
+
+
 def test_a_claimed_folder_is_refused_until_it_is_let_go(tmp_path):
   folder = str(tmp_path / 'deep' / 'run')
   with claim.claim(folder):

@@ -59,13 +59,13 @@ def test_an_index_names_no_file_outside_its_folder(name, is_remote, tmp_path):
 def test_a_copy_has_a_name_of_its_own(tmp_path, monkeypatch):
   url = hf_folder.write(tmp_path / 'm', hf_folder.golden()[LLAMA], n_files=2)
   copies = []
-  safe_open = subject.folder.safetensors.safe_open
+  read = subject.folder.safetensors.read
 
-  def noted(path, **kwargs):
+  def noted(path, name):
     copies.append(os.path.basename(path))
-    return safe_open(path, **kwargs)
+    return read(path, name)
 
-  monkeypatch.setattr(subject.folder.safetensors, 'safe_open', noted)
+  monkeypatch.setattr(subject.folder.safetensors, 'read', noted)
 
   def moved(original, url, *args, **kwargs):
     return original(str(url).replace('gs://bucket', str(tmp_path)), *args)

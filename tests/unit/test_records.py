@@ -104,3 +104,10 @@ def test_messages_are_printable_and_of_bounded_length():
   assert '...(9,0' in message
   plain = f'{"x" * 900} é 模型'
   assert str(errors.UserError(plain)) == plain
+
+
+def test_a_key_that_is_there_twice_is_refused_where_that_matters():
+  data = b'{"a": {"b": 1, "c": 2, "b": 3}}'
+  assert records.parse(data, 'it') == {'a': {'b': 3, 'c': 2}}
+  with pytest.raises(errors.UserError, match="has the key 'b' twice"):
+    records.parse(data, 'it', is_unique=True)

@@ -12,10 +12,10 @@ from typing import Any
 
 from etils import epath
 import numpy as np
-import safetensors
 
 from sae_jax import errors
-from sae_jax.storage import names, records
+from sae_jax.storage import records, safetensors
+from sae_jax.storage import tensors as tensors_lib
 from sae_jax.storage import url as url_lib
 from sae_jax.subject import transformer
 from sae_jax.subject.formats import assembly, families
@@ -37,36 +37,27 @@ class SafetensorsFiles:
 
   Attributes:
     url: the folder.
-    tensors: name without the prefix of the model's class -> (file, name in the
-      file).
+    tensors: name without the prefix of the model's class -> tensor.
     sha256: hex digest of the file. For several files it is the digest of the
       lines '<digest>  <name>' in the order of the names, as sha256sum prints.
   """
 
   url: str
-  tensors: dict[str, tuple[Any, str]]
+  tensors: dict[str, tensors_lib.Tensor]
   sha256: str
 
   def read(self, name: str) -> np.ndarray:
     """A tensor's values.
 
     Raises:
-      UserError: if there is no such tensor, or it is of a type that numpy
-        does not have.
+      UserError: if there is no such tensor, or its file ends too early.
     """
     if name not in self.tensors:
       raise errors.UserError(
         f'{self.url} has no tensor {name} among its {len(self.tensors)}: '
         'download or convert the model again'
       )
-    file, stored = self.tensors[name]
-    try:
-      return file.get_tensor(stored)
-    except Exception as error:  # Of several libraries, as the type is.
-      raise errors.UserError(
-        f'tensor {stored} of {self.url} cannot be read '
-        f'({errors.reason(error)}): use a model of float32, float16 or bfloat16'
-      ) from error
+    return self.tensors[name].read()
 
 
 def read_settings(url: str) -> dict[str, Any]:
@@ -98,20 +89,20 @@ def open_files(url: str) -> Iterator[SafetensorsFiles]:
     if url_lib.is_remote(url):
       copies = stack.enter_context(tempfile.TemporaryDirectory())
     files = _filenames(url)
-    tensors, digests = {}, []
+    tensors, digests, stored_as = {}, [], {}
     for number, name in enumerate(files):
       path = _local(url, name, copies and f'{copies}/{number}')
-      file = stack.enter_context(_open(path, f'{url}/{name}'))
+      content, _ = safetensors.read(path, f'{url}/{name}')
       with open(path, 'rb') as data:
         digests.append(hashlib.file_digest(data, 'sha256').hexdigest())
-      for stored in list(file.keys()):
+      for stored, tensor in content.items():
         plain = _PREFIX.sub('', stored, count=1)
         if plain in tensors:
           raise errors.UserError(
             f'{url} has the tensor {plain} twice, as {stored} and '
-            f'{tensors[plain][1]}: download the model again'
+            f'{stored_as[plain]}: download the model again'
           )
-        tensors[plain] = (file, stored)
+        tensors[plain], stored_as[plain] = tensor, stored
     digest = digests[0]
     if len(digests) > 1:
       lines = ''.join(f'{d}  {n}\n' for d, n in zip(digests, files))
@@ -139,12 +130,7 @@ def _filenames(url: str) -> list[str]:
   folder = epath.Path(url)
   index = folder / _INDEX
   if index.is_file():
-    named = records.read(index, _AGAIN).get('weight_map')
-    if not isinstance(named, dict) or not named:
-      raise errors.UserError(
-        f'{index} has no weight_map of tensors to files: {_AGAIN}'
-      )
-    return sorted({names.plain(name, str(index)) for name in named.values()})
+    return sorted(set(safetensors.weight_map(index).values()))
   if (folder / _SINGLE).is_file():
     return [_SINGLE]
   files = sorted(path.name for path in folder.glob('*.safetensors'))
@@ -154,16 +140,6 @@ def _filenames(url: str) -> list[str]:
       'the whole model'
     )
   return files
-
-
-def _open(local: str, url: str):
-  try:
-    return safetensors.safe_open(local, framework='numpy')
-  except (safetensors.SafetensorError, OSError) as error:
-    raise errors.UserError(
-      f'{url} is not a whole safetensors file ({os.path.getsize(local)} bytes, '
-      f'{errors.reason(error)}): download it again'
-    ) from error
 
 
 def load_params(

@@ -1,0 +1,1 @@
+"""Autoencoders in the formats of others, read and written without torch."""

@@ -1,0 +1,1 @@
+"""Files of tensors that others wrote; no code that they hold is ever run."""

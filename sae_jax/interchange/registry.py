@@ -1,0 +1,67 @@
+"""Autoencoders of other libraries, whatever format they are in."""
+
+import os
+
+from sae_jax import errors
+from sae_jax.interchange import formats, imported
+from sae_jax.interchange import place as place_lib
+
+
+def identify(url: str | os.PathLike[str]) -> tuple[str, str]:
+  """The format of a folder or file by what is in it, and the reason.
+
+  Args:
+    url: local path or URL.
+
+  Raises:
+    UserError: if it is of none that is known, or of several, or damaged.
+  """
+  return _identify(place_lib.Place(url))
+
+
+def _identify(where: place_lib.Place) -> tuple[str, str]:
+  reasons = {}
+  for name in formats.NAMES:
+    reason = formats.of(name).detect(where)
+    if reason:
+      reasons[name] = reason
+  if len(reasons) == 1:
+    return next(iter(reasons.items()))
+  if reasons:
+    listed = '; '.join(f'{name}, {why}' for name, why in reasons.items())
+    raise errors.UserError(
+      f'{where.url} may be of {len(reasons)} formats: {listed}: name the format'
+    )
+  looked_for = '; '.join(
+    f'{name}: {formats.of(name).LOOKED_FOR}' for name in formats.NAMES
+  )
+  what = 'folder' if where.is_folder else 'file'
+  raise errors.UserError(
+    f'{where.url} is a {what} of no known format, which are {looked_for}'
+  )
+
+
+def read(
+  url: str | os.PathLike[str],
+  given: imported.Given | None = None,
+  name: str | None = None,
+) -> imported.Imported:
+  """An autoencoder of another library; of its weights, no values are read.
+
+  Args:
+    url: local path or URL of its folder or file.
+    given: what its format does not say.
+    name: its format, one of `formats.NAMES`; None for what `identify` finds.
+
+  Raises:
+    UserError: if the format is not known, or something is missing, unknown or
+      contradictory.
+  """
+  where = place_lib.Place(url)
+  if name is None:
+    name, _ = _identify(where)
+  elif name not in formats.NAMES:
+    raise errors.UserError(
+      f'no format is called {name!r}: use one of {", ".join(formats.NAMES)}'
+    )
+  return formats.of(name).read(where, given or imported.Given())

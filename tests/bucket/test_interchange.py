@@ -1,0 +1,62 @@
+"""Autoencoders of other libraries in a bucket."""
+
+from etils import epath
+import numpy as np
+import pytest
+
+from sae_jax.interchange import registry
+from sae_jax.interchange.files import pt_writer, reading
+from sae_jax.storage import safetensors, tensors
+from tests.support import golden_autoencoders as golden
+from tests.support import interchange_reference as reference
+from tests.support.gcs import served
+
+WRITERS = {'a.pt': pt_writer.write, 'a.safetensors': safetensors.write}
+
+
+@pytest.fixture
+def bucket(monkeypatch):
+  """The objects of gs://bucket, by name."""
+  with served.bucket(monkeypatch) as server:
+    yield server.objects['bucket']
+
+
+@pytest.mark.parametrize('name', WRITERS)
+def test_a_bucket_holds_the_same_bytes_as_a_folder(name, tmp_path, bucket):
+  array = np.random.default_rng(0).normal(size=(50, 30)).astype('f')
+  content = {'w': tensors.from_array(array)}
+  url = f'gs://bucket/deep/{name}'
+  WRITERS[name](url, content)
+  WRITERS[name](tmp_path / name, content)
+  assert bucket[f'deep/{name}'].data == (tmp_path / name).read_bytes()
+  tensor = reading.open_tensors(url).tensors['w']
+  np.testing.assert_array_equal(tensor.read(10, 30), array[10:30])
+  np.testing.assert_array_equal(tensor.T.read(10, 12), array.T[10:12])
+  short = tensors.Tensor((60, 30), array.dtype, lambda ranges: array)
+  with pytest.raises(ValueError, match='gave 6,000 bytes, not 7,200'):
+    WRITERS[name](url, {'w': short})
+  assert bucket[f'deep/{name}'].data == (tmp_path / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+  'name',
+  [
+    'llama_scope/L0R',
+    'sparsify/layers.1',
+    'dictionary_learning/AutoEncoderNew',
+  ],
+)
+def test_a_folder_of_a_bucket(name, bucket, tmp_path):
+  folder = golden.copy(name, tmp_path / 'a')
+  for path in folder.rglob('*'):
+    if path.is_file():
+      url = f'gs://bucket/run/{path.relative_to(folder)}'
+      with epath.Path(url).open('wb') as file:
+        file.write(path.read_bytes())
+  x = golden.expected(name)['x']
+  remote = registry.read('gs://bucket/run/')
+  for one, other in zip(
+    reference.evaluate(remote, x),
+    reference.evaluate(golden.read(name, folder), x),
+  ):
+    np.testing.assert_array_equal(one, other)
