@@ -115,7 +115,7 @@ def explain(
   report = None
   if workdir is not None:
     report = results.read_report(workdir)
-    _check_same(trained, report, workdir)
+    check_same(trained, report, workdir)
   data = trained.metadata.dataset
   if not isinstance(subject, subject_lib.Subject):
     subject = subject_lib.load_recorded(
@@ -199,7 +199,7 @@ def _label(
   )
 
 
-def _check_same(
+def check_same(
   trained: checkpoint_lib.Trained, report: dict[str, Any], workdir: str
 ) -> None:
   """Raises UserError unless results are of these weights."""
