@@ -57,6 +57,24 @@ def explain_requests(
   ]
 
 
+def partners(explained: Iterable[int], density_N: np.ndarray) -> dict[int, int]:
+  """Of each latent another of the most similar density, by its logarithm.
+
+  Returns:
+    By latent; none of a single one.
+  """
+  latents = np.array(sorted(explained), np.int64)
+  order = latents[np.argsort(density_N[latents], kind='stable')].tolist()
+  logs = np.log(np.maximum(density_N[order], np.finfo(np.float32).tiny))
+  out = {}
+  for place, latent in enumerate(order):
+    near = [p for p in (place - 1, place + 1) if 0 <= p < len(order)]
+    if near:
+      best = min(near, key=lambda p: abs(logs[p] - logs[place]))
+      out[latent] = order[best]
+  return dict(sorted(out.items()))
+
+
 def detect_requests(
   config: ExplainConfig,
   drawn: Mapping[int, Drawn],

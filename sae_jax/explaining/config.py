@@ -11,84 +11,40 @@ from sae_jax import subject as subject_lib
 
 
 @dataclasses.dataclass(frozen=True)
-class ExamplesConfig(config_lib.Config):
-  """Which texts latents are explained and scored by."""
+class Protocol:
+  """How many texts of each kind a latent has; scores of one are comparable.
 
-  rows: int = config_lib.option(
-    1_000_000,
-    'most test rows of the store from which texts are taken',
-    least=1,
-  )
-  window: int = config_lib.option(
-    32, 'number of tokens of a text', least=2, most=1024
-  )
-  top_examples: int = config_lib.option(
-    10,
-    'number of texts with the highest activations that the explainer reads, '
-    'one per document',
-    least=1,
-  )
-  tenth_examples: int = config_lib.option(
-    2,
-    'number of texts of each tenth of the ranks of activations that the '
-    'explainer reads beside them',
-    least=0,
-  )
-  near_examples: int = config_lib.option(
-    5,
-    'number of texts on which the latent is nearest to being active that the '
-    'explainer reads',
-    least=0,
-  )
-  votes: int = config_lib.option(
-    10,
-    'number of tokens that the latent promotes that the explainer reads, and '
-    'as many that it suppresses',
-    least=0,
-  )
-  tenth_texts: int = config_lib.option(
-    10,
-    'most texts of each tenth of the ranks of activations that an explanation '
-    'is scored on',
-    least=1,
-  )
-  random_texts: int = config_lib.option(
-    50,
-    'number of random texts without activations that it is scored on',
-    least=1,
-  )
-  near_texts: int = config_lib.option(
-    25,
-    'number of texts on which the latent is nearest to being active that it '
-    'is scored on',
-    least=0,
-  )
-  token_texts: int = config_lib.option(
-    25,
-    'number of texts without activations that have the token on which the '
-    'latent is active most often that it is scored on',
-    least=0,
-  )
-  least_examples: int = config_lib.option(
-    20,
-    "fewest active texts that a latent must have among the explainer's "
-    "documents and among the scorer's, and fewest inactive ones among these: "
-    'others are skipped, and counted',
-    least=1,
-  )
-  baseline_tokens: int = config_lib.option(
-    10,
-    'number of tokens on which the latent is active most often that the '
-    'baseline without a language model looks for',
-    least=1,
-  )
+  Attributes:
+    top: that the explainer reads, with the highest activations, one a document.
+    of_tenth: that it reads of each tenth of the ranks of activations.
+    near: that it reads, on which the latent is nearest to being active.
+    votes: tokens that it reads that the latent promotes, and as many that it
+      suppresses.
+    scored_of_tenth: active texts of each tenth that are judged, at most.
+    scored_random: random inactive ones.
+    scored_near: inactive ones on which the latent is nearest to being active.
+    scored_token: inactive ones with the token on which it is active most often.
+    baseline_tokens: that the baseline without a language model looks for.
+  """
+
+  top: int = 10
+  of_tenth: int = 2
+  near: int = 5
+  votes: int = 10
+  scored_of_tenth: int = 10
+  scored_random: int = 50
+  scored_near: int = 25
+  scored_token: int = 25
+  baseline_tokens: int = 10
+
+
+PROTOCOL = Protocol()
 
 
 @dataclasses.dataclass(frozen=True)
 class ExplainConfig(config_lib.Config):
   """Options of explanations and their scores."""
 
-  examples: ExamplesConfig = dataclasses.field(default_factory=ExamplesConfig)
   subject: str = config_lib.option('', subject_lib.MOVED)
   latents: tuple[str, ...] = config_lib.option(
     (), 'numbers of the latents; empty for n_latents drawn at random'
@@ -101,6 +57,21 @@ class ExplainConfig(config_lib.Config):
   )
   seed: int = config_lib.option(
     0, 'seed of the latents, of the texts and of their order', least=0
+  )
+  rows: int = config_lib.option(
+    1_000_000,
+    'most test rows of the store from which texts are taken',
+    least=1,
+  )
+  window: int = config_lib.option(
+    32, 'number of tokens of a text', least=2, most=1024
+  )
+  least_examples: int = config_lib.option(
+    20,
+    "fewest active texts that a latent must have among the explainer's "
+    "documents and among the scorer's, and fewest inactive ones among these: "
+    'others are skipped, and counted',
+    least=10,
   )
   batch_rows: int = config_lib.option(
     4096, 'number of rows of activations that are encoded at a time', least=1

@@ -15,7 +15,7 @@ import numpy as np
 from sae_jax import config as config_lib
 from sae_jax import errors
 from sae_jax.explaining import windows as windows_lib
-from sae_jax.explaining.config import ExamplesConfig
+from sae_jax.explaining.config import Protocol
 from sae_jax.explaining.windows import Windows
 
 TENTHS = 10
@@ -92,7 +92,8 @@ class Places:
 
 
 def places(
-  config: ExamplesConfig,
+  protocol: Protocol,
+  least: int,
   windows: Windows,
   latent: int,
   peak_W: np.ndarray,
@@ -103,7 +104,9 @@ def places(
   """Draws the texts of a latent.
 
   Args:
-    config: how many.
+    protocol: how many.
+    least: active texts of each side, and inactive ones to score, without which
+      it is skipped.
     windows: all of them.
     latent: its number, which the draw depends on, and on no other latent.
     peak_W: its highest activation on each window.
@@ -120,7 +123,6 @@ def places(
     for side in (windows_lib.EXPLAINER, windows_lib.SCORER)
   ]
   (shown, not_shown), (positives, negatives) = sides
-  least = config.least_examples
   if min(len(shown), len(positives)) < least:
     return Places(Drawn(latent, FEW))
   if len(negatives) < least:
@@ -133,21 +135,21 @@ def places(
 
   tenths = _tenths(shown, peak_W)
   best = np.concatenate(tenths[::-1])
-  top = pick(best, config.top_examples, one_a_document=True)
+  top = pick(best, protocol.top, one_a_document=True)
   shown = [(window, TENTH, _tenth_of(window, tenths)) for window in top]
   for tenth in reversed(range(TENTHS)):
-    own = pick(rng.permutation(tenths[tenth]), config.tenth_examples)
+    own = pick(rng.permutation(tenths[tenth]), protocol.of_tenth)
     shown += [(window, TENTH, tenth) for window in own]
-  near = [(w, NEAR, -1) for w in nearest(not_shown, config.near_examples)]
+  near = [(w, NEAR, -1) for w in nearest(not_shown, protocol.near)]
   scored = []
   for tenth, own in enumerate(_tenths(positives, peak_W)):
-    own = pick(rng.permutation(own), config.tenth_texts)
+    own = pick(rng.permutation(own), protocol.scored_of_tenth)
     scored += [(window, TENTH, tenth) for window in own]
   with_token = _with_token(windows, negatives, tokens[:1])
   for kind, own in (
-    (RANDOM, pick(rng.permutation(negatives), config.random_texts)),
-    (NEAR, nearest(negatives, config.near_texts)),
-    (TOKEN, pick(rng.permutation(with_token), config.token_texts)),
+    (RANDOM, pick(rng.permutation(negatives), protocol.scored_random)),
+    (NEAR, nearest(negatives, protocol.scored_near)),
+    (TOKEN, pick(rng.permutation(with_token), protocol.scored_token)),
   ):
     scored += [(window, kind, -1) for window in own]
   return Places(

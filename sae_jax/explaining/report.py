@@ -8,7 +8,7 @@ import numpy as np
 
 import sae_jax
 from sae_jax.explaining import asking, examples, scores
-from sae_jax.explaining.config import ExplainConfig
+from sae_jax.explaining.config import ExplainConfig, Protocol
 from sae_jax.explaining.examples import Drawn
 from sae_jax.explaining.scores import Score
 
@@ -19,6 +19,9 @@ _PROTOCOL = (
   'logprobs',
   'texts_per_request',
   'permutations',
+  'rows',
+  'window',
+  'least_examples',
 )
 _RANKED = 10
 CONTROLS = {
@@ -34,6 +37,7 @@ Judged = Mapping[tuple[int, int], np.ndarray]
 
 def make(
   config: ExplainConfig,
+  protocol: Protocol,
   probed: Mapping[str, Any],
   drawn: Mapping[int, Drawn],
   explained: Mapping[int, str],
@@ -48,6 +52,7 @@ def make(
 
   Args:
     config: options.
+    protocol: how many texts.
     probed: the report of sae-probe.
     drawn: texts by latent, of the skipped ones none.
     explained: explanations by latent.
@@ -90,7 +95,7 @@ def make(
     'subject': probed['subject'],
     'site': probed['site'],
     'imported': asked is None,
-    'protocol': _protocol(config),
+    'protocol': _protocol(config, protocol),
     'latents_seed': config.seed,
     'counts': _counts(drawn, explained, own, mass_N),
     'figures': _figures(own)
@@ -102,7 +107,7 @@ def make(
     'controls': {
       'other': _control(own, by_other),
       'tokens': _control(own, by_tokens),
-      'compared': other and _compared(config, own, *other),
+      'compared': other and _compared(_protocol(config, protocol), own, *other),
     },
     'failures': {
       'explain': asked and {'asked': asked.asked, 'by_kind': asked.failures},
@@ -146,9 +151,9 @@ def _main(score: Score) -> dict[str, Any]:
   }
 
 
-def _protocol(config: ExplainConfig) -> dict[str, Any]:
+def _protocol(config: ExplainConfig, protocol: Protocol) -> dict[str, Any]:
   values = {name: getattr(config, name) for name in _PROTOCOL}
-  return values | {'examples': dataclasses.asdict(config.examples)}
+  return values | dataclasses.asdict(protocol)
 
 
 def _counts(drawn, explained, own, mass_N) -> dict[str, Any]:
@@ -207,7 +212,7 @@ def _control(own, control) -> dict[str, Any]:
   return out
 
 
-def _compared(config, own, report, lines) -> dict[str, Any]:
+def _compared(protocol, own, report, lines) -> dict[str, Any]:
   """How far the explanations are above those of another workdir."""
   theirs = {
     n: line['score']['balanced_accuracy'][0]
@@ -218,7 +223,7 @@ def _compared(config, own, report, lines) -> dict[str, Any]:
   return {
     'balanced_accuracy': scores.mean(theirs)
     | {'above': scores.difference(values, theirs, paired=False)},
-    'same_protocol': report.get('protocol') == _protocol(config),
+    'same_protocol': report.get('protocol') == protocol,
     'sae_fingerprint': report.get('sae_fingerprint'),
   }
 

@@ -1,10 +1,10 @@
 """The texts of test documents, cut into windows, and whose they are.
 
 Contexts are cut into windows of so many tokens, one after the other, from their
-first token that is not masked on; none has tokens of two documents, nor a masked
-token, on which nobody knows whether a latent is active. Documents are split by a hash of their tokens, so that
-two of the same text are on the same side: explanations are made of one side and
-scored on the other.
+first token that is not masked on. None has tokens of two documents, nor a
+masked token, on which nobody knows whether a latent is active. Documents are
+split by a hash of their tokens, so that two of the same text are on the same
+side: explanations are made of one side and scored on the other.
 """
 
 import hashlib
@@ -27,8 +27,8 @@ class Windows(NamedTuple):
     first_row: the first of the store's rows that they are of.
     tokens_L: tokens of the stream from the first row's on, masked ones too.
     place_R: of each row its place among the tokens, ascending.
-    window_R: of each row its window; -1 if that was left out, as it is too short
-      or has a masked token.
+    window_R: of each row its window; -1 if that was left out, as it is too
+      short or has a masked token.
     start_W: where each window begins among the tokens.
     stop_W: past its last token.
     document_W: the document that it is of.

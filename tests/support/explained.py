@@ -15,11 +15,13 @@ import threading
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers
+from tokenizers import models
 
 from sae_jax import checkpoint, store
 from sae_jax import subject as subject_lib
 from sae_jax.autoencoder import SaeConfig
-from sae_jax.explaining.config import ExamplesConfig, ExplainConfig
+from sae_jax.explaining.config import ExplainConfig, Protocol
 from sae_jax.probing import reconstruction
 from sae_jax.store import writer as writer_lib
 from sae_jax.store.manifest import StorePlan
@@ -28,19 +30,10 @@ from tests.support import probed, synthetic_features
 PLANTED, LATENTS, EVERYWHERE = 8, 12, 8
 DOCUMENTS, CONTEXTS, HELDOUT = 90, 4, 80
 WINDOW = 4
-EXAMPLES = ExamplesConfig(
-  window=WINDOW,
-  top_examples=4,
-  tenth_examples=1,
-  near_examples=2,
-  tenth_texts=2,
-  random_texts=10,
-  near_texts=5,
-  token_texts=5,
-  least_examples=10,
-  baseline_tokens=3,
+PROTOCOL = Protocol(4, 1, 2, 5, 2, 10, 5, 5, 3)
+CONFIG = ExplainConfig(
+  window=WINDOW, least_examples=10, batch_rows=256, n_latents=LATENTS
 )
-CONFIG = ExplainConfig(examples=EXAMPLES, batch_rows=256, n_latents=LATENTS)
 
 
 def rows_of(tokens, rng):
@@ -154,7 +147,8 @@ def write_results(workdir, data, trained):
 @contextlib.contextmanager
 def without_files(trained):
   """The checkpoint and the tokenizer are made, not read."""
-  tokenizer = probed.make_subject().tokenizer
+  words = {f'w{i}': i for i in range(probed.VOCABULARY)}
+  tokenizer = tokenizers.Tokenizer(models.WordLevel(words, unk_token='w0'))
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(checkpoint, 'load', lambda *a, **k: trained)
     patch.setattr(subject_lib, 'load_recorded_tokenizer', lambda *a: tokenizer)
