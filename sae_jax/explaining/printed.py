@@ -55,7 +55,7 @@ def lines(report: Mapping[str, Any]) -> Iterator[str]:
   controls = report['controls']
   for name, title in (
     ('other', "another latent's explanation"),
-    ('tokens', 'its ten tokens, no model'),
+    ('tokens', 'its tokens, no model'),
   ):
     for figure, word in (('balanced_accuracy', ''), ('auroc', ', AUROC')):
       of = controls[name][figure]

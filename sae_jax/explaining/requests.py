@@ -91,26 +91,26 @@ class Responses:
 
   def __init__(self, folder: epath.PathLike):
     self._path = epath.Path(folder) / RESPONSES
-    self._lines = self._read()
+    data = self._path.read_bytes() if self._path.exists() else b''
+    last = data[data.rfind(b'\n') + 1 :]
+    # A process that was killed leaves the last line torn.
+    torn = len(last) if records.parse_lines(last)[1] else 0
+    whole = data[: len(data) - torn]
+    self._length, self._is_cut = len(whole), whole[-1:] not in (b'', b'\n')
+    self._lines = self._sound(whole)
     self.by_id = {line['id']: line for line in self._lines}
     self._file = None
     self._remote = url_lib.is_remote(self._path)
     self._due, self._is_dirty = time.monotonic() + _SECONDS, False
 
-  def _read(self) -> list[dict[str, Any]]:
-    try:
-      data = self._path.read_bytes()
-    except FileNotFoundError:
-      return []
+  def _sound(self, data: bytes) -> list[dict[str, Any]]:
     lines, damaged = records.parse_lines(data)
     sound = [
       line
       for line in lines
       if isinstance(line.get('id'), str) and 'content' in line
     ]
-    # A process that was killed leaves the last line torn.
-    torn = bool(damaged) and not data.endswith(b'\n')
-    damaged += len(lines) - len(sound) - torn
+    damaged += len(lines) - len(sound)
     if damaged:
       logging.warning(
         '%s has %d lines that are no answers (a mapping with id and content): '
@@ -146,12 +146,10 @@ class Responses:
 
   def _append(self, response):
     if self._file is None:
-      path = os.fspath(self._path)
-      self._file = open(path, 'ab+')  # noqa: SIM115
-      if self._file.tell():
-        self._file.seek(-1, os.SEEK_END)
-        if self._file.read() != b'\n':
-          self._file.write(b'\n')
+      self._file = open(os.fspath(self._path), 'ab')  # noqa: SIM115
+      self._file.truncate(self._length)
+      if self._is_cut:
+        self._file.write(b'\n')
     self._file.write(json.dumps(response).encode() + b'\n')
     self._file.flush()
 

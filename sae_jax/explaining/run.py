@@ -125,7 +125,8 @@ def explain_latents(
       features.column('count') * features.column('mean').astype(np.float64),
       other,
     )
-    (epath.Path(folder) / requests.REQUESTS).unlink(missing_ok=True)
+    if not config.partial:
+      (epath.Path(folder) / requests.REQUESTS).unlink(missing_ok=True)
     explanations.write(workdir, lines, record)
   _export(config, probed, able, explained, p_XO, lines, vocabulary)
   return record

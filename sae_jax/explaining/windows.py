@@ -75,13 +75,14 @@ def cut(store: store_lib.Store, most_rows: int, width: int) -> Windows:
   rows = store.test_rows
   stop = min(rows.stop, rows.start + most_rows)
   place_R = store.stream_index(rows.start, stop)
-  first, last = int(place_R[0]), int(place_R[-1]) + 1
+  first, last = int(place_R[0]), store.manifest.n_stream
+  if stop < rows.stop:
+    last = int(store.stream_index(stop, stop + 1)[0]) + 1
   tokens_L, document_L, position_L = store.stream(first, last)
   place_R = place_R - first
   if stop < rows.stop:
-    next_place = int(store.stream_index(stop, stop + 1)[0])
-    cut_off = store.stream(next_place, next_place + 1)[1][0]
-    length = int(np.searchsorted(document_L, cut_off))
+    # The document of the first row that is too much.
+    length = int(np.searchsorted(document_L, document_L[-1]))
     tokens_L, document_L, position_L = (
       of[:length] for of in (tokens_L, document_L, position_L)
     )

@@ -196,6 +196,10 @@ def served(answer):
   bodies = []
 
   class Handler(server.BaseHTTPRequestHandler):
+    # Else a reply is sent in pieces, the second of which waits for the first's
+    # acknowledgement.
+    wbufsize = -1
+
     def do_POST(self):
       body = json.loads(self.rfile.read(int(self.headers['Content-Length'])))
       bodies.append({'path': self.path, 'headers': dict(self.headers), **body})
