@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
-from scipy import optimize, stats
+from scipy import stats
 
 from sae_jax.explaining import asking, examples, report, scores
 from sae_jax.explaining.examples import Text
@@ -99,22 +99,15 @@ def test_what_is_hardly_answered_has_no_score():
 
 
 def test_wilsons_interval_solves_its_equation():
+  """Its ends are the shares from which what was seen is 1.96 errors away."""
+  reach = stats.norm.ppf(0.975)
   for share, count in ((0.0, 10), (0.3, 10), (0.5, 1), (0.97, 200), (1.0, 7)):
     got, low, high = intervals.wilson(share, count)
-    assert got == share
-
-    def distance(p, share=share, count=count):
-      z = stats.norm.ppf(0.975)
-      return (share - p) ** 2 - z**2 * p * (1 - p) / count
-
-    # At a share of 0 or 1 one of the two roots is the share itself.
-    ends = 1e-9, max(share, 1e-9), min(share, 1 - 1e-9), 1 - 1e-9
-    want_low = optimize.brentq(distance, *ends[:2]) if share else 0
-    want_high = (
-      optimize.brentq(distance, max(ends[2], 1e-9), ends[3]) if share < 1 else 1
-    )
-    assert low == pytest.approx(want_low, abs=1e-9)
-    assert high == pytest.approx(want_high, abs=1e-9)
+    assert got == share and 0 <= low <= share <= high <= 1
+    assert (low == share) == (share == 0) and (high == share) == (share == 1)
+    for end in (low, high):
+      away = reach * np.sqrt(end * (1 - end) / count)
+      assert abs(share - end) == pytest.approx(away, abs=1e-9)
   # 200 trials know 80 % to 5.6 points.
   _, low, high = intervals.wilson(0.8, 200)
   assert (high - low) / 2 == pytest.approx(0.055, abs=1e-3)
