@@ -12,7 +12,7 @@ import numpy as np
 from sae_jax import checkpoint as checkpoint_lib
 from sae_jax import errors
 from sae_jax import subject as subject_lib
-from sae_jax.features import results
+from sae_jax.features import explanations, results
 from sae_jax.subject import capture
 from sae_jax.subject.formats import tokenizer as tokenizer_lib
 
@@ -75,11 +75,13 @@ class Latent:
     report: the report of sae-probe.
     vocabulary: the text or bytes of each token.
     columns: the latent's entries of the feature table, by name.
+    explained: its line of `features.explanations`; None if it has none.
   """
 
   report: dict[str, Any]
   vocabulary: list[str | bytes]
   columns: dict[str, np.ndarray]
+  explained: dict[str, Any] | None = None
 
 
 def explain(
@@ -163,7 +165,10 @@ def read_latent(workdir: str, latent: int, subject: str = '') -> Latent:
   tokenizer = subject_lib.load_recorded_tokenizer(
     report['subject'], report.get('weights_sha256', ''), subject
   )
-  return Latent(report, tokenizer_lib.token_texts(tokenizer), columns)
+  explained = explanations.of_results(workdir, report).get(latent)
+  return Latent(
+    report, tokenizer_lib.token_texts(tokenizer), columns, explained
+  )
 
 
 def _columns(

@@ -127,8 +127,9 @@ def write_results(workdir, data, trained):
   table['count'] = counts.astype(np.int64)
   table['density'] = (counts / len(tokens)).astype(np.float32)
   table['mean'] = np.where(counts, 1.5, 0).astype(np.float32)
-  for way in ('up', 'down'):
-    table[f'vote_{way}_ids'] %= probed.VOCABULARY
+  for name, ids in table.items():
+    if name.endswith(('_tokens', 'up_ids', 'down_ids')):
+      table[name] = np.where(ids < 0, ids, ids % probed.VOCABULARY)
   made_from = {
     'sae_fingerprint': checkpoint.fingerprint(trained.sae),
     'store': data.manifest.identity,

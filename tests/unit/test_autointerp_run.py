@@ -18,7 +18,9 @@ from sae_jax.explaining import (
   scores,
   windows,
 )
-from sae_jax.features import explanations
+from sae_jax.features import explanations, results
+from sae_jax.probing import explain as probing_explain
+from sae_jax.probing import printed as probing_printed
 from sae_jax.storage import records
 from tests.support import binaries, explained
 
@@ -113,6 +115,38 @@ def test_true_explanations_score_high_and_those_of_another_latent_low(judged):
     '0 not answered',
   ):
     assert words in text
+
+
+def test_a_latent_is_printed_with_its_explanation(judged):
+  place, _, lines, _ = judged
+  printed_lines = list(
+    probing_printed.latent_lines(probing_explain.read_latent(str(place), 2), 80)
+  )
+  at = printed_lines.index('explanation: the word w2')
+  value, low, high = lines[2]['score']['balanced_accuracy']
+  want = f'balanced accuracy {value:.2f} ({low:.2f} to {high:.2f})'
+  assert want in printed_lines[at + 1]
+  assert "by another latent's explanation" in ' '.join(printed_lines)
+  skipped = probing_explain.read_latent(str(place), explained.EVERYWHERE)
+  text = '\n'.join(probing_printed.latent_lines(skipped, 80))
+  assert 'explanation' not in text
+
+
+def test_explanations_of_others_weights_or_damaged_are_left_out(judged):
+  place, _, lines, _ = judged
+  probed = results.read_report(place)
+  assert explanations.of_results(place, probed) == lines
+  other = probed | {'made_from': {'sae_fingerprint': 'x'}}
+  assert explanations.of_results(place, other) == {}
+  path = explanations.folder(place) / explanations.LINES
+  whole = path.read_bytes()
+  try:
+    path.write_bytes(whole[:-9])
+    assert explanations.of_results(place, probed) == {}
+    with pytest.raises(errors.UserError, match='not as sae-explain wrote it'):
+      explanations.read(place)
+  finally:
+    path.write_bytes(whole)
 
 
 def test_scores_are_those_of_what_was_sent(judged):
