@@ -9,6 +9,7 @@ import http.client
 import json
 import os
 import random
+import threading
 import time
 from typing import Any
 import urllib.error
@@ -47,14 +48,12 @@ class Endpoint:
     timeout_s: seconds of silence.
     retries: see `ExplainConfig`.
     key: sent with each request, and shown nowhere.
-    sleep: waits so many seconds.
   """
 
   url: str
   timeout_s: float
   retries: int
   key: str = dataclasses.field(default='', repr=False)
-  sleep: Callable[[float], None] = time.sleep
 
 
 class Failure(Exception):
@@ -113,10 +112,12 @@ def ask_all(
   Raises:
     UserError: if the server takes none of them, or no longer answers.
   """
-  failed, in_a_row = {}, 0
+  failed, in_a_row, stop = {}, 0, threading.Event()
   pool = futures.ThreadPoolExecutor(concurrency)
   try:
-    asked = {pool.submit(ask, endpoint, one): one for one in requests}
+    asked = {
+      pool.submit(ask, endpoint, one, stop.wait): one for one in requests
+    }
     with progress.bar(total=len(asked), unit='request', desc=desc) as bar:
       for done in futures.as_completed(asked):
         try:
@@ -134,12 +135,23 @@ def ask_all(
             ) from None
         bar.update(1)
   finally:
+    # Those that wait to be sent again do not go on.
+    stop.set()
     pool.shutdown(cancel_futures=True)
   return failed
 
 
-def ask(endpoint: Endpoint, request: Request) -> dict[str, Any]:
+def ask(
+  endpoint: Endpoint,
+  request: Request,
+  wait_for: Callable[[float], Any] = time.sleep,
+) -> dict[str, Any]:
   """Sends a request, again if need be, for a line of responses.jsonl.
+
+  Args:
+    endpoint: where it goes.
+    request: what is asked.
+    wait_for: waits so many seconds; true if it is not to be sent again.
 
   Raises:
     Failure: if there is no answer.
@@ -154,7 +166,8 @@ def ask(endpoint: Endpoint, request: Request) -> dict[str, Any]:
         raise
       # Spread, so that not all come back at once.
       spread = wait * (0.5 + random.random() / 2)
-      endpoint.sleep(max(failure.wait, spread))
+      if wait_for(max(failure.wait, spread)):
+        raise
       wait = min(2 * wait, _LONGEST_WAIT)
   raise AssertionError
 

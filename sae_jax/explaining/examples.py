@@ -127,55 +127,62 @@ def places(
     return Places(Drawn(latent, FEW))
   if len(negatives) < least:
     return Places(Drawn(latent, DENSE))
-  rng = np.random.default_rng([seed, latent])
-  pick = _Picker(windows)
-
-  def nearest(of, count):
-    return pick(of[np.argsort(-near_W[of], kind='stable')], count)
-
+  draw = _Draw(windows, near_W, np.random.default_rng([seed, latent]))
   tenths = _tenths(shown, peak_W)
-  best = np.concatenate(tenths[::-1])
-  top = pick(best, protocol.top, one_a_document=True)
+  top = draw.pick(np.concatenate(tenths[::-1]), protocol.top, apart=True)
   shown = [(window, TENTH, _tenth_of(window, tenths)) for window in top]
   for tenth in reversed(range(TENTHS)):
-    own = pick(rng.permutation(tenths[tenth]), protocol.of_tenth)
+    own = draw.random(tenths[tenth], protocol.of_tenth)
     shown += [(window, TENTH, tenth) for window in own]
-  near = [(w, NEAR, -1) for w in nearest(not_shown, protocol.near)]
+  near = [(w, NEAR, -1) for w in draw.nearest(not_shown, protocol.near)]
   scored = []
   for tenth, own in enumerate(_tenths(positives, peak_W)):
-    own = pick(rng.permutation(own), protocol.scored_of_tenth)
+    own = draw.random(own, protocol.scored_of_tenth)
     scored += [(window, TENTH, tenth) for window in own]
+  if not scored:
+    # All have the wording of what the explainer reads.
+    return Places(Drawn(latent, FEW))
+  n_active = len(scored)
   with_token = _with_token(windows, negatives, tokens[:1])
   for kind, own in (
-    (RANDOM, pick(rng.permutation(negatives), protocol.scored_random)),
-    (NEAR, nearest(negatives, protocol.scored_near)),
-    (TOKEN, pick(rng.permutation(with_token), protocol.scored_token)),
+    (RANDOM, draw.random(negatives, protocol.scored_random)),
+    (NEAR, draw.nearest(negatives, protocol.scored_near)),
+    (TOKEN, draw.random(with_token, protocol.scored_token)),
   ):
     scored += [(window, kind, -1) for window in own]
-  return Places(
-    Drawn(latent, '', tokens=tuple(tokens.tolist())),
-    tuple(shown),
-    tuple(near),
-    tuple(scored),
-  )
+  if len(scored) == n_active:
+    return Places(Drawn(latent, DENSE))
+  drawn = Drawn(latent, '', tokens=tuple(tokens.tolist()))
+  return Places(drawn, tuple(shown), tuple(near), tuple(scored))
 
 
-class _Picker:
-  """Takes windows in order whose text was not taken before."""
+class _Draw:
+  """Takes windows in some order whose text was not taken before."""
 
-  def __init__(self, windows: Windows):
-    self._windows, self._taken = windows, set()
+  def __init__(self, windows: Windows, near_W: np.ndarray, rng):
+    self._windows, self._near_W, self._rng = windows, near_W, rng
+    self._taken = set()
 
-  def __call__(
-    self, candidates: Iterable[int], count: int, one_a_document: bool = False
+  def random(self, candidates: np.ndarray, count: int) -> list[int]:
+    """Some of them at random."""
+    return self.pick(self._rng.permutation(candidates), count)
+
+  def nearest(self, candidates: np.ndarray, count: int) -> list[int]:
+    """Those with the highest pre-activations."""
+    order = np.argsort(-self._near_W[candidates], kind='stable')
+    return self.pick(candidates[order], count)
+
+  def pick(
+    self, candidates: Iterable[int], count: int, apart: bool = False
   ) -> list[int]:
+    """The first of them; `apart` for one of a document."""
     picked, documents = [], set()
     for window in map(int, candidates):
       if len(picked) == count:
         break
       document = int(self._windows.document_W[window])
       text = self._windows.tokens(window).tobytes()
-      if text in self._taken or (one_a_document and document in documents):
+      if text in self._taken or (apart and document in documents):
         continue
       self._taken.add(text)
       documents.add(document)

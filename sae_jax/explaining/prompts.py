@@ -95,7 +95,8 @@ def _marked(text: Text, highest: float, vocabulary) -> str:
     parts.append(spelling.visible(plain_run))
     plain_run = []
     spelled = spelling.visible([vocabulary[token]])
-    kept = spelled.lstrip(' ')
+    # A token that is nothing but spaces is marked as they are.
+    kept = spelled.lstrip(' ') or spelled
     # The space before a word is no part of it.
     parts.append(f'{" " * (len(spelled) - len(kept))}<<{kept}|{number}>>')
   parts.append(spelling.visible(plain_run))

@@ -36,10 +36,10 @@ def request(number=0, n_texts=2):
   return Request(requests.DETECT, number, messages, SETTINGS, texts, 0, number)
 
 
-def endpoint(url, waits=None, **changes):
-  sleep = waits.append if waits is not None else (lambda _: None)
-  values = {'timeout_s': 5, 'retries': 2, 'key': KEY, 'sleep': sleep}
-  return client.Endpoint(url, **values | changes)
+def endpoint(url, **changes):
+  return client.Endpoint(
+    url, **{'timeout_s': 5, 'retries': 2} | changes, key=KEY
+  )
 
 
 def reset(handler, body):
@@ -164,14 +164,19 @@ def test_what_may_pass_is_tried_again_and_no_other(way):
   with explained.served(answer) as (url, _):
     if way is TRANSPORT['rejected']:
       with pytest.raises(client.Failure, match='status 400') as told:
-        client.ask(endpoint(url, waits), request())
+        client.ask(endpoint(url), request(), waits.append)
       assert KEY not in str(told.value)
       assert calls['all'] == 1 and not waits
       return
-    said = client.ask(endpoint(url, waits), request())
+    said = client.ask(endpoint(url), request(), waits.append)
   assert said['content'] == '[1, 0]' and calls['all'] == 3
   first, second = waits
   assert 0.5 <= first <= 1 and 1 <= second <= 2
+  # A run that ends does not send it again.
+  calls.clear()
+  with explained.served(answer) as (url, _), pytest.raises(client.Failure):
+    client.ask(endpoint(url), request(), lambda seconds: True)
+  assert calls['all'] == 1
 
 
 def test_a_wait_that_the_server_asks_for_is_kept():
@@ -190,11 +195,11 @@ def test_a_wait_that_the_server_asks_for_is_kept():
       return '[1, 0]'
 
     with explained.served(answer) as (url, _):
-      client.ask(endpoint(url, waits), request())
+      client.ask(endpoint(url), request(), waits.append)
     assert low <= waits[0] <= high
   with explained.served(status(429, Retry_After='3600')) as (url, bodies):
     with pytest.raises(client.Failure):
-      client.ask(endpoint(url, waits), request())
+      client.ask(endpoint(url), request(), waits.append)
     assert len(bodies) == 1
 
 

@@ -235,6 +235,17 @@ def test_latents_with_too_few_texts_are_skipped():
   few_W[:12] = 1
   assert draw(few_W, few_W).drawn.skipped == examples.FEW
   assert draw(all_W, all_W).drawn.skipped == examples.DENSE
+  # All texts alike: none is left to score.
+  same = made._replace(tokens_L=np.full_like(made.tokens_L, 7))
+  half_W = (np.arange(600) % 2).astype(np.float32)
+  assert draw(half_W, few_W, same).drawn.skipped == examples.FEW
+  for window in np.flatnonzero(half_W):
+    same.tokens_L[2 * window] = 100 + window
+  # The one wording without activations is a near miss of the explainer's.
+  assert draw(half_W, few_W, same).drawn.skipped == examples.DENSE
+  for window in np.flatnonzero(half_W == 0):
+    same.tokens_L[2 * window] = 1000 + window
+  assert draw(half_W, few_W, same).drawn.skipped == ''
   one_side_W = (made.side_W == windows.EXPLAINER).astype(np.float32)
   assert draw(one_side_W, few_W).drawn.skipped == examples.FEW
 
@@ -253,6 +264,10 @@ def test_marks_are_tenths_of_the_highest_activation():
   lines = user['content'].splitlines()
   assert '1. The <<cat|10>> <<sat|5>>⟨xF0⟩⟨x9F⟩' in lines
   assert '1. ↵The' in lines
+  space = Text('tenth', 9, 3, (0, 0), (0.0, 1.0))
+  drawn = Drawn(0, '', shown=(space,))
+  _, user = prompts.explain(drawn, ((), ()), ['  '])
+  assert '1.   <<  |10>>' in user['content']
   assert 'Promoted tokens: ·cat' in lines
   assert 'Suppressed' not in user['content']
   _, user = prompts.detect('cats', list(TEXTS), VOCABULARY)
