@@ -32,6 +32,11 @@ CONTROLS = {
   'explainer',
   'compared': 'the explanations of another workdir, given by --compare',
 }
+_DEFINITIONS = {
+  **scores.DEFINITIONS,
+  **{f'control {name}': text for name, text in CONTROLS.items()},
+  **{f'class {name}': text for name, text in examples.NEGATIVES.items()},
+}
 Judged = Mapping[tuple[int, int], np.ndarray]
 
 
@@ -64,12 +69,11 @@ def make(
     other: report and lines of explanations to compare with.
   """
   own = _scores(drawn, p_XO, lambda n, m: n == m)
-  by_other = _scores(drawn, p_XO, lambda n, m: n != m)
-  by_tokens = {
-    n: scores.score(
-      drawn[n].scored, scores.has_token(drawn[n].scored, drawn[n].tokens)
-    )
-    for n in own
+  controls = {
+    'other': _scores(drawn, p_XO, lambda n, m: n != m),
+    'tokens': _scores(
+      drawn, {(n, n): _has_token(drawn[n]) for n in own}, lambda n, m: True
+    ),
   }
   moved = dict(zip(own, scores.shrunk(list(own.values())).tolist()))
   partner = {n: m for n, m in p_XO if n != m}
@@ -83,19 +87,23 @@ def make(
       'skipped': one.skipped,
       'score': _entry(own.get(n), dataclasses.asdict, shrunk=moved.get(n)),
       'controls': {
-        'other': _entry(by_other.get(n), _main, latent=partner.get(n)),
-        'tokens': _entry(by_tokens.get(n), _main, tokens=list(one.tokens)),
+        name: _entry(controls[name].get(n), _main, **more)
+        for name, more in (
+          ('other', {'latent': partner.get(n)}),
+          ('tokens', {'tokens': list(one.tokens)}),
+        )
       },
     }
     for n, one in drawn.items()
   ]
+  protocol_used = _protocol(config, protocol)
   record = {
     'sae_fingerprint': probed['made_from']['sae_fingerprint'],
     'store': probed['made_from'].get('store'),
     'subject': probed['subject'],
     'site': probed['site'],
     'imported': asked is None,
-    'protocol': _protocol(config, protocol),
+    'protocol': protocol_used,
     'latents_seed': config.seed,
     'counts': _counts(drawn, explained, own, mass_N),
     'figures': _figures(own)
@@ -104,30 +112,23 @@ def make(
         [(drawn[n].scored, p_XO[n, n]) for n in own]
       )
     },
-    'controls': {
-      'other': _control(own, by_other),
-      'tokens': _control(own, by_tokens),
-      'compared': other and _compared(_protocol(config, protocol), own, *other),
-    },
-    'failures': {
-      'explain': asked and {'asked': asked.asked, 'by_kind': asked.failures},
-      'detect': {'asked': judged.asked, 'by_kind': judged.failures},
-    },
+    'controls': {name: _control(own, of) for name, of in controls.items()}
+    | {'compared': other and _compared(protocol_used, own, *other)},
+    'failures': {'explain': _failures(asked), 'detect': _failures(judged)},
     'own_probabilities': asking.own_share(judged),
     'ranked': _ranked(moved, explained),
-    'definitions': scores.DEFINITIONS
-    | {f'control {name}': text for name, text in CONTROLS.items()}
-    | {f'class {name}': text for name, text in examples.NEGATIVES.items()},
+    'definitions': _DEFINITIONS,
     'versions': {'sae_jax': sae_jax.__version__},
   }
   return lines, record
 
 
-def mean_probability(p_XO: np.ndarray) -> np.ndarray:
-  """The mean over orders of each text's probability; nan without an answer."""
-  has_XO = ~np.isnan(p_XO)
-  sums_X = np.where(has_XO, p_XO, 0).sum(1)
-  return np.where(has_XO.any(1), sums_X / np.maximum(has_XO.sum(1), 1), np.nan)
+def _has_token(drawn: Drawn) -> np.ndarray:
+  return scores.has_token(drawn.scored, drawn.tokens)
+
+
+def _failures(read: asking.Read | None) -> dict[str, Any] | None:
+  return read and {'asked': read.asked, 'by_kind': read.failures}
 
 
 def _scores(drawn, p_XO: Judged, wanted) -> dict[int, Score]:

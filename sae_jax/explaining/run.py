@@ -21,6 +21,7 @@ from sae_jax.explaining import (
   interchange,
   report,
   requests,
+  scores,
   texts,
 )
 from sae_jax.explaining import config as options
@@ -183,7 +184,7 @@ def _export(config, probed, drawn, explained, p_XO, lines, vocabulary) -> None:
   """Writes what others read."""
   if config.export_delphi:
     judged = {
-      n: (drawn[n].scored, report.mean_probability(p_XO[n, n]))
+      n: (drawn[n].scored, scores.averaged(p_XO[n, n]))
       for n in explained
       if (n, n) in p_XO
     }

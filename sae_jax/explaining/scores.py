@@ -73,7 +73,7 @@ def score(texts: Sequence[Text], p_XO: np.ndarray) -> Score | None:
   has_X = ~np.isnan(p_XO).all(1)
   if min(has_X[label_X].mean(), has_X[~label_X].mean()) < _LEAST_ANSWERED:
     return None
-  right_X, p_X = right(label_X, p_XO), _mean(p_XO)
+  right_X, p_X = right(label_X, p_XO), averaged(p_XO)
   ends = [
     intervals.wilson(right_X[own].mean(), own.sum())
     for own in (label_X & has_X, ~label_X & has_X)
@@ -107,11 +107,11 @@ def right(label_X: np.ndarray, p_XO: np.ndarray) -> np.ndarray:
   """
   says_XO = np.where(p_XO == _CHANCE, 0.5, p_XO > _CHANCE)
   right_XO = np.where(label_X[:, None], says_XO, 1 - says_XO)
-  return _mean(np.where(np.isnan(p_XO), np.nan, right_XO))
+  return averaged(np.where(np.isnan(p_XO), np.nan, right_XO))
 
 
-def _mean(of_XO):
-  """The mean over orders with an answer; nan if there is none."""
+def averaged(of_XO: np.ndarray) -> np.ndarray:
+  """The mean over orders with an answer, [X]; nan if there is none."""
   return figures.divided(np.nansum(of_XO, 1), (~np.isnan(of_XO)).sum(1))
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sae_jax.explaining import asking, examples, report, scores
+from sae_jax.explaining import asking, examples, scores
 from sae_jax.explaining.examples import Text
 from sae_jax.probing import intervals
 
@@ -82,7 +82,7 @@ def test_a_score_is_its_definition(orders):
   assert got.by_class == pytest.approx(want['by_class'], abs=1e-12)
   assert got.answered == pytest.approx(want['answered'], abs=1e-12)
   has_X = ~np.isnan(p_XO).all(1)
-  got_X = report.mean_probability(p_XO)
+  got_X = scores.averaged(p_XO)
   assert np.isnan(got_X[~has_X]).all()
   np.testing.assert_allclose(got_X[has_X], np.nanmean(p_XO[has_X], 1))
 
