@@ -136,6 +136,30 @@ def test_every_kind_of_failure_is_counted_and_scores_nothing(tmp_path):
   assert count == len(ways)
 
 
+def test_in_a_bucket_answers_are_written_whole(tmp_path, monkeypatch):
+  """Objects cannot be appended to: now and then, and at the end."""
+  monkeypatch.setattr(requests.url_lib, 'is_remote', lambda _: True)
+  written = []
+  write_text = requests.files.write_text
+
+  def write(path, text):
+    written.append(text.count('\n'))
+    write_text(path, text)
+
+  monkeypatch.setattr(requests.files, 'write_text', write)
+  with requests.Responses(tmp_path) as responses:
+    responses.add({'id': 'a', 'content': 'x'})
+    responses.add({'id': 'b', 'content': 'y'})
+    assert written == []
+    monkeypatch.setattr(requests, '_SECONDS', -1)
+    responses._due = 0
+    responses.add({'id': 'c', 'content': None})
+    assert written == [3]
+  assert written == [3]
+  with requests.Responses(tmp_path) as responses:
+    assert list(responses.by_id) == ['a', 'b', 'c']
+
+
 def test_a_timeout_is_told_from_a_lost_connection():
   done = threading.Event()
 

@@ -57,7 +57,7 @@ def by_hand(texts, p_XO):
     'specificity': np.mean(inactive),
     'balanced_accuracy': (np.mean(active) + np.mean(inactive)) / 2,
     'auroc': np.mean(wins),
-    'consistency': np.mean(agree),
+    'consistency': np.mean(agree) if agree else None,
     'by_tenth': [np.mean(rights['tenth', t]) for t in range(10)],
     'by_class': {k: np.mean(rights[k, -1]) for k in examples.NEGATIVES},
     'answered': len(points) / len(texts),
@@ -74,10 +74,8 @@ def test_a_score_is_its_definition(orders):
     value, low, high = getattr(got, name)
     assert value == pytest.approx(want[name], abs=1e-12)
     assert 0 <= low < value < high <= 1
-  if orders > 1:
-    assert got.consistency == pytest.approx(want['consistency'], abs=1e-12)
-  else:
-    assert got.consistency is None
+  assert got.consistency == pytest.approx(want['consistency'], abs=1e-12)
+  assert (got.consistency is None) == (orders == 1)
   np.testing.assert_allclose(got.by_tenth, want['by_tenth'], atol=1e-12)
   assert got.by_class == pytest.approx(want['by_class'], abs=1e-12)
   assert got.answered == pytest.approx(want['answered'], abs=1e-12)
