@@ -96,7 +96,9 @@ class Responses:
     # A process that was killed leaves the last line torn.
     torn = len(last) if records.parse_lines(last)[1] else 0
     whole = data[: len(data) - torn]
-    self._length, self._is_cut = len(whole), whole[-1:] not in (b'', b'\n')
+    # Where the file is cut off before more is added; None if it is whole.
+    self._cut_at = len(whole) if torn else None
+    self._lacks_end = whole[-1:] not in (b'', b'\n')
     self._lines = self._sound(whole)
     self.by_id = {line['id']: line for line in self._lines}
     self._file = None
@@ -147,8 +149,9 @@ class Responses:
   def _append(self, response):
     if self._file is None:
       self._file = open(os.fspath(self._path), 'ab')  # noqa: SIM115
-      self._file.truncate(self._length)
-      if self._is_cut:
+      if self._cut_at is not None:
+        self._file.truncate(self._cut_at)
+      if self._lacks_end:
         self._file.write(b'\n')
     self._file.write(json.dumps(response).encode() + b'\n')
     self._file.flush()
