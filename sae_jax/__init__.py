@@ -29,6 +29,9 @@ if typing.TYPE_CHECKING:
   from sae_jax.checkpoint.trained import load, Trained
   from sae_jax.config import Config, option
   from sae_jax.errors import UserError
+  from sae_jax.explaining.config import ExplainConfig
+  from sae_jax.explaining.printed import lines as explained_lines
+  from sae_jax.explaining.run import explain_latents
   from sae_jax.features.reader import Features, open_features
   from sae_jax.harvesting.config import HarvestConfig
   from sae_jax.harvesting.harvest import harvest
@@ -57,6 +60,7 @@ __all__ = [
   'BrowseConfig',
   'Codes',
   'Config',
+  'ExplainConfig',
   'FeatureConfig',
   'Features',
   'FitConfig',
@@ -73,6 +77,8 @@ __all__ = [
   'browse',
   'compare_suites',
   'explain',
+  'explain_latents',
+  'explained_lines',
   'explanation_lines',
   'fit_scaling',
   'harvest',
@@ -97,6 +103,7 @@ _PLACES = {
   'BrowseConfig': 'browser.index:BrowseConfig',
   'Codes': 'autoencoder.raw:Codes',
   'Config': 'config:Config',
+  'ExplainConfig': 'explaining.config:ExplainConfig',
   'FeatureConfig': 'probing.examples:FeatureConfig',
   'Features': 'features.reader:Features',
   'FitConfig': 'scaling.config:FitConfig',
@@ -113,6 +120,8 @@ _PLACES = {
   'browse': 'browser.build:browse',
   'compare_suites': 'probing.suite.compare:compare',
   'explain': 'probing.explain:explain',
+  'explain_latents': 'explaining.run:explain_latents',
+  'explained_lines': 'explaining.printed:lines',
   'explanation_lines': 'probing.printed:text_lines',
   'fit_scaling': 'scaling.fit:fit',
   'harvest': 'harvesting.harvest:harvest',

@@ -7,7 +7,7 @@ from etils import epath
 
 from sae_jax import subject as subject_lib
 from sae_jax.browser import index
-from sae_jax.features import results
+from sae_jax.features import explanations, results
 from sae_jax.storage import finished, workdir
 from sae_jax.subject.formats import tokenizer as tokenizer_lib
 
@@ -46,7 +46,8 @@ def browse(config: index.BrowseConfig, probe_url: str, out_url: str) -> str:
       use, somebody else's or a page of other results.
   """
   report = results.read_report(probe_url)
-  inputs = index.inputs(report, config)
+  explained = explanations.of_results(probe_url, report)
+  inputs = index.inputs(report, config, explained)
   made_from = {
     'probe': report.get('made_from'),
     'browse_config': inputs['browse_config'],
@@ -58,4 +59,6 @@ def browse(config: index.BrowseConfig, probe_url: str, out_url: str) -> str:
     features = results.open_features(probe_url, report)
     words = vocabulary(report, config.subject)
     workdir.sign(out_url, STAGE, made_from)
-    return index.build_index(features, report, words, out_url, config)
+    return index.build_index(
+      features, report, words, out_url, config, explained
+    )

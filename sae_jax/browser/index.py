@@ -9,6 +9,7 @@ Any server of static files can serve a built folder:
   data/columns.json            a list per column, one entry per latent, for
                                sorting, filtering and searching
   data/previews.json           a few tokens of each latent's best example
+  data/explanations.json       of the latents that sae-explain explained
   data/vocabulary.json         token id -> its text, or its bytes where they are
                                not whole characters; other files hold ids alone
   data/features/00000.json     `features_per_shard` latents, see `entries`
@@ -17,7 +18,7 @@ Numbers that are not finite become null; absent examples, votes and
 neighbours (-1 in the arrays) are left out.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import dataclasses
 import hashlib
 import importlib.metadata
@@ -38,7 +39,7 @@ from sae_jax.browser import entries, static
 from sae_jax.features import Features
 from sae_jax.storage import files, finished
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 # The files of a page, as its record names them.
 NAMES = re.compile(r'(data/(features/)?)?\w+\.(html|js|css|svg|json)')
 _SHARD = re.compile(r'\d{5,}\.json')
@@ -84,14 +85,25 @@ class BrowseConfig(config_lib.Config):
   )
 
 
-def inputs(report: dict[str, Any], config: BrowseConfig) -> dict[str, Any]:
-  """Everything that a page depends on, as it reads back from JSON."""
+def inputs(
+  report: dict[str, Any],
+  config: BrowseConfig,
+  explained: Mapping[int, dict[str, Any]] | None = None,
+) -> dict[str, Any]:
+  """Everything that a page depends on, as it reads back from JSON.
+
+  Args:
+    report: see `build_index`.
+    config: see `build_index`.
+    explained: see `build_index`.
+  """
   # The same model, wherever it is.
   config = dataclasses.replace(config, subject='')
   return config_lib.through_json(
     {
       'report': _plain(report, 'report'),
       'browse_config': dataclasses.asdict(config),
+      'explanations': finished.sha256(_explanations(explained or {})),
       'page': static.digest(),
       'versions': {
         'sae_jax': sae_jax.__version__,
@@ -109,6 +121,7 @@ def build_index(
   vocabulary: Sequence[str | bytes],
   out_url: epath.PathLike,
   config: BrowseConfig | None = None,
+  explained: Mapping[int, dict[str, Any]] | None = None,
 ) -> str:
   """Writes the feature page and its data.
 
@@ -122,6 +135,7 @@ def build_index(
       characters.
     out_url: folder to write, or its URL; an older index in it is replaced.
     config: options of the page; the defaults if None.
+    explained: lines of `features.explanations` by latent; None for none.
 
   Returns:
     The URL of index.html.
@@ -133,7 +147,7 @@ def build_index(
   config = config or BrowseConfig()
   if not isinstance(features, Features):
     features = features_lib.open(features)
-  depends = inputs(report, config)
+  depends = inputs(report, config, explained)
   edges = features.column('hist_edges')
   out = epath.Path(out_url)
   _clear(out)
@@ -145,6 +159,7 @@ def build_index(
     list(token) if isinstance(token, bytes) else token for token in vocabulary
   ]
   _write(out, 'data/vocabulary.json', entries.dumps(texts).encode(), digests)
+  _write(out, 'data/explanations.json', _explanations(explained or {}), digests)
   columns, previews = _Lists(), _Lists()
   n_alive, hist_H = 0, np.zeros(len(edges) - 1, np.int64)
   for block in _blocks(features, len(vocabulary), str(out), config):
@@ -177,6 +192,21 @@ def build_index(
   # Last, as it makes the page a finished one.
   finished.write(out, depends, dict(sorted(digests.items())))
   return str(out / 'index.html')
+
+
+def _explanations(explained: Mapping[int, dict[str, Any]]) -> bytes:
+  """Explanations, and their balanced accuracies, of latents in a row."""
+  lists = {name: [] for name in ('latents', 'texts', 'scores', 'others')}
+  for latent, line in sorted(explained.items()):
+    if line['explanation'] is None:
+      continue
+    score, other = line['score'], line['controls']['other']
+    lists['latents'].append(latent)
+    lists['texts'].append(line['explanation'])
+    # The value, and the ends of its interval.
+    lists['scores'].append(score and score['balanced_accuracy'])
+    lists['others'].append(other and other['balanced_accuracy'][0])
+  return entries.dumps(lists).encode()
 
 
 def _blocks(

@@ -78,7 +78,7 @@ def of(
   """
   if config.stream:
     return _of_text(config, trained.metadata)
-  store = _opened(store_url, trained.metadata)
+  store = opened(store_url, trained.metadata)
   data = _of_store(store)
   check(trained, data)
   _check_held_out(trained, store)
@@ -121,11 +121,18 @@ def remove(workdir: str) -> None:
     folder.rmtree()
 
 
-def _opened(url: str, saved: checkpoint_lib.Metadata) -> store_lib.Store:
-  """The store, at the site and version that the autoencoder was trained on.
+def opened(url: str, saved: checkpoint_lib.Metadata) -> store_lib.Store:
+  """A store at the site and version that the autoencoder was trained on.
 
   Where the store lacks them, at its first site and last version: `check` then
   raises for the site, and `_check_held_out` warns of the version.
+
+  Args:
+    url: the store.
+    saved: of the autoencoder's checkpoint.
+
+  Raises:
+    UserError: see `open_store`.
   """
   manifest = layout.read_manifest(url)
   if manifest is None:

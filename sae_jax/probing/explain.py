@@ -12,7 +12,7 @@ import numpy as np
 from sae_jax import checkpoint as checkpoint_lib
 from sae_jax import errors
 from sae_jax import subject as subject_lib
-from sae_jax.features import results
+from sae_jax.features import explanations, results
 from sae_jax.subject import capture
 from sae_jax.subject.formats import tokenizer as tokenizer_lib
 
@@ -75,11 +75,13 @@ class Latent:
     report: the report of sae-probe.
     vocabulary: the text or bytes of each token.
     columns: the latent's entries of the feature table, by name.
+    explained: its line of `features.explanations`; None if it has none.
   """
 
   report: dict[str, Any]
   vocabulary: list[str | bytes]
   columns: dict[str, np.ndarray]
+  explained: dict[str, Any] | None = None
 
 
 def explain(
@@ -115,7 +117,7 @@ def explain(
   report = None
   if workdir is not None:
     report = results.read_report(workdir)
-    _check_same(trained, report, workdir)
+    check_same(trained, report, workdir)
   data = trained.metadata.dataset
   if not isinstance(subject, subject_lib.Subject):
     subject = subject_lib.load_recorded(
@@ -163,7 +165,10 @@ def read_latent(workdir: str, latent: int, subject: str = '') -> Latent:
   tokenizer = subject_lib.load_recorded_tokenizer(
     report['subject'], report.get('weights_sha256', ''), subject
   )
-  return Latent(report, tokenizer_lib.token_texts(tokenizer), columns)
+  explained = explanations.of_results(workdir, report).get(latent)
+  return Latent(
+    report, tokenizer_lib.token_texts(tokenizer), columns, explained
+  )
 
 
 def _columns(
@@ -199,7 +204,7 @@ def _label(
   )
 
 
-def _check_same(
+def check_same(
   trained: checkpoint_lib.Trained, report: dict[str, Any], workdir: str
 ) -> None:
   """Raises UserError unless results are of these weights."""

@@ -80,6 +80,29 @@ def _newcombe(
   return ends[0], ends[1]
 
 
+def wilson(
+  share: float, count: int, confidence: float = 0.95
+) -> tuple[float, float, float]:
+  """A share of trials, and the ends of its interval.
+
+  Wilson's score interval (JASA 22, 1927), which has a width where the share is
+  0 or 1.
+
+  Args:
+    share: of the trials; nan if there are none.
+    count: number of trials.
+    confidence: probability covered.
+  """
+  square = special.ndtri(0.5 + confidence / 2) ** 2
+  spread = np.sqrt(square * (share * (1 - share) + square / 4 / count) / count)
+  ends = (
+    (share + square / 2 / count + sign * spread) / (1 + square / count)
+    for sign in (-1, 1)
+  )
+  low, high = ends
+  return float(share), max(0.0, float(low)), min(1.0, float(high))
+
+
 def jackknife(
   of: Callable[[Sums], np.ndarray], sums_UX: Sums
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

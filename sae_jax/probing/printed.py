@@ -79,6 +79,7 @@ def latent_lines(latent: Latent, columns: int) -> Iterator[str]:
     ],
     columns,
   )
+  yield from _explained(latent.explained, columns)
   n_tokens = report.get('n_tokens')
   of_all = f' of {n_tokens:,}' if n_tokens is not None else ''
   share = f'({_number(100 * entries["density"])} %)'
@@ -120,6 +121,25 @@ def latent_lines(latent: Latent, columns: int) -> Iterator[str]:
       items = [f'{other} ({score:.3f})' for other, score in pairs] or ['none']
       yield from _wrapped(f'{title}: ', _with_commas(items), columns)
   yield from _examples(latent, columns)
+
+
+def _explained(line, columns: int) -> Iterator[str]:
+  """What sae-explain says of it, and how far that holds."""
+  if line is None or line['explanation'] is None:
+    return
+  words = spelling.visible([line['explanation']]).split()
+  yield from _wrapped('explanation: ', words, columns)
+  if line['score'] is None:
+    yield '  not scored'
+    return
+  value, low, high = line['score']['balanced_accuracy']
+  items = [f'balanced accuracy {value:.2f} ({low:.2f} to {high:.2f})']
+  other = line['controls']['other']
+  if other is not None:
+    items.append(
+      f"{other['balanced_accuracy'][0]:.2f} by another latent's explanation"
+    )
+  yield from _wrapped('  ', _with_commas(items), columns)
 
 
 def _effects(latent: Latent, columns: int) -> Iterator[str]:

@@ -15,6 +15,7 @@ import pytest
 from sae_jax.cli import flags
 from sae_jax.cli.stages import (
   browse,
+  explain,
   harvest,
   plan,
   probe,
@@ -29,6 +30,7 @@ MODULES = {
   'sae-train': train,
   'sae-probe': probe,
   'sae-browse': browse,
+  'sae-explain': explain,
   'sae-plan': plan,
   'sae-sweep': sweep,
 }
@@ -90,7 +92,9 @@ def missing_in_help(text, expected):
 
 def run(name, *arguments):
   """Runs a binary in this process: its exit code, output and errors."""
-  module, out, err = COMMANDS[name], io.StringIO(), io.StringIO()
+  module, err = COMMANDS[name], io.StringIO()
+  # As a program's own, it can be told what to do with odd signs.
+  out = io.TextIOWrapper(io.BytesIO(), 'utf-8')
   with (
     defined(module.define),
     pytest.MonkeyPatch.context() as patch,
@@ -108,8 +112,9 @@ def run(name, *arguments):
       traceback.print_exc()
     finally:
       jax.config.update('jax_debug_nans', False)
+  out.flush()
   return subprocess.CompletedProcess(
-    arguments, code, out.getvalue(), err.getvalue()
+    arguments, code, out.buffer.getvalue().decode(), err.getvalue()
   )
 
 

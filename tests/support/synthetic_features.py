@@ -160,12 +160,12 @@ def _effects(n_latents, vocabulary_size, rng):
   }
 
 
-def build(features, report, vocabulary, out, config=None):
+def build(features, report, vocabulary, out, config=None, explained=None):
   """Writes a table to a folder of its own, and a page of it; the page's URL."""
   with tempfile.TemporaryDirectory() as folder:
     url = os.path.join(folder, 'features')
     writer.write(url, features)
-    return index.build_index(url, report, vocabulary, out, config)
+    return index.build_index(url, report, vocabulary, out, config, explained)
 
 
 def write_results(workdir, made_from, report, features):

@@ -116,6 +116,20 @@ export function checkPreviews(previews, meta) {
   });
 }
 
+export function checkExplanations(explanations) {
+  mapping(explanations, 'explanations.json');
+  const at = (name) => `explanations.json: ${name}`;
+  const { latents, texts, scores, others } = explanations;
+  counts(latents, at('latents'), null);
+  each(texts, at('texts'), latents.length,
+    (text) => typeof text === 'string', 'a text');
+  list(scores, at('scores'), latents.length);
+  scores.forEach((score, i) => {
+    if (score !== null) figures(score, `${at('scores')}[${i}]`, 3);
+  });
+  figures(others, at('others'), latents.length);
+}
+
 function checkExample(example, path, meta) {
   mapping(example, path);
   const { tokens, fired, acts, peak, document } = example;

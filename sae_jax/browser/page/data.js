@@ -1,9 +1,9 @@
 // Fetches the index. Whatever is wrong with it becomes one readable sentence.
 
-import { checkColumns, checkFeature, checkMeta, checkPreviews, checkVocabulary,
-  DataError } from './checks.js';
+import { checkColumns, checkExplanations, checkFeature, checkMeta,
+  checkPreviews, checkVocabulary, DataError } from './checks.js';
 
-const FORMAT_VERSION = 3;
+const FORMAT_VERSION = 4;
 const KEPT_SHARDS = 24;
 const LONGEST = 2 ** 29; // characters of a text in Chromium
 
@@ -56,6 +56,21 @@ async function fetchChecked(name, build, check) {
   }
 }
 
+// `columns.said` has the explanation and its score by place, `columns.score` a
+// number for each place to sort by, null where there is none.
+function addExplanations(columns, places, explanations) {
+  const { latents, texts, scores, others } = explanations;
+  columns.said = new Map();
+  columns.score = new Array(columns.latent.length).fill(null);
+  latents.forEach((latent, i) => {
+    const place = places.get(latent);
+    if (place === undefined) return;
+    columns.said.set(place, { text: texts[i], score: scores[i],
+      other: others[i] });
+    columns.score[place] = scores[i] && scores[i][0];
+  });
+}
+
 // `scripts` are the addresses of scripts that have to be of the data's version.
 export async function load(scripts) {
   const meta = await fetchJson('meta.json', '', 'no-cache');
@@ -70,16 +85,18 @@ export async function load(scripts) {
       'Run sae-browse again.');
   }
   checkMeta(meta);
-  const [columns, vocabulary] = await Promise.all([
+  const [columns, vocabulary, explanations] = await Promise.all([
     fetchChecked('columns.json', meta.build, (v) => checkColumns(v, meta)),
     fetchChecked('vocabulary.json', meta.build,
       (v) => checkVocabulary(v, meta)),
+    fetchChecked('explanations.json', meta.build, checkExplanations),
   ]);
   const places = new Map(columns.latent.map((latent, i) => [latent, i]));
   if (places.size !== meta.n_features) {
     throw new DataError('data/columns.json has a latent twice. ' +
       'Run sae-browse again.');
   }
+  addExplanations(columns, places, explanations);
   const shards = new Map();
 
   // `place` is a position in the columns; latent numbers may have gaps.

@@ -2,7 +2,7 @@
 
 import { histogram } from './charts.js';
 import { announce, el, guarded, hideTip, showTip, term, tip } from './dom.js';
-import { integer, number, percent } from './numbers.js';
+import { between, integer, number, percent } from './numbers.js';
 import { alone, visible } from './spelling.js';
 import { chip, context, shade } from './tokens.js';
 
@@ -91,6 +91,20 @@ function effect(data, measured) {
     votes(data, 'up', 'Makes likelier', 'Tokens whose logits fall most when the latent is taken out of its strongest examples, the median over all tokens removed: what it does there, by all ways.', up, largest),
     votes(data, 'down', 'Makes less likely', 'Tokens whose logits rise most when the latent is taken out of its strongest examples, the median over all tokens removed.', down, largest),
   ];
+}
+
+// What a language model says of it, and how far that holds elsewhere.
+function explanation({ columns }, place) {
+  const said = columns.said.get(place);
+  if (!said) return null;
+  const [value, low, high] = said.score ?? [];
+  return el('div', { class: 'explained' },
+    el('p', { class: 'lead' }, said.text),
+    said.score ? el('p', { class: 'muted' },
+      term('balanced accuracy', 'How well a language model tells texts on which this latent is active from others by this explanation, in documents that it was not made of: the mean of the shares of both that it judges right, with a 95 % interval. 0.5 is chance.'),
+      ` ${number(value)} (${between(low, high)})`,
+      said.other === null ? null
+        : `, by another latent’s explanation ${number(said.other)}`) : null);
 }
 
 function neighbours(data, { latents, cosines }) {
@@ -233,7 +247,7 @@ export function featureView(data, place, { previous, next, random }) {
     alive ? el('p', { class: 'label' },
       el('span', { class: 'muted' }, 'peaks on '),
       columns.top[place].map((token) => chip(vocabulary[token]))) : null,
-    figures(data, place), body);
+    explanation(data, place), figures(data, place), body);
 
   function fill(feature) {
     const up = feature.votes_up;

@@ -22,7 +22,7 @@ function readShare(input) {
 function figure(columns, place, sort) {
   if (!columns.count[place]) return 'never fired';
   const density = percent(columns.density[place]);
-  const second = ['mean', 'std', 'skew'].includes(sort) ? sort : 'max';
+  const second = ['mean', 'std', 'skew', 'score'].includes(sort) ? sort : 'max';
   return `${density} · ${second} ${number(columns[second][place])}`;
 }
 
@@ -42,6 +42,11 @@ export function createList(data) {
   const names = ['search', 'sort', 'direction', 'where', 'alive',
     'density-min', 'density-max', 'found', 'reset', 'rows', 'scroller'];
   for (const name of names) controls[name] = byId(name);
+  if (!columns.said.size) {
+    for (const name of ['score', 'said']) {
+      byId('controls').querySelector(`[value=${name}]`).remove();
+    }
+  }
   const rows = new Map();
   let previews = null;
   let query = null;
@@ -83,6 +88,8 @@ export function createList(data) {
     const latent = columns.latent[place];
     const chips = found(place, 'top');
     const votes = found(place, 'votes').filter((id) => !chips.includes(id));
+    const said = chips.length || votes.length ? undefined
+      : columns.said.get(place);
     if (!chips.length && !votes.length) chips.push(...columns.top[place]);
     const link = el('a', { href: `#/latent/${latent}` },
       preview(place),
@@ -90,10 +97,11 @@ export function createList(data) {
         el('b', {}, `#${latent}`),
         el('span', { class: 'figures' },
           figure(columns, place, controls.sort.value)),
-        el('span', { class: 'chips' },
-          chips.slice(0, 2).map((id) => chip(vocabulary[id], marked(id))),
-          votes.length ? 'votes' : null,
-          votes.slice(0, 1).map((id) => chip(vocabulary[id], true)))));
+        said ? el('span', { class: 'said' }, said.text)
+          : el('span', { class: 'chips' },
+            chips.slice(0, 2).map((id) => chip(vocabulary[id], marked(id))),
+            votes.length ? 'votes' : null,
+            votes.slice(0, 1).map((id) => chip(vocabulary[id], true)))));
     mark(link, place === selected);
     const item = el('li', { 'aria-posinset': index + 1,
       'aria-setsize': list.order.length, 'data-latent': latent }, link);

@@ -14,7 +14,8 @@ export function generator(seed) {
 // A query is words that all have to match. A word of three letters or more
 // matches tokens that contain it, a shorter one whole tokens; "quoted" is
 // one word matched exactly, case and spaces too (spaces around are forgiven).
-// `texts` are those of the vocabulary's tokens.
+// `texts` are those of the vocabulary's tokens; `said` tells for each word
+// whether an explanation has it.
 export function parseQuery(query, texts) {
   const text = query.trim();
   if (!text) return null;
@@ -33,20 +34,30 @@ export function parseQuery(query, texts) {
     texts.forEach((token, id) => { if (matches(token)) found.add(id); });
     return found;
   });
-  return { latent: jump ? Number(jump[1]) : null, words: sets };
+  const said = words.map((word) => (explanation) => {
+    if (quoted) return explanation.includes(word);
+    const folded = explanation.toLowerCase();
+    return word.length < 3 ? folded.split(/[^\p{L}\p{N}]+/u).includes(word)
+      : folded.includes(word);
+  });
+  return { latent: jump ? Number(jump[1]) : null, words: sets, said };
 }
 
 // Tokens of one latent that a parsed query may match.
 function tokensOf(columns, place, where) {
   if (where === 'top') return columns.top[place];
   if (where === 'votes') return columns.votes[place];
+  if (where === 'said') return [];
   return columns.top[place].concat(columns.votes[place]);
 }
 
 function matchesQuery(columns, place, query, where) {
   if (query.latent === columns.latent[place]) return true;
   const tokens = tokensOf(columns, place, where);
-  return query.words.every((set) => tokens.some((token) => set.has(token)));
+  const text = ['both', 'said'].includes(where)
+    ? columns.said.get(place)?.text ?? '' : '';
+  return query.words.every((set, i) => query.said[i](text)
+    || tokens.some((token) => set.has(token)));
 }
 
 // Places in the columns, filtered and sorted. Silent latents have no

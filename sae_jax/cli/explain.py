@@ -1,0 +1,12 @@
+"""sae-explain as a process of its own."""
+
+from sae_jax.cli import process
+
+
+def main() -> None:
+  """Entry point of the console script."""
+  process.run('explain')
+
+
+if __name__ == '__main__':
+  main()

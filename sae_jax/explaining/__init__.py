@@ -1,0 +1,1 @@
+"""Explanations of latents by a language model, scored on other documents."""
