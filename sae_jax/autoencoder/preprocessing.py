@@ -128,9 +128,13 @@ def way_back(
     affine: their own map.
 
   Returns:
-    `affine`; of a transcoder that of what it reconstructs, with the skip.
+    `affine`, but that layer_norm has no epsilon on the way back (the code of
+    Gao et al. 2024); of a transcoder that of what it reconstructs, with the
+    skip.
   """
   if not config.target_site:
+    if config.preprocessing == 'layer_norm':
+      return Affine(affine.shift, affine.scale - _LAYER_NORM_EPS)
     return affine
   back = _target_affine(sae, x_BD)
   shift_BD = back.shift + back.scale * skipped(config, sae, x_BD)

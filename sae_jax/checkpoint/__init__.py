@@ -10,7 +10,7 @@ from sae_jax.checkpoint.format import (
   read_metadata,
   save,
 )
-from sae_jax.checkpoint.trained import load, Trained
+from sae_jax.checkpoint.trained import exists, load, Trained
 from sae_jax.checkpoint.verify import look, verify
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
   'Contents',
   'Metadata',
   'Trained',
+  'exists',
   'fingerprint',
   'load',
   'look',

@@ -54,6 +54,11 @@ class Trained:
     return autoencoder.raw.reconstruct(self.config, self.sae, raw)
 
 
+def exists(url: str) -> bool:
+  """Whether a workdir has checkpoints, whole or not."""
+  return bool(format.steps(format.folder(url)))
+
+
 def load(
   url: str,
   *,

@@ -12,7 +12,7 @@ from sae_jax import config as config_lib
 from sae_jax import errors
 from sae_jax import store as store_lib
 from sae_jax.sweeps import convergence
-from sae_jax.training import defaults, train
+from sae_jax.training import defaults, given, train
 from sae_jax.training.config import TrainConfig
 
 # What a sweep has beside the fields of a run.
@@ -70,6 +70,7 @@ def grid(
     for run, chosen, factor in combinations:
       if factor == 1:
         defaults.warn_unmeasured(run)
+      run = given.with_its_settings(run)
       data = open_store(
         url,
         run.site,

@@ -32,6 +32,13 @@ class TrainConfig(config_lib.Config):
     may_change=True,
     shared=True,
   )
+  from_checkpoint: str = config_lib.option(
+    '',
+    'workdir of a run, or of sae-convert, whose autoencoder training begins '
+    'with, with fresh moments; its settings are taken over. Empty to begin '
+    'anew. Also --from',
+    later=True,
+  )
   store_version: int = config_lib.option(
     0,
     'version of the store to train on, from before more was appended to it; 0 '

@@ -8,6 +8,7 @@ import numpy as np
 
 from sae_jax import autoencoder, errors
 from sae_jax import mesh as mesh_lib
+from sae_jax.training import given
 from sae_jax.training import optimizer as optimizer_lib
 from sae_jax.training.config import TrainConfig
 from sae_jax.training.optimizer import OptimizerState
@@ -56,7 +57,9 @@ def _before_the_first_step(
 def init_state(
   config: TrainConfig, mesh: Mesh, sample_BD: np.ndarray
 ) -> TrainState:
-  """A fresh state, made shard by shard on the mesh.
+  """The state before the first step, made shard by shard on the mesh.
+
+  The autoencoder is a fresh one, or that of `config.from_checkpoint`.
 
   Args:
     config: the run.
@@ -67,6 +70,8 @@ def init_state(
     UserError: if they are all equal but for rounding, or not finite, or fewer
       than a decoder that starts from them has latents.
   """
+  if config.from_checkpoint:
+    return _from_checkpoint(config, mesh, sample_BD)
   sae_config = config.sae
 
   def weights(key):
@@ -94,13 +99,33 @@ def init_state(
     start = autoencoder.data_start(sae_config, sample_BD, config.seed)
   out = mesh_lib.shardings(jax.eval_shape(build, sae, sample_BD, start), mesh)
   state = jax.jit(build, out_shardings=out)(sae, sample_BD, start)
+  _check_varies(state, len(sample_BD))
+  return state
+
+
+def _from_checkpoint(
+  config: TrainConfig, mesh: Mesh, sample_BD: np.ndarray
+) -> TrainState:
+  """The state of a run that begins with an autoencoder that there is."""
+  sae = given.sae(config, mesh)
+  mse_of_mean = given.mse_of_mean(config.sae, sae, sample_BD)
+
+  def build(sae, mse_of_mean):
+    return _before_the_first_step(config, sae, mse_of_mean)
+
+  out = mesh_lib.shardings(jax.eval_shape(build, sae, mse_of_mean), mesh)
+  state = jax.jit(build, out_shardings=out, donate_argnums=0)(sae, mse_of_mean)
+  _check_varies(state, len(sample_BD))
+  return state
+
+
+def _check_varies(state: TrainState, rows: int) -> None:
   if not float(state.mse_of_mean) > 0:
     raise errors.UserError(
-      f'the variance of the first {len(sample_BD)} rows is '
+      f'the variance of the first {rows} rows is '
       f'{float(state.mse_of_mean):g}: there is nothing to learn, or they are '
       'not finite; use another store'
     )
-  return state
 
 
 def abstract_state(config: TrainConfig, mesh: Mesh) -> TrainState:

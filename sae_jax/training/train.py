@@ -15,7 +15,7 @@ from sae_jax import mesh as mesh_lib
 from sae_jax.feed import batches as batches_lib
 from sae_jax.feed import from_store, from_text
 from sae_jax.storage import files
-from sae_jax.training import defaults, evaluation, loop, memory, resume
+from sae_jax.training import defaults, evaluation, given, loop, memory, resume
 from sae_jax.training import run as run_lib
 from sae_jax.training.config import check_mesh, TrainConfig
 from sae_jax.training.state import TrainState
@@ -41,6 +41,7 @@ def check(config: TrainConfig, data: store.Store, mesh: Mesh) -> None:
 
 def resolve(config: TrainConfig, manifest: store.Manifest) -> TrainConfig:
   """The config with values for all that is left to the store and the run."""
+  config = given.with_its_settings(config)
   d_model = config.sae.d_model or manifest.d_model
   config = dataclasses.replace(
     config, sae=dataclasses.replace(config.sae, d_model=d_model)
@@ -135,7 +136,7 @@ def train_many(
   # 6. However this ends, logs are closed, then saves waited for, then workdirs
   #    given up.
   _check_shared(configs)
-  first = next(iter(configs.values()))
+  first = given.with_its_settings(next(iter(configs.values())))
   data = store.open_store(
     store_url,
     first.site,
