@@ -144,6 +144,15 @@ class Imported:
   provenance: Provenance
 
 
+def is_transcoder(of: Imported) -> bool:
+  """Whether it writes another site than it reads, by what is known of it."""
+  return (
+    of.provenance.target_site is not None
+    or 'w_skip_DD' in of.tensors
+    or of.d_in != of.d_out
+  )
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Given:
   """What some formats do not say, by the user.

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from sae_jax import errors
+from sae_jax.interchange import imported
 from sae_jax.interchange import place as place_lib
 from sae_jax.interchange.files import reading
 from sae_jax.storage import tensors
@@ -18,6 +19,8 @@ _AXES = {
   'w_skip_DD': 'od',
   'b_dec_D': 'o',
 }
+_F32 = np.dtype('<f4')
+_KEPT = (_F32, np.dtype('<f8'), np.dtype('<f2'), tensors.BFLOAT16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +84,7 @@ def take(
   content, transposed = {}, set()
   for stored, (name, letters) in table.items():
     tensor = file.tensors[stored]
-    if letters != _AXES.get(name, 'n'):
+    if letters != axes(name):
       tensor = tensor.T
       transposed.add(name)
     content[name] = tensor
@@ -91,6 +94,42 @@ def take(
     frozenset(transposed),
     {name: file.tensors[name] for name in extra if name in file.tensors},
   )
+
+
+def give(
+  of: imported.Imported, table: Mapping[str, tuple[str, str]]
+) -> dict[str, tensors.Tensor]:
+  """The tensors of a file, by the table that `take` reads them by.
+
+  They have the type that they have in common, if it is one of `_KEPT`, else
+  float32.
+  """
+  content = {}
+  for stored, (name, letters) in table.items():
+    tensor = of.tensors[name]
+    content[stored] = tensor if letters == axes(name) else tensor.T
+  if len({tensor.dtype for tensor in content.values()}) > 1:
+    return {name: _single(tensor) for name, tensor in content.items()}
+  return {name: storable(tensor) for name, tensor in content.items()}
+
+
+def storable(tensor: tensors.Tensor) -> tensors.Tensor:
+  """A tensor in its own type if that is one of `_KEPT`, else float32."""
+  return tensor if tensor.dtype in _KEPT else _single(tensor)
+
+
+def _single(tensor: tensors.Tensor) -> tensors.Tensor:
+  """A tensor in float32; its values change as they are read."""
+  if tensor.dtype == _F32:
+    return tensor
+  return tensors.Tensor(
+    tensor.shape, _F32, lambda ranges: tensor.part(ranges).astype(_F32)
+  )
+
+
+def axes(name: str) -> str:
+  """Letters of the axes of a common name, see `Weights`."""
+  return _AXES.get(name, 'n')
 
 
 def _check(

@@ -111,6 +111,18 @@ class Site:
     )
 
 
+def lens_name(text: str) -> str:
+  """TransformerLens's name of a site; the text itself if there is none."""
+  match = _OWN_SITE.fullmatch(text)
+  for name, kind in _LENS.items() if match else ():
+    if kind == match[2]:
+      return f'blocks.{match[1]}.{name}'
+  for name, kind in _LENS_WHOLE.items():
+    if kind == text:
+      return name
+  return text
+
+
 def parse_site(
   text: str, config: architecture.TransformerConfig | None = None
 ) -> Site:

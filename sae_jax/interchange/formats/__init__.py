@@ -39,6 +39,29 @@ class Format(Protocol):
     """
 
 
-def of(name: str) -> Format:
+class Written(Format, Protocol):
+  """What a format that is written defines besides."""
+
+  def lack(self, of: imported.Imported) -> str | None:
+    """What an autoencoder has that the format has no word for, in words.
+
+    None if it can be written. Thresholds may be read for it.
+    """
+
+  def write(self, of: imported.Imported, url: str) -> None:
+    """Writes an autoencoder of which there is no `lack`, by blocks of rows.
+
+    Every file is whole or absent, and the config is the last one.
+
+    Raises:
+      UserError: if what is there contradicts it.
+      OSError: if it cannot be written.
+    """
+
+
+def of(name: str) -> Format | Written:
   """The module of a format."""
   return importlib.import_module(f'{__name__}.{name}')
+
+
+WRITTEN = tuple(name for name in NAMES if hasattr(of(name), 'write'))

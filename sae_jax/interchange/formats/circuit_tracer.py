@@ -6,16 +6,19 @@ subtracted, and neither TopK nor JumpReLU makes negative values zero
 is read: that of the file, or the only one of the folder.
 """
 
+import dataclasses
 import re
 
 from etils import epath
+import yaml
 
 from sae_jax import errors
-from sae_jax.interchange import imported, weights
+from sae_jax.interchange import folding, imported, limits, weights
 from sae_jax.interchange import place as place_lib
 from sae_jax.interchange.files import reading
 from sae_jax.interchange.place import Place, Settings
-from sae_jax.storage import files
+from sae_jax.storage import files, safetensors
+from sae_jax.subject import sites
 
 _CONFIG = 'config.yaml'
 _LAYER = re.compile(r'layer_(\d{1,6})\.safetensors')
@@ -31,6 +34,9 @@ _OPTIONAL = {
   _THRESHOLD: ('threshold_N', 'n'),
 }
 _K = 'k'
+_HOOK = re.compile(r'blocks\.(\d{1,6})\.(.+)')
+# What the library puts before a feed-forward, which has no such hook.
+_ITS_OWN = {'mlp_in': 'mlp.hook_in'}
 LOOKED_FOR = (
   f'a file layer_0.safetensors, of any layer, beside {_CONFIG}, or its folder'
 )
@@ -116,3 +122,78 @@ def _semantics(
       f'{weights.scalar(file, _K):g}: {place_lib.AGAIN}'
     )
   return imported.Semantics(nonlinearity='topk', k=k, is_rectified=False)
+
+
+def lack(of: imported.Imported) -> str | None:
+  """See `formats.Written`.
+
+  TopK is read, but the library's own loader takes it for a ReLU.
+  """
+  missing = limits.lack(
+    of, ('relu', 'jumprelu', 'batchtopk'), transcodes=True, rectifies=False
+  ) or limits.of_one_width(of)
+  if missing:
+    return missing
+  provenance = of.provenance
+  if not imported.is_transcoder(of) or provenance.target_site is None:
+    return 'no site that it writes, as a transcoder has'
+  for site in (provenance.site, provenance.target_site):
+    if _hook_of(site) is None:
+      return f'the site {site}, which names no layer'
+  return None
+
+
+def write(of: imported.Imported, url: str) -> None:
+  """See `formats.Written`; a folder with one layer.
+
+  A path of a layer's file writes that layer, beside others.
+  """
+  path = epath.Path(url)
+  layer, hook = _hook_of(of.provenance.site)
+  if _LAYER.fullmatch(path.name):
+    path = path.parent
+    layer = int(_LAYER.fullmatch(epath.Path(url).name)[1])
+  settings = {
+    'model_name': of.provenance.model,
+    'model_kind': 'transcoder_set',
+    'feature_input_hook': hook,
+    'feature_output_hook': _hook_of(of.provenance.target_site)[1],
+    'scan': None,
+  }
+  text = yaml.safe_dump(settings, sort_keys=False)
+  _check_same(path / _CONFIG, text)
+  of = folding.folded(of, subtracts=False)
+  given = dict(of.tensors)
+  if of.semantics.nonlinearity != 'relu':
+    # A ReLU after the comparison is a threshold of 0 at the least.
+    least = 0 if folding.is_rectified(of) else float('-inf')
+    given['threshold_N'] = folding.thresholds(of, least)
+  of = dataclasses.replace(of, tensors=given)
+  table = _TABLE | {
+    stored: common for stored, common in _OPTIONAL.items() if common[0] in given
+  }
+  name = f'layer_{layer}.safetensors'
+  safetensors.write(path / name, weights.give(of, table), {'format': 'pt'})
+  files.write_text(path / _CONFIG, text)
+
+
+def _check_same(config: epath.Path, text: str) -> None:
+  """Raises UserError if other layers are of another model or place."""
+  if config.exists() and config.read_text() != text:
+    raise errors.UserError(
+      f'{config} is of other transcoders: write this one to another folder'
+    )
+
+
+def _hook_of(site: str | None) -> tuple[int, str] | None:
+  """A layer and the hook in it, by TransformerLens's names where known."""
+  if site is None:
+    return None
+  try:
+    parsed = sites.parse_site(site.removesuffix('.output'))
+  except errors.UserError:
+    parsed = None
+  if parsed and parsed.block is not None and parsed.name in _ITS_OWN:
+    return parsed.block, _ITS_OWN[parsed.name]
+  match = _HOOK.fullmatch(sites.lens_name(str(parsed) if parsed else site))
+  return (int(match[1]), match[2]) if match else None

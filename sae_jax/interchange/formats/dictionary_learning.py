@@ -6,11 +6,19 @@ decoder of unit norm as it is loaded, so that its latents are measured by the
 norm of their rows. A scale of the activations is folded in before saving.
 """
 
-from sae_jax import errors
-from sae_jax.interchange import imported, weights
+import dataclasses
+import re
+from typing import Any
+
+from etils import epath
+import numpy as np
+
+from sae_jax import config, errors
+from sae_jax.interchange import folding, imported, limits, weights
 from sae_jax.interchange import place as place_lib
-from sae_jax.interchange.files import reading
+from sae_jax.interchange.files import pt_writer, reading
 from sae_jax.interchange.place import Place, Settings
+from sae_jax.storage import files, tensors
 
 _CONFIG, _WEIGHTS = 'config.json', 'ae.pt'
 _LINEAR = {
@@ -58,6 +66,9 @@ _SEMANTICS = {
   ),
   'JumpReluAutoEncoder': imported.Semantics(nonlinearity='jumprelu'),
 }
+_OF_TOPK = imported.Semantics(
+  nonlinearity='topk', relu_before_topk=True, subtract_b_dec=True
+)
 LOOKED_FOR = f'a folder with {_CONFIG} and {_WEIGHTS}'
 
 
@@ -112,12 +123,11 @@ def _topk(
       f'{weights.scalar(file, "k"):g}: {place_lib.AGAIN}'
     )
   is_batch = kind != 'AutoEncoderTopK'
-  return imported.Semantics(
+  return dataclasses.replace(
+    _OF_TOPK,
     nonlinearity='batchtopk' if is_batch else 'topk',
     k=k,
     threshold=weights.scalar(file, 'threshold') if is_batch else None,
-    relu_before_topk=True,
-    subtract_b_dec=True,
   )
 
 
@@ -127,3 +137,68 @@ def _site(trainer: Settings) -> str | None:
   return trainer.maybe('submodule_name', str) or (
     None if layer is None else f'layer {layer}'
   )
+
+
+def lack(of: imported.Imported) -> str | None:
+  """See `formats.Written`."""
+  return limits.lack(of, ('relu', 'topk', 'jumprelu', 'batchtopk', 'gated'))
+
+
+def write(of: imported.Imported, url: str) -> None:
+  """See `formats.Written`; a folder."""
+  kind = _kind(of.semantics)
+  own = _SEMANTICS.get(kind, _OF_TOPK)
+  of = folding.folded(
+    of,
+    rescales=own.rescale_by_decoder_norm,
+    subtracts=own.subtract_b_dec,
+  )
+  if kind == 'JumpReluAutoEncoder':
+    given = of.tensors | {'threshold_N': folding.thresholds(of)}
+    of = dataclasses.replace(of, tensors=given)
+  content = weights.give(of, _TABLES[kind])
+  if kind in _EXTRA:
+    threshold = -1.0 if kind == 'AutoEncoderTopK' else of.semantics.threshold
+    content |= {
+      'k': tensors.from_array(np.int32(of.semantics.k)),
+      'threshold': tensors.from_array(np.float32(threshold)),
+    }
+  pt_writer.write(epath.Path(url) / _WEIGHTS, content)
+  settings = config.to_json(_settings(of, kind))
+  files.write_text(epath.Path(url) / _CONFIG, settings)
+
+
+def _kind(semantics: imported.Semantics) -> str:
+  """The class of a function; the one that needs least folding."""
+  if semantics.nonlinearity == 'batchtopk':
+    is_one = semantics.k is not None and semantics.threshold is not None
+    return 'BatchTopKSAE' if is_one else 'JumpReluAutoEncoder'
+  if semantics.nonlinearity == 'relu':
+    is_unit = semantics.rescale_by_decoder_norm and semantics.subtract_b_dec
+    return 'AutoEncoder' if is_unit else 'AutoEncoderNew'
+  return {
+    'topk': 'AutoEncoderTopK',
+    'jumprelu': 'JumpReluAutoEncoder',
+    'gated': 'GatedAutoEncoder',
+  }[semantics.nonlinearity]
+
+
+def _settings(of: imported.Imported, kind: str) -> dict[str, Any]:
+  provenance = of.provenance
+  trainer = {
+    'dict_class': kind,
+    'activation_dim': of.d_in,
+    'dict_size': of.n_latents,
+  }
+  if kind in _EXTRA:
+    trainer['k'] = of.semantics.k
+  if provenance.model is not None:
+    trainer['lm_name'] = provenance.model
+  if provenance.site is not None:
+    trainer['submodule_name'] = provenance.site
+    layers = re.findall(r'\d+', provenance.site)
+    if len(layers) == 1:
+      trainer['layer'] = int(layers[0])
+  context = provenance.context_size
+  buffer = {} if context is None else {'buffer': {'ctx_len': context}}
+  return {'trainer': trainer} | buffer

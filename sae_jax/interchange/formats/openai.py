@@ -5,8 +5,12 @@ y = (w_dec z + pre_bias) std + mean with z = postact(TopK(w_enc (x^ - pre_bias)
 if it is ReLU (github.com/openai/sparse_autoencoder, model.py).
 """
 
-from sae_jax.interchange import imported, weights
+import numpy as np
+
+from sae_jax.interchange import folding, imported, limits, weights
+from sae_jax.interchange.files import pt_writer
 from sae_jax.interchange.place import Place, Settings
+from sae_jax.storage import tensors
 
 _TABLE = {
   'encoder.weight': ('w_enc_ND', 'nd'),
@@ -57,3 +61,43 @@ def read(where: Place, given: imported.Given) -> imported.Imported:
     semantics=semantics,
     provenance=imported.Provenance(settings=file.values),
   )
+
+
+def lack(of: imported.Imported) -> str | None:
+  """See `formats.Written`."""
+  semantics = of.semantics
+  missing = limits.lack(of, ('topk', 'relu'), ('layer_norm',), rectifies=False)
+  is_normal = semantics.normalisation == 'layer_norm'
+  if missing or is_normal == (semantics.nonlinearity == 'topk'):
+    return missing
+  pair = f'the nonlinearity {semantics.nonlinearity} '
+  return pair + ('with layer_norm' if is_normal else 'without layer_norm')
+
+
+def write(of: imported.Imported, url: str) -> None:
+  """See `formats.Written`; a file."""
+  of = folding.folded(of, subtracts=True)
+  content = weights.give(of, _TABLE) | _statistics(of)
+  values = {'activation': 'ReLU', 'activation_state_dict': {}}
+  if of.semantics.nonlinearity == 'topk':
+    after = 'ReLU' if folding.is_rectified(of) else 'Identity'
+    values = {
+      'activation': 'TopK',
+      'activation_state_dict': {'k': of.semantics.k, 'postact_fn': after},
+    }
+  pt_writer.write(url, content | values)
+
+
+def _statistics(of: imported.Imported) -> dict[str, tensors.Tensor]:
+  """What the library counts in training, without which it reads no file."""
+  n_latents = of.n_latents
+  values = {
+    'stats_last_nonzero': np.zeros(n_latents, np.int64),
+    'latents_activation_frequency': np.ones(n_latents, np.float32),
+    'latents_mean_square': np.zeros(n_latents, np.float32),
+  }
+  own = of.extra if of.format == 'openai' else {}
+  return {
+    name: own.get(name) or tensors.from_array(value)
+    for name, value in values.items()
+  }

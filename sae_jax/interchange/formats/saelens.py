@@ -5,10 +5,18 @@ BatchTopK autoencoder is saved as jumprelu. Transcoders subtract no bias and
 undo no normalisation, so that they are read without one alone.
 """
 
-from sae_jax import errors
-from sae_jax.interchange import imported, weights
+import dataclasses
+from typing import Any
+
+from etils import epath
+import numpy as np
+
+from sae_jax import config, errors
+from sae_jax.interchange import folding, imported, limits, weights
 from sae_jax.interchange import place as place_lib
 from sae_jax.interchange.place import Place, Settings
+from sae_jax.storage import files, safetensors
+from sae_jax.subject import sites
 
 _CONFIG, _WEIGHTS = 'cfg.json', 'sae_weights.safetensors'
 # Where a run of training leaves the scale that it has not folded in.
@@ -44,6 +52,16 @@ _NORMALISATIONS = {
   'layer_norm': 'layer_norm',
   'constant_norm_rescale': 'constant_norm_rescale',
   _EXPECTED_AVERAGE: 'dataset',
+}
+# The version whose folders are written.
+_VERSION = '6.54.12'
+# Nonlinearity -> what an autoencoder and a transcoder of it are called.
+_NAMES = {
+  'relu': ('standard', 'transcoder'),
+  'topk': ('topk', None),
+  'jumprelu': ('jumprelu', 'jumprelu_transcoder'),
+  'batchtopk': ('jumprelu', 'jumprelu_transcoder'),
+  'gated': ('gated', None),
 }
 LOOKED_FOR = f'a folder with {_CONFIG} and {_WEIGHTS}'
 
@@ -145,3 +163,85 @@ def _scale(where: Place, given: imported.Given) -> float:
     f'({_EXPECTED_AVERAGE}) and does not say the scale of its model: give '
     'scale_in'
   )
+
+
+def lack(of: imported.Imported) -> str | None:
+  """See `formats.Written`."""
+  missing = limits.lack(
+    of, _NAMES, ('layer_norm', 'constant_norm_rescale'), transcodes=True
+  )
+  if missing or not imported.is_transcoder(of):
+    return missing
+  semantics = of.semantics
+  if _NAMES[semantics.nonlinearity][1] is None:
+    return f'the nonlinearity {semantics.nonlinearity} of a transcoder'
+  if semantics.normalisation not in ('none', 'dataset'):
+    return f'the normalisation {semantics.normalisation} of a transcoder'
+  return None
+
+
+def write(of: imported.Imported, url: str) -> None:
+  """See `formats.Written`; a folder."""
+  is_transcoder = imported.is_transcoder(of)
+  of = folding.folded(
+    of,
+    rescales=of.semantics.nonlinearity == 'topk',
+    subtracts=False if is_transcoder else None,
+  )
+  architecture = _NAMES[of.semantics.nonlinearity][is_transcoder]
+  if 'w_skip_DD' in of.tensors:
+    architecture = architecture.replace('transcoder', 'skip_transcoder')
+  if 'threshold_N' in dict(_ARCHITECTURES[architecture][1].values()):
+    tensors = of.tensors | {'threshold_N': folding.thresholds(of)}
+    of = dataclasses.replace(of, tensors=tensors)
+  content = weights.give(of, _BASE | _ARCHITECTURES[architecture][1])
+  safetensors.write(epath.Path(url) / _WEIGHTS, content, {'format': 'pt'})
+  settings = _settings(of, architecture, content['W_enc'].dtype)
+  files.write_text(epath.Path(url) / _CONFIG, config.to_json(settings))
+
+
+def _settings(
+  of: imported.Imported, architecture: str, dtype: np.dtype
+) -> dict[str, Any]:
+  semantics = of.semantics
+  settings = {
+    'architecture': architecture,
+    'd_in': of.d_in,
+    'd_sae': of.n_latents,
+    'dtype': dtype.name,
+    'device': 'cpu',
+    'apply_b_dec_to_input': semantics.subtract_b_dec,
+    'normalize_activations': semantics.normalisation,
+    'reshape_activations': of.provenance.reshape or 'none',
+    'metadata': _origin(of),
+  }
+  if architecture.endswith('transcoder'):
+    settings['d_out'] = of.d_out
+  if architecture == 'topk':
+    settings['k'] = semantics.k
+    settings['rescale_acts_by_decoder_norm'] = semantics.rescale_by_decoder_norm
+  return settings
+
+
+def _origin(of: imported.Imported) -> dict[str, Any]:
+  """Metadata: that of the library's own is kept."""
+  provenance = of.provenance
+  own = provenance.settings.get('metadata') if of.format == 'saelens' else None
+  site, target = (
+    name and sites.lens_name(name)
+    for name in (provenance.site, provenance.target_site)
+  )
+  known = {
+    'sae_lens_version': _VERSION,
+    'sae_lens_training_version': None,
+    'model_name': provenance.model,
+    'hook_name': site,
+    'hook_name_out': target,
+    'context_size': provenance.context_size,
+    'prepend_bos': provenance.prepend_bos,
+  }
+  return {
+    name: value
+    for name, value in (known | dict(own or {})).items()
+    if value is not None
+  }

@@ -8,10 +8,11 @@ default.
 
 from etils import epath
 
-from sae_jax import errors
-from sae_jax.interchange import imported, weights
+from sae_jax import config, errors
+from sae_jax.interchange import folding, imported, limits, weights
 from sae_jax.interchange import place as place_lib
-from sae_jax.interchange.place import Place
+from sae_jax.interchange.place import Place, Settings
+from sae_jax.storage import files, safetensors
 
 _CONFIG, _WEIGHTS = 'cfg.json', 'sae.safetensors'
 # In the folder above, of the run that trained it.
@@ -67,11 +68,13 @@ def read(where: Place, given: imported.Given) -> imported.Imported:
       relu_before_topk=True,
       subtract_b_dec=not is_transcoder,
     ),
-    provenance=_provenance(where, settings),
+    provenance=_provenance(where, settings, is_transcoder),
   )
 
 
-def _provenance(where: Place, settings) -> imported.Provenance:
+def _provenance(
+  where: Place, settings: Settings, is_transcoder: bool
+) -> imported.Provenance:
   """A folder is named by the module; that of the run has its config."""
   module = epath.Path(where.url)
   above = Place(module.parent)
@@ -81,7 +84,38 @@ def _provenance(where: Place, settings) -> imported.Provenance:
     model, context_size = run.maybe('model', str), run.maybe('ctx_len', int)
   return imported.Provenance(
     model=model,
-    site=module.name,
+    site=f'{module.name}.input' if is_transcoder else module.name,
+    target_site=module.name if is_transcoder else None,
     context_size=context_size,
     settings=dict(settings.values),
   )
+
+
+def lack(of: imported.Imported) -> str | None:
+  """See `formats.Written`."""
+  return limits.lack(
+    of, ('topk', 'groupmax'), transcodes=True
+  ) or limits.of_one_width(of)
+
+
+def write(of: imported.Imported, url: str) -> None:
+  """See `formats.Written`; a folder, whose name is that of the module."""
+  is_transcoder = imported.is_transcoder(of)
+  # What says which end of the module is read, too.
+  of = folding.folded(of, subtracts=not is_transcoder)
+  has_skip = 'w_skip_DD' in of.tensors
+  content = weights.give(of, _TABLE | _SKIP if has_skip else _TABLE)
+  safetensors.write(epath.Path(url) / _WEIGHTS, content, {'format': 'pt'})
+  settings = {
+    'activation': of.semantics.nonlinearity,
+    'expansion_factor': max(1, of.n_latents // of.d_in),
+    # Of training: it would change the decoder.
+    'normalize_decoder': False,
+    'num_latents': of.n_latents,
+    'k': of.semantics.k,
+    'multi_topk': False,
+    'skip_connection': has_skip,
+    'transcode': is_transcoder,
+    'd_in': of.d_in,
+  }
+  files.write_text(epath.Path(url) / _CONFIG, config.to_json(settings))
