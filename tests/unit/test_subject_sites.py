@@ -302,3 +302,16 @@ def test_more_tokens_than_positions_are_refused():
     '17 tokens are more than the 16 positions of this subject: use shorter '
     'sequences'
   )
+
+
+def test_names_of_transformerlens():
+  """What it has a name for, and no other text."""
+  named = []
+  for site in all_sites(GEMMA):
+    name = sites.lens_name(str(site))
+    assert capture.parse_site(name, GEMMA) == site
+    named += [name] * (name != str(site))
+  assert 'blocks.1.hook_resid_post' in named and 'hook_embed' in named
+  assert len(named) == 3 * 10 + 2
+  for text in ('model.layers.3', 'blocks.1.mlp_in', 'blocks.x.resid_mid', ''):
+    assert sites.lens_name(text) == text
