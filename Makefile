@@ -8,6 +8,8 @@
 # make test-colab   what the older releases that Colab has can break
 # make peers        training beside that of other libraries, in an environment of
 #                   their own, on the rows of the demo or of STORE
+# make test-peers   autoencoders that we write, loaded by the libraries of their
+#                   formats; OPENAI_MODEL=model.py of openai/sparse_autoencoder
 # make lint         linter and formatter check
 
 PYTHON ?= python3
@@ -37,7 +39,7 @@ COVERAGE ?=
 export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: demo test test-all test-rest test-chips test-newest \
-  test-colab peers lint clean
+  test-colab test-peers peers lint clean
 
 $(VENV)/.package: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -104,6 +106,16 @@ $(VENV)-peers/.package: experiments/peers/requirements.txt
 peers: $(VENV)/.package $(VENV)-peers/.package
 	$(BIN)/python -m experiments.peers.compare --store=$(STORE) \
 	  --workdir=$(WORKDIR)-peers --torch_python=$(VENV)-peers/bin/python $(FLAGS)
+
+$(VENV)-peers/.formats: experiments/interchange/requirements.txt \
+  $(VENV)-peers/.package
+	$(VENV)-peers/bin/pip --disable-pip-version-check -qq install --no-deps -r $<
+	touch $@
+
+test-peers: $(VENV)/.package $(VENV)-peers/.formats
+	$(BIN)/python -m experiments.interchange.compare \
+	  --workdir=$(WORKDIR)-formats --torch_python=$(VENV)-peers/bin/python \
+	  $(if $(OPENAI_MODEL),--openai_model=$(OPENAI_MODEL)) $(FLAGS)
 
 clean:
 	rm -rf $(VENV) $(VENV)-newest $(VENV)-colab $(VENV)-peers build *.egg-info

@@ -312,6 +312,6 @@ def test_names_of_transformerlens():
     assert capture.parse_site(name, GEMMA) == site
     named += [name] * (name != str(site))
   assert 'blocks.1.hook_resid_post' in named and 'hook_embed' in named
-  assert len(named) == 3 * 10 + 2
+  assert len(named) == 3 * 10 + 1
   for text in ('model.layers.3', 'blocks.1.mlp_in', 'blocks.x.resid_mid', ''):
     assert sites.lens_name(text) == text
