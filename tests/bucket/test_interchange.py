@@ -4,7 +4,8 @@ from etils import epath
 import numpy as np
 import pytest
 
-from sae_jax.interchange import registry
+from sae_jax import errors
+from sae_jax.interchange import formats, registry
 from sae_jax.interchange.files import pt_writer, reading
 from sae_jax.storage import safetensors, tensors
 from tests.support import golden_autoencoders as golden
@@ -60,3 +61,22 @@ def test_a_folder_of_a_bucket(name, bucket, tmp_path):
     reference.evaluate(golden.read(name, folder), x),
   ):
     np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize('kind', formats.WRITTEN)
+def test_a_folder_that_is_written_to_a_bucket(kind, bucket, tmp_path):
+  name = {'circuit_tracer': 'circuit_tracer/relu', 'openai': 'openai/topk'}
+  autoencoder = golden.read(name.get(kind, 'sparsify/layers.1'))
+  url = 'gs://bucket/deep/sae'
+  registry.write(autoencoder, kind, url)
+  registry.write(autoencoder, kind, tmp_path / 'sae')
+  local = tmp_path / 'sae'
+  for path in [local] if local.is_file() else local.iterdir():
+    key = f'deep/{path.relative_to(tmp_path)}'
+    assert bucket[key].data == path.read_bytes()
+  remote = registry.read(url)
+  assert remote.semantics == registry.read(tmp_path / 'sae').semantics
+  objects = {key: value.data for key, value in bucket.items()}
+  with pytest.raises(errors.UserError, match='is there already'):
+    registry.write(autoencoder, kind, url)
+  assert objects == {key: value.data for key, value in bucket.items()}

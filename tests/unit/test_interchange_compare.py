@@ -4,6 +4,7 @@ import json
 import pathlib
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -39,7 +40,8 @@ def stand_in(change=None):
 @pytest.fixture(name='cases', scope='module')
 def cases_fixture():
   names = ['topk', 'topk_center_unit_norm', 'gated', 'relu_transcoder']
-  return compare.golden_cases() + compare.own_cases(names)
+  with jax.disable_jit():
+    return compare.golden_cases() + compare.own_cases(names)
 
 
 def rows(cases, workdir, run, monkeypatch):

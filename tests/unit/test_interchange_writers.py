@@ -285,6 +285,11 @@ def test_where_it_is_from_is_written_too(tmp_path):
   ).provenance
   assert (origin.model, origin.context_size) == ('gpt2-small', 128)
   assert origin.settings['trainer']['layer'] == 3
+  # But for what is known by now.
+  other = dataclasses.replace(autoencoder.provenance, model='another')
+  moved = dataclasses.replace(autoencoder, provenance=other)
+  again = written(moved, 'saelens', tmp_path / 'moved')
+  assert again.provenance.model == 'another'
   # Sites of ours have TransformerLens's names there.
   site = imported.Provenance(site='blocks.4.resid_post', reshape='hook_z')
   own = dataclasses.replace(base(**TOPK), provenance=site)
@@ -293,6 +298,7 @@ def test_where_it_is_from_is_written_too(tmp_path):
   assert again.provenance.reshape == 'hook_z'
   assert again.provenance.settings['metadata'] == {
     'sae_lens_version': '6.54.12',
+    'sae_lens_training_version': None,
     'hook_name': 'blocks.4.hook_resid_post',
   }
 

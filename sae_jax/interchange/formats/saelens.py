@@ -224,7 +224,7 @@ def _settings(
 
 
 def _origin(of: imported.Imported) -> dict[str, Any]:
-  """Metadata: that of the library's own is kept."""
+  """Metadata; what the library's own says besides is kept."""
   provenance = of.provenance
   own = provenance.settings.get('metadata') if of.format == 'saelens' else None
   site, target = (
@@ -232,16 +232,16 @@ def _origin(of: imported.Imported) -> dict[str, Any]:
     for name in (provenance.site, provenance.target_site)
   )
   known = {
-    'sae_lens_version': _VERSION,
-    'sae_lens_training_version': None,
     'model_name': provenance.model,
     'hook_name': site,
     'hook_name_out': target,
     'context_size': provenance.context_size,
     'prepend_bos': provenance.prepend_bos,
   }
+  # Without the second one the library would say that it has trained it.
+  versions = {'sae_lens_version': _VERSION, 'sae_lens_training_version': None}
   return {
-    name: value
-    for name, value in (known | dict(own or {})).items()
-    if value is not None
+    **versions,
+    **(own or {}),
+    **{name: value for name, value in known.items() if value is not None},
   }
