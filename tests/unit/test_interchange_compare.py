@@ -4,7 +4,6 @@ import json
 import pathlib
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
@@ -40,8 +39,7 @@ def stand_in(change=None):
 @pytest.fixture(name='cases', scope='module')
 def cases_fixture():
   names = ['topk', 'topk_center_unit_norm', 'gated', 'relu_transcoder']
-  with jax.disable_jit():
-    return compare.golden_cases() + compare.own_cases(names)
+  return compare.golden_cases() + compare.own_cases(names)
 
 
 def rows(cases, workdir, run, monkeypatch):
