@@ -26,6 +26,31 @@ _FLAGS = (
   'rescale_by_decoder_norm',
 )
 _ORIGIN = ('model', 'site', 'target_site', 'reshape')
+# Words of the formula: before and after, and what is active.
+NORMALISED = {
+  'none': ('v = x', 'y = r'),
+  'layer_norm': (
+    'v = (x - m) / (s + 0.00001), where m is the mean of x and s its standard '
+    'deviation with d_in - 1',
+    'y = r s + m',
+  ),
+  'constant_norm_rescale': (
+    'v = x sqrt(d_in) / |x|',
+    'y = r |x| / sqrt(d_in)',
+  ),
+  'dataset': ('v = x scale_in', 'y = r / scale_out'),
+}
+_ABOVE = 'z = h where h > the threshold (threshold_N if there is none), else 0'
+ACTIVE = {
+  'relu': 'z = max(h, 0)',
+  'topk': 'z = h for the k largest h, else 0',
+  'groupmax': 'z = h for the largest of each of k groups of consecutive '
+  'latents, else 0',
+  'jumprelu': _ABOVE,
+  'batchtopk': _ABOVE,
+  'gated': 'z = max(exp(r_mag_N) h + b_mag_N, 0) where h + b_gate_N > 0, '
+  'else 0',
+}
 LOOKED_FOR = f'a folder with {_CONFIG} and {_WEIGHTS}'
 
 
@@ -43,6 +68,7 @@ def read(where: Place, given: imported.Given) -> imported.Imported:
     raise settings.error('version', f'where {_VERSION} should be')
   sizes = {letter: settings.count(name) for letter, name in _SIZES.items()}
   semantics = _semantics(settings.inner('semantics'), sizes['n'])
+  _check(semantics, sizes, settings.where)
   file = where.tensors(_WEIGHTS)
   names = _names(semantics, 'w_skip_DD' in file.tensors)
   table = {name: (name, weights.axes(name)) for name in names}
@@ -102,6 +128,22 @@ def _semantics(settings: Settings, n_latents: int) -> imported.Semantics:
   )
 
 
+def _check(
+  semantics: imported.Semantics, sizes: dict[str, int], where: str
+) -> None:
+  """Raises UserError for what is no function of these sizes."""
+  if semantics.subtract_b_dec and sizes['d'] != sizes['o']:
+    raise errors.UserError(
+      f'{where} subtracts a bias of width {sizes["o"]} from activations of '
+      f'width {sizes["d"]}: {AGAIN}'
+    )
+  if semantics.nonlinearity == 'groupmax' and sizes['n'] % semantics.k:
+    raise errors.UserError(
+      f'{where} has {sizes["n"]:,} latents in k {semantics.k:,} groups, which '
+      f'are not of one size: {AGAIN}'
+    )
+
+
 def lack(of: imported.Imported) -> None:
   """See `formats.Written`: it has words for all."""
   del of
@@ -147,7 +189,7 @@ def formula(semantics: imported.Semantics, has_skip: bool) -> list[str]:
     semantics: which function it is.
     has_skip: whether it has a skip connection.
   """
-  before, after = _NORMALISED[semantics.normalisation]
+  before, after = NORMALISED[semantics.normalisation]
   is_gated = semantics.nonlinearity == 'gated'
   lines = [
     before,
@@ -160,34 +202,8 @@ def formula(semantics: imported.Semantics, has_skip: bool) -> list[str]:
     row += ' / its n'
   if semantics.relu_before_topk:
     lines.append('h = max(h, 0)')
-  lines.append(_ACTIVE[semantics.nonlinearity])
+  lines.append(ACTIVE[semantics.nonlinearity])
   if semantics.is_rectified:
     lines.append('z = max(z, 0)')
   lines += [f'r = the sum of each z times {row}, plus b_dec_D', after]
   return lines + ['y = y + w_skip_DD x'] * has_skip
-
-
-_NORMALISED = {
-  'none': ('v = x', 'y = r'),
-  'layer_norm': (
-    'v = (x - m) / (s + 0.00001), where m is the mean of x and s its standard '
-    'deviation with d_in - 1',
-    'y = r s + m',
-  ),
-  'constant_norm_rescale': (
-    'v = x sqrt(d_in) / |x|',
-    'y = r |x| / sqrt(d_in)',
-  ),
-  'dataset': ('v = x scale_in', 'y = r / scale_out'),
-}
-_ABOVE = 'z = h where h > the threshold (threshold_N if there is none), else 0'
-_ACTIVE = {
-  'relu': 'z = max(h, 0)',
-  'topk': 'z = h for the k largest h, else 0',
-  'groupmax': 'z = h for the largest of each of k groups of consecutive '
-  'latents, else 0',
-  'jumprelu': _ABOVE,
-  'batchtopk': _ABOVE,
-  'gated': 'z = max(exp(r_mag_N) h + b_mag_N, 0) where h + b_gate_N > 0, '
-  'else 0',
-}
