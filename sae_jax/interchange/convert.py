@@ -27,14 +27,13 @@ class ConvertConfig(config_lib.Config):
 
   format: str = config_lib.option(
     AUTO,
-    'format of what is read; auto for what its content says',
-    (AUTO, CHECKPOINT, *formats.NAMES),
+    'format of what is read, a checkpoint or one of '
+    f'{", ".join(formats.NAMES)}; auto for what its content says',
   )
   to: str = config_lib.option(
     CHECKPOINT,
-    'format of what is written: a checkpoint, which sae-train --from, '
-    'sae-probe and sae-plan read, or a format of others',
-    (CHECKPOINT, *formats.NAMES),
+    'format of what is written: a checkpoint, which every stage reads, or a '
+    'format of others',
   )
   site: str = config_lib.option(
     '',
@@ -55,6 +54,16 @@ class ConvertConfig(config_lib.Config):
     'do not say it',
     least=0,
   )
+
+  def __post_init__(self):
+    super().__post_init__()
+    known = CHECKPOINT, *formats.NAMES
+    for name, allowed in (('format', (AUTO, *known)), ('to', known)):
+      if getattr(self, name) not in allowed:
+        raise errors.UserError(
+          f'{name} {getattr(self, name)!r} is not allowed: use one of '
+          f'{", ".join(allowed)}'
+        )
 
 
 @dataclasses.dataclass(frozen=True)
