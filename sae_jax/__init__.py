@@ -35,6 +35,8 @@ if typing.TYPE_CHECKING:
   from sae_jax.features.reader import Features, open_features
   from sae_jax.harvesting.config import HarvestConfig
   from sae_jax.harvesting.harvest import harvest
+  from sae_jax.interchange.convert import convert, ConvertConfig
+  from sae_jax.interchange.convert import lines as conversion_lines
   from sae_jax.probing.examples import FeatureConfig
   from sae_jax.probing.explain import explain, read_latent
   from sae_jax.probing.printed import latent_lines
@@ -60,6 +62,7 @@ __all__ = [
   'BrowseConfig',
   'Codes',
   'Config',
+  'ConvertConfig',
   'ExplainConfig',
   'FeatureConfig',
   'Features',
@@ -76,6 +79,8 @@ __all__ = [
   'WorkConfig',
   'browse',
   'compare_suites',
+  'conversion_lines',
+  'convert',
   'explain',
   'explain_latents',
   'explained_lines',
@@ -103,6 +108,7 @@ _PLACES = {
   'BrowseConfig': 'browser.index:BrowseConfig',
   'Codes': 'autoencoder.raw:Codes',
   'Config': 'config:Config',
+  'ConvertConfig': 'interchange.convert:ConvertConfig',
   'ExplainConfig': 'explaining.config:ExplainConfig',
   'FeatureConfig': 'probing.examples:FeatureConfig',
   'Features': 'features.reader:Features',
@@ -119,6 +125,8 @@ _PLACES = {
   'WorkConfig': 'sweeps.work:WorkConfig',
   'browse': 'browser.build:browse',
   'compare_suites': 'probing.suite.compare:compare',
+  'conversion_lines': 'interchange.convert:lines',
+  'convert': 'interchange.convert:convert',
   'explain': 'probing.explain:explain',
   'explain_latents': 'explaining.run:explain_latents',
   'explained_lines': 'explaining.printed:lines',

@@ -12,7 +12,6 @@ the weights:
 from collections.abc import Callable
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from sae_jax import autoencoder, errors
@@ -239,19 +238,3 @@ def _where(name: str, mesh: jax.sharding.Mesh | None) -> jax.sharding.Sharding:
   if mesh is None:
     return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   return mesh_lib.sharding(mesh, mesh_lib.letters(name))
-
-
-def statistics(
-  config: autoencoder.SaeConfig, sae: autoencoder.Sae, raw_BX: np.ndarray
-) -> float:
-  """Squared distance of what is reconstructed from its mean, for each token.
-
-  Args:
-    config: the autoencoder's.
-    sae: the autoencoder.
-    raw_BX: rows of a store, with the targets of a transcoder.
-  """
-  tokens_BX, _ = autoencoder.tokens(config, sae, jnp.asarray(raw_BX))
-  _, target_BD = autoencoder.halves(config, tokens_BX)
-  target_BD = np.asarray(target_BD, np.float64)
-  return float(((target_BD - target_BD.mean(0)) ** 2).sum(1).mean())

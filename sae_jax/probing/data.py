@@ -141,7 +141,13 @@ def opened(url: str, saved: checkpoint_lib.Metadata) -> store_lib.Store:
   if site not in manifest.sites:
     site = manifest.sites[0]
   version = min(saved.dataset_version, manifest.version)
-  return store_lib.open_store(url, site, version, in_order=True)
+  return store_lib.open_store(
+    url,
+    site,
+    version,
+    in_order=True,
+    target_site=saved.sae_config.target_site,
+  )
 
 
 def _of_store(store: store_lib.Store) -> Data:

@@ -70,7 +70,8 @@ def measure(
     subject: the model that the store was harvested from.
     store: gives the test documents' text and the masked tokens.
     n_tokens: the fewest tokens of text, or all that there are if fewer.
-    mean_D: the mean raw activation, for mean-ablation.
+    mean_D: the mean raw activation, for mean-ablation; of a transcoder that of
+      what it writes.
     batch_contexts: contexts in one forward pass; on a mesh as many more as its
       data axis needs.
     mesh: where the autoencoder lies; None for one device.
@@ -78,24 +79,30 @@ def measure(
   mesh = mesh or mesh_lib.one_device()
   batch_contexts += -batch_contexts % mesh.shape['data']
   params = sharding.place(subject.config, subject.params, mesh)
-  site = capture.parse_site(store.site)
+  written = trained.config.target_site or store.site
+  read, written = map(capture.parse_site, (store.site, written))
   tokens_CT, length_C, kept_CT, document_C = store_lib.test_contexts(
     store, n_tokens
   )
   mean_D = np.asarray(mean_D, np.float32)
-  where = subject.config, site, mesh, params
+  where = subject.config, written, mesh, params
   reconstruct = splicing.reconstruction(trained.config, mesh)
 
   def losses(tokens_BT, kept_BT):
     """Losses as they are, spliced, with zeros, with the mean; and KL."""
     raw_BTD, log_p_BTV, ce = splicing.read(*where, tokens_BT)
+    read_BTD = raw_BTD
+    if read != written:
+      read_BTD = splicing.activations(
+        subject.config, read, mesh, params, tokens_BT
+      )
 
     def replaced(new_BTD):
       return splicing.losses(
         *where, tokens_BT, raw_BTD, log_p_BTV, new_BTD, kept_BT
       )
 
-    spliced, kl = replaced(reconstruct(trained.sae, raw_BTD))
+    spliced, kl = replaced(reconstruct(trained.sae, read_BTD))
     zero, mean = (
       replaced(new_D)[0] for new_D in (np.zeros_like(mean_D), mean_D)
     )

@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 
 import sae_jax
+from sae_jax import autoencoder
 from sae_jax import checkpoint as checkpoint_lib
 from sae_jax import config as config_lib
 from sae_jax import mesh as mesh_lib
@@ -210,6 +211,7 @@ def _about(
     'subject': store.manifest.subject,
     'weights_sha256': store.manifest.weights_sha256,
     'site': store.site,
+    'target_site': trained.config.target_site,
     'n_latents': trained.config.n_latents,
     'activation': trained.config.activation,
     'k': trained.config.k,
@@ -342,7 +344,7 @@ def scores(
     subject,
     store,
     config.downstream_tokens,
-    sample_BD.mean(0),
+    autoencoder.halves(trained.config, sample_BD)[1].mean(0),
     mesh=mesh,
   )
   return (

@@ -43,6 +43,20 @@ def read(
   return raw_BTD, log_p_BTV, ce_BT
 
 
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def activations(
+  config: capture.transformer.TransformerConfig,
+  site: capture.Site,
+  mesh: jax.sharding.Mesh,
+  params: capture.transformer.Params,
+  tokens_BT: jax.Array,
+) -> jax.Array:
+  """Activations at a site alone, raw_BTD; arguments as of `read`."""
+  contexts = sharding.tokens_sharding(mesh)
+  tokens_BT = jax.lax.with_sharding_constraint(tokens_BT, contexts)
+  return capture.capture(config, params, tokens_BT, site)
+
+
 def log_probs(
   config: capture.transformer.TransformerConfig,
   site: capture.Site,
@@ -149,7 +163,8 @@ def reconstruction(
   """A jitted function of an autoencoder and raw activations, [..., D].
 
   They are split over the data axis by their first axis, and so are their
-  reconstructions, which it returns.
+  reconstructions, which it returns. Those of a transcoder may be followed by
+  what it writes.
   """
   rows = mesh_lib.RULES.spec('BD')
   reconstruct = functools.partial(
@@ -165,6 +180,6 @@ def reconstruction(
       in_specs=(mesh_lib.specs(sae), rows),
       out_specs=rows,
     )(sae, flat_BD)
-    return out_BD.reshape(raw_BTD.shape)
+    return out_BD.reshape(*raw_BTD.shape[:-1], -1)
 
   return of_sequences

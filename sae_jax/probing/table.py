@@ -55,7 +55,8 @@ def fill(
       `second_pass` and `TableWriter`.
   """
   n_latents = trained.config.n_latents
-  directions = _directions(config, trained, subject, store.site)
+  written = trained.config.target_site or store.site
+  directions = _directions(config, trained, subject, written)
   low, high = result.bins_in_use
   sizes = {
     'H': high - low,

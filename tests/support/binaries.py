@@ -15,6 +15,7 @@ import pytest
 from sae_jax.cli import flags
 from sae_jax.cli.stages import (
   browse,
+  convert,
   explain,
   harvest,
   plan,
@@ -30,6 +31,7 @@ MODULES = {
   'sae-train': train,
   'sae-probe': probe,
   'sae-browse': browse,
+  'sae-convert': convert,
   'sae-explain': explain,
   'sae-plan': plan,
   'sae-sweep': sweep,

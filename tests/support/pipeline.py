@@ -1,5 +1,7 @@
 """Every stage of a toy under one URL, and what it leaves there."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -33,20 +35,24 @@ def made_tasks(names, n_tasks, n_prompts, max_chars, seed):
   return [tasks.Task('1_end', tuple(prompts), labels_P, ('x', 'y'))]
 
 
-def harvested(texts, url, family='llama', site=toy.SITE):
+def harvested(texts, url, family='llama', *sites):
   """A store of some thousand rows: chunks of 32, eight to a shard."""
-  plan = toy.config(texts, chunk_rows=32, shard_rows=256, sites=(str(site),))
+  names = tuple(map(str, sites or (toy.SITE,)))
+  plan = toy.config(texts, chunk_rows=32, shard_rows=256, sites=names)
   return harvest.harvest(plan, url, toy.subject(family))
 
 
-def trained(store_url, workdir, steps=STEPS):
+def trained(store_url, workdir, steps=STEPS, site='', **fields):
   run = planted.train_config(
-    sae=SaeConfig(n_latents=32, k=4), batch_size=BATCH, steps=steps
+    sae=SaeConfig(n_latents=32, k=4, **fields),
+    site=site,
+    batch_size=BATCH,
+    steps=steps,
   )
   return train.train(run, store_url, workdir)
 
 
-def run(texts, root, family='llama', site=toy.SITE):
+def run(texts, root, family='llama', site=toy.SITE, target=None, suite=()):
   """Every stage, training in two parts; the folders are below the root.
 
   Args:
@@ -54,19 +60,29 @@ def run(texts, root, family='llama', site=toy.SITE):
     root: a folder or URL.
     family: of the subject, a key of `toy.FAMILIES`.
     site: of the subject.
+    target: another site, for a transcoder with a skip.
+    suite: evaluations.
 
   Returns:
     The report.
   """
-  harvested(texts, f'{root}/store', family, site)
+  sites, fields = [site], {}
+  if target:
+    sites.append(target)
+    fields = {'site': str(site), 'target_site': str(target), 'skip': True}
+  harvested(texts, f'{root}/store', family, *sites)
   # The second part reads what the first one saved.
-  trained(f'{root}/store', f'{root}/run', STEPS // 2)
-  trained(f'{root}/store', f'{root}/run')
+  trained(f'{root}/store', f'{root}/run', STEPS // 2, **fields)
+  trained(f'{root}/store', f'{root}/run', **fields)
   subject = toy.subject(family)
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(tasks, 'load_tasks', made_tasks)
     found = report.probe(
-      PROBE, f'{root}/run', f'{root}/store', f'{root}/probe', subject
+      dataclasses.replace(PROBE, suite=suite),
+      f'{root}/run',
+      f'{root}/store',
+      f'{root}/probe',
+      subject,
     )
   index.build_index(
     f'{root}/probe/features',

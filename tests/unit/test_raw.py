@@ -54,8 +54,8 @@ def reference(trained, raw_BD):
   if trained.config.preprocessing == 'center_unit_norm':
     scale = np.linalg.norm(raw_BD - shift, axis=1, keepdims=True)
   elif trained.config.preprocessing == 'layer_norm':
+    # The epsilon is not on the way back.
     scale = raw_BD.std(1, ddof=1, keepdims=True)
-    forward = scale + 1e-5
   elif trained.config.preprocessing == 'unit_rms':
     shift, scale = 0.0, np.sqrt((raw_BD**2).mean(1, keepdims=True))
   elif trained.config.preprocessing == 'dataset':

@@ -59,3 +59,19 @@ def test_other_sites_and_families_become_a_page(family, name, texts, tmp_path):
   columns = json.loads((tmp_path / 'page/data/columns.json').read_text())
   assert len(columns['latent']) == report['n_latents']
   assert any(columns['count'])
+
+
+def test_a_transcoder_becomes_a_page(texts, tmp_path):
+  read, written = (capture.Site(1, name) for name in ('mlp_in', 'mlp_out'))
+  suite = ('quick', 'ablation')
+  report = pipeline.run(texts, str(tmp_path), 'llama', read, written, suite)
+  assert report['target_site'] == 'blocks.1.mlp_out'
+  # Controls: what is not trained does worse, and so do zeros.
+  assert report['fvu'] < report['fvu_untrained']
+  assert report['ce_zero'] != report['ce'] != report['ce_spliced']
+  evaluated = report['evaluations']
+  assert (
+    'whose latents act at blocks.1.mlp_out' in evaluated['ablation']['cannot']
+  )
+  columns = json.loads((tmp_path / 'page/data/columns.json').read_text())
+  assert any(columns['count'])

@@ -12,6 +12,7 @@ from sae_jax import store as store_lib
 from sae_jax.autoencoder import metrics
 from sae_jax.autoencoder import raw as raw_lib
 from sae_jax.feed.from_store import StoreFeed, train_order
+from sae_jax.probing.suite import scored
 from sae_jax.training import train as training
 from tests.support import dense_reference, planted
 from tests.support.objective_checks import (
@@ -145,6 +146,19 @@ def test_metrics_are_of_what_is_reconstructed():
   away_BD = target_BD - target_BD.mean(0, dtype=np.float64)
   fvu = ((target_BD - output_BD) ** 2).sum() / (away_BD**2).sum()
   np.testing.assert_allclose(got.fvu, fvu, rtol=1e-4)
+
+
+def test_latents_must_add_what_bias_and_skip_do_not():
+  config = dataclasses.replace(SKIP, preprocessing='none')
+  sae, rows_BX, _ = made(config)
+  sae = jax.tree.map(lambda a: np.asarray(a, np.float32), sae)
+  shape = scored.Shape(config, None, config.k)
+  target_BD, left_BD = scored.wanted(shape, sae, jnp.float32(rows_BX))
+  x_BD, y_BD = np.split(np.asarray(rows_BX), 2, axis=1)
+  want_BD = (y_BD - sae.target['target_mean_D']) / 2.5
+  np.testing.assert_allclose(target_BD, want_BD, rtol=1e-5, atol=1e-5)
+  want_BD -= sae.b_pre_D + x_BD @ sae.target['w_skip_DD']
+  np.testing.assert_allclose(left_BD, want_BD, rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(scope='module')

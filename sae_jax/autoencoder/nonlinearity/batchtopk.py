@@ -62,7 +62,9 @@ def codes(
   """Every latent's pre-activation where it exceeds the threshold."""
   del axis
   pre_BN = encoder.pre_activations(config, sae, x_BD)
-  z_BN = jnp.where(pre_BN > sae.extra['threshold'], pre_BN, 0)
+  # Below 0 in checkpoints of others alone, where a ReLU comes first.
+  threshold = jnp.maximum(sae.extra['threshold'], 0)
+  z_BN = jnp.where(pre_BN > threshold, pre_BN, 0)
   return encoder.dense_codes(z_BN)
 
 

@@ -1,5 +1,6 @@
 """sae-train: a store of activations -> a trained autoencoder."""
 
+import dataclasses
 import signal
 
 from absl import flags as absl_flags
@@ -15,6 +16,7 @@ from sae_jax.training.config import TrainConfig
 def define() -> None:
   """Defines this binary's flags."""
   flags.define(TrainConfig)
+  absl_flags.DEFINE_alias('from', 'from_checkpoint')
   flags.define_processes()
   absl_flags.DEFINE_multi_string(
     'sweep',
@@ -72,8 +74,12 @@ def work() -> None:
   )
   preemption.joined()
   jax.config.update('jax_debug_nans', values.debug_nans)
+  config = flags.read(TrainConfig)
+  if config.from_checkpoint:
+    begun = flags.url('from_checkpoint')
+    config = dataclasses.replace(config, from_checkpoint=begun)
   configs = train_lib.sweep(
-    flags.read(TrainConfig),
+    config,
     flags.url('workdir'),
     **flags.values_of(values.sweep, 'sweep'),
   )

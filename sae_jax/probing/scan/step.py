@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +111,8 @@ def _update(plan, state, saes, longest, batch):
     first, stop = places
     return counts_B & (first <= nth_B) & (nth_B < stop), first < stop
 
-  x_BD, affine = autoencoder.preprocess(plan.sae, sae, batch.raw_BD)
+  rows = _rows(plan.sae, sae, batch.raw_BD)
+  x_BD = rows.x_BD
   old, new, codes = state, {}, (None, None)
   needed = jnp.zeros((), jnp.int32)
   if plan.features or plan.test:
@@ -163,7 +165,7 @@ def _update(plan, state, saes, longest, batch):
     with jax.named_scope(scopes.COMPONENTS):
       train = jax.lax.cond(
         any_fitted,
-        lambda old: scatter.update(old, share(x_BD), share(fitted_B)),
+        lambda old: scatter.update(old, share(rows.target_BD), share(fitted_B)),
         lambda old: old,
         state.train_scatter,
       )
@@ -182,7 +184,7 @@ def _update(plan, state, saes, longest, batch):
       scores = jax.lax.cond(
         any_scored,
         lambda scores: _tested(
-          plan, scores, saes, batch, scored_B, x_BD, affine, own_codes
+          plan, scores, saes, batch, scored_B, rows, own_codes
         ),
         lambda scores: scores,
         scores,
@@ -198,19 +200,45 @@ def _update(plan, state, saes, longest, batch):
   return state, *codes, needed
 
 
-def _tested(plan, scores, saes, batch, counts_B, x_BD, affine, own_codes):
+class _Rows(NamedTuple):
+  """A batch as an autoencoder sees it.
+
+  Attributes:
+    x_BD: what it reads, preprocessed.
+    target_BD: what it reconstructs.
+    skipped_BD: what a skip adds to the reconstruction; None without one.
+    computed_from_BD: what the target is the small difference of, in its unit.
+  """
+
+  x_BD: jax.Array
+  target_BD: jax.Array
+  skipped_BD: jax.Array | None
+  computed_from_BD: jax.Array
+
+
+def _rows(config, sae, raw_BX) -> _Rows:
+  tokens_BX, affine = autoencoder.tokens(config, sae, raw_BX)
+  x_BD, target_BD = autoencoder.halves(config, tokens_BX)
+  _, raw_BD = autoencoder.halves(config, raw_BX)
+  skipped_BD = None
+  if config.skip:
+    skipped_BD = autoencoder.skipped(config, sae, x_BD)
+  return _Rows(x_BD, target_BD, skipped_BD, raw_BD / affine.scale)
+
+
+def _tested(plan, scores, saes, batch, counts_B, rows, own_codes):
   """Sums, fired, test_scatter and `short`, with some rows scored."""
   old_sums, old_fired, test_scatter, short = scores
   axis = _axis()
   share = functools.partial(candidates_lib.own_share, axis=axis)
-  coded = {TRAINED: (x_BD, affine, *own_codes)}
+  coded = {TRAINED: (rows, *own_codes)}
   for name, config in plan.controls:
-    x_BD, affine = autoencoder.preprocess(config, saes[name], batch.raw_BD)
+    own = _rows(config, saes[name], batch.raw_BD)
     *codes_BC, is_short = candidates_lib.codes(
-      config, saes[name], x_BD, axis, plan.few
+      config, saes[name], own.x_BD, axis, plan.few
     )
     short |= is_short
-    coded[name] = (x_BD, affine, *codes_BC)
+    coded[name] = (own, *codes_BC)
   sums, fired = {}, {}
   for name, code in coded.items():
     sums[name], fired[name] = _scored(
@@ -223,14 +251,12 @@ def _tested(plan, scores, saes, batch, counts_B, x_BD, affine, own_codes):
       *code,
     )
   test_scatter = scatter.update(
-    test_scatter, share(coded[TRAINED][0]), share(counts_B)
+    test_scatter, share(rows.target_BD), share(counts_B)
   )
   return sums, fired, test_scatter, short
 
 
-def _scored(
-  config, sae, sums, fired, batch, counts_B, x_BD, affine, vals_BK, idx_BK
-):
+def _scored(config, sae, sums, fired, batch, counts_B, rows, vals_BK, idx_BK):
   """Metrics with this batch of one autoencoder, and how often latents fired."""
   axis = _axis()
   share = functools.partial(candidates_lib.own_share, axis=axis)
@@ -245,14 +271,16 @@ def _scored(
   )
   active_BK = (vals_BK > 0) & counts_B[:, None]
   active_E = candidates_lib.scattered(active_BK.sum(-1, dtype=jnp.int32), axis)
-  computed_from_BD = batch.raw_BD / affine.scale
+  output_ED = candidates_lib.scattered(output_BD, axis) + sae.b_pre_D
+  if rows.skipped_BD is not None:
+    output_ED += share(rows.skipped_BD)
   sums = quality.update(
     sums,
-    share(x_BD),
-    candidates_lib.scattered(output_BD, axis) + sae.b_pre_D,
+    share(rows.target_BD),
+    output_ED,
     active_E,
     sae.b_pre_D,
-    share(computed_from_BD),
+    share(rows.computed_from_BD),
     share(batch.position_B),
     share(counts_B),
   )

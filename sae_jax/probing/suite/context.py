@@ -102,7 +102,7 @@ class Context:
     subject: the model that the activations are of.
     store: its activations; figures are of test rows.
     mesh: axes ("data", "latent").
-    mean_D: the mean raw training activation.
+    mean_D: the mean raw training activation; of a transcoder of what it writes.
     seed: of what is drawn.
     size: 'quick' or 'all'.
     counts_N: on how many of the scan's rows each latent fires; None where no
@@ -302,11 +302,13 @@ class Context:
     return self.store.finite_rows(validation.start, stop)
 
   def mean(self, name: str) -> np.ndarray:
-    """The mean of validation rows as an autoencoder preprocesses them."""
+    """The mean of what an autoencoder reconstructs of validation rows."""
     shape, sae = self.scored[name]
-    raw_BD = self.chosen_on(_MEAN_ROWS)
-    x_BD, _ = autoencoder.preprocess(shape.config, sae, raw_BD)
-    return np.asarray(x_BD, np.float64).mean(0).astype(np.float32)
+    tokens_BX, _ = autoencoder.tokens(
+      shape.config, sae, self.chosen_on(_MEAN_ROWS)
+    )
+    _, target_BD = autoencoder.halves(shape.config, tokens_BX)
+    return np.asarray(target_BD, np.float64).mean(0).astype(np.float32)
 
   def sums_of_rows(
     self,

@@ -7,6 +7,7 @@ import jax
 from matplotlib.figure import Figure
 import numpy as np
 
+from sae_jax import autoencoder
 from sae_jax.checkpoint import Trained
 from sae_jax.feed.rows import Rows
 from sae_jax.probing import reconstruction
@@ -52,10 +53,13 @@ def evaluate(
   trained = next(iter(scored.values()))
   fitted = result.fitted
   k = reconstruction.pca_components(result.metrics.l0, store)
-  everything = dict(scored) | {
-    controls.PCA: controls.components(trained, fitted, k, mesh),
-    controls.CHANNELS: controls.channels(trained, fitted, k, mesh),
-  }
+  everything = dict(scored)
+  if not trained.config.target_site:
+    # Of what a transcoder reads, they make nothing of what it writes.
+    everything |= {
+      controls.PCA: controls.components(trained, fitted, k, mesh),
+      controls.CHANNELS: controls.channels(trained, fitted, k, mesh),
+    }
   counts_N, max_N = result.counts_and_maxima()
   sample = store.finite_rows(0, min(store.n_train, _MEAN_ROWS))
   context = Context(
@@ -66,7 +70,7 @@ def evaluate(
     subject=subject,
     store=store,
     mesh=mesh,
-    mean_D=sample.mean(0),
+    mean_D=autoencoder.halves(trained.config, sample)[1].mean(0),
     seed=config.seed,
     size=size,
     counts_N=counts_N,

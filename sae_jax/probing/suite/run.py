@@ -94,6 +94,7 @@ def _measured(name: str, context: Context) -> Result:
     'draws': context.draws,
   }
   try:
+    _check_one_site(evaluation, context)
     outcome = evaluation.measure(context)
   except CannotMeasure as error:
     logging.warning('%s cannot be measured: %s', name, error)
@@ -106,6 +107,18 @@ def _measured(name: str, context: Context) -> Result:
   return Result(
     config_lib.through_json(record), outcome.samples, outcome.columns
   )
+
+
+def _check_one_site(
+  evaluation: evaluations.Evaluation, context: Context
+) -> None:
+  """Raises CannotMeasure for what is not defined of a transcoder."""
+  written = context.itself.shape.config.target_site
+  if written and getattr(evaluation, 'SPLICES', False):
+    raise CannotMeasure(
+      f'it changes activations where they are encoded, at {context.site}, and '
+      f'this is a transcoder, whose latents act at {written}'
+    )
 
 
 def _figures(

@@ -106,6 +106,28 @@ def _best(vals_BC, idx_BC, width):
   return vals_BK, jnp.take_along_axis(idx_BC, place_BK, axis=1)
 
 
+def wanted(
+  shape: Shape, sae: autoencoder.Sae, raw_BX: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """What is to be reconstructed, and what of it latents must add.
+
+  Args:
+    shape: the autoencoder's.
+    sae: the autoencoder.
+    raw_BX: rows; of a transcoder with what it writes.
+
+  Returns:
+    The preprocessed rows, or a transcoder's targets; and those less b_pre and
+    a skip; both [B, D].
+  """
+  tokens_BX, _ = autoencoder.tokens(shape.config, sae, raw_BX)
+  x_BD, target_BD = autoencoder.halves(shape.config, tokens_BX)
+  left_BD = target_BD - sae.b_pre_D
+  if shape.config.skip:
+    left_BD -= autoencoder.skipped(shape.config, sae, x_BD)
+  return target_BD, left_BD
+
+
 def rows(shape: Shape, w_ND: jax.Array, idx: jax.Array) -> jax.Array:
   """Rows of an encoder or decoder that is split over the latents.
 

@@ -70,11 +70,14 @@ def _variance(sums, name):
 def measure(context: Context) -> Outcome:
   size = SIZES[context.size]
   fits = {name: _fit(context, name, size) for name in context.scored}
+  means = {name: context.mean(name) for name in context.scored}
   drawn = context.rows(size.rows)
   samples = context.sums_of_rows(
     drawn,
     size.batch_rows,
-    lambda name, scored, raw_BD: _terms(*scored, raw_BD, *fits[name]),
+    lambda name, scored, raw_BD: _terms(
+      *scored, raw_BD, *fits[name], means[name]
+    ),
     'error',
   )
   return Outcome(samples)
@@ -94,7 +97,7 @@ def _fit(context: Context, name: str, size: Size) -> tuple[np.ndarray, ...]:
       raw_BD = arrays.on_data(
         context.store.finite_rows(start, stop), size.batch_rows, context.mesh
       )
-      x_BD, error_BD = (
+      x_BD, error_BD, _ = (
         arrays.to_host(of, stop - start).astype(np.float64)
         for of in _errors(shape, sae, raw_BD)
       )
@@ -120,22 +123,23 @@ def _fit(context: Context, name: str, size: Size) -> tuple[np.ndarray, ...]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _errors(shape, sae, raw_BD):
-  """Preprocessed rows, and what reconstructions lack of them."""
-  x_BD, affine = autoencoder.preprocess(shape.config, sae, raw_BD)
+  """What is read, what of it or of a target is missed, and the latter."""
+  tokens_BX, back = autoencoder.tokens(shape.config, sae, raw_BD)
+  x_BD, target_BD = autoencoder.halves(shape.config, tokens_BX)
   new_BD = splicing.reconstruction(shape.config, shape.mesh)(sae, raw_BD)
-  error_BD = x_BD - (new_BD - affine.shift) / affine.scale
-  return arrays.whole((x_BD, error_BD), shape.mesh)
+  error_BD = target_BD - (new_BD - back.shift) / back.scale
+  return arrays.whole((x_BD, error_BD, target_BD), shape.mesh)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _terms(shape, sae, raw_BD, mean_D, mean_out, weights):
-  x_BD, error_BD = _errors(shape, sae, raw_BD)
+def _terms(shape, sae, raw_BD, mean_D, mean_out, weights, target_mean_D):
+  x_BD, error_BD, target_BD = _errors(shape, sae, raw_BD)
   predicted = (x_BD - mean_D) @ weights + mean_out
   length_B = (error_BD**2).sum(1)
   terms = {
     'error': ((error_BD - mean_out[:-1]) ** 2).sum(1),
     'left': ((error_BD - predicted[:, :-1]) ** 2).sum(1),
-    'total': ((x_BD - mean_D) ** 2).sum(1),
+    'total': ((target_BD - target_mean_D) ** 2).sum(1),
     'length': length_B,
     'length_square': length_B**2,
     'length_left': (length_B - predicted[:, -1]) ** 2,

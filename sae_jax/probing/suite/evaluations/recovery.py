@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sae_jax import autoencoder
 from sae_jax.probing.suite import arrays
 from sae_jax.probing.suite import scored as scored_lib
 from sae_jax.probing.suite.context import Context
@@ -151,12 +150,11 @@ def _values(shape, width, sae, raw_BD):
 @functools.partial(jax.jit, static_argnums=(0, 3))
 def _terms(shape, sae, raw_BD, latents, mean_D, least_P):
   """What each row adds."""
-  x_BD, _ = autoencoder.preprocess(shape.config, sae, raw_BD)
+  x_BD, left_BD = scored_lib.wanted(shape, sae, raw_BD)
   vals_BW, idx_BW = scored_lib.ranked(
     shape, sae, raw_BD, _width(shape, latents)
   )
   rows_BWD = scored_lib.rows(shape, sae.w_dec_ND, idx_BW)
-  left_BD = x_BD - sae.b_pre_D
   # Each next latent takes its part away.
   parts_BWD = vals_BW[:, :, None] * rows_BWD
   errors_BW = ((left_BD[:, None] - jnp.cumsum(parts_BWD, 1)) ** 2).sum(-1)

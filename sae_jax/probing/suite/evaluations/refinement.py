@@ -6,7 +6,6 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from sae_jax import autoencoder
 from sae_jax.probing.suite import arrays
 from sae_jax.probing.suite import scored as scored_lib
 from sae_jax.probing.suite.context import Context
@@ -86,15 +85,14 @@ def measure(context: Context) -> Outcome:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _terms(shape, sae, raw_BD, mean_D):
-  x_BD, _ = autoencoder.preprocess(shape.config, sae, raw_BD)
+  x_BD, left_BD = scored_lib.wanted(shape, sae, raw_BD)
   vals_BK, idx_BK = scored_lib.codes(shape, sae, raw_BD)
   rows_BKD = scored_lib.rows(shape, sae.w_dec_ND, idx_BK)
-  target_BD = x_BD - sae.b_pre_D
-  new_BK = refined(rows_BKD, target_BD, vals_BK)
+  new_BK = refined(rows_BKD, left_BD, vals_BK)
 
   def error(magnitudes_BK):
     out_BD = jnp.einsum('bk,bkd->bd', magnitudes_BK, rows_BKD)
-    return ((target_BD - out_BD) ** 2).sum(-1)
+    return ((left_BD - out_BD) ** 2).sum(-1)
 
   active_BK = vals_BK > 0
   terms = {
