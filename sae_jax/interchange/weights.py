@@ -104,13 +104,22 @@ def give(
   They have the type that they have in common, if it is one of `_KEPT`, else
   float32.
   """
-  content = {}
-  for stored, (name, letters) in table.items():
-    tensor = of.tensors[name]
-    content[stored] = tensor if letters == axes(name) else tensor.T
+  content = {
+    stored: ordered(of, name, letters)
+    for stored, (name, letters) in table.items()
+  }
   if len({tensor.dtype for tensor in content.values()}) > 1:
     return {name: _single(tensor) for name, tensor in content.items()}
   return {name: storable(tensor) for name, tensor in content.items()}
+
+
+def ordered(of: imported.Imported, name: str, letters: str) -> tensors.Tensor:
+  """A tensor with its axes in the order of the letters, to be read by rows."""
+  is_turned = letters != axes(name)
+  tensor = of.tensors[name].T if is_turned else of.tensors[name]
+  if len(letters) == 2 and is_turned != (name in of.transposed):
+    return tensors.by_rows(tensor)
+  return tensor
 
 
 def storable(tensor: tensors.Tensor) -> tensors.Tensor:

@@ -6,7 +6,9 @@ No more than a part and `_PIECE` bytes are in memory, however large a tensor is.
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import dataclasses
+import functools
 import math
+import tempfile
 from typing import BinaryIO
 
 import ml_dtypes
@@ -21,6 +23,8 @@ _PIECE = 16 * 2**20
 _BLOCK = 64 * 2**20
 # A run of so many bytes is worth a read of its own where little else is used.
 _RUN = 4096
+# A file of no more bytes may well be read once for each of its blocks.
+_LITTLE = 16 * _BLOCK
 # More axes than any weights have, fewer than numpy can bear.
 MOST_AXES = 16
 # Sizes that PyTorch and safetensors store are 64 bits.
@@ -183,6 +187,44 @@ def exactly(file: BinaryIO, offset: int, size: int, where: str) -> bytes:
       f'{where} ends {size - len(data):,} bytes too early: get it again'
     )
   return data
+
+
+def by_rows(tensor: Tensor) -> Tensor:
+  """A matrix, to be read by `blocks`, whose file has the other order of axes.
+
+  Where a block's columns would be so short in the file that each block takes
+  reading all of it, many times its size, the first block makes a temporary copy
+  in this order, by one reading.
+
+  Raises:
+    OSError: by `part`, if there is no room for the copy.
+  """
+  rows, columns = tensor.shape
+  row = columns * tensor.dtype.itemsize
+  run = max(1, _BLOCK // row) * tensor.dtype.itemsize
+  if run >= _RUN or rows * row <= _LITTLE:
+    return tensor
+
+  @functools.cache
+  def copy() -> BinaryIO:
+    # Closed, and with that deleted, when the tensor is forgotten.
+    file = tempfile.TemporaryFile()  # noqa: SIM115
+    start = 0
+    for block in tensor.T.blocks(_BLOCK):
+      for number, values in enumerate(np.ascontiguousarray(block.T)):
+        file.seek(number * row + start * tensor.dtype.itemsize)
+        file.write(as_bytes(values))
+      start += len(block)
+    file.flush()
+    return file
+
+  def part(ranges: Ranges) -> np.ndarray:
+    file = copy()
+    opener = functools.partial(contextlib.nullcontext, file)
+    where = 'a temporary copy'
+    return stored(opener, 0, tensor.shape, tensor.dtype, where).part(ranges)
+
+  return Tensor(tensor.shape, tensor.dtype, part)
 
 
 def as_bytes(block: np.ndarray) -> memoryview:

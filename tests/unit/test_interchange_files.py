@@ -317,3 +317,31 @@ def test_files_in_a_bucket():
       here = reading.open_tensors(GOLDEN / name)
       for key, tensor in file.tensors.items():
         np.testing.assert_array_equal(tensor.read(), here.tensors[key].read())
+
+
+def test_rows_of_a_file_that_has_the_columns_together(tmp_path, monkeypatch):
+  array = np.random.default_rng(0).normal(size=(300, 40)).astype('f')
+  path = tmp_path / 'a.safetensors'
+  st.write(path, {'w': tensors_lib.from_array(array)})
+  stored = reading.open_tensors(path).tensors['w']
+  read = []
+
+  def part(ranges):
+    read.append(stored.part(ranges))
+    return read[-1]
+
+  turned = tensors_lib.Tensor(stored.shape, stored.dtype, part).T
+  assert tensors_lib.by_rows(turned) is turned
+  # Of the 48,000 bytes a block has 2,400.
+  monkeypatch.setattr(tensors_lib, '_BLOCK', 2400)
+  monkeypatch.setattr(tensors_lib, '_LITTLE', 10_000)
+  copied = tensors_lib.by_rows(turned)
+  assert read == []
+  for _ in range(2):
+    rows = np.concatenate(list(copied.blocks(2400)))
+    np.testing.assert_array_equal(rows, array.T)
+    assert len(read) == 20 and sum(x.nbytes for x in read) == array.nbytes
+  np.testing.assert_array_equal(copied.T.read(5, 9), array[5:9])
+  # Where the pieces of a block are long enough there is no copy.
+  monkeypatch.setattr(tensors_lib, '_RUN', 8)
+  assert tensors_lib.by_rows(turned) is turned

@@ -153,7 +153,7 @@ def write(of: imported.Imported, url: str) -> None:
   """See `formats.Written`; a folder."""
   of = folding.with_bias(of)
   content = {
-    name: weights.storable(of.tensors[name])
+    name: weights.storable(weights.ordered(of, name, weights.axes(name)))
     for name in _names(of.semantics, 'w_skip_DD' in of.tensors)
   }
   safetensors.write(epath.Path(url) / _WEIGHTS, content, {'format': 'pt'})
