@@ -36,7 +36,8 @@ the letter's direction other latents hold in place of the letter's own: the
 fraction; and whether one other latent holds it while all of the letter's own
 are silent: full absorption. Letters whose probes have an F1 of 0.6 or less are
 left out, and with fewer than 20 letters nothing is said. The five draws leave
-out a fifth of the words each for the test.
+out a fifth of the words each for the test. An autoencoder without latents of
+letters absorbs nothing: read it beside the F1 of its latents.
 
 Definitions and limits are those of SAEBench 0.6 (Karvonen et al. 2025), after
 Chanin et al., "A is for absorption" (2024). Examples are drawn by the seed;
