@@ -23,12 +23,13 @@ SIZES = {
   'downstream': {'tokens': 40},
   'effects': {'latents': 1, 'examples': 2},
   'error': {'fitted_rows': 200, 'rows': 30, 'batch_rows': 64},
+  'neurons': {'latents': 4, 'rows': 200, 'batch_rows': 30},
   'n2g': {'latents': 1, 'tokens': 200, 'examples': 2},
   'projections': {'rows': 30},
   'recovery': {'rows': 30, 'batch_rows': 32},
   'refinement': {'rows': 30, 'batch_rows': 32},
   'steering': {'latents': 1, 'prompts': 2, 'prompt_tokens': 4, 'new_tokens': 2},
-  'structure': {'matched': 64},
+  'structure': {'matched': 64, 'meta_steps': 10},
 }
 
 
