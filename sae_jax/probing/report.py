@@ -143,7 +143,7 @@ def probe(
       subject,
       store,
       result,
-      probed.figures,
+      probed,
       workdir,
       vouched,
       mesh,

@@ -114,6 +114,7 @@ class Context:
       for none.
     wordnet: folder of WordNet's files, see `wordnet.concepts`; empty for none.
     probed: figures of the report's tasks by name, see `task_scores`.
+    probed_again: draw -> the same after another split, `task_scores.Scores`.
   """
 
   scored: Mapping[str, Scored]
@@ -129,6 +130,7 @@ class Context:
   loss_curve: str = ''
   wordnet: str = ''
   probed: Mapping[str, dict[str, Any]] | None = None
+  probed_again: Callable[[int], Mapping[str, dict[str, Any]]] | None = None
 
   @property
   def draws(self) -> int:
