@@ -28,6 +28,7 @@ SIZES = {
   'projections': {'rows': 30},
   'recovery': {'rows': 30, 'batch_rows': 32},
   'refinement': {'rows': 30, 'batch_rows': 32},
+  'simulated': {'latents': 1, 'tokens': 200, 'examples': 2},
   'steering': {'latents': 1, 'prompts': 2, 'prompt_tokens': 4, 'new_tokens': 2},
   'structure': {'matched': 64, 'meta_steps': 10},
 }

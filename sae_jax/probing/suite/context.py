@@ -210,6 +210,11 @@ class Context:
     return Tokens(*_taken(pool, chosen), at_C.astype(np.int32))
 
   @functools.cached_property
+  def made(self) -> dict[Any, Any]:
+    """What evaluations have in common and is made once, by what it is."""
+    return {}
+
+  @functools.cached_property
   def _pools(self) -> dict:
     return {}
 
