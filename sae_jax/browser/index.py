@@ -38,7 +38,7 @@ from sae_jax.browser import entries, static
 from sae_jax.features import Features
 from sae_jax.storage import files, finished
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 # The files of a page, as its record names them.
 NAMES = re.compile(r'(data/(features/)?)?\w+\.(html|js|css|svg|json)')
 _SHARD = re.compile(r'\d{5,}\.json')

@@ -92,7 +92,7 @@ def test_a_cache_that_stays_old_is_named(made, chromium, tmp_path):
   old = meta.read_text()
   meta.write_text(
     old.replace(static.digest(), '0123456789abcdef').replace(
-      '"format_version":3', '"format_version":4'
+      '"format_version":4', '"format_version":5'
     )
   )
   # The server tells versions apart by the second in which they were written.

@@ -3,7 +3,7 @@
 import { checkColumns, checkFeature, checkMeta, checkPreviews, checkVocabulary,
   DataError } from './checks.js';
 
-const FORMAT_VERSION = 3;
+const FORMAT_VERSION = 4;
 const KEPT_SHARDS = 24;
 const LONGEST = 2 ** 29; // characters of a text in Chromium
 
