@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 from typing import NamedTuple
 
 import jax
@@ -69,6 +70,8 @@ _LEAST_F1, _LEAST_LETTERS = 0.6, 20
 _MOST_LATENTS, _LEAST_GAIN, _L1 = 10, 0.03, 0.01
 # Fewer words of a letter are in no draw's test.
 _LEAST_WORDS = 10
+# Decoder rows that are fetched at a time.
+_ROWS = 8192
 _N_LETTERS = len(letters.LETTERS)
 
 STATISTICS = {
@@ -146,7 +149,7 @@ def measure(context: Context) -> Outcome:
   for name, scored in context.scored.items():
     z_WD, unit = _inputs(context, scored, words, size)
     # Of autoencoders with one preprocessing they are the same.
-    key = z_WD.tobytes()
+    key = hashlib.sha256(np.ascontiguousarray(z_WD)).digest()
     if key not in probes:
       probes[key] = _probes(context, words, z_WD)
     own = probes[key]
@@ -295,9 +298,7 @@ def _sums(
     latents = np.zeros(1, idx_WK.dtype)
   # Where nothing is active any place will do.
   idx_WK = np.searchsorted(latents, idx_WK).clip(max=len(latents) - 1)
-  rows_ND = arrays.to_host(_rows(*scored, latents)).astype(np.float64)
-  length_N = np.linalg.norm(rows_ND, axis=1)
-  unit_ND = rows_ND / np.where(length_N > 0, length_N, 1)[:, None]
+  length_N, cosine_NGL = _alignment(scored, latents, probes.direction_GDL)
   codes = vals_WK, idx_WK
   kinds = ('fraction', 'full', 'latents', 'latents_f1', 'probe_f1', 'letters')
   sums = {kind: np.zeros((context.draws, _N_LETTERS)) for kind in kinds}
@@ -316,7 +317,7 @@ def _sums(
         fraction_W, full_W = absorbed.scores(
           vals_WK[right_W],
           idx_WK[right_W],
-          unit_ND @ direction_D,
+          cosine_NGL[:, draw, letter],
           length_N,
           z_WD[right_W] @ direction_D,
           own.inputs[letter],
@@ -334,6 +335,20 @@ def _sums(
           sums[term][draw, letter] = of
       bar.update(1)
   return sums
+
+
+def _alignment(scored, latents, direction_GDL):
+  """Lengths of decoder rows, and their cosines with the letters' probes."""
+  lengths, cosines = [], []
+  for start in range(0, len(latents), _ROWS):
+    rows_ND = arrays.to_host(_rows(*scored, latents[start : start + _ROWS]))
+    length_N = np.linalg.norm(rows_ND.astype(np.float64), axis=1)
+    unit_ND = rows_ND / np.where(length_N > 0, length_N, 1)[:, None]
+    lengths.append(length_N)
+    cosines.append(
+      np.einsum('nd,gdl->ngl', unit_ND, direction_GDL, optimize=True)
+    )
+  return np.concatenate(lengths), np.concatenate(cosines)
 
 
 def _own(context, words, codes, n_latents, draw, size) -> linear_probes.Sparse:
