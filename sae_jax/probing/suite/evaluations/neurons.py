@@ -21,7 +21,7 @@ correlated with every channel of the raw activation, and the highest absolute
 correlation is kept. It is a maximum of many, so that chance alone gives some:
 beside it stands the same with the channels of another row ("shuffled rows").
 Of the control whose latents are channels, where they are among the largest of
-the token, half have a correlation above 0.5.
+the token, most have a correlation above 0.5.
 
 Each draw has latents and rows of its own. After Bricken et al., "Towards
 monosemanticity" (2023), who compare features with the neurons they are made of;
