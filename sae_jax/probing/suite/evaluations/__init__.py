@@ -24,8 +24,8 @@ class Evaluation(Protocol):
     TITLE: a few words.
     ABOUT: what it measures, how and after whom, for a reader who never saw the
       project; paragraphs are parted by an empty line.
-    UNIT: what its figures vary with: 'documents', 'latents', 'draws', 'tasks'
-      or 'concepts'.
+    UNIT: what its figures vary with: 'documents', 'latents', 'draws', 'tasks',
+      'concepts' or 'letters'.
     STATISTICS: its figures and curves, `figures.Statistic` by name.
     SIZES: by the size of the suite, QUICK and ALL, how much is measured: a
       dataclass whose fields are named in the report.
