@@ -81,7 +81,8 @@ def _provenance(where: Place, settings) -> imported.Provenance:
     model, context_size = run.maybe('model', str), run.maybe('ctx_len', int)
   return imported.Provenance(
     model=model,
-    site=module.name,
+    # Such as layers.10 or h.3.mlp; any other name is the user's.
+    site=module.name if '.' in module.name else None,
     context_size=context_size,
     settings=dict(settings.values),
   )

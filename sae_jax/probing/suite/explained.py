@@ -33,7 +33,7 @@ class Size:
   batch_contexts: int = 8
 
 
-SIZES = {'quick': Size(3, 16_384, 4), 'all': Size(40, 200_000, 16)}
+SIZES = {'quick': Size(3, 16_384, 8), 'all': Size(40, 200_000, 16)}
 # A latent that fires on fewer tokens of the training text is not explained.
 _LEAST_FIRINGS = 5
 _LONGEST = 16
@@ -174,18 +174,22 @@ class _Latents:
     chosen = {}
     for latent in np.concatenate(dealt).tolist():
       value_CT = np.where(fires & (idx_CTK == latent), vals_CTK, 0).max(-1)
-      chosen[latent] = (latent, *self._examples(texts, value_CT))
+      chosen[latent] = (latent, *self._examples(rng, texts, value_CT))
     return chosen, np.repeat(np.arange(draws), list(map(len, dealt)))
 
-  def _examples(self, texts, value_CT):
-    """The highest activation of each context, the highest contexts first."""
-    at_C = value_CT.argmax(1)
-    peak_C = value_CT.max(1)
-    best = np.argsort(-peak_C, kind='stable')[: self._size.examples]
-    best = best[peak_C[best] > 0]
+  def _examples(self, rng, texts, value_CT):
+    """Positive activations that are drawn at random, as Gao et al. draw them.
+
+    The highest alone would say nothing of most tokens on which it fires.
+    """
+    places = rng.permutation(np.flatnonzero(value_CT))[: self._size.examples]
+    contexts, at = np.unravel_index(places, value_CT.shape)
     first = len(self._start)
-    tokens = [texts.tokens_CT[c, first : at_C[c] + 1].tolist() for c in best]
-    return tokens, peak_C[best]
+    tokens = [
+      texts.tokens_CT[context, first : position + 1].tolist()
+      for context, position in zip(contexts, at)
+    ]
+    return tokens, value_CT[contexts, at]
 
   def explain(self, latent, tokens, values) -> list[patterns_lib.Pattern]:
     """The patterns of a latent, of its examples."""

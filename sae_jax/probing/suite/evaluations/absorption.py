@@ -48,6 +48,7 @@ evenly over the letters; and the probes are the optimum of SAEBench's loss,
 which its 100 epochs of Adam come near to on tens of thousands of words, and do
 not on a few thousand."""
 UNIT = 'letters'
+ONE_SITE = True
 
 
 @dataclasses.dataclass(frozen=True)

@@ -29,7 +29,7 @@ agreement with the tokens that the ablation finds says how much of the latent's
 effect is direct; the control is the agreement with another latent's votes. Gao
 et al. (2024), section 4.4 and the feature browser."""
 UNIT = 'latents'
-SPLICES = True
+ONE_SITE = True
 OTHER = 'votes of another latent'
 TOKENS = 16
 VOTES = 10

@@ -12,11 +12,11 @@ from sae_jax.subject.formats import tokenizer as tokenizer_lib
 
 TITLE = 'Explanations by token patterns (N2G)'
 ABOUT = """Each latent of a sample is explained by token patterns, without a
-person or a model that judges: of each of its highest activations on training
-text the shortest end of the context on which it keeps half of the activation,
-with a wildcard for every token in it whose replacement keeps half too. On test
-text a token where a pattern ends is predicted to activate the latent, with the
-activation that the pattern was made of.
+person or a model that judges: of each of some positive activations, drawn at
+random on training text, the shortest end of the context on which it keeps half
+of the activation, with a wildcard for every token in it whose replacement keeps
+half too. On test text a token where a pattern ends is predicted to activate the
+latent, with the activation that the pattern was made of.
 
 Precision is how often a prediction is right, recall how much of the latent's
 firing is predicted. Beside it stand the latents of the controls, explained in

@@ -27,6 +27,7 @@ Each draw has latents and rows of its own. After Bricken et al., "Towards
 monosemanticity" (2023), who compare features with the neurons they are made of;
 the form is ours."""
 UNIT = 'latents'
+ONE_SITE = True
 SHUFFLED = 'shuffled rows'
 
 

@@ -32,6 +32,7 @@ ablation, the recovered shares and the control are ours. What to read
 is the share that is given back; it says nothing where leaving the latents out
 costs nothing, which its interval shows."""
 UNIT = 'documents'
+ONE_SITE = True
 OTHER = 'of another latent'
 
 
