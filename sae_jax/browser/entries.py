@@ -46,9 +46,9 @@ _EFFECTS = tuple(
     'kl',
     'ce',
     'up_ids',
-    'up_logits',
+    'up_changes',
     'down_ids',
-    'down_logits',
+    'down_changes',
   )
 )
 
@@ -239,7 +239,7 @@ def _effects(table) -> list[dict | None]:
     return [None] * len(table['latent_ids'])
   up, down = (
     _pairs(
-      table, f'effect_{way}_ids', f'effect_{way}_logits', ('tokens', 'logits')
+      table, f'effect_{way}_ids', f'effect_{way}_changes', ('tokens', 'changes')
     )
     for way in ('up', 'down')
   )

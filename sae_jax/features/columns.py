@@ -123,23 +123,27 @@ def _votes(way: str) -> dict[str, Column]:
   }
 
 
-def _fallen(way: str, moves: str) -> dict[str, Column]:
+def _changed(way: str, moves: str) -> dict[str, Column]:
   """Declarations of the tokens that a latent makes likelier, or less likely."""
   axes = ('N', 'V effect')
   return {
     f'effect_{way}_ids': Column(
       axes,
       'int32',
-      f'token whose logit {moves} most without the latent there; -1: none',
+      f'token whose probability {moves} most without the latent there; -1: '
+      'none',
       'effects',
       is_token=True,
       least=-1,
     ),
-    f'effect_{way}_logits': Column(
+    f'effect_{way}_changes': Column(
       axes,
       'float32',
-      'how far that logit falls, less the median over all tokens',
+      'its probability with the latent less that without it; mean over '
+      'examples',
       'effects',
+      least=-1,
+      most=1,
     ),
   }
 
@@ -296,8 +300,8 @@ COLUMNS = {
     'effects',
     may_be_absent=True,
   ),
-  **_fallen('up', 'falls'),
-  **_fallen('down', 'rises'),
+  **_changed('up', 'falls'),
+  **_changed('down', 'rises'),
 }
 GROUPS = tuple(dict.fromkeys(c.group for c in COLUMNS.values() if c.group))
 

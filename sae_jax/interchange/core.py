@@ -27,6 +27,8 @@ _PREPROCESSING = {
   'constant_norm_rescale': 'unit_rms',
   'dataset': 'dataset',
 }
+# Of rows that are read at a time, so that little is in memory beside an array.
+_BLOCK_BYTES = 2**26
 # A name for the site of a transcoder whose file says none.
 _TARGET = 'target'
 
@@ -214,14 +216,22 @@ def _placed(
 ) -> jax.Array:
   """A tensor's rows, each times its factor, in float32 over the mesh."""
 
+  plain = rows_N is None or bool((rows_N == 1).all())
+
   def part(index):
-    stops = [own.indices(size) for own, size in zip(index, tensor.shape)]
-    start, stop, _ = stops[0] if stops else (0, None, 1)
-    rows = tensor.read(start, stop)
-    if rows_N is None or (rows_N == 1).all():
-      return rows.astype(np.float32)
-    factor = rows_N[start:stop].reshape(-1, *[1] * (rows.ndim - 1))
-    return (rows.astype(np.float64) * factor).astype(np.float32)
+    if not tensor.shape:
+      return tensor.read().astype(np.float32)
+    first, last, _ = index[0].indices(tensor.shape[0])
+    out = np.empty((last - first, *tensor.shape[1:]), np.float32)
+    step = max(1, _BLOCK_BYTES // max(1, out.nbytes // max(1, len(out))))
+    for start in range(first, last, step):
+      stop = min(last, start + step)
+      rows = tensor.read(start, stop)
+      if not plain:
+        factor = rows_N[start:stop].reshape(-1, *[1] * (rows.ndim - 1))
+        rows = rows.astype(np.float64) * factor
+      out[start - first : stop - first] = rows
+    return out
 
   return jax.make_array_from_callback(tensor.shape, _where(name, mesh), part)
 

@@ -154,10 +154,10 @@ def _effects(latent: Latent, columns: int) -> Iterator[str]:
   yield from _wrapped('without it, next tokens: ', _with_commas(items), columns)
   for way, title in (('up', 'likelier'), ('down', 'less likely')):
     ids = entries[f'effect_{way}_ids']
-    falls = entries[f'effect_{way}_logits'][ids >= 0]
+    changes = entries[f'effect_{way}_changes'][ids >= 0]
     items = [
-      f'{spelling.alone(latent.vocabulary[token])} {fall:+.3g}'
-      for token, fall in zip(ids[ids >= 0].tolist(), falls.tolist())
+      f'{spelling.alone(latent.vocabulary[token])} {100 * change:+.3g} %'
+      for token, change in zip(ids[ids >= 0].tolist(), changes.tolist())
     ]
     yield from _wrapped(f'makes {title}: ', _with_commas(items), columns)
 

@@ -44,7 +44,7 @@ from sae_jax.storage import url as url_lib
 from sae_jax.storage import workdir as workdir_lib
 
 # Raised with every change after which the same inputs give other results.
-RESULTS_VERSION = 7
+RESULTS_VERSION = 8
 UNTRAINED = 'untrained'
 _PLOTS, _SCRATCH = 'plots', 'scratch'
 # What a feature table says of itself where its report is not at hand.
@@ -144,7 +144,7 @@ def probe(
       subject,
       store,
       result,
-      probed.figures,
+      probed,
       workdir,
       vouched,
       mesh,

@@ -1,5 +1,6 @@
 """Scores of an autoencoder's latents on probe tasks, beside their controls."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -27,10 +28,13 @@ class Scores(NamedTuple):
       `references` (`references.scores`).
     train_ce_NT: float32 training losses of all latents on all tasks in nats,
       split over "latent"; None unless they were asked for.
+    again: number of a draw, from 1 -> figures of the same prompts after another
+      split, with other shuffled labels and other random directions.
   """
 
   figures: dict[str, Any]
   train_ce_NT: jax.Array | None
+  again: Callable[[int], dict[str, Any]]
 
 
 def measure(
@@ -63,20 +67,46 @@ def measure(
     config.seed,
   )
   trained = pooled.on_mesh(trained, mesh)
-  sides = []
-  for task in loaded:
-    prompts = pooled.pool(
-      trained,
-      mesh,
-      subject,
-      site,
-      list(task.prompts),
-      config.task_tokens,
-      config.pooling,
-      task.name,
-      bos,
+  read = [
+    (
+      task,
+      pooled.pool(
+        trained,
+        mesh,
+        subject,
+        site,
+        list(task.prompts),
+        config.task_tokens,
+        config.pooling,
+        task.name,
+        bos,
+      ),
     )
-    sides.append(_sides(task, prompts, config.seed))
+    for task in loaded
+  ]
+  figures, best = _figures(
+    trained, mesh, read, config.seed, config.probe_losses
+  )
+  losses = None
+  if config.probe_losses:
+    losses = _columns([of_task.train_ce_N for of_task in best], mesh)
+
+  def again(draw):
+    seed = int(np.random.default_rng([config.seed, draw]).integers(2**31))
+    return _figures(trained, mesh, read, seed)[0]
+
+  return Scores(figures, losses, again)
+
+
+def _figures(
+  trained: Trained,
+  mesh: jax.sharding.Mesh,
+  read: list[tuple[tasks.Task, pooled.Pooled]],
+  seed: int,
+  all_losses: bool = False,
+) -> tuple[dict[str, Any], list[search.TaskBest]]:
+  """Figures of tasks by name, and their best latents."""
+  sides = [_sides(task, prompts, seed) for task, prompts in read]
   best = search.search(
     trained,
     mesh,
@@ -85,22 +115,19 @@ def measure(
       for (train, train_P, permuted_P), _ in sides
     ],
     _N_BEST,
-    config.seed,
-    config.probe_losses,
+    seed,
+    all_losses,
   )
   figures = {
     task.name: {
       'source': task.source,
       'classes': list(task.classes),
       'prompts': len(task.prompts),
-      **_scores(trained, train, test, best_of_task, config.seed),
+      **_scores(trained, train, test, best_of_task, seed),
     }
-    for task, (train, test), best_of_task in zip(loaded, sides, best)
+    for (task, _), (train, test), best_of_task in zip(read, sides, best)
   }
-  losses = None
-  if config.probe_losses:
-    losses = _columns([of_task.train_ce_N for of_task in best], mesh)
-  return Scores(figures, losses)
+  return figures, best
 
 
 def _columns(of_tasks: list[jax.Array], mesh: jax.sharding.Mesh) -> jax.Array:

@@ -203,8 +203,8 @@ def test_effects_are_there_where_they_were_measured(page, made):
   for way in ('up', 'down'):
     shown = page.locator(f'.effect ~ .votes.{way} .value').all_text_contents()
     np.testing.assert_allclose(
-      [float(value.replace('−', '-')) for value in shown],
-      features[f'effect_{way}_logits'][latent],
+      [float(value.replace('−', '-').removesuffix(' %')) for value in shown],
+      100 * features[f'effect_{way}_changes'][latent],
       rtol=0.06,
     )
   other = next(n for n in latents if not measured[n])

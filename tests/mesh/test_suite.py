@@ -13,21 +13,24 @@ from sae_jax.probing.scan import run as scan_lib
 from sae_jax.probing.suite import evaluations, figures
 from sae_jax.probing.suite import scored as scored_lib
 from sae_jax.probing.suite.evaluations import refinement
-from tests.support import probed, processes, suites
+from tests.support import probed, processes, spelled, suites
 
 # How much each measures here; of the others what the quick size has.
 SIZES = {
+  'absorption': {'words': 260, 'steps': 20, 'batch_words': 64},
   'ablation': {'ablations': 2},
   'attribution': {'ablations': 2},
   'downstream': {'tokens': 40},
   'effects': {'latents': 1, 'examples': 2},
   'error': {'fitted_rows': 200, 'rows': 30, 'batch_rows': 64},
+  'neurons': {'latents': 4, 'rows': 200, 'batch_rows': 30},
   'n2g': {'latents': 1, 'tokens': 200, 'examples': 2},
   'projections': {'rows': 30},
   'recovery': {'rows': 30, 'batch_rows': 32},
   'refinement': {'rows': 30, 'batch_rows': 32},
+  'simulated': {'latents': 1, 'tokens': 200, 'examples': 2},
   'steering': {'latents': 1, 'prompts': 2, 'prompt_tokens': 4, 'new_tokens': 2},
-  'structure': {'matched': 64},
+  'structure': {'matched': 64, 'meta_steps': 10},
 }
 
 
@@ -70,6 +73,13 @@ def context_on(mesh, trained, data):
 
 def values(evaluation, context):
   """All figures by name and by what is scored."""
+  if evaluation.__name__.endswith('absorption'):
+    # Of a subject that knows letters.
+    trained = spelled.make_trained(True, mesh=context.mesh)
+    scored = {'trained': scored_lib.of(trained, context.mesh, 64)}
+    context = dataclasses.replace(
+      context, subject=spelled.make_subject(), scored=scored
+    )
   outcome = evaluation.measure(context)
   return {
     (name, who): figures.figure(statistic, sample).value

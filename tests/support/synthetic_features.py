@@ -151,9 +151,9 @@ def _effects(n_latents, vocabulary_size, rng):
     ids = np.array(
       [rng.permutation(vocabulary_size)[:4] for _ in range(n_latents)]
     )
-    logits = np.sort(rng.uniform(0.1, 3, (n_latents, 4)))[:, ::-1]
+    changes = np.sort(rng.uniform(0.01, 0.9, (n_latents, 4)))[:, ::-1]
     arrays[f'effect_{way}_ids'] = np.where(measured[:, None], ids, -1)
-    arrays[f'effect_{way}_logits'] = measured[:, None] * sign * logits
+    arrays[f'effect_{way}_changes'] = measured[:, None] * sign * changes
   return {
     name: array.astype(columns.COLUMNS[name].dtype)
     for name, array in arrays.items()

@@ -71,13 +71,13 @@ def mismatches(features, folder):
       for name in ('kl', 'ce'):
         rebuilt[f'effect_{name}'][row] = np.nan
       for way in ('up', 'down'):
-        rebuilt[f'effect_{way}_logits'][row] = 0
+        rebuilt[f'effect_{way}_changes'][row] = 0
     else:
       for name in ('kl', 'ce'):
         rebuilt[f'effect_{name}'][row] = measured[name]
       for way in ('up', 'down'):
         rebuilt[f'effect_{way}_ids'][row] = measured[way]['tokens']
-        rebuilt[f'effect_{way}_logits'][row] = measured[way]['logits']
+        rebuilt[f'effect_{way}_changes'][row] = measured[way]['changes']
     rebuilt['neighbour_ids'][row] = entry['neighbours']['latents']
     rebuilt['neighbour_cosines'][row] = entry['neighbours']['cosines']
   return [
@@ -102,7 +102,7 @@ def test_files_give_the_arrays_back(made, folder):
     'random_peak',
     'vote_up_logits',
     'count',
-    'effect_down_logits',
+    'effect_down_changes',
   ],
 )
 def test_comparison_sees_one_changed_number(made, folder, name):

@@ -188,9 +188,10 @@ def test_columns_that_not_all_results_have_are_printed(workdir, features):
     'token_shares': np.array([0.5, 1, 0]),
     'partner_ids': np.array([4, -1]), 'partner_scores': np.array([0.25, 0]),
     'effect_kl': 0.125, 'effect_ce': -0.25,
-    'effect_up_ids': np.array([3, -1]), 'effect_up_logits': np.array([1.5, 0]),
+    'effect_up_ids': np.array([3, -1]),
+    'effect_up_changes': np.array([0.15, 0]),
     'effect_down_ids': np.array([8, 2]),
-    'effect_down_logits': np.array([-2.0, -1]),
+    'effect_down_changes': np.array([-0.02, -0.01]),
   }  # fmt: skip
   latent = dataclasses.replace(latent, columns=latent.columns | more)
   lines = list(printed.latent_lines(latent, 120))
@@ -200,8 +201,8 @@ def test_columns_that_not_all_results_have_are_printed(workdir, features):
   assert 'fires with: 4 (0.250)' in lines
   assert any(line.startswith('votes up: ') for line in lines)
   assert 'without it, next tokens: KL 0.125, loss -0.25 nats' in lines
-  assert 'makes likelier: w3 +1.5' in lines
-  assert 'makes less likely: w8 -2, w2 -1' in lines
+  assert 'makes likelier: w3 +15 %' in lines
+  assert 'makes less likely: w8 -2 %, w2 -1 %' in lines
   # Of a latent that was not drawn nothing is said.
   unknown = dataclasses.replace(
     latent, columns=latent.columns | {'effect_kl': np.nan}

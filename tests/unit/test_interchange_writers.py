@@ -354,6 +354,11 @@ def test_a_transcoder_of_sparsify_reads_what_enters_its_module(tmp_path):
   )
   again = written(autoencoder, 'sparsify', tmp_path / 'a')
   assert again.provenance.settings['transcode']
+  # The name of the folder is none of a module.
+  assert (again.provenance.site, again.provenance.target_site) == (
+    None,
+    'output',
+  )
   # An autoencoder is none there, although it subtracts no bias.
   again = written(base(**TOPK), 'sparsify', tmp_path / 'b')
   assert not again.provenance.settings['transcode']

@@ -116,7 +116,9 @@ def test_every_evaluation_says_what_it_is():
   for name in evaluations.NAMES:
     module = evaluations.of(name)
     assert module.TITLE and len(module.ABOUT) > 200, name
-    assert module.UNIT in ('documents', 'latents', 'draws', 'tasks', 'concepts')
+    assert module.UNIT in (
+      'documents', 'latents', 'draws', 'tasks', 'concepts', 'letters'
+    )  # fmt: skip
     assert set(module.SIZES) == {'quick', 'all'}
     for statistic in module.STATISTICS.values():
       assert statistic.definition.endswith('.')

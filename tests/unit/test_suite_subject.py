@@ -254,7 +254,7 @@ def test_effects_are_those_of_passes_without_the_latent(
   assert set(np.flatnonzero(np.isfinite(columns['effect_kl']))) == set(drawn)
   positions, tokens = data.positions(), data.tokens()
   for latent in drawn[:4]:
-    losses, divergences, falls = [], [], []
+    losses, divergences, changes = [], [], []
     for row in top_rows(np.array([latent]))[0, :2]:
       if row < 0:
         continue
@@ -276,27 +276,28 @@ def test_effects_are_those_of_passes_without_the_latent(
       for t in range(at, stop):
         losses.append(before[t, text[t + 1]] - after[t, text[t + 1]])
         divergences.append((np.exp(before[t]) * (before[t] - after[t])).sum())
-      fall = before[at] - after[at]
-      falls.append(fall - np.median(fall))
+      changes.append(np.exp(before[at]) - np.exp(after[at]))
     np.testing.assert_allclose(
       columns['effect_ce'][latent], np.mean(losses), rtol=1e-2, atol=1e-4
     )
     np.testing.assert_allclose(
       columns['effect_kl'][latent], np.mean(divergences), rtol=1e-2, atol=1e-5
     )
-    fall = np.mean(falls, 0)
-    np.testing.assert_allclose(
-      columns['effect_up_logits'][latent], np.sort(fall)[::-1][:10], atol=2e-3
-    )
-    np.testing.assert_allclose(
-      columns['effect_down_logits'][latent], np.sort(fall)[:10], atol=2e-3
-    )
-    # The tokens are those of these logits.
-    np.testing.assert_allclose(
-      fall[columns['effect_up_ids'][latent]],
-      columns['effect_up_logits'][latent],
-      atol=2e-3,
-    )
+    change = np.mean(changes, 0)
+    assert np.abs(change).max() > 1e-3
+    for way, order in (
+      ('up', np.argsort(-change)),
+      ('down', np.argsort(change)),
+    ):
+      np.testing.assert_allclose(
+        columns[f'effect_{way}_changes'][latent], change[order[:10]], atol=2e-5
+      )
+      # The tokens are those of these changes.
+      np.testing.assert_allclose(
+        change[columns[f'effect_{way}_ids'][latent]],
+        columns[f'effect_{way}_changes'][latent],
+        atol=2e-5,
+      )
   own, other = (
     figure(effects, outcome, 'agreement', who).value
     for who in ('trained', effects.OTHER)

@@ -147,6 +147,13 @@ function checkVotes(votes, path, meta) {
   figures(logits, `${path}.logits`, tokens.length);
 }
 
+function checkChanges(of, path, meta) {
+  mapping(of, path);
+  const { tokens, changes } = of;
+  counts(tokens, `${path}.tokens`, null, meta.vocabulary_size);
+  figures(changes, `${path}.changes`, tokens.length);
+}
+
 // One latent's entry in a shard.
 export function checkFeature(feature, path, meta) {
   mapping(feature, path);
@@ -163,8 +170,8 @@ export function checkFeature(feature, path, meta) {
     mapping(feature.effect, `${path}.effect`);
     const { kl, ce, up, down } = feature.effect;
     figures([kl, ce], `${path}.effect`, 2);
-    checkVotes(up, `${path}.effect.up`, meta);
-    checkVotes(down, `${path}.effect.down`, meta);
+    checkChanges(up, `${path}.effect.up`, meta);
+    checkChanges(down, `${path}.effect.down`, meta);
   }
   mapping(feature.neighbours, `${path}.neighbours`);
   const { latents, cosines } = feature.neighbours;

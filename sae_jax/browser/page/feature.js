@@ -63,18 +63,29 @@ function chart({ meta, columns }, place, feature) {
     el('h2', {}, term('Activations', 'How often each strength of activation occurs on the probed tokens. All latents share these axes’ bins.')), box);
 }
 
-function votes({ vocabulary }, way, title, meaning, { tokens, logits }, largest) {
+function votes(data, way, title, meaning, { tokens, logits }, largest) {
+  return ranked(data, way, title, meaning, tokens, logits, largest,
+    (logit) => number(logit, 2), (logit) => `logit ${number(logit, 4)}`);
+}
+
+// Tokens by how much likelier the latent makes them, in per cent.
+function changes(data, way, title, meaning, { tokens, changes }, largest) {
+  return ranked(data, way, title, meaning, tokens, changes, largest,
+    (change) => `${number(100 * change, 2)} %`,
+    (change) => `probability ${change < 0 ? '' : '+'}${number(100 * change, 4)} %`);
+}
+
+function ranked({ vocabulary }, way, title, meaning, tokens, values, largest, short, long) {
   if (!tokens.length) return null;
   return el('section', { class: `votes ${way}` },
     el('h2', {}, term(title, meaning)),
     el('ol', {}, tokens.map((token, i) => {
       const bar = el('span', { class: 'fill' });
-      bar.style.width = `${100 * Math.abs(logits[i]) / largest}%`;
+      bar.style.width = `${100 * Math.abs(values[i]) / largest}%`;
       return tip(el('li', {}, chip(vocabulary[token]),
         el('span', { class: 'track' }, bar),
-        el('span', { class: 'value' }, number(logits[i], 2))),
-      () => [alone(vocabulary[token]), `logit ${number(logits[i], 4)}`,
-        `token ${token}`]);
+        el('span', { class: 'value' }, short(values[i]))),
+      () => [alone(vocabulary[token]), long(values[i]), `token ${token}`]);
     })));
 }
 
@@ -83,13 +94,13 @@ function effect(data, measured) {
   if (!measured) return [];
   const { kl, ce, up, down } = measured;
   const largest = Math.max(1e-9,
-    ...[...up.logits, ...down.logits].map((logit) => Math.abs(logit)));
+    ...[...up.changes, ...down.changes].map((change) => Math.abs(change)));
   return [
     el('section', { class: 'effect' },
       el('h2', {}, term('Without it', 'The latent is taken out of its strongest examples, and all else is left as it was: how much higher the loss of the next sixteen tokens is, and how far their distributions move.')),
       el('p', {}, `next tokens: loss ${ce < 0 ? '' : '+'}${number(ce)} nats, KL ${number(kl)}`)),
-    votes(data, 'up', 'Makes likelier', 'Tokens whose logits fall most when the latent is taken out of its strongest examples, the median over all tokens removed: what it does there, by all ways.', up, largest),
-    votes(data, 'down', 'Makes less likely', 'Tokens whose logits rise most when the latent is taken out of its strongest examples, the median over all tokens removed.', down, largest),
+    changes(data, 'up', 'Makes likelier', 'Tokens whose probability falls most when the latent is taken out of its strongest examples, and by how much: what it does there, by all ways.', up, largest),
+    changes(data, 'down', 'Makes less likely', 'Tokens whose probability rises most when the latent is taken out of its strongest examples, and by how much.', down, largest),
   ];
 }
 

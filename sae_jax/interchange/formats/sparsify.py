@@ -77,6 +77,8 @@ def _provenance(
 ) -> imported.Provenance:
   """A folder is named by the module; that of the run has its config."""
   module = epath.Path(where.url)
+  # Such as layers.10 or h.3.mlp; any other name is the user's.
+  name = module.name if '.' in module.name else None
   above = Place(module.parent)
   model = context_size = None
   if above.has(_RUN):
@@ -84,8 +86,8 @@ def _provenance(
     model, context_size = run.maybe('model', str), run.maybe('ctx_len', int)
   return imported.Provenance(
     model=model,
-    site=f'{module.name}.input' if is_transcoder else module.name,
-    target_site=module.name if is_transcoder else None,
+    site=f'{name}.input' if name and is_transcoder else name,
+    target_site=(name or 'output') if is_transcoder else None,
     context_size=context_size,
     settings=dict(settings.values),
   )

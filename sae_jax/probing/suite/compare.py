@@ -10,7 +10,7 @@ from sae_jax import errors
 from sae_jax.probing.suite import evaluations, figures, saved
 
 # Units that are the same for all autoencoders of a store.
-_PAIRED = ('documents', 'draws', 'tasks', 'concepts')
+_PAIRED = ('documents', 'draws', 'tasks', 'concepts', 'letters')
 
 
 def compare(workdirs: Sequence[str]) -> list[dict[str, Any]]:

@@ -114,6 +114,7 @@ class Context:
       for none.
     wordnet: folder of WordNet's files, see `wordnet.concepts`; empty for none.
     probed: figures of the report's tasks by name, see `task_scores`.
+    probed_again: draw -> the same after another split, `task_scores.Scores`.
   """
 
   scored: Mapping[str, Scored]
@@ -129,6 +130,7 @@ class Context:
   loss_curve: str = ''
   wordnet: str = ''
   probed: Mapping[str, dict[str, Any]] | None = None
+  probed_again: Callable[[int], Mapping[str, dict[str, Any]]] | None = None
 
   @property
   def draws(self) -> int:
@@ -206,6 +208,11 @@ class Context:
     able_CT = able_CT[np.concatenate(chosen)]
     at_C = np.where(able_CT, rng.random(able_CT.shape), -1).argmax(1)
     return Tokens(*_taken(pool, chosen), at_C.astype(np.int32))
+
+  @functools.cached_property
+  def made(self) -> dict[Any, Any]:
+    """What evaluations have in common and is made once, by what it is."""
+    return {}
 
   @functools.cached_property
   def _pools(self) -> dict:

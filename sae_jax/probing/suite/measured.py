@@ -10,7 +10,7 @@ import numpy as np
 from sae_jax import autoencoder
 from sae_jax.checkpoint import Trained
 from sae_jax.feed.rows import Rows
-from sae_jax.probing import reconstruction
+from sae_jax.probing import reconstruction, task_scores
 from sae_jax.probing.config import ProbeConfig
 from sae_jax.probing.scan.result import ScanResult
 from sae_jax.probing.suite import controls, evaluations, page, plots, run
@@ -29,7 +29,7 @@ def evaluate(
   subject: Subject,
   store: Rows,
   result: ScanResult,
-  probed: Mapping[str, Any],
+  probed: task_scores.Scores,
   workdir: str,
   made_from: Mapping[str, Any],
   mesh: jax.sharding.Mesh,
@@ -42,7 +42,7 @@ def evaluate(
     subject: the model.
     store: the rows.
     result: of the scan.
-    probed: figures of the report's tasks by name.
+    probed: figures of the report's tasks.
     workdir: of sae-probe, where finished evaluations are kept.
     made_from: what they depend on.
     mesh: where the autoencoders lie.
@@ -78,7 +78,8 @@ def evaluate(
     top_rows=result.top_rows,
     loss_curve=config.loss_curve,
     wordnet=config.wordnet,
-    probed=probed,
+    probed=probed.figures,
+    probed_again=probed.again,
   )
   return run.run(names, context, workdir, made_from)
 

@@ -114,10 +114,10 @@ def _check_one_site(
 ) -> None:
   """Raises CannotMeasure for what is not defined of a transcoder."""
   written = context.itself.shape.config.target_site
-  if written and getattr(evaluation, 'SPLICES', False):
+  if written and getattr(evaluation, 'ONE_SITE', False):
     raise CannotMeasure(
-      f'it changes activations where they are encoded, at {context.site}, and '
-      f'this is a transcoder, whose latents act at {written}'
+      f'it is of latents that act where they are encoded, at {context.site}, '
+      f'and this is a transcoder, whose latents act at {written}'
     )
 
 

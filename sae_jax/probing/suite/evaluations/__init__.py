@@ -24,14 +24,14 @@ class Evaluation(Protocol):
     TITLE: a few words.
     ABOUT: what it measures, how and after whom, for a reader who never saw the
       project; paragraphs are parted by an empty line.
-    UNIT: what its figures vary with: 'documents', 'latents', 'draws', 'tasks'
-      or 'concepts'.
+    UNIT: what its figures vary with: 'documents', 'latents', 'draws', 'tasks',
+      'concepts' or 'letters'.
     STATISTICS: its figures and curves, `figures.Statistic` by name.
     SIZES: by the size of the suite, QUICK and ALL, how much is measured: a
       dataclass whose fields are named in the report.
     OPTIONS: flags beside the size that it depends on; may be left out for none.
-    SPLICES: whether it changes activations that the subject reads, which it
-      does at the site that is encoded; may be left out if it does not.
+    ONE_SITE: whether it needs latents that act where they are encoded, which
+      those of a transcoder do not; may be left out if it does not.
   """
 
   TITLE: str

@@ -23,7 +23,7 @@ entries it is near 1 for a diffuse effect and near 0 for one on few tokens.
 Tokens are drawn from test documents, and the latent from those active there,
 each with the same chance. Gao et al. (2024), section 4.4."""
 UNIT = 'documents'
-SPLICES = True
+ONE_SITE = True
 TOKENS = 16
 
 

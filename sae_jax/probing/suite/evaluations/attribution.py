@@ -26,7 +26,7 @@ each with the same chance; the prediction is the token's own. Templeton et al.,
 "Scaling Monosemanticity" (2024), found correlations with the effect of 0.81 for
 the attribution and 0.12 for the activation."""
 UNIT = 'documents'
-SPLICES = True
+ONE_SITE = True
 
 
 @dataclasses.dataclass(frozen=True)

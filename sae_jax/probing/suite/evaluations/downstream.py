@@ -25,7 +25,7 @@ Activations that the store leaves out, as the first token's of a context, stay
 as they are; figures "with all tokens" replace them too. Gao et al., "Scaling
 and evaluating sparse autoencoders" (2024), section 4.1."""
 UNIT = 'documents'
-SPLICES = True
+ONE_SITE = True
 OPTIONS = ('loss_curve',)
 
 

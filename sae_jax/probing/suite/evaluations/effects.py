@@ -20,7 +20,8 @@ TITLE = 'Effects of single latents'
 ABOUT = """Each latent is taken out of the tokens on which it is most active,
 one at a time, and all else is left as it was. Recorded are how much higher the
 loss of the next predictions is without it, how far their distributions move
-(KL), and which tokens the latent makes likelier and less likely there. They
+(KL), and which tokens the latent makes likelier and less likely there: those
+whose probability changes most, as by their logits rare tokens would lead. They
 are columns of the feature table and stand beside the latent's examples.
 
 The logit lens says which tokens a latent votes for by its direction alone. Its
@@ -28,7 +29,7 @@ agreement with the tokens that the ablation finds says how much of the latent's
 effect is direct; the control is the agreement with another latent's votes. Gao
 et al. (2024), section 4.4 and the feature browser."""
 UNIT = 'latents'
-SPLICES = True
+ONE_SITE = True
 OTHER = 'votes of another latent'
 TOKENS = 16
 VOTES = 10
@@ -95,7 +96,7 @@ def measure(context: Context) -> Outcome:
     'latents': np.ones(len(latents)),
   }
   samples = {}
-  agreement_U = _agreement(context, latents, effects.up_UV)
+  agreement_U = _agreement(context, latents, effects.raised_UV)
   if agreement_U is not None:
     own_U, other_U = agreement_U
     samples[OTHER] = Sample(
@@ -117,18 +118,20 @@ class Effects(NamedTuple):
   Attributes:
     kl_U: in nats for a prediction.
     delta_ce_U: in nats for a token.
-    up_UV: tokens whose logits fall most without the latent, int32.
-    up_logits_UV: by how much, less the median over all tokens.
-    down_UV: tokens whose logits rise most without it.
-    down_logits_UV: by how much they fall, below 0.
+    raised_UV: tokens whose logits fall most without the latent, int32.
+    up_UV: tokens whose probability falls most without it.
+    up_changes_UV: by how much.
+    down_UV: tokens whose probability rises most without it.
+    down_changes_UV: by how much it falls, below 0.
   """
 
   kl_U: np.ndarray
   delta_ce_U: np.ndarray
+  raised_UV: np.ndarray
   up_UV: np.ndarray
-  up_logits_UV: np.ndarray
+  up_changes_UV: np.ndarray
   down_UV: np.ndarray
-  down_logits_UV: np.ndarray
+  down_changes_UV: np.ndarray
 
 
 def _effects(context, latents, rows_UM, batch) -> Effects:
@@ -208,29 +211,33 @@ def _terms(mesh, shape, tokens_BT, at_B, length_B, there_B, logits, without):
     return jnp.where(scored_UX, of_UX, 0).sum(1) / count_U
 
   kl_BS = (jnp.exp(log_p) * (log_p - new_log_p)).sum(-1)
+  there_UM = there_B[: shape[0] * shape[1]].reshape(shape)
+
+  def over_examples(of_BV):
+    of_UMV = of_BV[: shape[0] * shape[1]].reshape(*shape, -1)
+    total_UV = jnp.where(there_UM[:, :, None], of_UMV, 0).sum(1)
+    return total_UV / jnp.maximum(there_UM.sum(1), 1)[:, None]
+
   fall_BV = (logits - without)[:, 0]
-  fall_BV -= jnp.median(fall_BV, axis=1, keepdims=True)
-  fall_UMV, there_UM = (
-    a[: shape[0] * shape[1]].reshape(*shape, *a.shape[1:])
-    for a in (fall_BV, there_B)
-  )
-  fall_UV = jnp.where(there_UM[:, :, None], fall_UMV, 0).sum(1)
-  fall_UV /= jnp.maximum(there_UM.sum(1), 1)[:, None]
+  fall_UV = over_examples(fall_BV - jnp.median(fall_BV, 1, keepdims=True))
+  change_UV = over_examples(jnp.exp(log_p[:, 0]) - jnp.exp(new_log_p[:, 0]))
   n_votes = min(VOTES, fall_UV.shape[1])
-  up_logits, up = jax.lax.top_k(fall_UV, n_votes)
-  down_logits, down = jax.lax.top_k(-fall_UV, n_votes)
+  _, raised = jax.lax.top_k(fall_UV, n_votes)
+  up_changes, up = jax.lax.top_k(change_UV, n_votes)
+  down_changes, down = jax.lax.top_k(-change_UV, n_votes)
   out = (
     mean(kl_BS),
     mean(loss(new_log_p) - loss(log_p)),
+    raised,
     up,
-    up_logits,
+    up_changes,
     down,
-    -down_logits,
+    -down_changes,
   )
   return arrays.whole(out, mesh)
 
 
-def _agreement(context, latents, up_UV):
+def _agreement(context, latents, raised_UV):
   """Shares of votes that ablations find: the latent's own, and another's."""
   if not logit_lens.has_logits(context.site):
     return None
@@ -240,7 +247,7 @@ def _agreement(context, latents, up_UV):
 
   def share(votes_UV):
     return np.array(
-      [np.isin(own, found).mean() for own, found in zip(votes_UV, up_UV)]
+      [np.isin(own, found).mean() for own, found in zip(votes_UV, raised_UV)]
     )
 
   return share(votes_UV), share(np.roll(votes_UV, 1, axis=0))
@@ -259,7 +266,7 @@ def _columns(context, latents, effects: Effects) -> dict[str, np.ndarray]:
     'effect_kl': column(effects.kl_U, np.nan),
     'effect_ce': column(effects.delta_ce_U, np.nan),
     'effect_up_ids': column(effects.up_UV, -1),
-    'effect_up_logits': column(effects.up_logits_UV, 0),
+    'effect_up_changes': column(effects.up_changes_UV, 0),
     'effect_down_ids': column(effects.down_UV, -1),
-    'effect_down_logits': column(effects.down_logits_UV, 0),
+    'effect_down_changes': column(effects.down_changes_UV, 0),
   }

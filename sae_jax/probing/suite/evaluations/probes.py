@@ -6,6 +6,7 @@ import zlib
 
 import numpy as np
 
+from sae_jax import progress
 from sae_jax.probing.suite.context import CannotMeasure, Context
 from sae_jax.probing.suite.figures import ratio, Sample, Statistic
 from sae_jax.probing.suite.outcome import Outcome
@@ -22,7 +23,12 @@ best of as many random directions, the best channel and the best principal
 component; and what classifiers of many inputs reach: logistic regression on the
 whole activation, the direction between the class means, and on the 16 latents
 that differ most between the classes. Gao et al. (2024), section 4.2; Kantamneni
-et al. (2025) for the last three."""
+et al. (2025) for the last three.
+
+The five draws split the same prompts into training and held-out ones in five
+ways, with labels shuffled and directions drawn anew; the first is the report's,
+and the table is of it. They share prompts: what other prompts would have given
+is in the interval over tasks alone."""
 UNIT = 'tasks'
 _K = 16
 _NAMES = {
@@ -67,32 +73,49 @@ def measure(context: Context) -> Outcome:
   tasks = context.probed or {}
   if not tasks:
     raise CannotMeasure('the report has no probe tasks: give --n_tasks=4')
+  # The report's own split is the first.
+  of_draws = [tasks]
+  with progress.bar(
+    total=context.draws, initial=1, unit='split', desc='probes'
+  ) as bar:
+    for draw in range(1, context.draws):
+      of_draws.append(context.probed_again(draw))
+      bar.update(1)
   scores = {}
-  for place, task in enumerate(tasks.values()):
-    kinds = {context.name: task['latent']} | task['controls']
-    kinds |= {words: task['references'][name] for name, words in _NAMES.items()}
-    kinds |= {
-      f'{_K} latents': of
-      for of in task['references']['k_sparse']
-      if of['k'] == _K
-    }
-    for name, score in kinds.items():
-      scores.setdefault(name, {})[place] = score
+  for draw, of_draw in enumerate(of_draws):
+    for task, of_task in of_draw.items():
+      for name, score in _kinds(context.name, of_task).items():
+        scores.setdefault(name, {})[draw, task] = score
+  names = list(tasks)
   return Outcome(
-    {name: _sample(of, list(tasks)) for name, of in scores.items()},
+    {name: _sample(of, names, context.draws) for name, of in scores.items()},
     tables={'Tasks': _table(context.name, tasks)},
   )
 
 
-def _sample(of_task: dict[int, dict], names: list[str]) -> Sample:
-  """Scores of tasks, some of which may lack some of them."""
-  count = len(names)
+def _kinds(name: str, task: dict) -> dict[str, dict]:
+  """The autoencoder's score on a task, and those beside it."""
+  kinds = {name: task['latent']} | task['controls']
+  kinds |= {words: task['references'][kind] for kind, words in _NAMES.items()}
+  return kinds | {
+    f'{_K} latents': of
+    for of in task['references']['k_sparse']
+    if of['k'] == _K
+  }
+
+
+def _sample(
+  scores: dict[tuple[int, str], dict], names: list[str], draws: int
+) -> Sample:
+  """Scores of tasks by draw and task, some of which may lack some of them."""
   # The same of a task wherever it stands.
-  unit_U = np.array([zlib.crc32(task.encode()) for task in names])
+  unit_U = np.array([zlib.crc32(task.encode()) for task in names] * draws)
+  draw_U = np.repeat(np.arange(draws), len(names))
   terms = ('test_ce', 'test_auc', 'optimism')
-  sums = {name: np.zeros(count) for name in terms}
-  sums |= {f'with {name}': np.zeros(count) for name in terms}
-  for place, score in of_task.items():
+  sums = {name: np.zeros(len(unit_U)) for name in terms}
+  sums |= {f'with {name}': np.zeros(len(unit_U)) for name in terms}
+  for (draw, task), score in scores.items():
+    place = draw * len(names) + names.index(task)
     values = {name: score.get(name) for name in terms}
     if score.get('train_ce') is not None and values['test_ce'] is not None:
       values['optimism'] = values['test_ce'] - score['train_ce']
@@ -100,8 +123,7 @@ def _sample(of_task: dict[int, dict], names: list[str]) -> Sample:
       if value is not None and math.isfinite(value):
         sums[name][place] = value
         sums[f'with {name}'][place] = 1
-  # All tasks are of one draw: another seed splits the prompts otherwise.
-  return Sample(unit_U, np.zeros(count, int), sums)
+  return Sample(unit_U, draw_U, sums)
 
 
 def _table(name: str, tasks: dict[str, dict]) -> list[list]:

@@ -29,7 +29,7 @@ documents, with the last token's activation steered; the perplexity is of a
 continuation whose every token is steered, judged by the subject without
 steering. Arad et al. (2025) for the output score."""
 UNIT = 'latents'
-SPLICES = True
+ONE_SITE = True
 WRONG, OTHER, NOISE = 'wrong sign', 'random latent', 'noise'
 STRENGTHS = (0.5, 1.0, 2.0, 4.0, 8.0)
 VOTES = 20
