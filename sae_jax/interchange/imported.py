@@ -45,6 +45,8 @@ NONLINEARITIES = (
   'batchtopk',
   'gated',
 )
+# A name for the site that a transcoder writes whose file says none.
+TARGET = 'target'
 NORMALISATIONS = ('none', 'layer_norm', 'constant_norm_rescale', 'dataset')
 
 
@@ -95,7 +97,8 @@ class Provenance:
   Attributes:
     model: the language model.
     site: the name of the activations that it reads.
-    target_site: of those that it writes, if they are others.
+    target_site: of those that it writes, if they are others; `TARGET` if they
+      are and the file does not say which.
     context_size: tokens of a context in training.
     prepend_bos: whether contexts began with the token for it.
     reshape: how activations become vectors, if they are none: 'hook_z' for all

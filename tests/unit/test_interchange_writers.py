@@ -357,9 +357,31 @@ def test_a_transcoder_of_sparsify_reads_what_enters_its_module(tmp_path):
   # The name of the folder is none of a module.
   assert (again.provenance.site, again.provenance.target_site) == (
     None,
-    'output',
+    'target',
   )
   # An autoencoder is none there, although it subtracts no bias.
   again = written(base(**TOPK), 'sparsify', tmp_path / 'b')
   assert not again.provenance.settings['transcode']
   assert distance(again, base(**TOPK), X) < 1e-6
+
+
+def test_a_transcoder_that_does_not_say_what_it_writes(tmp_path):
+  """It stays one, of the libraries that know transcoders."""
+  folder = golden.copy('saelens/standard', tmp_path / 'a')
+  path = folder / 'cfg.json'
+  changes = {
+    'architecture': 'transcoder',
+    'd_out': 6,
+    'apply_b_dec_to_input': False,
+    'normalize_activations': 'none',
+  }
+  path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+  autoencoder = registry.read(folder)
+  assert autoencoder.provenance.target_site == imported.TARGET
+  again = written(autoencoder, 'saelens', tmp_path / 'b')
+  settings = again.provenance.settings
+  assert settings['architecture'] == 'transcoder'
+  assert 'hook_name_out' not in settings['metadata']
+  assert again.provenance.target_site == imported.TARGET
+  scope = golden.copy(SCOPE2, tmp_path / 'c', hf_hook_point_out=None)
+  assert registry.read(scope).provenance.target_site == imported.TARGET

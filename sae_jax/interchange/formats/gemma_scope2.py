@@ -30,7 +30,7 @@ def read(where: Place, given: imported.Given) -> imported.Imported:
   del given
   settings = where.json(_CONFIG)
   settings.choice('architecture', ('jump_relu',))
-  settings.choice('type', ('sae', 'transcoder', None))
+  kind = settings.choice('type', ('sae', 'transcoder', None))
   has_skip = settings.flag('affine_connection', False)
   sizes = {'n': settings.count('width')} if 'width' in settings.values else {}
   content = weights.take(
@@ -39,6 +39,8 @@ def read(where: Place, given: imported.Given) -> imported.Imported:
   site, target = (
     settings.text(f'hf_hook_point_{end}') for end in ('in', 'out')
   )
+  if kind == 'transcoder':
+    target = target or imported.TARGET
   return imported.Imported(
     format='gemma_scope2',
     url=where.url,

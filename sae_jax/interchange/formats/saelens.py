@@ -120,7 +120,8 @@ def read(where: Place, given: imported.Given) -> imported.Imported:
     provenance=imported.Provenance(
       model=metadata.text('model_name'),
       site=metadata.text('hook_name'),
-      target_site=metadata.text('hook_name_out'),
+      target_site=metadata.text('hook_name_out')
+      or (imported.TARGET if is_transcoder else None),
       context_size=metadata.maybe('context_size', int),
       prepend_bos=metadata.maybe('prepend_bos', bool),
       reshape=reshape if reshape != 'none' else None,
@@ -243,5 +244,9 @@ def _origin(of: imported.Imported) -> dict[str, Any]:
   return {
     **versions,
     **(own or {}),
-    **{name: value for name, value in known.items() if value is not None},
+    **{
+      name: value
+      for name, value in known.items()
+      if value not in (None, imported.TARGET)
+    },
   }

@@ -87,7 +87,7 @@ def _provenance(
   return imported.Provenance(
     model=model,
     site=f'{name}.input' if name and is_transcoder else name,
-    target_site=(name or 'output') if is_transcoder else None,
+    target_site=(name or imported.TARGET) if is_transcoder else None,
     context_size=context_size,
     settings=dict(settings.values),
   )
