@@ -164,6 +164,11 @@ def export(trained: sae_jax.Trained, sample_BD: np.ndarray) -> metric.Arrays:
     raise errors.UserError(
       f'activation {trained.config.activation} is not compared: use topk'
     )
+  if trained.config.preprocessing == 'layer_norm':
+    raise errors.UserError(
+      'preprocessing layer_norm is not compared: its epsilon is not on the way '
+      'back, so that one map does not do for both; use center_unit_norm'
+    )
   affine = trained.encode(sample_BD).affine
   shift, scale = (np.float64(part) for part in (affine.shift, affine.scale))
   apart = np.ptp(shift + 0 * sample_BD, 0).max(), np.ptp(scale) / scale.mean()

@@ -180,7 +180,7 @@ def _post(endpoint: Endpoint, request: Request) -> bytes:
     headers['Authorization'] = f'Bearer {endpoint.key}'
   post = urllib.request.Request(
     f'{endpoint.url.rstrip("/")}/chat/completions',
-    json.dumps(body).encode(),
+    json.dumps(body, allow_nan=False).encode(),
     headers,
   )
   opener = urllib.request.build_opener(_NoRedirect)

@@ -99,11 +99,11 @@ def write_delphi(
   names = {latent: f'{site}_latent{latent}.txt' for latent in explained}
   for latent, text in explained.items():
     path = epath.Path(folder) / 'explanations' / names[latent]
-    files.write_text(path, json.dumps(text))
+    files.write_text(path, json.dumps(text, allow_nan=False))
   for latent, (texts, p_X) in judged.items():
     path = epath.Path(folder) / 'scores' / 'detection' / names[latent]
     rows = [_delphi_row(*one, vocabulary) for one in zip(texts, p_X.tolist())]
-    files.write_text(path, json.dumps(rows))
+    files.write_text(path, json.dumps(rows, allow_nan=False))
 
 
 def _delphi_row(text: Text, p: float, vocabulary) -> dict[str, Any]:
@@ -170,9 +170,9 @@ def write_neuronpedia(
           'explanationId': number,
           'explanationScoreTypeName': _SCORE_TYPE,
           'explanationScoreModelName': judge,
-          'jsonDetails': json.dumps(line['score']),
+          'jsonDetails': json.dumps(line['score'], allow_nan=False),
         }
       )
   for name, rows in (('explanations', explanations), ('scores', scores)):
-    text = ''.join(json.dumps(row) + '\n' for row in rows)
+    text = ''.join(json.dumps(row, allow_nan=False) + '\n' for row in rows)
     files.write_text(epath.Path(folder) / f'{name}.jsonl', text)

@@ -74,7 +74,9 @@ class Request:
 
 def write(folder: epath.PathLike, requests: Iterable[Request]) -> None:
   """Writes requests.jsonl, in place of an older one."""
-  lines = [json.dumps(request.line) + '\n' for request in requests]
+  lines = [
+    json.dumps(request.line, allow_nan=False) + '\n' for request in requests
+  ]
   files.write_text(epath.Path(folder) / REQUESTS, ''.join(lines))
 
 
@@ -153,11 +155,13 @@ class Responses:
         self._file.truncate(self._cut_at)
       if self._lacks_end:
         self._file.write(b'\n')
-    self._file.write(json.dumps(response).encode() + b'\n')
+    self._file.write(json.dumps(response, allow_nan=False).encode() + b'\n')
     self._file.flush()
 
   def _write_whole(self):
-    lines = ''.join(json.dumps(line) + '\n' for line in self._lines)
+    lines = ''.join(
+      json.dumps(line, allow_nan=False) + '\n' for line in self._lines
+    )
     files.write_text(self._path, lines)
     self._due, self._is_dirty = time.monotonic() + _SECONDS, False
 

@@ -69,7 +69,7 @@ def of_latents(
     config, protocol, checkpoint, store_url, workdir, probed, latents
   )
   lines = [head, *examples.to_lines(drawn)]
-  text = ''.join(json.dumps(line) + '\n' for line in lines)
+  text = ''.join(json.dumps(line, allow_nan=False) + '\n' for line in lines)
   files.write_text(path, text)
   return {one.latent: one for one in drawn}
 

@@ -40,7 +40,8 @@ def write(
   """
   out = folder(workdir)
   data = ''.join(
-    json.dumps(config.through_json(line)) + '\n' for line in lines
+    json.dumps(config.through_json(line), allow_nan=False) + '\n'
+    for line in lines
   ).encode()
   (out / REPORT).unlink(missing_ok=True)
   files.write_bytes(out / LINES, data)

@@ -13,7 +13,7 @@ from sae_jax import autoencoder, checkpoint, errors
 from sae_jax import config as config_lib
 from sae_jax import mesh as mesh_lib
 from sae_jax.autoencoder import metrics
-from sae_jax.interchange import core
+from sae_jax.interchange import core, imported
 from sae_jax.interchange.imported import Imported
 from sae_jax.storage import joined
 from sae_jax.storage import workdir as workdir_lib
@@ -52,10 +52,15 @@ def write(
       f'{of.url} reads activations of width {of.d_in}, store {data.url} holds '
       f'width {data.manifest.d_model}: give a store of its own site'
     )
-  if core.is_transcoder(of) and not data.target_site:
+  if imported.is_transcoder(of) and not data.target_site:
     raise errors.UserError(
       f'{of.url} is a transcoder: name the site of store {data.url} that it '
       'writes as the target site'
+    )
+  if data.target_site and not imported.is_transcoder(of):
+    raise errors.UserError(
+      f'{of.url} is an autoencoder, which writes what it reads: leave the '
+      f'target site {data.target_site} out'
     )
   config, sae = core.to_ours(of, mesh, data.target_site)
   sample_BX = data.finite_rows(0, min(TrainConfig().sample_rows, data.n_train))

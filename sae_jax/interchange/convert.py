@@ -106,16 +106,18 @@ def convert(
     UserError: if the format is not known, or what is read is damaged or cannot
       be written so.
   """
+  if config.to != CHECKPOINT:
+    registry.check_written(config.to)
+  elif not store:
+    raise errors.UserError(
+      f'{out} is to be a checkpoint, which says of which activations it is: '
+      'give --store, a store of sae-harvest of its site'
+    )
   source = downloaded(source)
   of, reason = _read(config, source)
   if config.to != CHECKPOINT:
     registry.write(of, config.to, out)
     return Conversion(of, reason, out, config.to, None)
-  if not store:
-    raise errors.UserError(
-      f'{out} is to be a checkpoint, which says of which activations it is: '
-      'give --store, a store of sae-harvest of its site'
-    )
   target = config.target_site
   data = store_lib.open_store(store, config.site, target_site=target)
   metadata = checkpoints.write(of, data, out, mesh)

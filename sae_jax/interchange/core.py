@@ -16,6 +16,7 @@ import numpy as np
 
 from sae_jax import autoencoder, errors
 from sae_jax import mesh as mesh_lib
+from sae_jax.interchange import folding, imported
 from sae_jax.interchange.imported import Imported, Semantics
 from sae_jax.storage import tensors as tensors_lib
 
@@ -29,8 +30,6 @@ _PREPROCESSING = {
 }
 # Of rows that are read at a time, so that little is in memory beside an array.
 _BLOCK_BYTES = 2**26
-# A name for the site of a transcoder whose file says none.
-_TARGET = 'target'
 
 
 def to_ours(
@@ -45,19 +44,14 @@ def to_ours(
       devices.
     mesh: with the axes of `mesh.AXES`; None for one device.
     target_site: of a transcoder, the site that it writes; '' for what the file
-      says.
+      says; of others none.
 
   Raises:
     UserError: if ours cannot be that function; it names the property.
   """
   _check(of)
-  norm_N = _row_norms(of)
+  norm_N = folding.row_norms(of)
   return config_of(of, norm_N, target_site), _sae(of, norm_N, mesh)
-
-
-def is_transcoder(of: Imported) -> bool:
-  """Whether it writes another site than it reads."""
-  return 'w_skip_DD' in of.tensors or of.provenance.target_site is not None
 
 
 def config_of(
@@ -71,7 +65,7 @@ def config_of(
     target_site: see `to_ours`.
   """
   semantics = of.semantics
-  transcodes = bool(target_site) or is_transcoder(of)
+  transcodes = imported.is_transcoder(of)
   ratio = 1.0 if transcodes else _ratio(semantics)
   unit = semantics.rescale_by_decoder_norm and ratio == 1
   unit |= bool((abs(ratio * norm_N - 1) < _ROUNDING).all())
@@ -88,7 +82,7 @@ def config_of(
     pre_bias='tied' if semantics.subtract_b_dec else 'output',
     decoder_norm='unit' if unit else 'free',
     jump_threshold='value' if activation == 'jumprelu' else 'log',
-    target_site=(target_site or of.provenance.target_site or _TARGET)
+    target_site=(target_site or of.provenance.target_site or imported.TARGET)
     if transcodes
     else '',
     skip='w_skip_DD' in of.tensors,
@@ -99,7 +93,7 @@ def config_of(
 def _check(of: Imported) -> None:
   """Raises UserError for what ours cannot be."""
   semantics = of.semantics
-  transcodes = is_transcoder(of)
+  transcodes = imported.is_transcoder(of)
   reasons = []
   if of.d_in != of.d_out:
     reasons.append(f'reads width {of.d_in} and writes width {of.d_out}')
@@ -137,22 +131,12 @@ def _ratio(semantics: Semantics) -> float:
   return semantics.scale_in / semantics.scale_out
 
 
-def _row_norms(of: Imported) -> np.ndarray:
-  """Norms of the decoder rows in float64, a block of rows at a time."""
-  return np.concatenate(
-    [
-      np.linalg.norm(block.astype(np.float64), axis=1)
-      for block in of.tensors['w_dec_ND'].blocks()
-    ]
-  )
-
-
 def _sae(
   of: Imported, norm_N: np.ndarray, mesh: jax.sharding.Mesh | None
 ) -> autoencoder.Sae:
   """The arrays in float32, folded, over the mesh."""
   semantics, tensors = of.semantics, of.tensors
-  transcodes = is_transcoder(of)
+  transcodes = imported.is_transcoder(of)
   fold_N = norm_N if semantics.rescale_by_decoder_norm else np.ones(len(norm_N))
   ratio = 1.0 if transcodes else _ratio(semantics)
   # A row without length is that of a latent that says nothing.

@@ -146,7 +146,7 @@ def opened(url: str, saved: checkpoint_lib.Metadata) -> store_lib.Store:
     site,
     version,
     in_order=True,
-    target_site=saved.sae_config.target_site,
+    target_site=saved.dataset.get('target_site', ''),
   )
 
 

@@ -228,7 +228,7 @@ def write(
       'shape': list(tensor.shape),
       'data_offsets': [start, end],
     }
-  text = json.dumps(header, separators=(',', ':')).encode()
+  text = json.dumps(header, separators=(',', ':'), allow_nan=False).encode()
   text += b' ' * (-len(text) % _LENGTH)
 
   def write_all(file) -> None:

@@ -179,6 +179,7 @@ ROLES = {
   },
   (TrainConfig, 'later'): {
     'pre_bias', 'decoder_norm', 'jump_threshold', 'target_site', 'skip',
+    'from_checkpoint',
   },
   (HarvestConfig, 'sizes_store'): {
     'n_tokens', 'holdout_fraction', 'skip_bad_rows',

@@ -163,7 +163,7 @@ def test_rows_are_those_of_one_store(unit_rows, tmp_path):
 
 
 @pytest.mark.parametrize(
-  'preprocessing', ['none', 'center_unit_norm', 'layer_norm', 'dataset']
+  'preprocessing', ['none', 'center_unit_norm', 'dataset']
 )
 def test_exported_arrays_reconstruct_as_the_autoencoder(
   preprocessing, unit_rows, monkeypatch

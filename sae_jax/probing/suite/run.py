@@ -113,8 +113,10 @@ def _check_one_site(
   evaluation: evaluations.Evaluation, context: Context
 ) -> None:
   """Raises CannotMeasure for what is not defined of a transcoder."""
+  if not getattr(evaluation, 'ONE_SITE', False):
+    return
   written = context.itself.shape.config.target_site
-  if written and getattr(evaluation, 'ONE_SITE', False):
+  if written:
     raise CannotMeasure(
       f'it is of latents that act where they are encoded, at {context.site}, '
       f'and this is a transcoder, whose latents act at {written}'
