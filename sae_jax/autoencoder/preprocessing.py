@@ -111,9 +111,10 @@ def tokens(
   if not config.target_site:
     return x_BD, affine
   _, target_BD = halves(config, raw_BX)
-  back = _target_affine(sae, x_BD)
-  target_BD = (target_BD.astype(x_BD.dtype) - back.shift) / back.scale
-  return jnp.concatenate([x_BD, target_BD], axis=1), back
+  with jax.named_scope(scopes.PREPROCESSING):
+    back = _target_affine(sae, x_BD)
+    target_BD = (target_BD.astype(x_BD.dtype) - back.shift) / back.scale
+    return jnp.concatenate([x_BD, target_BD], axis=1), back
 
 
 def way_back(
@@ -141,6 +142,7 @@ def way_back(
   return Affine(shift_BD, back.scale)
 
 
+@jax.named_scope(scopes.DECODER)
 def skipped(config: SaeConfig, sae: Sae, x_BD: jax.Array) -> jax.Array:
   """What a skip adds to the reconstruction; zeros without one."""
   if not config.skip:

@@ -163,7 +163,7 @@ def test_code_that_moves_keeps_its_part_and_without_its_scope_has_none(
   def read(source):
     code = {}
     exec(compile(source, 'elsewhere.py', 'exec'), vars(preprocessing), code)
-    monkeypatch.setattr(autoencoder, 'preprocess', code['preprocess'])
+    monkeypatch.setattr(preprocessing, 'preprocess', code['preprocess'])
     step._program.cache_clear()
     compiled = footprint.compile_step(config, mesh)
     return planner.read(config, slices, mesh, compiled).costs.parts
