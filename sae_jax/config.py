@@ -8,6 +8,7 @@ stage's output. Library code never reads a flag.
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import math
@@ -232,6 +233,15 @@ def flat(config: Any) -> dict[str, Any]:
     nested = dataclasses.is_dataclass(value)
     values |= flat(value) if nested else {field.name: value}
   return values
+
+
+def in_a_name(value: Any) -> str:
+  """A value as a part of a folder's name: of a path its end, and a digest."""
+  text = str(value)
+  if '/' not in text:
+    return text
+  digest = hashlib.sha256(text.encode()).hexdigest()[:6]
+  return f'{text.rstrip("/").rpartition("/")[2]}-{digest}'
 
 
 def from_flat(kind: type[_Config], values: dict[str, Any]) -> _Config:

@@ -257,6 +257,9 @@ def fit_inputs(
   sae = sae.replace(data_mean_D=mean_D, data_scale=scale)
   if config.target_site:
     mean_D, scale = _statistics(output_BD)
+    # Of the length of what is read, so that weights need none of their own.
+    _, length = _statistics(preprocessing.preprocess(config, sae, read_BD)[0])
+    scale = scale / jnp.where(length > 0, length, 1)
     statistics = {'target_mean_D': mean_D, 'target_scale': scale}
     sae = sae.replace(target=sae.target | statistics)
   tokens_BX, affine = preprocessing.tokens(config, sae, sample_BD)

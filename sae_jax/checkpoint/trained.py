@@ -92,9 +92,14 @@ def load(
   with format.open_checkpointer(url, keep=None) as checkpointer:
     steps = [saved.step for saved in checkpointer.checkpoints]
     if not steps or step not in (None, *steps):
+      if not steps:
+        raise errors.UserError(
+          f'{url} has no finished checkpoint: what wrote it was stopped, run '
+          'it again'
+        )
       raise errors.UserError(
-        f'{url} has no checkpoint of step {"any" if step is None else step}: '
-        f'it has {", ".join(map(str, steps)) or "none"}'
+        f'{url} has no checkpoint of step {step}: it has '
+        f'{", ".join(map(str, steps))}'
       )
     step = steps[-1] if step is None else step
     metadata = format.read_metadata(checkpointer, step)

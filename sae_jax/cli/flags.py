@@ -43,6 +43,9 @@ def define(kind: type) -> None:
       flags.DEFINE_list(field.name, list(field.default), text)
     else:
       flags.DEFINE_string(field.name, field.default, text)
+    if field.name == 'from_checkpoint':
+      # A field cannot be called so.
+      flags.DEFINE_alias('from', field.name)
 
 
 class _IntegerParser(flags.IntegerParser):

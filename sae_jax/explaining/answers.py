@@ -8,6 +8,7 @@ import math
 import re
 from typing import Any, NamedTuple
 
+from sae_jax import errors
 from sae_jax.explaining import prompts
 
 # Kinds of answers that cannot be used.
@@ -48,7 +49,7 @@ def explanation(response: dict[str, Any]) -> str | Unusable:
   if isinstance(content, Unusable):
     return content
   _, mark, text = content.rpartition(prompts.MARK)
-  text = ' '.join(text.split())
+  text = errors.printable(' '.join(text.split()), 4 * _LONGEST)
   if not mark or not text:
     return _unparsable(content)
   return Unusable('too_long') if len(text) > _LONGEST else text

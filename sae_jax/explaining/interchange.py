@@ -79,6 +79,16 @@ def _neuronpedia(path: epath.Path) -> dict[int, str]:
   return found
 
 
+def check_empty(folder: str) -> None:
+  """Raises UserError for an export into a folder that holds something."""
+  path = epath.Path(folder)
+  if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    raise errors.UserError(
+      f'{folder} holds something, with which an export would mix: give a new '
+      'or an empty folder'
+    )
+
+
 def write_delphi(
   folder: str,
   site: str,

@@ -78,6 +78,9 @@ def explain_latents(
   probed = results.read_report(workdir)
   key = client.key_of(config.api_key_env) if config.endpoint else ''
   given, other = None, None
+  for folder in (config.export_delphi, config.export_neuronpedia):
+    if folder:
+      interchange.check_empty(folder)
   if config.import_explanations:
     given = interchange.read(config.import_explanations)
   if config.compare:

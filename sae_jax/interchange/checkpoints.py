@@ -52,10 +52,11 @@ def write(
       f'{of.url} reads activations of width {of.d_in}, store {data.url} holds '
       f'width {data.manifest.d_model}: give a store of its own site'
     )
+  core.check(of)
   if imported.is_transcoder(of) and not data.target_site:
     raise errors.UserError(
-      f'{of.url} is a transcoder: name the site of store {data.url} that it '
-      'writes as the target site'
+      f'{of.url} is a transcoder: say with --target_site which site of store '
+      f'{data.url} it writes, of {", ".join(data.manifest.sites)}'
     )
   if data.target_site and not imported.is_transcoder(of):
     raise errors.UserError(

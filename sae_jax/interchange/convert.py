@@ -131,10 +131,17 @@ def _read(config: ConvertConfig, source: str) -> tuple[imported.Imported, str]:
     config.format == AUTO and checkpoint.exists(source)
   ):
     return ours.described(checkpoint.load(source), source), 'it has checkpoints'
-  if config.format != AUTO:
-    return registry.read(source, given, config.format), 'it is said to be'
-  name, reason = registry.identify(source)
-  return registry.read(source, given, name), reason
+  name, reason = config.format, 'it is said to be'
+  if name == AUTO:
+    name, reason = registry.identify(source)
+  of = registry.read(source, given, name)
+  for flag in ('k', 'scale_in'):
+    asked, own = getattr(given, flag), getattr(of.semantics, flag)
+    if asked is not None and own != asked:
+      raise errors.UserError(
+        f'{source} has {flag} {own} by itself, not {asked}: leave --{flag} out'
+      )
+  return of, reason
 
 
 def is_on_hub(source: str) -> bool:

@@ -49,7 +49,7 @@ def to_ours(
   Raises:
     UserError: if ours cannot be that function; it names the property.
   """
-  _check(of)
+  check(of)
   norm_N = folding.row_norms(of)
   return config_of(of, norm_N, target_site), _sae(of, norm_N, mesh)
 
@@ -90,7 +90,7 @@ def config_of(
   )
 
 
-def _check(of: Imported) -> None:
+def check(of: Imported) -> None:
   """Raises UserError for what ours cannot be."""
   semantics = of.semantics
   transcodes = imported.is_transcoder(of)

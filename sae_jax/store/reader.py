@@ -218,6 +218,11 @@ def open_store(
       f'store {url} holds {", ".join(manifest.sites)}, not {target_site}: '
       'harvest both sites in one pass, as --sites=A,B'
     )
+  if target_site == site:
+    raise errors.UserError(
+      f'the target site {site} is the site that is read, which an autoencoder '
+      'reconstructs: leave it out'
+    )
   cache_bytes = _CACHE_BYTES_IN_ORDER if in_order else CACHE_BYTES
   return Store(url, manifest, site, cache_bytes, target_site)
 

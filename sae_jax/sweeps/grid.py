@@ -189,7 +189,9 @@ def _cell(
 
 
 def _values_text(values: Mapping[str, Any]) -> str:
-  return '_'.join(f'{name}={value}' for name, value in values.items())
+  return '_'.join(
+    f'{name}={config_lib.in_a_name(value)}' for name, value in values.items()
+  )
 
 
 def _digest(config: TrainConfig, data: store_lib.Store, converge: float) -> str:

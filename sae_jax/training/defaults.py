@@ -127,12 +127,13 @@ def log(config: TrainConfig) -> None:
   """
   sae, optimizer = config.sae, config.optimizer
   logging.info(
-    '%.3g tokens: decoder from %s, encoder gain %s, rate %.3g with %d steps '
+    '%.3g tokens: %s, rate %.3g with %d steps '
     'of warm-up and %d of decay, Adam b1 %g, latents are dead after %d tokens, '
     'average %g',
     tokens(config),
-    sae.decoder_init,
-    sae.encoder_gain,
+    f'weights from {config.from_checkpoint}'
+    if config.from_checkpoint
+    else f'decoder from {sae.decoder_init}, encoder gain {sae.encoder_gain}',
     optimizer.learning_rate,
     optimizer.warmup_steps,
     optimizer.decay_steps,

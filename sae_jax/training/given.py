@@ -2,12 +2,13 @@
 
 import dataclasses
 
+from absl import logging
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
-from sae_jax import autoencoder, checkpoint, errors
+from sae_jax import autoencoder, checkpoint, errors, store
 from sae_jax.training.config import TrainConfig
 
 # What says how an autoencoder is computed, and not what it is.
@@ -16,6 +17,8 @@ _OWN = ('matmul',)
 
 def with_its_settings(config: TrainConfig) -> TrainConfig:
   """The run with the settings of the autoencoder that it begins with.
+
+  A setting at its usual value is one that was not given.
 
   Raises:
     UserError: if there is no such checkpoint, or the run has other settings.
@@ -35,8 +38,42 @@ def with_its_settings(config: TrainConfig) -> TrainConfig:
         f'{name} {value} is not that of {config.from_checkpoint}, '
         f'{getattr(its, name)}, with which the run begins: leave it out'
       )
+  logging.info(
+    '%s: begins with %s, k %d, preprocessing %s',
+    config.from_checkpoint,
+    its.activation,
+    its.k,
+    its.preprocessing,
+  )
   kept = {name: getattr(own, name) for name in _OWN}
   return dataclasses.replace(config, sae=dataclasses.replace(its, **kept))
+
+
+def check(config: TrainConfig, data: store.Store) -> None:
+  """Compares the activations that a run begins and goes on with.
+
+  Raises:
+    UserError: if they have other widths.
+  """
+  if not config.from_checkpoint:
+    return
+  url, manifest = config.from_checkpoint, data.manifest
+  if config.sae.d_model != manifest.d_model:
+    raise errors.UserError(
+      f'{url} reads activations of width {config.sae.d_model}, store '
+      f'{data.url} holds width {manifest.d_model}: give a store of its site'
+    )
+  trained_on = _metadata(url).dataset
+  own = manifest.weights_sha256, data.site
+  if (trained_on.get('weights_sha256'), trained_on.get('site')) != own:
+    logging.warning(
+      '%s is of %s of %s, and the run is of %s of %s',
+      url,
+      trained_on.get('site'),
+      trained_on.get('subject'),
+      data.site,
+      manifest.subject,
+    )
 
 
 def _metadata(url: str) -> checkpoint.Metadata:

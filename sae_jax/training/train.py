@@ -24,6 +24,7 @@ from sae_jax.training.state import TrainState
 def check(config: TrainConfig, data: store.Store, mesh: Mesh) -> None:
   """Raises UserError if config, store and mesh do not fit each other."""
   manifest = data.manifest
+  given.check(config, data)
   if config.sae.d_model != manifest.d_model:
     raise errors.UserError(
       f'd_model {config.sae.d_model} is not the width {manifest.d_model} of '
@@ -69,7 +70,10 @@ def sweep(
   """
   configs = {}
   for changes, whole in config_lib.combinations(config, values):
-    name = '_'.join(f'{field}={value}' for field, value in changes.items())
+    name = '_'.join(
+      f'{field}={config_lib.in_a_name(value)}'
+      for field, value in changes.items()
+    )
     path = str(epath.Path(workdir) / name) if name else workdir
     configs[path] = config_lib.from_flat(TrainConfig, whole)
   return configs
@@ -135,8 +139,9 @@ def train_many(
   #    finished, or SIGTERM has had them saved.
   # 6. However this ends, logs are closed, then saves waited for, then workdirs
   #    given up.
+  configs = {w: given.with_its_settings(c) for w, c in configs.items()}
   _check_shared(configs)
-  first = given.with_its_settings(next(iter(configs.values())))
+  first = next(iter(configs.values()))
   data = store.open_store(
     store_url,
     first.site,

@@ -204,6 +204,45 @@ def test_a_run_s_other_settings_are_refused(both, tmp_path):
     training.train(none, both, str(tmp_path / 'second'))
 
 
+def test_runs_of_one_reading_begin_with_checkpoints_of_one_target(
+  both, tmp_path
+):
+  runs = {}
+  for name, target in (('plain', ''), ('transcoder', TARGET)):
+    run = planted.train_config(site=SITE, steps=1, mesh_latent=1)
+    sae = dataclasses.replace(run.sae, target_site=target)
+    begun = str(tmp_path / name)
+    training.train(dataclasses.replace(run, sae=sae), both, begun)
+    runs[str(tmp_path / f'more {name}')] = dataclasses.replace(
+      run, sae=autoencoder.SaeConfig(), from_checkpoint=begun
+    )
+  with pytest.raises(errors.UserError, match='target_site differs between'):
+    training.train_many(runs, both)
+
+
+def test_another_site_than_the_checkpoint_s_is_told(both, tmp_path, caplog):
+  run = planted.train_config(site=SITE, steps=1, mesh_latent=1)
+  begun = str(tmp_path / 'first')
+  training.train(run, both, begun)
+  for site, count in ((SITE, 0), (TARGET, 1)):
+    more = dataclasses.replace(
+      run, sae=autoencoder.SaeConfig(), site=site, from_checkpoint=begun
+    )
+    with caplog.at_level('WARNING'):
+      training.train(more, both, str(tmp_path / site))
+    assert caplog.text.count(f'is of {SITE} of planted, and the run') == count
+
+
+def test_what_a_file_says_itself_is_not_given():
+  name = next(n for n in golden.NAMES if n.startswith('saelens/topk'))
+  source = str(golden.url_of(golden.FOLDER / name, name))
+  config = convert.ConvertConfig(to='plain', k=1)
+  with pytest.raises(errors.UserError, match='has k 4 by itself, not 1: leave'):
+    convert.convert(config, source, 'never written')
+  with pytest.raises(errors.UserError, match='qwen_scope is read, not written'):
+    convert.convert(convert.ConvertConfig(to='qwen_scope'), source, 'never')
+
+
 def test_what_does_not_fit_is_refused_before_anything_is_written(
   both, tmp_path
 ):

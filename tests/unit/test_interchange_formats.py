@@ -194,7 +194,7 @@ def test_where_they_are_from():
 
 def test_what_a_format_does_not_say_is_given(tmp_path):
   place = golden.url_of(golden.FOLDER / 'qwen_scope', 'qwen_scope')
-  assert 'give k, the L0' in refused(registry.read, place)
+  assert 'give --k, the L0' in refused(registry.read, place)
   assert 'k 21 of 20' in refused(registry.read, place, imported.Given(k=21))
   folder = golden.copy(
     'saelens/jumprelu',

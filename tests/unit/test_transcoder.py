@@ -225,6 +225,23 @@ def test_a_transcoder_is_trained_and_goes_on(both, tmp_path, skip):
     assert np.abs(trained.sae.target['w_skip_DD']).max() > 1e-3
 
 
+@pytest.mark.parametrize('preprocessing', autoencoder.PREPROCESSING)
+def test_what_is_written_begins_with_the_length_of_what_is_read(preprocessing):
+  config = autoencoder.SaeConfig(
+    d_model=16, n_latents=32, k=4, preprocessing=preprocessing,
+    target_site=WRITTEN, encoder_gain='norm', decoder_init='random',
+  )  # fmt: skip
+  rows_RD = planted.activations(400)
+  rows_RX = np.concatenate([rows_RD, 1e3 * planted.targets(rows_RD)], axis=1)
+  sae = autoencoder.init_weights(config, jax.random.key(0))
+  sae, mse_of_mean = jax.jit(autoencoder.fit_inputs, static_argnums=0)(
+    config, sae, rows_RX
+  )
+  x_RD, _ = autoencoder.preprocess(config, sae, rows_RX)
+  away_RD = np.asarray(x_RD) - np.asarray(x_RD).mean(0)
+  np.testing.assert_allclose(mse_of_mean, (away_RD**2).sum(1).mean(), rtol=1e-3)
+
+
 def test_what_does_not_go_together_is_refused():
   with pytest.raises(errors.UserError, match='skip is for a transcoder'):
     dataclasses.replace(CONFIG, skip=True)

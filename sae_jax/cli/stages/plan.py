@@ -10,6 +10,7 @@ from sae_jax.cli import flags, slice_flags
 from sae_jax.ops import dispatch
 from sae_jax.plan import steps, table
 from sae_jax.probing.scan.config import ScanConfig
+from sae_jax.training import given
 from sae_jax.training.config import TrainConfig
 
 _EXAMPLES = {
@@ -88,7 +89,8 @@ def _define_probing() -> None:
 
 def _config_and_case() -> tuple[TrainConfig | steps.probing.PassConfig, str]:
   """The program to plan, and what to assume of data."""
-  values, config = absl_flags.FLAGS, flags.read(TrainConfig)
+  values = absl_flags.FLAGS
+  config = given.with_its_settings(flags.read(TrainConfig))
   if values.program == steps.training.NAME:
     return config, values.dead
   scan = ScanConfig(

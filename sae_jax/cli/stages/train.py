@@ -16,7 +16,6 @@ from sae_jax.training.config import TrainConfig
 def define() -> None:
   """Defines this binary's flags."""
   flags.define(TrainConfig)
-  absl_flags.DEFINE_alias('from', 'from_checkpoint')
   flags.define_processes()
   absl_flags.DEFINE_multi_string(
     'sweep',

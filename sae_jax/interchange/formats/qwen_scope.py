@@ -32,8 +32,8 @@ def read(where: Place, given: imported.Given) -> imported.Imported:
   content = weights.take(file, _TABLE)
   if given.k is None:
     raise errors.UserError(
-      f'{file.url} does not say how many latents are active: give k, the L0 in '
-      "its repository's name"
+      f'{file.url} does not say how many latents are active: give --k, the L0 '
+      "in its repository's name"
     )
   return imported.Imported(
     format='qwen_scope',
