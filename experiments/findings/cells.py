@@ -250,14 +250,18 @@ def rates(
     more = False
     for arm, own in by_arm.items():
       at = best(own, lambda line, arm=arm: score(arm, line))
-      if at in (min(own), max(own)):
-        more = True
-        tried[arm].add(at / 2 if at == min(own) else at * 2)
-        if len(tried[arm]) > _MOST_RATES:
-          raise errors.UserError(
-            f'{arm} is best at {at:g} times its rate, an end of '
-            f'{len(own)} rates: its config does not train'
-          )
+      ends = {min(own): min(own) / 2, max(own): max(own) * 2}
+      wider = {ends[at]} if at in ends else set()
+      if math.isinf(score(arm, own[at])):
+        # None is any good: nothing says on which side a better one is.
+        wider = set(ends.values())
+      tried[arm] |= wider
+      more |= bool(wider)
+      if wider and len(tried[arm]) > _MOST_RATES:
+        raise errors.UserError(
+          f'{arm} is best at {at:g} times its rate, an end of '
+          f'{len(own)} rates: its config does not train'
+        )
     if not more:
       return by_arm
 

@@ -155,6 +155,19 @@ def test_rates_go_on_until_the_best_has_worse_ones_on_both_sides(monkeypatch):
     cells.rates(None, {'high': arms['high']})
 
 
+def test_where_no_rate_is_any_good_both_sides_are_tried(monkeypatch):
+  def of_config(config):
+    rate = config.optimizer.learning_rate
+    # As where too many latents are active at rates that are too low.
+    return scores(distance(config, 0.8) if rate > 0.35 else math.inf, 1.0)
+
+  canned(monkeypatch, of_config)
+  arm = {'arm': pairs.run(BUDGET, 0, learning_rate=0.1)}
+  swept = cells.rates(None, arm)
+  assert cells.best(swept['arm']) == 8
+  assert set(swept['arm']) == {0.25, 0.5, 1, 2, 4, 8, 16}
+
+
 def test_a_failed_run_is_never_the_best(monkeypatch):
   def of_config(config):
     failed = config.optimizer.learning_rate > 0.15
