@@ -3,8 +3,10 @@
 Each run that is finished is a line of --cells and is never run again; the
 effects of each finding are kept in --results, and the page is made of them.
 
-  sae-harvest --store=runs/1m --n_tokens=1150000 --mask_norm_multiple=10
-  python -m experiments.findings.measure --store=runs/1m --workdir=runs/findings
+  sae-harvest --store=runs/2m --n_tokens=2300000 --dtype=bfloat16 \\
+    --sites=blocks.7.resid_post,blocks.14.resid_post --mask_norm_multiple=10
+  python -m experiments.findings.measure --store=runs/2m \\
+    --workdir=runs/findings --site=blocks.14.resid_post
 """
 
 from collections.abc import Callable

@@ -30,8 +30,10 @@ compared. Rates and penalties are chosen on validation rows, effects are those
 of test rows.
 
 ```sh
-sae-harvest --store=runs/1m --n_tokens=1150000 --mask_norm_multiple=10
-python -m experiments.findings.measure --store=runs/1m --workdir=runs/findings
+sae-harvest --store=runs/2m --n_tokens=2300000 --dtype=bfloat16 \\
+  --sites=blocks.7.resid_post,blocks.14.resid_post --mask_norm_multiple=10
+python -m experiments.findings.measure --store=runs/2m \\
+  --workdir=runs/findings --site=blocks.14.resid_post
 ```
 
 Runs that are in [cells.jsonl](findings/cells.jsonl) are not run again, nor are
