@@ -41,8 +41,12 @@ def check(config: TrainConfig, data: store.Store, mesh: Mesh) -> None:
 
 
 def resolve(config: TrainConfig, manifest: store.Manifest) -> TrainConfig:
-  """The config with values for all that is left to the store and the run."""
-  config = given.with_its_settings(config)
+  """The config with values for all that is left to the store and the run.
+
+  Args:
+    config: from `given.with_its_settings`.
+    manifest: of the store.
+  """
   d_model = config.sae.d_model or manifest.d_model
   config = dataclasses.replace(
     config, sae=dataclasses.replace(config.sae, d_model=d_model)
