@@ -73,5 +73,8 @@ def test_a_transcoder_becomes_a_page(texts, tmp_path):
   assert (
     'whose latents act at blocks.1.mlp_out' in evaluated['ablation']['cannot']
   )
+  text = (tmp_path / 'probe/report.html').read_text()
+  assert 'Transcoder of blocks.1.mlp_in to blocks.1.mlp_out' in text
+  assert '<dt>untrained</dt>' in text and '<dt>PCA</dt>' not in text
   columns = json.loads((tmp_path / 'page/data/columns.json').read_text())
   assert any(columns['count'])

@@ -122,4 +122,7 @@ def page_of(report: Mapping[str, Any]) -> str:
   known = {
     url: f'The autoencoder of {url}.' for url in report['controls']
   } | controls.DEFINITIONS
+  if report.get('target_site'):
+    # Of what is read they make nothing of what is written.
+    del known[controls.PCA], known[controls.CHANNELS]
   return page.html(report, report['evaluations'], known)

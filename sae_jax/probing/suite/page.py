@@ -33,7 +33,10 @@ def html(
   parts = [_about(about, controls), '<h2>Summary</h2>', _summary(records)]
   for name, record in records.items():
     parts += _evaluation(name, record)
-  return page.document(f'Autoencoder of {about["site"]}', parts)
+  title = f'Autoencoder of {about["site"]}'
+  if about.get('target_site'):
+    title = f'Transcoder of {about["site"]} to {about["target_site"]}'
+  return page.document(title, parts)
 
 
 def _about(about, controls) -> str:
