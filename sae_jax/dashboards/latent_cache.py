@@ -171,7 +171,7 @@ def _scratch(folder: str) -> Iterator[pathlib.Path]:
 
 def _check_range(most: float) -> None:
   """Raises UserError for an activation that float16 cannot hold."""
-  if most > np.finfo(np.float16).max:
+  if most > float(np.finfo(np.float16).max):
     raise errors.UserError(
       f'an activation is {most:.6g}, beyond the float16 of a latent cache: '
       'train with a preprocessing that scales activations'
