@@ -4,6 +4,7 @@ import dataclasses
 import json
 import struct
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -101,10 +102,11 @@ def test_every_activation_of_a_text_is_there(activation, data, tmp_path):
     trained = probed.make_trained(data)
     data = probed.write_store(str(tmp_path / 'S'), target_site=TARGET)
     assert data.width == 2 * probed.D_MODEL
-    target = {'target_mean_D': np.zeros(probed.D_MODEL), 'target_scale': 1.0}
+    zeros_D = jnp.zeros(probed.D_MODEL)
+    target = {'target_mean_D': zeros_D, 'target_scale': jnp.float32(1)}
     trained = dataclasses.replace(
       trained,
-      sae=trained.sae.replace(target=target),
+      sae=trained.sae.replace(b_pre_D=zeros_D, target=target),
       config=dataclasses.replace(trained.config, target_site=TARGET),
       metadata=dataclasses.replace(trained.metadata, dataset=data.about),
     )
