@@ -17,11 +17,12 @@ from sae_jax.dashboards import neuronpedia
 from sae_jax.dashboards.config import DashboardConfig
 from sae_jax.explaining import interchange
 from sae_jax.features import explanations, Features, results
-from sae_jax.storage import files, workdir
+from sae_jax.storage import files, signed, workdir
 from sae_jax.subject.formats import tokenizer as tokenizer_lib
 
 # Written last: the import reads nothing without it.
 _LAST = 'model.jsonl'
+_PARTS = ('activations', 'explanations', 'features')
 # The import lists so many files of a folder, and no more.
 _MOST_FILES = 1000
 _BATCH = 1024
@@ -89,7 +90,9 @@ def write(
   made_from = config_lib.through_json(
     {
       'probe': report['made_from'],
-      'explanations': [explained[latent] for latent in sorted(explained)],
+      'explanations': signed.digest(
+        {str(n): of for n, of in explained.items()}
+      ),
       'sae_jax': sae_jax.__version__,
     }
   )
@@ -104,7 +107,8 @@ def write(
     )
     words = interchange.spelled(tokenizer_lib.token_texts(tokenizer))
     workdir.sign(folder, results.STAGE, made_from)
-    files.remove_partial(folder)
+    for part in ('', *_PARTS):
+      files.remove_partial(epath.Path(folder) / part)
     size = batch_latents(features.n_latents)
     firsts = range(0, features.n_latents, size)
     for number, first in enumerate(progress.bar(firsts, desc='Neuronpedia')):
@@ -126,10 +130,7 @@ def _write_batch(
 ) -> None:
   """Writes the files of a batch, those of the latents themselves last."""
   name = f'batch-{number}.jsonl.gz'
-  paths = {
-    part: epath.Path(folder) / part / name
-    for part in ('activations', 'explanations', 'features')
-  }
+  paths = {part: epath.Path(folder) / part / name for part in _PARTS}
   if paths['features'].exists():
     return
   edges, rows = features.column('hist_edges'), []
