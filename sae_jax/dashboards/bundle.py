@@ -153,9 +153,8 @@ def _write_batch(
 
 
 def _write_rows(path: epath.Path, lines: Iterable[str]) -> None:
-  """Writes lines to a file, packed; none without lines, which is an error
-  to the import.
-  """
+  """Writes lines to a file, packed, if there are any."""
+  # A file without lines is an error to the import.
   lines = iter(lines)
   first = next(lines, None)
   if first is None:
@@ -173,9 +172,7 @@ def _write_rows(path: epath.Path, lines: Iterable[str]) -> None:
 def _explanation(
   source: neuronpedia.Source, line: Mapping[str, Any]
 ) -> dict[str, Any]:
-  """A row of an explanation; of types and models the import takes those alone
-  that it knows, so that ours are a note.
-  """
+  """A row of an explanation."""
   row = interchange.neuronpedia_explanation(
     source.model, source.id, line, source.created
   )
@@ -183,6 +180,7 @@ def _explanation(
   if line['score'] is not None:
     accuracy = line['score']['balanced_accuracy'][0]
     notes += f'; balanced accuracy of detection {accuracy:.2f}'
+  # Types and models that their database does not know are refused.
   own = {'typeName': None, 'explanationModelName': None, 'notes': notes}
   return row | {'authorId': neuronpedia.CREATOR} | own
 
