@@ -145,10 +145,14 @@ def _write_batch(
         yield from map(_line, own)
 
   _write_rows(paths['activations'], activations())
-  lines = (explained[latent] for latent in latents if latent in explained)
-  _write_rows(
-    paths['explanations'], (_line(_explanation(source, one)) for one in lines)
+  lines = (
+    interchange.neuronpedia_explanation(
+      source.model, source.id, explained[latent], source.created
+    )
+    for latent in latents
+    if latent in explained
   )
+  _write_rows(paths['explanations'], map(_line, lines))
   _write_rows(paths['features'], rows)
 
 
@@ -169,28 +173,12 @@ def _write_rows(path: epath.Path, lines: Iterable[str]) -> None:
   files.write_stream(path, write_all)
 
 
-def _explanation(
-  source: neuronpedia.Source, line: Mapping[str, Any]
-) -> dict[str, Any]:
-  """A row of an explanation."""
-  row = interchange.neuronpedia_explanation(
-    source.model, source.id, line, source.created
-  )
-  notes = f'by {line["model"]}, with sae_jax'
-  if line['score'] is not None:
-    accuracy = line['score']['balanced_accuracy'][0]
-    notes += f'; balanced accuracy of detection {accuracy:.2f}'
-  # Types and models that their database does not know are refused.
-  own = {'typeName': None, 'explanationModelName': None, 'notes': notes}
-  return row | {'authorId': neuronpedia.CREATOR} | own
-
-
 def _about(
   config: DashboardConfig, source: neuronpedia.Source, report: Mapping[str, Any]
 ) -> dict[str, dict[str, Any]]:
   """The rows of what the latents are of, by file, the last one last."""
   common = {
-    'creatorId': neuronpedia.CREATOR,
+    'creatorId': interchange.NEURONPEDIA_CREATOR,
     'visibility': 'PUBLIC',
     'createdAt': source.created,
   }

@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 
 from sae_jax import errors
+from sae_jax.explaining import interchange
 
-# The account that Neuronpedia's own database is begun with. Rows are its.
-CREATOR = 'clkht01d40000jv08hvalcvly'
 # Of a latent's activations, each a fifth of the way to the largest, or as near
 # to it as an edge of the histogram is.
 _INTERVALS = 5
@@ -110,7 +109,7 @@ def latents(
       'modelId': source.model,
       'layer': source.id,
       'index': str(latent),
-      'creatorId': CREATOR,
+      'creatorId': interchange.NEURONPEDIA_CREATOR,
       'createdAt': source.created,
     }
     activations = []

@@ -18,7 +18,9 @@ from sae_jax.storage import files, records
 
 # delphi names a file by module and latent, such as layers.3.mlp_latent12.txt.
 _DELPHI = re.compile(r'(?:.*_latent)?(\d+)\.txt')
-_TYPE, _SCORE_TYPE = 'sae_jax_explain', 'sae_jax_detection'
+_SCORE_TYPE = 'sae_jax_detection'
+# The account that Neuronpedia's own database is begun with. Rows are its.
+NEURONPEDIA_CREATOR = 'clkht01d40000jv08hvalcvly'
 
 
 def read(path: str) -> dict[int, str]:
@@ -149,7 +151,7 @@ def neuronpedia_source(site: str) -> str:
 def neuronpedia_explanation(
   model_id: str, layer: str, line: Mapping[str, Any], created: str
 ) -> dict[str, Any]:
-  """A row of an explanation, as of Neuronpedia.
+  """A row of an explanation, as Neuronpedia imports it.
 
   Args:
     model_id: see `write_neuronpedia`.
@@ -160,16 +162,21 @@ def neuronpedia_explanation(
   """
   index, text = str(line['latent']), line['explanation']
   words = '\n'.join((model_id, layer, index, text))
+  notes = f'by {line["model"]}, with sae_jax'
+  if line['score'] is not None:
+    accuracy = line['score']['balanced_accuracy'][0]
+    notes += f'; balanced accuracy of detection {accuracy:.2f}'
   return {
     'id': hashlib.sha256(words.encode()).hexdigest()[:24],
     'modelId': model_id,
     'layer': layer,
     'index': index,
     'description': text,
-    'authorId': '',
-    'typeName': _TYPE,
-    'explanationModelName': line['model'],
-    'notes': '',
+    'authorId': NEURONPEDIA_CREATOR,
+    # Those that their database does not know are refused.
+    'typeName': None,
+    'explanationModelName': None,
+    'notes': notes,
     'createdAt': created,
   }
 

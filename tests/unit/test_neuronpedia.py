@@ -10,6 +10,7 @@ from sae_jax import errors
 from sae_jax import subject as subject_lib
 from sae_jax.dashboards import bundle, neuronpedia
 from sae_jax.dashboards.config import DashboardConfig
+from sae_jax.explaining import interchange
 from sae_jax.features import explanations
 from sae_jax.subject.formats import tokenizer as tokenizer_lib
 from tests.support import binaries, synthetic_features
@@ -207,7 +208,7 @@ def test_explanations_are_rows_that_the_import_takes(written):
   for (row,) in rows.values():
     # References to rows that the database does not have would be refused.
     assert row['typeName'] is row['explanationModelName'] is None
-    assert row['authorId'] == neuronpedia.CREATOR
+    assert row['authorId'] == interchange.NEURONPEDIA_CREATOR
   assert rows[12][0]['notes'].endswith('balanced accuracy of detection 0.88')
 
 
@@ -221,7 +222,8 @@ def test_what_the_latents_are_of_is_named(written):
   names = {about['source']['setName'], about['sourceset']['name']}
   assert names == {'res'}
   assert about['sourceset']['releaseName'] == about['release']['name']
-  assert {row['creatorId'] for row in about.values()} == {neuronpedia.CREATOR}
+  creators = {row['creatorId'] for row in about.values()}
+  assert creators == {interchange.NEURONPEDIA_CREATOR}
 
 
 def bundle_of(folder):
