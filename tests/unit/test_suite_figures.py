@@ -63,6 +63,21 @@ def test_intervals_cover_the_truth():
   assert covered['pairs'] / 300 < 0.9
 
 
+@pytest.mark.parametrize('points', [None, 2])
+def test_the_interval_of_a_share_ends_where_shares_do(points):
+  def ends(shift, **changes):
+    sample = make_sample(units=3, shift=shift, points=points)
+    got = figures.figure(statistic(**changes), sample)
+    return np.array([got.low, got.high])
+
+  for shift, end in ((-0.48, 0), (0.48, 1)):
+    # Without ends it goes beyond.
+    plain, share = ends(shift), ends(shift, ends=figures.SHARE)
+    assert ((plain < 0) | (plain > 1)).any()
+    np.testing.assert_array_equal(share, plain.clip(0, 1))
+    assert (share == end).any()
+
+
 def test_entries_of_one_unit_are_one():
   sample = make_sample(units=30)
   thirds = figures.Sample(np.arange(30) // 3, sample.draw_U, sample.sums)

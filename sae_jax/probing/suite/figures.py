@@ -17,6 +17,9 @@ from scipy import special
 from sae_jax.probing import intervals
 from sae_jax.probing.intervals import Sums
 
+# The values that a share can have.
+SHARE = (0.0, 1.0)
+
 
 @dataclasses.dataclass(frozen=True)
 class Statistic:
@@ -31,6 +34,8 @@ class Statistic:
     unit: of the figure, such as 'nats'; '' for a plain number.
     better: whether a good autoencoder has a low or a high one; '' for neither.
     points: of a curve, the name of its x; '' for a single figure.
+    ends: the least and the greatest value that it can have: an interval ends
+      there.
     orders: whether it tells a true dictionary from a trained one, and that from
       a random one, as experiments/planted.py measures: only then it is in the
       summary of the report.
@@ -42,6 +47,7 @@ class Statistic:
   unit: str = ''
   better: Literal['low', 'high', ''] = ''
   points: str = ''
+  ends: tuple[float, float] = (-math.inf, math.inf)
   orders: bool = False
 
 
@@ -100,6 +106,7 @@ def figure(statistic: Statistic, sample: Sample) -> Figure:
   """The figure of a sample."""
   units, sums_UX = intervals.by_unit(sample.unit_U, sample.sums)
   value, low, high = intervals.jackknife(statistic.of, sums_UX)
+  low, high = (np.clip(end, *statistic.ends) for end in (low, high))
   return Figure(
     *map(_plain, (value, low, high)),
     _plain(_least_difference(statistic, sample)),

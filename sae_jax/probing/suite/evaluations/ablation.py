@@ -9,7 +9,7 @@ import numpy as np
 
 from sae_jax.probing.suite import ablating, arrays
 from sae_jax.probing.suite.context import Context
-from sae_jax.probing.suite.figures import ratio, Statistic
+from sae_jax.probing.suite.figures import ratio, SHARE, Statistic
 from sae_jax.probing.suite.outcome import Outcome
 
 TITLE = 'Sparsity of effects'
@@ -44,6 +44,7 @@ STATISTICS = {
     f'{TOKENS} predictions; mean over ablations.',
     ratio('sparsity', 'ablations'),
     better='low',
+    ends=SHARE,
     orders=True,
   ),
   'kl': Statistic(

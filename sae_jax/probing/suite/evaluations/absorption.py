@@ -18,7 +18,7 @@ from sae_jax.probing.suite import (
 )
 from sae_jax.probing.suite import scored as scored_lib
 from sae_jax.probing.suite.context import CannotMeasure, Context
-from sae_jax.probing.suite.figures import ratio, Sample, Statistic
+from sae_jax.probing.suite.figures import ratio, Sample, SHARE, Statistic
 from sae_jax.probing.suite.outcome import Outcome
 from sae_jax.subject import capture
 from sae_jax.subject.formats import tokenizer as tokenizer_lib
@@ -83,6 +83,7 @@ STATISTICS = {
     'then over letters.',
     ratio('fraction', 'letters'),
     better='low',
+    ends=SHARE,
   ),
   'full': Statistic(
     'full absorption',
@@ -90,6 +91,7 @@ STATISTICS = {
     'other latent holds 0.4 of the direction or more; mean over letters.',
     ratio('full', 'letters'),
     better='low',
+    ends=SHARE,
   ),
   'latents': Statistic(
     'latents of a letter',
@@ -103,12 +105,14 @@ STATISTICS = {
     'mean over letters.',
     ratio('latents_f1', 'letters'),
     better='high',
+    ends=SHARE,
   ),
   'probe_f1': Statistic(
     'F1 of the probes',
     'F1 of the linear probes on the whole activation, for the letters that are '
     'kept: what could be told.',
     ratio('probe_f1', 'letters'),
+    ends=SHARE,
   ),
 }
 

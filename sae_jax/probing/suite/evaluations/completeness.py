@@ -11,7 +11,7 @@ from sae_jax import progress
 from sae_jax.probing.suite import arrays, wordnet
 from sae_jax.probing.suite import scored as scored_lib
 from sae_jax.probing.suite.context import CannotMeasure, Context
-from sae_jax.probing.suite.figures import ratio, Sample, Statistic
+from sae_jax.probing.suite.figures import ratio, Sample, SHARE, Statistic
 from sae_jax.probing.suite.outcome import Outcome
 from sae_jax.subject.formats import tokenizer as tokenizer_lib
 
@@ -57,6 +57,7 @@ STATISTICS = {
     'Share of the concepts that have a latent of their own.',
     ratio('own', 'concepts'),
     better='high',
+    ends=SHARE,
   ),
   'own_by_frequency': Statistic(
     'concepts with a latent',
@@ -65,6 +66,7 @@ STATISTICS = {
     ratio('own_points', 'concepts_points'),
     better='high',
     points='frequency',
+    ends=SHARE,
   ),
 }
 

@@ -12,7 +12,7 @@ from sae_jax import progress
 from sae_jax.probing import lens
 from sae_jax.probing.suite import ablating, arrays
 from sae_jax.probing.suite.context import CannotMeasure, Context
-from sae_jax.probing.suite.figures import ratio, Sample, Statistic
+from sae_jax.probing.suite.figures import ratio, Sample, SHARE, Statistic
 from sae_jax.probing.suite.outcome import Outcome
 from sae_jax.subject import logit_lens
 
@@ -71,6 +71,7 @@ STATISTICS = {
     f'Share of the {VOTES} tokens that the latent votes for by the logit lens '
     f'that are among the {VOTES} whose logits fall most without it.',
     ratio('agreement', 'latents'),
+    ends=SHARE,
   ),
 }
 

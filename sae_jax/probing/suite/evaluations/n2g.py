@@ -6,7 +6,13 @@ from sae_jax.probing import spelling
 from sae_jax.probing.suite import explained
 from sae_jax.probing.suite import patterns as patterns_lib
 from sae_jax.probing.suite.context import Context
-from sae_jax.probing.suite.figures import divided, ratio, Sample, Statistic
+from sae_jax.probing.suite.figures import (
+  divided,
+  ratio,
+  Sample,
+  SHARE,
+  Statistic,
+)
 from sae_jax.probing.suite.outcome import Outcome
 from sae_jax.subject.formats import tokenizer as tokenizer_lib
 
@@ -39,6 +45,7 @@ STATISTICS = {
     'latents that are predicted anywhere.',
     ratio('precision', 'predicted'),
     better='high',
+    ends=SHARE,
   ),
   'recall': Statistic(
     'recall',
@@ -46,6 +53,7 @@ STATISTICS = {
     'over the latents that fire on the test text.',
     ratio('recall', 'fires'),
     better='high',
+    ends=SHARE,
   ),
   'f1': Statistic(
     'F1',
@@ -53,6 +61,7 @@ STATISTICS = {
     'over the latents that fire on the test text.',
     ratio('f1', 'fires'),
     better='high',
+    ends=SHARE,
   ),
   'explained': Statistic(
     'activation explained',

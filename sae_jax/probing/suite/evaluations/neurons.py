@@ -11,7 +11,7 @@ from sae_jax import progress
 from sae_jax.probing.suite import arrays
 from sae_jax.probing.suite import scored as scored_lib
 from sae_jax.probing.suite.context import CannotMeasure, Context
-from sae_jax.probing.suite.figures import ratio, Sample, Statistic
+from sae_jax.probing.suite.figures import ratio, Sample, SHARE, Statistic
 from sae_jax.probing.suite.outcome import Outcome
 
 TITLE = 'Latents and channels'
@@ -51,12 +51,14 @@ STATISTICS = {
     'Highest absolute correlation of a latent with a single channel; mean over '
     f'the latents that fire on {_LEAST_FIRINGS} rows or more.',
     ratio('correlation', 'latents'),
+    ends=SHARE,
   ),
   'copies': Statistic(
     'copies of channels',
     f'Share of these latents with one above {_COPY}.',
     ratio('copies', 'latents'),
     better='low',
+    ends=SHARE,
   ),
 }
 

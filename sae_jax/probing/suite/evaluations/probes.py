@@ -8,7 +8,7 @@ import numpy as np
 
 from sae_jax import progress
 from sae_jax.probing.suite.context import CannotMeasure, Context
-from sae_jax.probing.suite.figures import ratio, Sample, Statistic
+from sae_jax.probing.suite.figures import ratio, Sample, SHARE, Statistic
 from sae_jax.probing.suite.outcome import Outcome
 
 TITLE = 'Probes of binary tasks'
@@ -59,6 +59,7 @@ STATISTICS = {
     'mean over tasks.',
     ratio('test_auc', 'with test_auc'),
     better='high',
+    ends=SHARE,
   ),
   'optimism': Statistic(
     'optimism',

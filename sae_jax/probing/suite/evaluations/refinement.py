@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from sae_jax.probing.suite import arrays
 from sae_jax.probing.suite import scored as scored_lib
 from sae_jax.probing.suite.context import Context
-from sae_jax.probing.suite.figures import divided, ratio, Statistic
+from sae_jax.probing.suite.figures import divided, ratio, SHARE, Statistic
 from sae_jax.probing.suite.outcome import Outcome
 
 TITLE = 'Refinement and shrinkage'
@@ -66,6 +66,7 @@ STATISTICS = {
     'reconstruction is better without them.',
     ratio('dropped', 'active'),
     better='low',
+    ends=SHARE,
   ),
 }
 

@@ -13,7 +13,13 @@ from sae_jax.probing import neighbours
 from sae_jax.probing.suite import arrays, controls, meta
 from sae_jax.probing.suite import scored as scored_lib
 from sae_jax.probing.suite.context import Context
-from sae_jax.probing.suite.figures import divided, ratio, Sample, Statistic
+from sae_jax.probing.suite.figures import (
+  divided,
+  ratio,
+  Sample,
+  SHARE,
+  Statistic,
+)
 from sae_jax.probing.suite.outcome import Outcome
 
 TITLE = 'Structure of the dictionary'
@@ -79,6 +85,7 @@ STATISTICS = {
     'Share of the latents whose nearest other row has a cosine above 0.9.',
     ratio('duplicates', 'latents'),
     better='low',
+    ends=SHARE,
   ),
   'encoder_decoder': Statistic(
     'encoder with decoder',
@@ -109,6 +116,7 @@ STATISTICS = {
     'Share of the pairs whose decoders and encoders, matched each by itself, '
     'are the same pair with both cosines above 0.7.',
     ratio('shared', 'pairs'),
+    ends=SHARE,
   ),
   'pieces': Statistic(
     'pieces of a latent',
@@ -121,16 +129,19 @@ STATISTICS = {
     "Share of the smaller one's latents that none of the larger one's has come "
     'of.',
     ratio('no_piece', 'splitting'),
+    ends=SHARE,
   ),
   'one_piece': Statistic(
     'whole latents',
     'Share that has become one.',
     ratio('one_piece', 'splitting'),
+    ends=SHARE,
   ),
   'more_pieces': Statistic(
     'split latents',
     'Share that has become two or more.',
     ratio('more_pieces', 'splitting'),
+    ends=SHARE,
   ),
 }
 _COMPARED = ('best', 'compared', 'matched', 'pairs', 'shared')
