@@ -32,6 +32,7 @@ from sae_jax import autoencoder, checkpoint, errors
 from sae_jax import config as config_lib
 from sae_jax.cli import flags
 from sae_jax.interchange import folding, formats, imported, ours, registry
+from sae_jax.storage import tensors
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _GOLDEN = _ROOT / 'tests/data/interchange'
@@ -135,7 +136,8 @@ def _own(name: str, chosen: dict) -> Case:
   trained = checkpoint.Trained(config, sae, 1.0, 0)
   x_BD = (2 * rng.standard_normal((50, 16)) + 0.5).astype(np.float32)
   codes = trained.encode(x_BD)
-  one = ours.described(trained, name)
+  held = jax.tree.map(lambda array: tensors.from_array(np.asarray(array)), sae)
+  one = ours.described(checkpoint.Saved(config, held), name)
   if config.target_site:
     site = dataclasses.replace(one.provenance, site='blocks.0.mlp_in')
     one = dataclasses.replace(one, provenance=site)

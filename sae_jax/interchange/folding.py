@@ -106,12 +106,12 @@ def row_norms(of: Imported) -> np.ndarray:
 def _without_norms(of: Imported) -> Imported:
   norm_N = row_norms(of)
   changes = {
-    'w_enc_ND': _times(of.tensors['w_enc_ND'], norm_N),
+    'w_enc_ND': times(of.tensors['w_enc_ND'], norm_N),
     # A row without length is that of a latent that says nothing.
-    'w_dec_ND': _times(of.tensors['w_dec_ND'], 1 / np.where(norm_N, norm_N, 1)),
+    'w_dec_ND': times(of.tensors['w_dec_ND'], 1 / np.where(norm_N, norm_N, 1)),
   }
   if 'b_enc_N' in of.tensors:
-    changes['b_enc_N'] = _times(of.tensors['b_enc_N'], norm_N)
+    changes['b_enc_N'] = times(of.tensors['b_enc_N'], norm_N)
   return _with(of, {'rescale_by_decoder_norm': False}, **changes)
 
 
@@ -120,11 +120,11 @@ def _without_scales(of: Imported) -> Imported:
   return _with(
     of,
     {'normalisation': 'none', 'scale_in': None, 'scale_out': None},
-    w_enc_ND=_times(of.tensors['w_enc_ND'], np.full(of.n_latents, scale_in)),
-    w_dec_ND=_times(
+    w_enc_ND=times(of.tensors['w_enc_ND'], np.full(of.n_latents, scale_in)),
+    w_dec_ND=times(
       of.tensors['w_dec_ND'], np.full(of.n_latents, 1 / scale_out)
     ),
-    b_dec_D=_times(of.tensors['b_dec_D'], np.full(of.d_out, 1 / scale_out)),
+    b_dec_D=times(of.tensors['b_dec_D'], np.full(of.d_out, 1 / scale_out)),
   )
 
 
@@ -169,10 +169,10 @@ def _with(of: Imported, semantics: dict | None = None, **tensors) -> Imported:
   )
 
 
-def _times(
+def times(
   tensor: tensors_lib.Tensor, factor_N: np.ndarray
 ) -> tensors_lib.Tensor:
-  """A tensor of which each row has a factor."""
+  """A tensor times a factor for each row, in float32."""
 
   def part(ranges: tensors_lib.Ranges) -> np.ndarray:
     values = _f64(tensor.part(ranges))

@@ -109,7 +109,7 @@ def give(
     for stored, (name, letters) in table.items()
   }
   if len({tensor.dtype for tensor in content.values()}) > 1:
-    return {name: _single(tensor) for name, tensor in content.items()}
+    return {name: single(tensor) for name, tensor in content.items()}
   return {name: storable(tensor) for name, tensor in content.items()}
 
 
@@ -124,11 +124,11 @@ def ordered(of: imported.Imported, name: str, letters: str) -> tensors.Tensor:
 
 def storable(tensor: tensors.Tensor) -> tensors.Tensor:
   """A tensor in its own type if that is one of `_KEPT`, else float32."""
-  return tensor if tensor.dtype in _KEPT else _single(tensor)
+  return tensor if tensor.dtype in _KEPT else single(tensor)
 
 
-def _single(tensor: tensors.Tensor) -> tensors.Tensor:
-  """A tensor in float32; its values change as they are read."""
+def single(tensor: tensors.Tensor) -> tensors.Tensor:
+  """A tensor in float32; its values are converted as they are read."""
   if tensor.dtype == _F32:
     return tensor
   return tensors.Tensor(
