@@ -155,7 +155,7 @@ def _corrected_parts(sums, weight) -> tensors.Tensor:
   def part(ranges):
     return np.asarray(_corrected(jnp.asarray(sums.part(ranges)), weight))
 
-  return tensors.Tensor(sums.shape, sums.dtype, part)
+  return dataclasses.replace(sums, part=part)
 
 
 def _opened(url: str):

@@ -23,6 +23,8 @@ from sae_jax.interchange.imported import Imported
 from sae_jax.storage import tensors as tensors_lib
 
 _F32 = np.dtype(np.float32)
+# Bytes of rows that become float64 at once.
+_BLOCK = 2**24
 
 
 def folded(
@@ -94,12 +96,13 @@ def row_norms(of: Imported) -> np.ndarray:
     return np.concatenate(
       [
         np.linalg.norm(rows_ND.astype(np.float64), axis=1)
-        for rows_ND in tensor.blocks()
+        for rows_ND in tensor.blocks(_BLOCK)
       ]
     )
   squares_N = np.zeros(of.n_latents)
   for rows_DN in tensor.T.blocks():
-    squares_N += np.square(rows_DN.astype(np.float64)).sum(0)
+    values_DN = _f64(rows_DN)
+    squares_N += np.square(values_DN, out=values_DN).sum(0)
   return np.sqrt(squares_N)
 
 
@@ -175,12 +178,13 @@ def times(
   """A tensor times a factor for each row, in float32."""
 
   def part(ranges: tensors_lib.Ranges) -> np.ndarray:
-    values = _f64(tensor.part(ranges))
-    factor = factor_N[slice(*ranges[0])]
-    values *= factor.reshape(-1, *[1] * (values.ndim - 1))
-    return values.astype(_F32)
+    values = tensor.part(ranges)
+    factor = factor_N[slice(*ranges[0])].reshape(-1, *[1] * (values.ndim - 1))
+    # In float64, of which there are no more than a few values at a time.
+    out = np.empty(values.shape, _F32)
+    return np.multiply(values, factor, out=out, casting='same_kind')
 
-  return tensors_lib.Tensor(tensor.shape, _F32, part)
+  return dataclasses.replace(tensor, dtype=_F32, part=part)
 
 
 def _f64(array: np.ndarray) -> np.ndarray:

@@ -117,7 +117,9 @@ def ordered(of: imported.Imported, name: str, letters: str) -> tensors.Tensor:
   """A tensor with its axes in the order of the letters, to be read by rows."""
   is_turned = letters != axes(name)
   tensor = of.tensors[name].T if is_turned else of.tensors[name]
-  if len(letters) == 2 and is_turned != (name in of.transposed):
+  if len(letters) == 2 and (
+    tensor.chunk or is_turned != (name in of.transposed)
+  ):
     return tensors.by_rows(tensor)
   return tensor
 
@@ -131,8 +133,8 @@ def single(tensor: tensors.Tensor) -> tensors.Tensor:
   """A tensor in float32; its values are converted as they are read."""
   if tensor.dtype == _F32:
     return tensor
-  return tensors.Tensor(
-    tensor.shape, _F32, lambda ranges: tensor.part(ranges).astype(_F32)
+  return dataclasses.replace(
+    tensor, dtype=_F32, part=lambda ranges: tensor.part(ranges).astype(_F32)
   )
 
 

@@ -107,7 +107,12 @@ def tensor(folder: str, keys: Sequence[str]) -> tensors.Tensor:
   def part(ranges: tensors.Ranges) -> np.ndarray:
     return array[tuple(slice(*one) for one in ranges)].read().result()
 
-  return tensors.Tensor(tuple(array.shape), array.dtype.numpy_dtype, part)
+  return tensors.Tensor(
+    tuple(array.shape),
+    array.dtype.numpy_dtype,
+    part,
+    tuple(array.chunk_layout.read_chunk.shape or ()),
+  )
 
 
 def read_through(array: ts.TensorStore, chunks: int | None = None) -> int:
