@@ -217,17 +217,28 @@ def _differences(record: dict, case: Case) -> dict:
 
 
 def _run_libraries(config: CompareConfig, workdir: str) -> None:
-  command = [
-    os.path.abspath(config.torch_python or 'python'),
-    '-W', 'ignore', '-m', 'experiments.interchange.loaded',
-    workdir, config.openai_model,
-  ]  # fmt: skip
+  run_module(
+    config.torch_python,
+    'experiments.interchange.loaded',
+    [workdir, config.openai_model],
+  )
+
+
+def run_module(python: str, module: str, arguments: list[str]) -> None:
+  """Runs a module with the Python that has the libraries.
+
+  Raises:
+    UserError: if that is none, or the module fails.
+  """
+  command = [os.path.abspath(python or 'python'), '-W', 'ignore', '-m', module]
+  # Without it SAELens asks the hub for minutes as it is imported.
+  environment = os.environ | {'HF_HUB_OFFLINE': '1'}
   try:
-    done = subprocess.run(command, cwd=_ROOT)
+    done = subprocess.run(command + arguments, cwd=_ROOT, env=environment)
   except OSError as error:
     raise errors.UserError(
-      f'cannot run {config.torch_python!r}: {errors.reason(error)}: give the '
-      'Python of `make test-peers`'
+      f'cannot run {python!r}: {errors.reason(error)}: give the Python of '
+      '`make test-peers`'
     ) from error
   if done.returncode:
     raise errors.UserError(

@@ -24,7 +24,7 @@ from orbax.checkpoint import v1 as ocp
 from sae_jax import autoencoder, errors
 from sae_jax import config as config_lib
 from sae_jax.storage import orbax as orbax_lib
-from sae_jax.storage import records, saved_arrays, tensors
+from sae_jax.storage import records, saved_arrays
 from sae_jax.storage import url as url_lib
 
 # What a run has counted, scalars but for `silent_N`.
@@ -347,33 +347,6 @@ def read_array(
   for key in keys:
     tree = tree[key]
   return tree
-
-
-def open_array(
-  place: epath.Path, step: int, path: tuple[str, ...]
-) -> tensors.Tensor:
-  """One array of a checkpoint that `saved_parts` has; no value is read yet.
-
-  Args:
-    place: the folder of the run's checkpoints, from `folder`.
-    step: of the checkpoint.
-    path: see `read_array`.
-
-  Raises:
-    UserError: if it is damaged, also by the tensor's `part`.
-  """
-  part, *keys = path
-
-  def explained(load):
-    at = place / str(step)
-    return orbax_lib.explained(load, at, [at / part], remedy_of(place, step))
-
-  tensor = explained(
-    lambda: saved_arrays.tensor(os.fspath(place / str(step) / part), keys)
-  )
-  return dataclasses.replace(
-    tensor, part=lambda ranges: explained(lambda: tensor.part(ranges))
-  )
 
 
 def _load(checkpointer, step, wanted) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import math
+import os
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import numpy as np
 from sae_jax import autoencoder, errors
 from sae_jax import mesh as mesh_lib
 from sae_jax.checkpoint import format
-from sae_jax.storage import tensors
+from sae_jax.storage import orbax, saved_arrays, tensors
 
 _LARGE = 2**26
 
@@ -135,7 +136,7 @@ def opened(url: str) -> Saved:
     saved = format.saved_parts(checkpointer, step, ('sae', 'ema'))
 
     def tensor(*path: str) -> tensors.Tensor:
-      return format.open_array(checkpointer.directory, step, path)
+      return _tensor(checkpointer.directory, step, path)
 
     decay, in_average = metadata.ema_decay, ()
     if decay and (count := tensor('ema', 'count').read()):
@@ -149,6 +150,22 @@ def opened(url: str) -> Saved:
       weight = autoencoder.sum_of_weights(jnp.asarray(count), decay, sums.dtype)
       arrays[name] = _corrected_parts(sums, np.asarray(weight))
   return Saved(metadata.sae_config, autoencoder.from_dict(arrays), metadata)
+
+
+def _tensor(folder, step, path) -> tensors.Tensor:
+  """An array by its part's name and its keys; UserError if it is damaged."""
+  part, *keys = path
+
+  def explained(load):
+    place, remedy = folder / str(step), format.remedy_of(folder, step)
+    return orbax.explained(load, place, [place / part], remedy)
+
+  stored = explained(
+    lambda: saved_arrays.tensor(os.fspath(folder / str(step) / part), keys)
+  )
+  return dataclasses.replace(
+    stored, part=lambda ranges: explained(lambda: stored.part(ranges))
+  )
 
 
 def _corrected_parts(sums, weight) -> tensors.Tensor:
