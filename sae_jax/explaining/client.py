@@ -22,14 +22,17 @@ from sae_jax.storage import records
 
 # Why a request has no answer.
 FAILURES = {
-  'timeout': 'the server was silent for too long',
+  'timeout': 'the server was silent, or its reply not whole, for too long',
   'connection': 'the connection was not made, or was lost',
   'rate_limited': 'the server has a limit on the rate (429)',
   'server_error': 'the server has failed (5xx)',
   'rejected': 'the server did not take the request (4xx)',
   'malformed': 'the reply is cut, or has no message',
 }
-_LONGEST = 16 * 2**20  # bytes of a reply
+_LONGEST, _PIECE = 16 * 2**20, 2**16  # bytes of a reply
+# A server may send signs of life while it works. Times its silence, after which
+# its reply has to be whole.
+_SILENCES = 10
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 60.0
 # A server that asks for a longer wait is given up.
 _LONGEST_ASKED = 900.0
@@ -186,7 +189,7 @@ def _post(endpoint: Endpoint, request: Request) -> bytes:
   opener = urllib.request.build_opener(_NoRedirect)
   try:
     with opener.open(post, timeout=endpoint.timeout_s) as reply:
-      return reply.read(_LONGEST)
+      return _read(reply, _SILENCES * endpoint.timeout_s)
   except urllib.error.HTTPError as error:
     raise _refusal(endpoint, error) from None
   except http.client.IncompleteRead:
@@ -197,6 +200,18 @@ def _post(endpoint: Endpoint, request: Request) -> bytes:
     kind = 'timeout' if isinstance(cause, TimeoutError) else 'connection'
     reason = errors.reason(error) or FAILURES[kind]
     raise Failure(kind, _without_key(endpoint, reason), True) from None
+
+
+def _read(reply: http.client.HTTPResponse, seconds: float) -> bytes:
+  """The body of a reply that has to be whole after so many seconds."""
+  end, body = time.monotonic() + seconds, b''
+  while len(body) < _LONGEST and (piece := reply.read1(_PIECE)):
+    body += piece
+    if time.monotonic() > end:
+      raise Failure(
+        'timeout', f'the reply was not whole after {seconds:g} s', True
+      )
+  return body
 
 
 def _refusal(endpoint: Endpoint, error: urllib.error.HTTPError) -> Exception:

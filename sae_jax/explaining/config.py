@@ -149,7 +149,9 @@ class ExplainConfig(config_lib.Config):
     '', 'id of the subject in Neuronpedia; empty for the name of its file'
   )
   neuronpedia_source: str = config_lib.option(
-    '', 'id of the layer and set in Neuronpedia; empty for the site'
+    '',
+    'id of the layer and the set in Neuronpedia, such as 5-res; empty for one '
+    'after the site, such as 5-resid_post',
   )
   compare: str = config_lib.option(
     '',

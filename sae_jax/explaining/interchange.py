@@ -18,7 +18,9 @@ from sae_jax.storage import files, records
 
 # delphi names a file by module and latent, such as layers.3.mlp_latent12.txt.
 _DELPHI = re.compile(r'(?:.*_latent)?(\d+)\.txt')
-_TYPE, _SCORE_TYPE = 'sae_jax_explain', 'sae_jax_detection'
+_SCORE_TYPE = 'sae_jax_detection'
+# The account that Neuronpedia's own database is begun with. Rows are its.
+NEURONPEDIA_CREATOR = 'clkht01d40000jv08hvalcvly'
 
 
 def read(path: str) -> dict[int, str]:
@@ -120,7 +122,7 @@ def _delphi_row(text: Text, p: float, vocabulary) -> dict[str, Any]:
   active, has = text.kind == examples.TENTH, not np.isnan(p)
   says = bool(p > 0.5) if has else None
   return {
-    'str_tokens': [_spelled(vocabulary[token]) for token in text.tokens],
+    'str_tokens': spelled(vocabulary[token] for token in text.tokens),
     'activations': list(text.acts),
     # delphi's quantiles count from 1; -1 is a text without activations.
     'distance': text.tenth + 1 if active else -1,
@@ -131,8 +133,52 @@ def _delphi_row(text: Text, p: float, vocabulary) -> dict[str, Any]:
   }
 
 
-def _spelled(token: str | bytes) -> str:
-  return token.decode(errors='replace') if isinstance(token, bytes) else token
+def spelled(tokens: Iterable[str | bytes]) -> list[str]:
+  """Tokens as texts; a sign stands for bytes that are no whole character."""
+  return [
+    token.decode(errors='replace') if isinstance(token, bytes) else token
+    for token in tokens
+  ]
+
+
+def neuronpedia_source(site: str) -> str:
+  """The id of a source of Neuronpedia, LAYER-SET, after a site."""
+  if site in ('embed', 'pos_embed'):
+    return f'e-{site}'
+  return re.sub(r'^blocks\.(\d+)\.', r'\1-', site)
+
+
+def neuronpedia_explanation(
+  model_id: str, layer: str, line: Mapping[str, Any], created: str
+) -> dict[str, Any]:
+  """A row of an explanation, as Neuronpedia imports it.
+
+  Args:
+    model_id: see `write_neuronpedia`.
+    layer: see there.
+    line: a line of explanations.jsonl of `features.explanations` that has an
+      explanation.
+    created: the time of the row, in ISO 8601.
+  """
+  index, text = str(line['latent']), line['explanation']
+  words = '\n'.join((model_id, layer, index, text))
+  notes = f'by {line["model"]}, with sae_jax'
+  if line['score'] is not None:
+    accuracy = line['score']['balanced_accuracy'][0]
+    notes += f'; balanced accuracy of detection {accuracy:.2f}'
+  return {
+    'id': hashlib.sha256(words.encode()).hexdigest()[:24],
+    'modelId': model_id,
+    'layer': layer,
+    'index': index,
+    'description': text,
+    'authorId': NEURONPEDIA_CREATOR,
+    # Those that their database does not know are refused.
+    'typeName': None,
+    'explanationModelName': None,
+    'notes': notes,
+    'createdAt': created,
+  }
 
 
 def write_neuronpedia(
@@ -154,30 +200,15 @@ def write_neuronpedia(
   now = datetime.datetime.now(datetime.UTC).isoformat(timespec='seconds')
   explanations, scores = [], []
   for line in lines:
-    index, text = str(line['latent']), line['explanation']
-    if text is None:
+    if line['explanation'] is None:
       continue
-    words = '\n'.join((model_id, layer, index, text))
-    number = hashlib.sha256(words.encode()).hexdigest()[:24]
-    explanations.append(
-      {
-        'id': number,
-        'modelId': model_id,
-        'layer': layer,
-        'index': index,
-        'description': text,
-        'authorId': '',
-        'typeName': _TYPE,
-        'explanationModelName': line['model'],
-        'notes': '',
-        'createdAt': now,
-      }
-    )
+    row = neuronpedia_explanation(model_id, layer, line, now)
+    explanations.append(row)
     if line['score'] is not None:
       scores.append(
         {
           'value': line['score']['balanced_accuracy'][0],
-          'explanationId': number,
+          'explanationId': row['id'],
           'explanationScoreTypeName': _SCORE_TYPE,
           'explanationScoreModelName': judge,
           'jsonDetails': json.dumps(line['score'], allow_nan=False),

@@ -198,7 +198,8 @@ def _export(config, probed, drawn, explained, p_XO, lines, vocabulary) -> None:
     interchange.write_neuronpedia(
       config.export_neuronpedia,
       config.neuronpedia_model or epath.Path(probed['subject']).name,
-      config.neuronpedia_source or probed['site'],
+      config.neuronpedia_source
+      or interchange.neuronpedia_source(probed['site']),
       config.model,
       lines,
     )

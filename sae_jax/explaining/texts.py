@@ -7,16 +7,13 @@ from typing import Any
 
 import numpy as np
 
-from sae_jax import checkpoint as checkpoint_lib
 from sae_jax import config as config_lib
-from sae_jax import errors
 from sae_jax.explaining import activations, examples
 from sae_jax.explaining import windows as windows_lib
 from sae_jax.explaining.config import ExplainConfig, Protocol
 from sae_jax.explaining.examples import Drawn
 from sae_jax.features import explanations
 from sae_jax.probing import data as data_lib
-from sae_jax.probing import explain as probed_lib
 from sae_jax.storage import files, records
 
 _NAME = 'texts.jsonl'
@@ -77,19 +74,7 @@ def of_latents(
 def _drawn(
   config, protocol, checkpoint, store_url, workdir, probed, latents
 ) -> list[Drawn]:
-  made_from = probed['made_from']
-  trained = checkpoint_lib.load(
-    checkpoint,
-    average=made_from['probe_config']['average'],
-    step=made_from['step'],
-  )
-  probed_lib.check_same(trained, probed, workdir)
-  store = data_lib.opened(store_url, trained.metadata)
-  if store.manifest.identity != made_from.get('store'):
-    raise errors.UserError(
-      f'the results are not of store {store_url}: give the one that sae-probe '
-      'was given; without a store (--stream) there are no rows to read'
-    )
+  trained, store = data_lib.of_results(checkpoint, store_url, probed, workdir)
   windows = windows_lib.cut(store, config.rows, config.window)
   peaks = activations.peaks(
     trained,

@@ -1,6 +1,6 @@
 """What an autoencoder is probed on: a store, or text that the subject reads."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 from typing import Any
 
@@ -14,6 +14,7 @@ from sae_jax import store as store_lib
 from sae_jax import subject as subject_lib
 from sae_jax.feed import text_rows
 from sae_jax.feed.rows import Rows
+from sae_jax.probing import explain
 from sae_jax.probing.config import ProbeConfig
 from sae_jax.store import layout
 
@@ -148,6 +149,36 @@ def opened(url: str, saved: checkpoint_lib.Metadata) -> store_lib.Store:
     in_order=True,
     target_site=saved.dataset.get('target_site', ''),
   )
+
+
+def of_results(
+  checkpoint: str, store_url: str, report: Mapping[str, Any], workdir: str
+) -> tuple[checkpoint_lib.Trained, store_lib.Store]:
+  """The autoencoder and the store that finished results are of.
+
+  Args:
+    checkpoint: the workdir of the training run that was probed.
+    store_url: the store that was probed.
+    report: of the results.
+    workdir: where they are.
+
+  Raises:
+    UserError: if the results are of another autoencoder or of other rows.
+  """
+  made_from = report['made_from']
+  trained = checkpoint_lib.load(
+    checkpoint,
+    average=made_from['probe_config']['average'],
+    step=made_from['step'],
+  )
+  explain.check_same(trained, report, workdir)
+  store = opened(store_url, trained.metadata)
+  if store.manifest.identity != made_from.get('store'):
+    raise errors.UserError(
+      f'the results are not of store {store_url}: give the one that sae-probe '
+      'was given; without a store (--stream) there are no rows to read'
+    )
+  return trained, store
 
 
 def _of_store(store: store_lib.Store) -> Data:

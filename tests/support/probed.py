@@ -64,10 +64,16 @@ def residuals(tokens, site=SITE):
 
 
 def write_store(
-  url, lengths=LENGTHS, heldout=HELDOUT, share_kept=0.8, site=SITE, **kwargs
+  url,
+  lengths=LENGTHS,
+  heldout=HELDOUT,
+  share_kept=0.8,
+  site=SITE,
+  target_site='',
+  **kwargs,
 ):
   """A finished store with the subject's activations; opened."""
-  site = capture.parse_site(str(site))
+  sites = [capture.parse_site(str(of)) for of in (site, target_site) if of]
   rng = np.random.default_rng(0)
   stretches = []
   for document, contexts in enumerate(lengths):
@@ -81,14 +87,14 @@ def write_store(
           np.full(length, document),
           np.arange(length),
           keep,
-          {str(site): residuals(tokens, site)[keep]},
+          {str(of): residuals(tokens, of)[keep] for of in sites},
         )
       )
   plan = StorePlan(
     **{
       'subject': 'made',
-      'sites': (str(site),),
-      'd_model': capture.width(CONFIG, site),
+      'sites': tuple(map(str, sites)),
+      'd_model': capture.width(CONFIG, sites[0]),
       'weights_sha256': make_subject().weights_sha256,
       'chunk_rows': 16,
       'shard_rows': 64,
@@ -106,7 +112,7 @@ def write_store(
     holdout_rows=int(held),
     mask={'rule': 'at random'},
   )
-  return store.open_store(url)
+  return store.open_store(url, str(sites[0]), target_site=target_site)
 
 
 def make_trained(

@@ -1,6 +1,7 @@
 """Servers that fail in every way: no score without an answer, all counted."""
 
 import collections
+import contextlib
 import dataclasses
 import datetime
 import email.utils
@@ -9,6 +10,7 @@ import json
 import socket
 import struct
 import threading
+import time
 
 import pytest
 
@@ -174,6 +176,37 @@ def test_a_timeout_is_told_from_a_lost_connection():
   with pytest.raises(client.Failure) as told:
     client.ask(endpoint('http://127.0.0.1:9/v1', retries=0), request())
   assert told.value.kind == 'connection'
+
+
+def dripping(spaces):
+  """An answer after so many spaces, each a sign of life."""
+
+  def answer(handler, _):
+    data = json.dumps(explained.reply('[1, 0]')).encode()
+    handler.send_response(200)
+    handler.send_header('Content-Length', str(spaces + len(data)))
+    handler.end_headers()
+    with contextlib.suppress(OSError):
+      for _ in range(spaces):
+        handler.wfile.write(b' ')
+        handler.wfile.flush()
+        time.sleep(0.02)
+      handler.wfile.write(data)
+
+  return answer
+
+
+def test_a_reply_that_drips_is_waited_for_but_not_for_ever(monkeypatch):
+  with explained.served(dripping(5)) as (url, _):
+    said = client.ask(endpoint(url), request())
+  assert said['content'] == '[1, 0]'
+  monkeypatch.setattr(client, '_SILENCES', 0.1)
+  with (
+    explained.served(dripping(500)) as (url, _),
+    pytest.raises(client.Failure, match=r'whole after 0\.5 s') as told,
+  ):
+    client.ask(endpoint(url, retries=0), request())
+  assert told.value.kind == 'timeout'
 
 
 @pytest.mark.parametrize('way', [*TRANSPORT.values(), cut_body])

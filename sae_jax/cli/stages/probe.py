@@ -1,7 +1,7 @@
 """sae-probe: a checkpoint and a store or text -> report.json, features/, plots.
 
-With --text, --latent, --compare or --export it does what is asked instead, and
-evaluates nothing.
+With --text, --latent, --compare or one of the --export flags it does what is
+asked instead, and evaluates nothing.
 """
 
 import sys
@@ -10,12 +10,21 @@ from absl import flags as absl_flags
 
 from sae_jax import errors, mesh
 from sae_jax.cli import flags
+from sae_jax.dashboards import bundle, latent_cache
+from sae_jax.dashboards.config import DashboardConfig
 from sae_jax.features import export, results
 from sae_jax.probing import explain, printed, report, summary
 from sae_jax.probing.suite import compare
 
 # Flags that ask for lines to be printed.
-_QUESTIONS = ('text', 'latent', 'compare', 'export')
+_QUESTIONS = (
+  'text',
+  'latent',
+  'compare',
+  'export',
+  'export_neuronpedia',
+  'export_delphi',
+)
 
 
 def define() -> None:
@@ -63,6 +72,19 @@ def define() -> None:
     'a .csv or .parquet file: write the feature table of the finished results '
     'in --workdir to it, a line for each latent, and evaluate nothing',
   )
+  flags.define_url(
+    'export_neuronpedia',
+    'folder: write the finished results in --workdir to it as Neuronpedia '
+    'imports them, and evaluate nothing',
+    required=False,
+  )
+  flags.define_url(
+    'export_delphi',
+    "folder: write delphi's latent cache to it, of the finished results in "
+    '--workdir, their --checkpoint and --store, and evaluate nothing',
+    required=False,
+  )
+  flags.define(DashboardConfig)
 
 
 def work() -> None:
@@ -97,13 +119,9 @@ def _asked(values: absl_flags.FlagValues) -> list[str]:
   sys.stdout.reconfigure(errors='backslashreplace')
   if values.compare is not None:
     return compare.lines(compare.compare(values.compare))
-  if values.export is not None:
-    workdir = flags.url('workdir')
-    export.check(values.export)
-    features = results.open_features(workdir, results.read_report(workdir))
-    export.export(features, values.export)
-    return [f'{values.export}: {features.n_latents:,} latents']
   config = flags.read(report.ProbeConfig)
+  if asked[0].startswith('export'):
+    return [_exported(values, config)]
   columns = printed.width()
   if values.latent is not None:
     latent = explain.read_latent(
@@ -123,3 +141,34 @@ def _asked(values: absl_flags.FlagValues) -> list[str]:
     average=config.average,
   )
   return list(printed.text_lines(explanation, columns))
+
+
+def _exported(values: absl_flags.FlagValues, config: report.ProbeConfig) -> str:
+  """What has been written for other programs, as a line."""
+  workdir = flags.url('workdir')
+  if values.export is not None:
+    export.check(values.export)
+    features = results.open_features(workdir, results.read_report(workdir))
+    export.export(features, values.export)
+    return f'{values.export}: {features.n_latents:,} latents'
+  names = flags.read(DashboardConfig)
+  if values.export_neuronpedia is not None:
+    written = bundle.write(
+      names, workdir, flags.url('export_neuronpedia'), config.subject
+    )
+    return (
+      f'{written.folder}: {written.latents:,} latents, '
+      f'{written.explanations:,} of them explained'
+    )
+  written = latent_cache.write(
+    names,
+    workdir,
+    flags.url('checkpoint'),
+    flags.url('store'),
+    flags.url('export_delphi'),
+    config.batch_rows,
+  )
+  return (
+    f'{written.folder}: {written.activations:,} activations on '
+    f'{written.tokens:,} tokens'
+  )

@@ -1,0 +1,1 @@
+"""What the dashboards of others are made of, from finished results."""
