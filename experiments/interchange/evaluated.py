@@ -135,11 +135,12 @@ def compared(
     rows.append(
       _row(name, pair, theirs[name], value, pair.why_not(preprocessing))
     )
-  for control in CONTROLS:
-    wrong = theirs[f'{name}: {control}']
-    variance = PAIRS[1]
+  variance = PAIRS[1]
+  # Where the definitions differ so do the values, whatever is evaluated.
+  for control in CONTROLS * (not variance.why_not(preprocessing)):
+    damaged = theirs[f'{name}: {control}']
     value = variance.value(report, constant)
-    rows.append(_row(f'{name}: {control}', variance, wrong, value, 'control'))
+    rows.append(_row(f'{name}: {control}', variance, damaged, value, 'control'))
   return rows
 
 
@@ -232,11 +233,11 @@ def evaluate(config: EvaluatedConfig, workdir: str) -> list[dict]:
 
 def _saelens(config, place, store) -> dict[str, dict[str, float]]:
   """SAELens's metrics by autoencoder, or autoencoder and control."""
-  n_train, n_rows = store.n_train, store.manifest.n_rows
+  test = store.test_rows
   np.savez(
     place / 'rows.npz',
-    train=store.finite_rows(0, n_train),
-    test=store.finite_rows(n_train, n_rows),
+    train=store.finite_rows(0, store.n_train),
+    test=store.finite_rows(test.start, test.stop),
   )
   asked = {
     'folders': list(OURS),

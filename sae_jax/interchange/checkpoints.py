@@ -25,6 +25,8 @@ STAGE = 'sae-convert'
 # The one parameter that has moments: a checkpoint holds some, and a run that
 # begins with an autoencoder has fresh ones.
 _SMALL = 'b_pre_D'
+# What is converted is read as it is saved, and may be a terabyte.
+_LONGEST_S = 7 * 24 * 3600
 
 
 def write(
@@ -75,7 +77,9 @@ def write(
     {'from': of.url, 'format': of.format, 'store': data.manifest.identity}
   )
   joined.claim(workdir, lambda: _take(workdir, made_from))
-  with checkpoint.open_checkpointer(workdir) as checkpointer:
+  with checkpoint.open_checkpointer(
+    workdir, timeout_s=_LONGEST_S
+  ) as checkpointer:
     contents = _contents(sae, mse_of_mean)
     checkpoint.save(checkpointer, 0, contents, metadata).result()
   return metadata

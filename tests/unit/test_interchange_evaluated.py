@@ -64,5 +64,8 @@ def test_control_a_control_that_agrees_is_found(control):
 
 def test_what_is_measured_of_each_token_need_not_agree():
   other = {'explained_variance': 0.6, 'mse': 9.0, 'cossim': 0.5}
-  assert evaluated.wrong(compared('center_unit_norm', **other)) == []
+  rows = compared('center_unit_norm', **other)
+  assert evaluated.wrong(rows) == []
+  # Nor would it be seen that a control agrees.
+  assert not [row for row in rows if row['why_not'] == 'control']
   assert len(evaluated.wrong(compared('dataset', **other))) == 2

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import pathlib
 import shutil
+import time
 
 import jax
 import numpy as np
@@ -13,7 +14,7 @@ from sae_jax import checkpoint, errors
 from sae_jax.storage import orbax as orbax_lib
 from sae_jax.storage import saved_arrays, tensors
 from tests.support import runs
-from tests.support.checkpoints import as_in_a_bucket, contents, save
+from tests.support.checkpoints import as_in_a_bucket, contents, METADATA, save
 
 # Five chunks of each matrix, the last one as long as the others.
 SAVED = contents(d_model=16, n_latents=80)
@@ -98,6 +99,28 @@ def test_nothing_is_left_of_a_tensor_that_cannot_be_read(tmp_path):
     save(str(tmp_path / 'a'), dataclasses.replace(SAVED, sae=sae))
   with pytest.raises(errors.UserError, match='no finished checkpoint'):
     checkpoint.opened(str(tmp_path / 'a'))
+
+
+def test_a_save_may_take_as_long_as_it_is_said(tmp_path):
+  sae, _ = as_tensors(SAVED.sae)
+  whole = sae.b_pre_D.part
+
+  def part(ranges):
+    time.sleep(1.5)
+    return whole(ranges)
+
+  slow = sae.replace(b_pre_D=dataclasses.replace(sae.b_pre_D, part=part))
+  held = dataclasses.replace(SAVED, sae=slow)
+
+  def save_within(timeout_s):
+    with checkpoint.open_checkpointer(
+      str(tmp_path / str(timeout_s)), timeout_s=timeout_s
+    ) as checkpointer:
+      checkpoint.save(checkpointer, 7, held, METADATA).result()
+
+  save_within(60)
+  with pytest.raises(TimeoutError):
+    save_within(1)
 
 
 def test_a_checkpoint_is_read_as_tensors(layout, tmp_path):
