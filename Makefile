@@ -9,7 +9,8 @@
 # make peers        training beside that of other libraries, in an environment of
 #                   their own, on the rows of the demo or of STORE
 # make test-peers   autoencoders that we write, loaded by the libraries of their
-#                   formats; OPENAI_MODEL=model.py of openai/sparse_autoencoder
+#                   formats; OPENAI_MODEL=model.py of openai/sparse_autoencoder;
+#                   and SAELens's metrics beside those of sae-probe
 # make lint         linter and formatter check
 
 PYTHON ?= python3
@@ -116,6 +117,8 @@ test-peers: $(VENV)/.package $(VENV)-peers/.formats
 	$(BIN)/python -m experiments.interchange.compare \
 	  --workdir=$(WORKDIR)-formats --torch_python=$(VENV)-peers/bin/python \
 	  $(if $(OPENAI_MODEL),--openai_model=$(OPENAI_MODEL)) $(FLAGS)
+	$(BIN)/python -m experiments.interchange.evaluated \
+	  --workdir=$(WORKDIR)-evaluated --torch_python=$(VENV)-peers/bin/python
 
 clean:
 	rm -rf $(VENV) $(VENV)-newest $(VENV)-colab $(VENV)-peers build *.egg-info

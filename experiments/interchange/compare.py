@@ -32,6 +32,7 @@ from sae_jax import autoencoder, checkpoint, errors
 from sae_jax import config as config_lib
 from sae_jax.cli import flags
 from sae_jax.interchange import folding, formats, imported, ours, registry
+from sae_jax.storage import tensors
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _GOLDEN = _ROOT / 'tests/data/interchange'
@@ -135,7 +136,8 @@ def _own(name: str, chosen: dict) -> Case:
   trained = checkpoint.Trained(config, sae, 1.0, 0)
   x_BD = (2 * rng.standard_normal((50, 16)) + 0.5).astype(np.float32)
   codes = trained.encode(x_BD)
-  one = ours.described(trained, name)
+  held = jax.tree.map(lambda array: tensors.from_array(np.asarray(array)), sae)
+  one = ours.described(checkpoint.Saved(config, held), name)
   if config.target_site:
     site = dataclasses.replace(one.provenance, site='blocks.0.mlp_in')
     one = dataclasses.replace(one, provenance=site)
@@ -215,17 +217,28 @@ def _differences(record: dict, case: Case) -> dict:
 
 
 def _run_libraries(config: CompareConfig, workdir: str) -> None:
-  command = [
-    os.path.abspath(config.torch_python or 'python'),
-    '-W', 'ignore', '-m', 'experiments.interchange.loaded',
-    workdir, config.openai_model,
-  ]  # fmt: skip
+  run_module(
+    config.torch_python,
+    'experiments.interchange.loaded',
+    [workdir, config.openai_model],
+  )
+
+
+def run_module(python: str, module: str, arguments: list[str]) -> None:
+  """Runs a module with the Python that has the libraries.
+
+  Raises:
+    UserError: if that is none, or the module fails.
+  """
+  command = [os.path.abspath(python or 'python'), '-W', 'ignore', '-m', module]
+  # Without it SAELens asks the hub for minutes as it is imported.
+  environment = os.environ | {'HF_HUB_OFFLINE': '1'}
   try:
-    done = subprocess.run(command, cwd=_ROOT)
+    done = subprocess.run(command + arguments, cwd=_ROOT, env=environment)
   except OSError as error:
     raise errors.UserError(
-      f'cannot run {config.torch_python!r}: {errors.reason(error)}: give the '
-      'Python of `make test-peers`'
+      f'cannot run {python!r}: {errors.reason(error)}: give the Python of '
+      '`make test-peers`'
     ) from error
   if done.returncode:
     raise errors.UserError(

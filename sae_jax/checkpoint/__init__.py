@@ -10,19 +10,21 @@ from sae_jax.checkpoint.format import (
   read_metadata,
   save,
 )
-from sae_jax.checkpoint.trained import exists, load, Trained
+from sae_jax.checkpoint.trained import exists, load, opened, Saved, Trained
 from sae_jax.checkpoint.verify import look, verify
 
 __all__ = [
   'PROGRESS',
   'Contents',
   'Metadata',
+  'Saved',
   'Trained',
   'exists',
   'fingerprint',
   'load',
   'look',
   'open_checkpointer',
+  'opened',
   'read',
   'read_metadata',
   'save',

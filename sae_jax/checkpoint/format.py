@@ -109,7 +109,7 @@ class Metadata:
 
 
 def open_checkpointer(
-  workdir: str, keep: int | None = 2
+  workdir: str, keep: int | None = 2, timeout_s: int | None = None
 ) -> ocp.training.Checkpointer:
   """Opens a run's checkpoints; close it, or use it as a context manager.
 
@@ -117,11 +117,12 @@ def open_checkpointer(
     workdir: the run's folder or URL.
     keep: how many of the latest are kept. None to read alone: all are kept, and
       nothing is cleaned up after a run that was killed, which may be alive.
+    timeout_s: see `storage.orbax.context`.
 
   Raises:
     UserError: if the JSON of one of them is damaged.
   """
-  context = orbax_lib.context(workdir)
+  context = orbax_lib.context(workdir, timeout_s)
   place = folder(workdir)
   for step in steps(place):
     path = place / str(step) / _RECORD

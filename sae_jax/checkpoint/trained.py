@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import math
+import os
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import numpy as np
 from sae_jax import autoencoder, errors
 from sae_jax import mesh as mesh_lib
 from sae_jax.checkpoint import format
+from sae_jax.storage import orbax, saved_arrays, tensors
 
 _LARGE = 2**26
 
@@ -54,6 +56,21 @@ class Trained:
     return autoencoder.raw.reconstruct(self.config, self.sae, raw)
 
 
+@dataclasses.dataclass(frozen=True)
+class Saved:
+  """An autoencoder as `Trained` has it, whose values are not read yet.
+
+  Attributes:
+    config: its config.
+    sae: its parameters, of which each is a `tensors.Tensor`.
+    metadata: the checkpoint's; None of one that is in no checkpoint.
+  """
+
+  config: autoencoder.SaeConfig
+  sae: autoencoder.Sae
+  metadata: format.Metadata | None = None
+
+
 def exists(url: str) -> bool:
   """Whether a workdir has checkpoints, whole or not."""
   return bool(format.steps(format.folder(url)))
@@ -84,24 +101,8 @@ def load(
     UserError: if there is no checkpoint, or none of that step; if it is
       damaged; if the mesh does not divide its latents.
   """
-  folder = format.folder(url)
-  if not folder.exists():
-    raise errors.UserError(
-      f'no checkpoints under {url}: give the workdir of sae-train'
-    )
-  with format.open_checkpointer(url, keep=None) as checkpointer:
-    steps = [saved.step for saved in checkpointer.checkpoints]
-    if not steps or step not in (None, *steps):
-      if not steps:
-        raise errors.UserError(
-          f'{url} has no finished checkpoint: what wrote it was stopped, run '
-          'it again'
-        )
-      raise errors.UserError(
-        f'{url} has no checkpoint of step {step}: it has '
-        f'{", ".join(map(str, steps))}'
-      )
-    step = steps[-1] if step is None else step
+  with _opened(url) as checkpointer:
+    step = _chosen(checkpointer, url, step)
     metadata = format.read_metadata(checkpointer, step)
     config = metadata.sae_config
     if mesh is not None:
@@ -115,6 +116,88 @@ def load(
     step=step,
     metadata=metadata,
   )
+
+
+def opened(url: str) -> Saved:
+  """The latest of a run's checkpoints, averaged as `load` does by default.
+
+  Values are read, and compared to their checksums, part by part as they are
+  asked for; UserError then if they are damaged.
+
+  Args:
+    url: the run's workdir, a local path or URL.
+
+  Raises:
+    UserError: see `load`.
+  """
+  with _opened(url) as checkpointer:
+    step = _chosen(checkpointer, url, None)
+    metadata = format.read_metadata(checkpointer, step)
+    saved = format.saved_parts(checkpointer, step, ('sae', 'ema'))
+
+    def tensor(*path: str) -> tensors.Tensor:
+      return _tensor(checkpointer.directory, step, path)
+
+    decay, in_average = metadata.ema_decay, ()
+    if decay and (count := tensor('ema', 'count').read()):
+      in_average = saved['ema']['ema']
+    arrays = {}
+    for name in [name for name, a in saved['sae'].items() if a is not None]:
+      if name not in in_average:
+        arrays[name] = tensor('sae', name)
+        continue
+      sums = tensor('ema', 'ema', name)
+      weight = autoencoder.sum_of_weights(jnp.asarray(count), decay, sums.dtype)
+      arrays[name] = _corrected_parts(sums, np.asarray(weight))
+  return Saved(metadata.sae_config, autoencoder.from_dict(arrays), metadata)
+
+
+def _tensor(folder, step, path) -> tensors.Tensor:
+  """An array by its part's name and its keys; UserError if it is damaged."""
+  part, *keys = path
+
+  def explained(load):
+    place, remedy = folder / str(step), format.remedy_of(folder, step)
+    return orbax.explained(load, place, [place / part], remedy)
+
+  stored = explained(
+    lambda: saved_arrays.tensor(os.fspath(folder / str(step) / part), keys)
+  )
+  return dataclasses.replace(
+    stored, part=lambda ranges: explained(lambda: stored.part(ranges))
+  )
+
+
+def _corrected_parts(sums, weight) -> tensors.Tensor:
+  def part(ranges):
+    return np.asarray(_corrected(jnp.asarray(sums.part(ranges)), weight))
+
+  return dataclasses.replace(sums, part=part)
+
+
+def _opened(url: str):
+  """The checkpoints of a workdir; UserError if it has none."""
+  if not format.folder(url).exists():
+    raise errors.UserError(
+      f'no checkpoints under {url}: give the workdir of sae-train'
+    )
+  return format.open_checkpointer(url, keep=None)
+
+
+def _chosen(checkpointer, url: str, step: int | None) -> int:
+  """A step, or the latest; UserError if there is no checkpoint of it."""
+  steps = [saved.step for saved in checkpointer.checkpoints]
+  if not steps:
+    raise errors.UserError(
+      f'{url} has no finished checkpoint: what wrote it was stopped, run it '
+      'again'
+    )
+  if step not in (None, *steps):
+    raise errors.UserError(
+      f'{url} has no checkpoint of step {step}: it has '
+      f'{", ".join(map(str, steps))}'
+    )
+  return steps[-1] if step is None else step
 
 
 def _read(checkpointer, step, mesh, decay) -> dict[str, jax.Array]:

@@ -11,11 +11,10 @@ import optax
 
 from sae_jax import autoencoder, checkpoint, errors
 from sae_jax import config as config_lib
-from sae_jax import mesh as mesh_lib
 from sae_jax.autoencoder import metrics
 from sae_jax.interchange import core, imported
 from sae_jax.interchange.imported import Imported
-from sae_jax.storage import joined
+from sae_jax.storage import joined, tensors
 from sae_jax.storage import workdir as workdir_lib
 from sae_jax.store import Store
 from sae_jax.training import given
@@ -26,22 +25,24 @@ STAGE = 'sae-convert'
 # The one parameter that has moments: a checkpoint holds some, and a run that
 # begins with an autoencoder has fresh ones.
 _SMALL = 'b_pre_D'
+# What is converted is read as it is saved, and may be a terabyte.
+_LONGEST_S = 7 * 24 * 3600
 
 
 def write(
   of: Imported,
   data: Store,
   workdir: str,
-  mesh: jax.sharding.Mesh | None = None,
 ) -> checkpoint.Metadata:
   """Writes an autoencoder of another library as a checkpoint of step 0.
+
+  Of its matrices no more than a few chunks are in memory.
 
   Args:
     of: what it is.
     data: activations of the site that it reads, and of a transcoder those that
       it writes.
     workdir: an empty or a new folder, local or in a bucket.
-    mesh: where the arrays lie meanwhile; every process calls this.
 
   Raises:
     UserError: if ours cannot be that function, the store is of another width,
@@ -63,10 +64,9 @@ def write(
       f'{of.url} is an autoencoder, which writes what it reads: leave the '
       f'target site {data.target_site} out'
     )
-  config, sae = core.to_ours(of, mesh, data.target_site)
+  config, sae = core.to_ours(of, data.target_site)
   sample_BX = data.finite_rows(0, min(TrainConfig().sample_rows, data.n_train))
-  on_host = jax.tree.map(np.asarray, _small_arrays(sae))
-  mse_of_mean = float(given.mse_of_mean(config, on_host, sample_BX))
+  mse_of_mean = float(given.mse_of_mean(config, _small(sae), sample_BX))
   metadata = checkpoint.Metadata(
     train_config=_train_config(config, data),
     mse_of_mean=mse_of_mean,
@@ -77,8 +77,10 @@ def write(
     {'from': of.url, 'format': of.format, 'store': data.manifest.identity}
   )
   joined.claim(workdir, lambda: _take(workdir, made_from))
-  with checkpoint.open_checkpointer(workdir) as checkpointer:
-    contents = _contents(sae, mse_of_mean, mesh)
+  with checkpoint.open_checkpointer(
+    workdir, timeout_s=_LONGEST_S
+  ) as checkpointer:
+    contents = _contents(sae, mse_of_mean)
     checkpoint.save(checkpointer, 0, contents, metadata).result()
   return metadata
 
@@ -94,12 +96,13 @@ def _take(workdir: str, made_from: dict[str, Any]) -> None:
   workdir_lib.sign(workdir, STAGE, made_from)
 
 
-def _small_arrays(sae: autoencoder.Sae) -> autoencoder.Sae:
-  """The autoencoder without its latents: what statistics need."""
-  nothing = jnp.zeros((0, sae.b_pre_D.shape[0]), jnp.float32)
-  return sae.replace(
-    w_enc_ND=nothing, w_dec_ND=nothing, b_lat_N=jnp.zeros(0), extra={}
+def _small(sae: autoencoder.Sae) -> autoencoder.Sae:
+  """The arrays without the latents: what statistics need."""
+  nothing = tensors.from_array(np.zeros((0, *sae.b_pre_D.shape), np.float32))
+  small = sae.replace(
+    w_enc_ND=nothing, w_dec_ND=nothing, b_lat_N=nothing, extra={}
   )
+  return jax.tree.map(lambda tensor: tensor.read(), small)
 
 
 def _train_config(config: autoencoder.SaeConfig, data: Store) -> dict[str, Any]:
@@ -122,25 +125,18 @@ def _record(of: Imported) -> dict[str, Any]:
   }
 
 
-def _contents(
-  sae: autoencoder.Sae, mse_of_mean: float, mesh: jax.sharding.Mesh | None
-) -> checkpoint.Contents:
+def _contents(sae: autoencoder.Sae, mse_of_mean: float) -> checkpoint.Contents:
   """The arrays of a checkpoint before any step."""
-
-  def put(value, letters=''):
-    where = None if mesh is None else mesh_lib.sharding(mesh, letters)
-    return jax.device_put(value, where)
-
   n_latents, d_model = sae.w_enc_ND.shape
-  moments = {_SMALL: put(jnp.zeros((d_model,)), 'D')}
-  count = put(jnp.zeros((), jnp.int32))
+  moments = {_SMALL: jnp.zeros((d_model,))}
+  count = jnp.zeros((), jnp.int32)
   return checkpoint.Contents(
     sae=sae,
     ema=optax.EmaState(count, moments),
     adam=optax.ScaleByAdamState(count, moments, moments),
     progress={
-      'silent_N': put(jnp.zeros((n_latents,), jnp.int32), 'N'),
-      'mse_of_mean': put(jnp.float32(mse_of_mean)),
+      'silent_N': jnp.zeros((n_latents,), jnp.int32),
+      'mse_of_mean': jnp.float32(mse_of_mean),
       'step': count,
       'skipped': count,
     },

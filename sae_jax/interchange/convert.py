@@ -4,8 +4,6 @@ import dataclasses
 import os
 from typing import Any
 
-import jax
-
 from sae_jax import checkpoint, errors
 from sae_jax import config as config_lib
 from sae_jax import store as store_lib
@@ -90,7 +88,6 @@ def convert(
   source: str,
   out: str,
   store: str | None = None,
-  mesh: jax.sharding.Mesh | None = None,
 ) -> Conversion:
   """Converts an autoencoder to another format, as an equal function.
 
@@ -100,7 +97,6 @@ def convert(
       or hf:ORGANISATION/NAME/FOLDER.
     out: what is written.
     store: activations of its site, for a checkpoint.
-    mesh: where a checkpoint's arrays lie; None for one device.
 
   Raises:
     UserError: if the format is not known, or what is read is damaged or cannot
@@ -120,7 +116,7 @@ def convert(
     return Conversion(of, reason, out, config.to, None)
   target = config.target_site
   data = store_lib.open_store(store, config.site, target_site=target)
-  metadata = checkpoints.write(of, data, out, mesh)
+  metadata = checkpoints.write(of, data, out)
   return Conversion(of, reason, out, config.to, metadata)
 
 
@@ -130,7 +126,9 @@ def _read(config: ConvertConfig, source: str) -> tuple[imported.Imported, str]:
   if config.format == CHECKPOINT or (
     config.format == AUTO and checkpoint.exists(source)
   ):
-    return ours.described(checkpoint.load(source), source), 'it has checkpoints'
+    return ours.described(
+      checkpoint.opened(source), source
+    ), 'it has checkpoints'
   name, reason = config.format, 'it is said to be'
   if name == AUTO:
     name, reason = registry.identify(source)

@@ -9,14 +9,10 @@ the weights:
   read, in an autoencoder                             the ratio
 """
 
-from collections.abc import Callable
-
-import jax
 import numpy as np
 
 from sae_jax import autoencoder, errors
-from sae_jax import mesh as mesh_lib
-from sae_jax.interchange import folding, imported
+from sae_jax.interchange import folding, imported, weights
 from sae_jax.interchange.imported import Imported, Semantics
 from sae_jax.storage import tensors as tensors_lib
 
@@ -28,30 +24,28 @@ _PREPROCESSING = {
   'constant_norm_rescale': 'unit_rms',
   'dataset': 'dataset',
 }
-# Of rows that are read at a time, so that little is in memory beside an array.
-_BLOCK_BYTES = 2**26
 
 
 def to_ours(
-  of: Imported,
-  mesh: jax.sharding.Mesh | None = None,
-  target_site: str = '',
+  of: Imported, target_site: str = ''
 ) -> tuple[autoencoder.SaeConfig, autoencoder.Sae]:
   """An autoencoder of another library as one of ours.
 
   Args:
-    of: what it is; its weights are read here, by each process those of its
-      devices.
-    mesh: with the axes of `mesh.AXES`; None for one device.
+    of: what it is.
     target_site: of a transcoder, the site that it writes; '' for what the file
       says; of others none.
+
+  Returns:
+    Its config; its arrays as `tensors.Tensor` in float32, which are read and
+    folded part by part as they are asked for.
 
   Raises:
     UserError: if ours cannot be that function; it names the property.
   """
   check(of)
   norm_N = folding.row_norms(of)
-  return config_of(of, norm_N, target_site), _sae(of, norm_N, mesh)
+  return config_of(of, norm_N, target_site), _sae(of, norm_N)
 
 
 def config_of(
@@ -131,104 +125,72 @@ def _ratio(semantics: Semantics) -> float:
   return semantics.scale_in / semantics.scale_out
 
 
-def _sae(
-  of: Imported, norm_N: np.ndarray, mesh: jax.sharding.Mesh | None
-) -> autoencoder.Sae:
-  """The arrays in float32, folded, over the mesh."""
+def _sae(of: Imported, norm_N: np.ndarray) -> autoencoder.Sae:
+  """The arrays, folded."""
   semantics, tensors = of.semantics, of.tensors
   transcodes = imported.is_transcoder(of)
   fold_N = norm_N if semantics.rescale_by_decoder_norm else np.ones(len(norm_N))
   ratio = 1.0 if transcodes else _ratio(semantics)
   # A row without length is that of a latent that says nothing.
   per_row_N = ratio / np.where(fold_N > 0, fold_N, 1)
-  zeros_N = tensors_lib.from_array(np.zeros(of.n_latents, np.float32))
-
-  def place(name, tensor, rows_N=None):
-    return _placed(name, tensor, rows_N, mesh)
-
+  zeros_N = _array(np.zeros(of.n_latents))
+  matrices = {
+    name: weights.ordered(of, name, weights.axes(name))
+    for name in ('w_enc_ND', 'w_dec_ND')
+  }
   bias = 'b_gate_N' if semantics.nonlinearity == 'gated' else 'b_enc_N'
-  scale_in = semantics.scale_in or 1.0
   return autoencoder.Sae(
-    w_enc_ND=place('w_enc_ND', tensors['w_enc_ND'], fold_N),
-    w_dec_ND=place('w_dec_ND', tensors['w_dec_ND'], per_row_N),
-    b_lat_N=place('b_lat_N', tensors.get(bias, zeros_N), fold_N),
-    b_pre_D=place('b_pre_D', tensors['b_dec_D'], np.full(of.d_out, ratio)),
-    data_mean_D=_small('data_mean_D', np.zeros(of.d_in), mesh),
-    data_scale=_small('data_scale', np.float64(1 / scale_in), mesh),
-    extra=_extra(of, place),
-    target=_target(of, place, mesh) if transcodes else {},
+    w_enc_ND=_scaled(matrices['w_enc_ND'], fold_N),
+    w_dec_ND=_scaled(matrices['w_dec_ND'], per_row_N),
+    b_lat_N=_scaled(tensors.get(bias, zeros_N), fold_N),
+    b_pre_D=_scaled(tensors['b_dec_D'], np.full(of.d_out, ratio)),
+    data_mean_D=_array(np.zeros(of.d_in)),
+    data_scale=_array(np.float64(1 / (semantics.scale_in or 1.0))),
+    extra=_extra(of),
+    target=_target(of) if transcodes else {},
   )
 
 
-def _extra(of: Imported, place: Callable) -> dict[str, jax.Array]:
+def _extra(of: Imported) -> dict[str, tensors_lib.Tensor]:
   """The nonlinearity's own parameters."""
   semantics, tensors = of.semantics, of.tensors
   if semantics.nonlinearity == 'gated':
-    return {name: place(name, tensors[name]) for name in ('r_mag_N', 'b_mag_N')}
+    return {
+      name: weights.single(tensors[name]) for name in ('r_mag_N', 'b_mag_N')
+    }
   if semantics.nonlinearity not in ('jumprelu', 'batchtopk'):
     return {}
   if semantics.threshold is None:
-    return {'threshold_N': place('threshold_N', tensors['threshold_N'])}
+    return {'threshold_N': weights.single(tensors['threshold_N'])}
   if semantics.nonlinearity == 'batchtopk':
-    scalar = tensors_lib.from_array(np.float32(semantics.threshold))
-    return {'threshold': place('threshold', scalar)}
-  same_N = np.full(of.n_latents, semantics.threshold, np.float32)
-  return {'threshold_N': place('threshold_N', tensors_lib.from_array(same_N))}
+    return {'threshold': _array(np.float64(semantics.threshold))}
+  return {'threshold_N': _array(np.full(of.n_latents, semantics.threshold))}
 
 
-def _target(of: Imported, place: Callable, mesh) -> dict[str, jax.Array]:
+def _target(of: Imported) -> dict[str, tensors_lib.Tensor]:
   """A transcoder's own arrays."""
   semantics = of.semantics
   scale = 1 / (semantics.scale_out or 1.0)
   arrays = {
-    'target_mean_D': _small('target_mean_D', np.zeros(of.d_out), mesh),
-    'target_scale': _small('target_scale', np.float64(scale), mesh),
+    'target_mean_D': _array(np.zeros(of.d_out)),
+    'target_scale': _array(np.float64(scale)),
   }
   if 'w_skip_DD' in of.tensors:
     # A row for each width that is read, of what the skip makes of x^.
     by_read = of.tensors['w_skip_DD'].T
     factor = 1 / (semantics.scale_in or 1.0) / scale
-    arrays['w_skip_DD'] = place('w_skip_DD', by_read, np.full(of.d_in, factor))
+    arrays['w_skip_DD'] = _scaled(by_read, np.full(of.d_in, factor))
   return arrays
 
 
-def _placed(
-  name: str,
-  tensor: tensors_lib.Tensor,
-  rows_N: np.ndarray | None,
-  mesh: jax.sharding.Mesh | None,
-) -> jax.Array:
-  """A tensor's rows, each times its factor, in float32 over the mesh."""
-
-  plain = rows_N is None or bool((rows_N == 1).all())
-
-  def part(index):
-    if not tensor.shape:
-      return tensor.read().astype(np.float32)
-    first, last, _ = index[0].indices(tensor.shape[0])
-    out = np.empty((last - first, *tensor.shape[1:]), np.float32)
-    step = max(1, _BLOCK_BYTES // max(1, out.nbytes // max(1, len(out))))
-    for start in range(first, last, step):
-      stop = min(last, start + step)
-      rows = tensor.read(start, stop)
-      if not plain:
-        factor = rows_N[start:stop].reshape(-1, *[1] * (rows.ndim - 1))
-        rows = rows.astype(np.float64) * factor
-      out[start - first : stop - first] = rows
-    return out
-
-  return jax.make_array_from_callback(tensor.shape, _where(name, mesh), part)
+def _scaled(
+  tensor: tensors_lib.Tensor, rows_N: np.ndarray
+) -> tensors_lib.Tensor:
+  """A tensor's rows, each times its factor, in float32."""
+  if (rows_N == 1).all():
+    return weights.single(tensor)
+  return folding.times(tensor, rows_N)
 
 
-def _small(name: str, value: np.ndarray, mesh) -> jax.Array:
-  """An array that every device has whole."""
-  whole = np.asarray(value, np.float32)
-  return jax.make_array_from_callback(
-    whole.shape, _where(name, mesh), lambda index: whole[index]
-  )
-
-
-def _where(name: str, mesh: jax.sharding.Mesh | None) -> jax.sharding.Sharding:
-  if mesh is None:
-    return jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-  return mesh_lib.sharding(mesh, mesh_lib.letters(name))
+def _array(array: np.ndarray) -> tensors_lib.Tensor:
+  return tensors_lib.from_array(np.asarray(array, np.float32))

@@ -23,6 +23,8 @@ from sae_jax.interchange.imported import Imported
 from sae_jax.storage import tensors as tensors_lib
 
 _F32 = np.dtype(np.float32)
+# Bytes of rows that become float64 at once.
+_BLOCK = 2**24
 
 
 def folded(
@@ -94,24 +96,25 @@ def row_norms(of: Imported) -> np.ndarray:
     return np.concatenate(
       [
         np.linalg.norm(rows_ND.astype(np.float64), axis=1)
-        for rows_ND in tensor.blocks()
+        for rows_ND in tensor.blocks(_BLOCK)
       ]
     )
   squares_N = np.zeros(of.n_latents)
   for rows_DN in tensor.T.blocks():
-    squares_N += np.square(rows_DN.astype(np.float64)).sum(0)
+    values_DN = _f64(rows_DN)
+    squares_N += np.square(values_DN, out=values_DN).sum(0)
   return np.sqrt(squares_N)
 
 
 def _without_norms(of: Imported) -> Imported:
   norm_N = row_norms(of)
   changes = {
-    'w_enc_ND': _times(of.tensors['w_enc_ND'], norm_N),
+    'w_enc_ND': times(of.tensors['w_enc_ND'], norm_N),
     # A row without length is that of a latent that says nothing.
-    'w_dec_ND': _times(of.tensors['w_dec_ND'], 1 / np.where(norm_N, norm_N, 1)),
+    'w_dec_ND': times(of.tensors['w_dec_ND'], 1 / np.where(norm_N, norm_N, 1)),
   }
   if 'b_enc_N' in of.tensors:
-    changes['b_enc_N'] = _times(of.tensors['b_enc_N'], norm_N)
+    changes['b_enc_N'] = times(of.tensors['b_enc_N'], norm_N)
   return _with(of, {'rescale_by_decoder_norm': False}, **changes)
 
 
@@ -120,11 +123,11 @@ def _without_scales(of: Imported) -> Imported:
   return _with(
     of,
     {'normalisation': 'none', 'scale_in': None, 'scale_out': None},
-    w_enc_ND=_times(of.tensors['w_enc_ND'], np.full(of.n_latents, scale_in)),
-    w_dec_ND=_times(
+    w_enc_ND=times(of.tensors['w_enc_ND'], np.full(of.n_latents, scale_in)),
+    w_dec_ND=times(
       of.tensors['w_dec_ND'], np.full(of.n_latents, 1 / scale_out)
     ),
-    b_dec_D=_times(of.tensors['b_dec_D'], np.full(of.d_out, 1 / scale_out)),
+    b_dec_D=times(of.tensors['b_dec_D'], np.full(of.d_out, 1 / scale_out)),
   )
 
 
@@ -169,18 +172,19 @@ def _with(of: Imported, semantics: dict | None = None, **tensors) -> Imported:
   )
 
 
-def _times(
+def times(
   tensor: tensors_lib.Tensor, factor_N: np.ndarray
 ) -> tensors_lib.Tensor:
-  """A tensor of which each row has a factor."""
+  """A tensor times a factor for each row, in float32."""
 
   def part(ranges: tensors_lib.Ranges) -> np.ndarray:
-    values = _f64(tensor.part(ranges))
-    factor = factor_N[slice(*ranges[0])]
-    values *= factor.reshape(-1, *[1] * (values.ndim - 1))
-    return values.astype(_F32)
+    values = tensor.part(ranges)
+    factor = factor_N[slice(*ranges[0])].reshape(-1, *[1] * (values.ndim - 1))
+    # In float64, of which there are no more than a few values at a time.
+    out = np.empty(values.shape, _F32)
+    return np.multiply(values, factor, out=out, casting='same_kind')
 
-  return tensors_lib.Tensor(tensor.shape, _F32, part)
+  return dataclasses.replace(tensor, dtype=_F32, part=part)
 
 
 def _f64(array: np.ndarray) -> np.ndarray:

@@ -13,12 +13,13 @@ Preprocessing that no format has is folded into the weights:
 import dataclasses
 import math
 
-import jax
+import jax.numpy as jnp
 import numpy as np
 
 from sae_jax import autoencoder, errors
 from sae_jax.autoencoder.nonlinearity import jumprelu
-from sae_jax.checkpoint import Trained
+from sae_jax.checkpoint import Saved
+from sae_jax.interchange import folding
 from sae_jax.interchange.imported import Imported, Provenance, Semantics
 from sae_jax.storage import tensors as tensors_lib
 
@@ -33,17 +34,17 @@ _OF_TOKEN = ('center_unit_norm', 'layer_norm', 'unit_rms')
 _WITH_K = ('topk', 'groupmax', 'batchtopk')
 
 
-def described(trained: Trained, url: str) -> Imported:
+def described(saved: Saved, url: str) -> Imported:
   """An autoencoder of ours as one of another library would be described.
 
   Args:
-    trained: the autoencoder, its arrays on this process.
+    saved: the autoencoder.
     url: where it is from.
 
   Raises:
     UserError: if no terms of others say what it is.
   """
-  config, sae = trained.config, trained.sae
+  config, sae = saved.config, saved.sae
   if config.target_site and config.preprocessing in _OF_TOKEN:
     raise errors.UserError(
       f'{url} reads tokens at their own scale (preprocessing '
@@ -55,11 +56,12 @@ def described(trained: Trained, url: str) -> Imported:
   arrays['b_gate_N' if gated else 'b_enc_N'] = arrays.pop('b_lat_N')
   threshold = None
   if gated:
-    arrays |= {name: _whole(array) for name, array in sae.extra.items()}
+    arrays |= sae.extra
   elif config.activation == 'jumprelu':
-    arrays['threshold_N'] = _whole(jumprelu.thresholds(sae.extra))
+    extra = {name: jnp.asarray(t.read()) for name, t in sae.extra.items()}
+    arrays['threshold_N'] = _array(np.asarray(jumprelu.thresholds(extra)))
   elif config.activation == 'batchtopk':
-    threshold = float(sae.extra['threshold'])
+    threshold = float(sae.extra['threshold'].read())
   return Imported(
     format='sae_jax',
     url=url,
@@ -76,20 +78,20 @@ def described(trained: Trained, url: str) -> Imported:
       normalisation=_NORMALISATIONS[config.preprocessing],
       subtract_b_dec=autoencoder.has_input_bias(config),
     ),
-    provenance=_provenance(trained),
+    provenance=_provenance(saved),
   )
 
 
-def _provenance(trained: Trained) -> Provenance:
-  about = trained.metadata.dataset if trained.metadata else {}
+def _provenance(saved: Saved) -> Provenance:
+  about = saved.metadata.dataset if saved.metadata else {}
   config = about.get('config') or {}
   return Provenance(
     model=about.get('subject'),
     site=about.get('site'),
-    target_site=trained.config.target_site or None,
+    target_site=saved.config.target_site or None,
     context_size=config.get('context_length'),
     prepend_bos=bool(about.get('bos')) if about else None,
-    settings=dataclasses.asdict(trained.config),
+    settings=dataclasses.asdict(saved.config),
   )
 
 
@@ -100,56 +102,47 @@ def _folded(
   d_model = config.d_model
   mean_D, scale = np.zeros(d_model), 1.0
   if config.preprocessing == 'dataset':
-    mean_D = np.asarray(sae.data_mean_D, np.float64)
-    scale = float(sae.data_scale)
+    mean_D = _f64(sae.data_mean_D)
+    scale = float(sae.data_scale.read())
   elif config.preprocessing == 'center_unit_norm':
     # Of the layer-normalised token, which is what a format's weights read.
     scale = math.sqrt(d_model - 1)
   out_mean_D, out_scale = mean_D, scale
   if config.target_site:
-    out_mean_D = np.asarray(sae.target['target_mean_D'], np.float64)
-    out_scale = float(sae.target['target_scale'])
-  b_pre_D = np.asarray(sae.b_pre_D, np.float64)
-  b_dec_D = out_scale * b_pre_D + out_mean_D
+    out_mean_D = _f64(sae.target['target_mean_D'])
+    out_scale = float(sae.target['target_scale'].read())
+  b_dec_D = out_scale * _f64(sae.b_pre_D) + out_mean_D
   arrays = {
-    'w_enc_ND': _rows(sae.w_enc_ND, 1 / scale),
-    'w_dec_ND': _rows(sae.w_dec_ND, out_scale),
-    'b_lat_N': _whole(sae.b_lat_N),
+    'w_enc_ND': _times(sae.w_enc_ND, 1 / scale),
+    'w_dec_ND': _times(sae.w_dec_ND, out_scale),
+    'b_lat_N': sae.b_lat_N,
   }
   if not autoencoder.has_input_bias(config) and mean_D.any():
     # W (x - m) / s + b: the mean's part of it is a bias.
     arrays['b_lat_N'] = _array(
-      np.asarray(sae.b_lat_N, np.float64) - _product(sae, mean_D / scale)
+      _f64(sae.b_lat_N) - _product(sae.w_enc_ND, mean_D / scale)
     )
   if config.skip:
-    skip_DD = np.asarray(sae.target['w_skip_DD'], np.float64)
-    skip_DD *= out_scale / scale
+    skip_DD = _f64(sae.target['w_skip_DD']) * (out_scale / scale)
     b_dec_D = b_dec_D - mean_D @ skip_DD
     arrays['w_skip_DD'] = _array(skip_DD.T)
   return arrays | {'b_dec_D': _array(b_dec_D)}
 
 
-def _product(sae: autoencoder.Sae, vector_D: np.ndarray) -> np.ndarray:
-  """W_enc times a vector, a block of rows at a time."""
-  blocks = _rows(sae.w_enc_ND, 1.0).blocks()
+def _product(matrix_ND: tensors_lib.Tensor, vector_D: np.ndarray) -> np.ndarray:
+  """A matrix times a vector, a block of rows at a time."""
+  blocks = matrix_ND.blocks()
   return np.concatenate([rows.astype(np.float64) @ vector_D for rows in blocks])
 
 
-def _rows(array: jax.Array, factor: float) -> tensors_lib.Tensor:
-  """A matrix times a number, of which rows are made as they are asked for."""
-
-  def part(ranges) -> np.ndarray:
-    index = tuple(slice(start, stop) for start, stop in ranges)
-    rows = np.asarray(array[index])
-    if factor == 1:
-      return rows
-    return (rows.astype(np.float64) * factor).astype(np.float32)
-
-  return tensors_lib.Tensor(tuple(array.shape), np.dtype(np.float32), part)
+def _times(matrix_ND: tensors_lib.Tensor, factor: float) -> tensors_lib.Tensor:
+  if factor == 1:
+    return matrix_ND
+  return folding.times(matrix_ND, np.full(matrix_ND.shape[0], factor))
 
 
-def _whole(array: jax.Array) -> tensors_lib.Tensor:
-  return _array(np.asarray(array))
+def _f64(tensor: tensors_lib.Tensor) -> np.ndarray:
+  return tensor.read().astype(np.float64)
 
 
 def _array(array: np.ndarray) -> tensors_lib.Tensor:

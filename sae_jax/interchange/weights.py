@@ -109,7 +109,7 @@ def give(
     for stored, (name, letters) in table.items()
   }
   if len({tensor.dtype for tensor in content.values()}) > 1:
-    return {name: _single(tensor) for name, tensor in content.items()}
+    return {name: single(tensor) for name, tensor in content.items()}
   return {name: storable(tensor) for name, tensor in content.items()}
 
 
@@ -117,22 +117,24 @@ def ordered(of: imported.Imported, name: str, letters: str) -> tensors.Tensor:
   """A tensor with its axes in the order of the letters, to be read by rows."""
   is_turned = letters != axes(name)
   tensor = of.tensors[name].T if is_turned else of.tensors[name]
-  if len(letters) == 2 and is_turned != (name in of.transposed):
+  if len(letters) == 2 and (
+    tensor.chunk or is_turned != (name in of.transposed)
+  ):
     return tensors.by_rows(tensor)
   return tensor
 
 
 def storable(tensor: tensors.Tensor) -> tensors.Tensor:
   """A tensor in its own type if that is one of `_KEPT`, else float32."""
-  return tensor if tensor.dtype in _KEPT else _single(tensor)
+  return tensor if tensor.dtype in _KEPT else single(tensor)
 
 
-def _single(tensor: tensors.Tensor) -> tensors.Tensor:
-  """A tensor in float32; its values change as they are read."""
+def single(tensor: tensors.Tensor) -> tensors.Tensor:
+  """A tensor in float32; its values are converted as they are read."""
   if tensor.dtype == _F32:
     return tensor
-  return tensors.Tensor(
-    tensor.shape, _F32, lambda ranges: tensor.part(ranges).astype(_F32)
+  return dataclasses.replace(
+    tensor, dtype=_F32, part=lambda ranges: tensor.part(ranges).astype(_F32)
   )
 
 

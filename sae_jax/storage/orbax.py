@@ -15,7 +15,7 @@ from orbax.checkpoint import v1
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from sae_jax import errors
-from sae_jax.storage import locks, saved_arrays
+from sae_jax.storage import locks, saved_arrays, saved_tensors
 from sae_jax.storage import url as url_lib
 
 _Loaded = TypeVar('_Loaded')
@@ -32,11 +32,15 @@ _TREE = 'arrays'
 _CHUNK_BYTES = 2**26
 
 
-def context(url: str) -> v1.Context:
+def context(url: str, timeout_s: int | None = None) -> v1.Context:
   """Orbax's settings for checkpoints under a URL.
 
   A checksum is saved with each chunk of an array, and compared by whoever reads
   the chunk.
+
+  Args:
+    url: local path or URL.
+    timeout_s: seconds after which a save is given up; None for Orbax's own.
 
   Raises:
     UserError: if the URL's kind is not known, or its bucket does not exist.
@@ -53,6 +57,8 @@ def context(url: str) -> v1.Context:
   settings = v1.Context()
   settings.array.saving.use_zarr3 = True
   settings.array.saving.storage_options.chunk_byte_size = _CHUNK_BYTES
+  if timeout_s is not None:
+    settings.asynchronous.timeout_secs = timeout_s
   if url_lib.is_remote(url):
     # If a bucket's answer to a write is lost, a transaction on OCDBT takes its
     # own write for another's, and the checkpoint fails with ALREADY_EXISTS.
@@ -193,6 +199,7 @@ def _mend_orbax() -> None:
     return spec
 
   tensorstore_utils.build_array_write_spec = build_array_write_spec
+  saved_tensors.register()
 
   for name in ('absl', None):
     logging.getLogger(name).addFilter(_matters)

@@ -1,13 +1,15 @@
 """The arrays in a folder that Orbax wrote, read and checked without Orbax."""
 
 import collections
+from collections.abc import Sequence
 import itertools
 from typing import Any
 
+import numpy as np
 import tensorstore as ts
 
 from sae_jax import errors
-from sae_jax.storage import records
+from sae_jax.storage import records, tensors
 from sae_jax.storage import url as url_lib
 
 # What zarr's two formats call the description of an array.
@@ -88,6 +90,29 @@ def open_array(folder: str, name: str) -> ts.TensorStore:
         }
       ).result()
   raise ValueError(f'{name} is not there')
+
+
+def tensor(folder: str, keys: Sequence[str]) -> tensors.Tensor:
+  """An array of a folder, of which parts are read as they are asked for.
+
+  Args:
+    folder: local path or URL.
+    keys: those under which the tree has it.
+
+  Raises:
+    ValueError: if it cannot be read, also by the tensor's `part`.
+  """
+  array = open_array(folder, '.'.join(keys))
+
+  def part(ranges: tensors.Ranges) -> np.ndarray:
+    return array[tuple(slice(*one) for one in ranges)].read().result()
+
+  return tensors.Tensor(
+    tuple(array.shape),
+    array.dtype.numpy_dtype,
+    part,
+    tuple(array.chunk_layout.read_chunk.shape or ()),
+  )
 
 
 def read_through(array: ts.TensorStore, chunks: int | None = None) -> int:

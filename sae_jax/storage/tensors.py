@@ -42,11 +42,14 @@ class Tensor:
     shape: its sizes.
     dtype: numpy's type of its values, bfloat16 as `BFLOAT16`.
     part: function from the (start, stop) of each axis to the values there.
+    chunk: sizes of the chunks in which it lies, of which each is read as a
+      whole; None if any values are read alone.
   """
 
   shape: tuple[int, ...]
   dtype: np.dtype
   part: Callable[[Ranges], np.ndarray]
+  chunk: tuple[int, ...] | None = None
 
   def read(self, start: int = 0, stop: int | None = None) -> np.ndarray:
     """Rows `start` to `stop` of the first axis, by default all values.
@@ -61,12 +64,14 @@ class Tensor:
     return self.part(((min(start, stop), stop), *whole[1:]))
 
   def blocks(self, n_bytes: int = _BLOCK) -> Iterator[np.ndarray]:
-    """All rows in order, blocks of about `n_bytes` at a time."""
+    """All rows in order, blocks of at most `n_bytes` or a row at a time."""
     if not self.shape:
       yield self.read()
       return
     row = math.prod(self.shape[1:]) * self.dtype.itemsize
     step = max(1, n_bytes // max(row, 1))
+    if self.chunk and step > self.chunk[0]:
+      step -= step % self.chunk[0]
     for start in range(0, self.shape[0], step):
       yield self.read(start, start + step)
 
@@ -74,7 +79,10 @@ class Tensor:
   def T(self) -> 'Tensor':
     """It with the order of its axes reversed; nothing is read."""
     return Tensor(
-      self.shape[::-1], self.dtype, lambda ranges: self.part(ranges[::-1]).T
+      self.shape[::-1],
+      self.dtype,
+      lambda ranges: self.part(ranges[::-1]).T,
+      self.chunk and self.chunk[::-1],
     )
 
 
@@ -190,19 +198,24 @@ def exactly(file: BinaryIO, offset: int, size: int, where: str) -> bytes:
 
 
 def by_rows(tensor: Tensor) -> Tensor:
-  """A matrix, to be read by `blocks`, whose file has the other order of axes.
+  """A matrix, to be read by `blocks`, that may lie in the other order of axes.
 
   Where a block's columns would be so short in the file that each block takes
-  reading all of it, many times its size, the first block makes a temporary copy
-  in this order, by one reading.
+  reading all of it, many times its size, or where each block has a part of the
+  same chunks, the first block makes a temporary copy in this order, by one
+  reading.
 
   Raises:
     OSError: by `part`, if there is no room for the copy.
   """
   rows, columns = tensor.shape
   row = columns * tensor.dtype.itemsize
-  run = max(1, _BLOCK // row) * tensor.dtype.itemsize
-  if run >= _RUN or rows * row <= _LITTLE:
+  step = max(1, _BLOCK // row)
+  if tensor.chunk is None:
+    is_fast = step * tensor.dtype.itemsize >= _RUN or rows * row <= _LITTLE
+  else:
+    is_fast = min(tensor.chunk[0], rows) <= step
+  if is_fast:
     return tensor
 
   @functools.cache

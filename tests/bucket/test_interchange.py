@@ -1,15 +1,18 @@
 """Autoencoders of other libraries in a bucket."""
 
+import dataclasses
+
 from etils import epath
 import numpy as np
 import pytest
 
-from sae_jax import errors
-from sae_jax.interchange import formats, registry
+from sae_jax import checkpoint, errors
+from sae_jax.interchange import convert, formats, registry
 from sae_jax.interchange.files import pt_writer, reading
 from sae_jax.storage import safetensors, tensors
 from tests.support import golden_autoencoders as golden
 from tests.support import interchange_reference as reference
+from tests.support import planted, runs
 from tests.support.gcs import served
 
 WRITERS = {'a.pt': pt_writer.write, 'a.safetensors': safetensors.write}
@@ -80,3 +83,40 @@ def test_a_folder_that_is_written_to_a_bucket(kind, bucket, tmp_path):
   with pytest.raises(errors.UserError, match='is there already'):
     registry.write(autoencoder, kind, url)
   assert objects == {key: value.data for key, value in bucket.items()}
+
+
+def test_a_checkpoint_in_a_bucket(bucket, tmp_path):
+  """It has the bits of one on disk, and is read back as a file."""
+  planted.write_store(str(tmp_path / 'store'), 500)
+  rng = np.random.default_rng(0)
+  shapes = {
+    'w_enc_ND': (24, 16),
+    'w_dec_ND': (24, 16),
+    'b_enc_N': (24,),
+    'b_dec_D': (16,),
+  }
+  drawn = {
+    name: tensors.from_array(rng.normal(size=shape).astype('f'))
+    for name, shape in shapes.items()
+  }
+  one = golden.read('saelens/standard')
+  one = dataclasses.replace(
+    one, d_in=16, d_out=16, n_latents=24, tensors=drawn, transposed=frozenset()
+  )
+  registry.write(one, 'plain', tmp_path / 'plain')
+  places = str(tmp_path / 'run'), 'gs://bucket/run'
+  for place in places:
+    convert.convert(
+      convert.ConvertConfig(),
+      str(tmp_path / 'plain'),
+      place,
+      str(tmp_path / 'store'),
+    )
+  on_disk, remote = map(checkpoint.load, places)
+  runs.assert_same_bits(remote.sae, on_disk.sae)
+  assert any(name.startswith('run/checkpoints/0/sae') for name in bucket)
+  convert.convert(
+    convert.ConvertConfig(to='plain'), places[1], str(tmp_path / 'again')
+  )
+  again = registry.read(str(tmp_path / 'again')).tensors['w_dec_ND']
+  np.testing.assert_array_equal(again.read(), drawn['w_dec_ND'].read())

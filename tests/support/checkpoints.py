@@ -54,8 +54,8 @@ def as_in_a_bucket(monkeypatch):
   """Checkpoints on disk are laid out as in a bucket: a file for each chunk."""
   on_disk = orbax_lib.context
 
-  def context(url):
-    settings = on_disk(url)
+  def context(*arguments):
+    settings = on_disk(*arguments)
     settings.array.saving.use_ocdbt = False
     return settings
 

@@ -64,7 +64,9 @@ def by_columns(autoencoder):
 def test_what_is_folded_is_the_same_function(semantics, subtracts, monkeypatch):
   # Blocks of some rows, the last one short.
   blocks = tensors.Tensor.blocks
-  monkeypatch.setattr(tensors.Tensor, 'blocks', lambda self: blocks(self, 170))
+  monkeypatch.setattr(
+    tensors.Tensor, 'blocks', lambda self, n_bytes=0: blocks(self, 170)
+  )
   autoencoder = base(**semantics)
   for one in (autoencoder, by_columns(autoencoder)):
     other = folding.folded(one, subtracts=subtracts)
