@@ -76,6 +76,7 @@ unit+=(
   'optimizer.py::test_plain_steps_keep_their_bits[True-2.0]'
   'optimizer.py::test_a_step_is_held_unless_all_is_finite[pallas]'
   checkpoint.py
+  saved_tensors.py::test_a_tensor_is_saved_as_an_array_is
   train.py::test_a_damaged_checkpoint_is_named
   train.py::test_load_gives_the_average_or_the_last_weights
   train.py::test_a_finished_run_goes_on_to_more_steps

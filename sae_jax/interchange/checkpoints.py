@@ -14,7 +14,7 @@ from sae_jax import config as config_lib
 from sae_jax.autoencoder import metrics
 from sae_jax.interchange import core, imported
 from sae_jax.interchange.imported import Imported
-from sae_jax.storage import joined, tensors
+from sae_jax.storage import joined, saved_tensors, tensors
 from sae_jax.storage import workdir as workdir_lib
 from sae_jax.store import Store
 from sae_jax.training import given
@@ -77,6 +77,7 @@ def write(
     {'from': of.url, 'format': of.format, 'store': data.manifest.identity}
   )
   joined.claim(workdir, lambda: _take(workdir, made_from))
+  saved_tensors.register()
   with checkpoint.open_checkpointer(
     workdir, timeout_s=_LONGEST_S
   ) as checkpointer:

@@ -15,7 +15,7 @@ from orbax.checkpoint import v1
 from orbax.checkpoint._src.serialization import tensorstore_utils
 
 from sae_jax import errors
-from sae_jax.storage import locks, saved_arrays, saved_tensors
+from sae_jax.storage import locks, saved_arrays
 from sae_jax.storage import url as url_lib
 
 _Loaded = TypeVar('_Loaded')
@@ -199,7 +199,6 @@ def _mend_orbax() -> None:
     return spec
 
   tensorstore_utils.build_array_write_spec = build_array_write_spec
-  saved_tensors.register()
 
   for name in ('absl', None):
     logging.getLogger(name).addFilter(_matters)

@@ -7,6 +7,7 @@ is saved are the chunks that an array of its values would have.
 
 import asyncio
 from collections.abc import Awaitable, Sequence
+import functools
 import itertools
 
 from orbax.checkpoint._src.serialization import tensorstore_utils
@@ -80,8 +81,12 @@ async def _write(
   await writing
 
 
+@functools.cache
 def register() -> None:
-  """Has Orbax take tensors for leaves that it can save."""
+  """Has Orbax take tensors for leaves that it can save, in this process.
+
+  Whoever saves none does without: these parts of Orbax are not for others.
+  """
   registry.STANDARD_TYPE_AND_ABSTRACT_TYPE_AND_TYPESTR_TO_HANDLER.append(
     (tensors.Tensor, tensors.Tensor, ['jax.Array'], TensorHandler)
   )

@@ -12,13 +12,18 @@ import pytest
 
 from sae_jax import checkpoint, errors
 from sae_jax.storage import orbax as orbax_lib
-from sae_jax.storage import saved_arrays, tensors
+from sae_jax.storage import saved_arrays, saved_tensors, tensors
 from tests.support import runs
 from tests.support.checkpoints import as_in_a_bucket, contents, METADATA, save
 
 # Five chunks of each matrix, the last one as long as the others.
 SAVED = contents(d_model=16, n_latents=80)
 _CHUNK_BYTES = 16 * 16 * 4
+
+
+@pytest.fixture(autouse=True, scope='module')
+def _registered():
+  saved_tensors.register()
 
 
 def as_tensors(sae, change=lambda name, values: values):
