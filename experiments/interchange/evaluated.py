@@ -49,7 +49,7 @@ class EvaluatedConfig(config_lib.Config):
   n: int = config_lib.option(512, 'number of latents, N', least=1)
   k: int = config_lib.option(16, 'number of active latents of a token, K')
   batch: int = config_lib.option(1024, 'number of rows in a batch', least=1)
-  steps: int = config_lib.option(100, 'number of training steps', least=1)
+  steps: int = config_lib.option(200, 'number of training steps', least=1)
 
 
 @dataclasses.dataclass(frozen=True)
