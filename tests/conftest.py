@@ -25,29 +25,20 @@ TESTS = pathlib.Path(__file__).parent
 FOLDERS = (
   'demo', 'process', 'bucket', 'cloud', 'mesh', 'compiler', 'browser', 'unit',
 )  # fmt: skip
-MESH, UNIT = TESTS / 'mesh', TESTS / 'unit'
+MESH = TESTS / 'mesh'
 
 
 def pytest_configure(config):
-  """What JAX reads when it starts, by what is asked for.
-
-  Eight devices where tests of meshes are run, so that 2x4 is real. Where it is
-  these and unit tests alone, most of whose time is compiling, without passes of
-  LLVM that take long; all others run what users run.
-  """
+  """Eight devices where tests of meshes are run, so that 2x4 is real."""
   asked = [pathlib.Path(arg.partition('::')[0]) for arg in config.args]
   asked = [(config.invocation_params.dir / path).resolve() for path in asked]
-  if any(_within(path, MESH) or path in MESH.parents for path in asked):
+  if any(
+    path in (MESH, *MESH.parents) or MESH in path.parents for path in asked
+  ):
     os.environ['XLA_FLAGS'] = (
       os.environ.get('XLA_FLAGS', '')
       + ' --xla_force_host_platform_device_count=8'
     )
-  if all(_within(path, MESH) or _within(path, UNIT) for path in asked):
-    os.environ.setdefault('JAX_DISABLE_MOST_OPTIMIZATIONS', '1')
-
-
-def _within(path, folder):
-  return path == folder or folder in path.parents
 
 
 def pytest_collection_modifyitems(items):
