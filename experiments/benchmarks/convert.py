@@ -105,13 +105,6 @@ def autoencoder(config: BenchmarkConfig) -> imported.Imported:
   )
 
 
-def peak_mib() -> float:
-  """The peak of this process's resident memory."""
-  # Not getrusage, whose peak is the parent's where that was higher.
-  status = pathlib.Path('/proc/self/status').read_text()
-  return int(status.partition('VmHWM:')[2].split()[0]) / 2**10
-
-
 def jax_mib() -> float:
   """The peak of a process that imports jax and finds its devices."""
   program = 'import jax; jax.devices(); print(open("/proc/self/status").read())'
