@@ -83,4 +83,5 @@ def test_both_formats_give_the_same_tokens_and_activations(name, tmp_path):
     return out.logits_BTV, out.recorded[SITE]
 
   for got, want in zip(logits_and_site(gguf), logits_and_site(folder)):
-    np.testing.assert_allclose(got, want, atol=2e-5)
+    # The weights lie in another order, so that sums are rounded otherwise.
+    np.testing.assert_allclose(got, want, atol=2e-6 * np.abs(want).max())
