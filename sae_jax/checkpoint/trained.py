@@ -101,7 +101,7 @@ def load(
     UserError: if there is no checkpoint, or none of that step; if it is
       damaged; if the mesh does not divide its latents.
   """
-  with _opened(url) as checkpointer:
+  with _open(url) as checkpointer:
     step = _chosen(checkpointer, url, step)
     metadata = format.read_metadata(checkpointer, step)
     config = metadata.sae_config
@@ -130,7 +130,7 @@ def opened(url: str) -> Saved:
   Raises:
     UserError: see `load`.
   """
-  with _opened(url) as checkpointer:
+  with _open(url) as checkpointer:
     step = _chosen(checkpointer, url, None)
     metadata = format.read_metadata(checkpointer, step)
     saved = format.saved_parts(checkpointer, step, ('sae', 'ema'))
@@ -175,7 +175,7 @@ def _corrected_parts(sums, weight) -> tensors.Tensor:
   return dataclasses.replace(sums, part=part)
 
 
-def _opened(url: str):
+def _open(url: str):
   """The checkpoints of a workdir; UserError if it has none."""
   if not format.folder(url).exists():
     raise errors.UserError(
