@@ -185,11 +185,20 @@ def local(array: jax.Array, first: int, stop: int) -> np.ndarray:
     shard.index[0].start or 0: shard.data for shard in array.addressable_shards
   }
   parts = [
-    np.asarray(shards[start][max(0, first - start) : stop - start])
+    _cut(shards[start], max(0, first - start), stop - start)
     for start in sorted(shards)
     if start < stop and first < start + len(shards[start])
   ]
   return np.concatenate(parts) if len(parts) > 1 else parts[0]
+
+
+def _cut(rows: jax.Array, first: int, stop: int) -> np.ndarray:
+  # A slice is compiled for each shape and device: rows that are in the host's
+  # memory, or that are all asked for, need none.
+  whole = first == 0 and stop >= len(rows)
+  if whole or rows.device.platform == 'cpu':
+    return np.asarray(rows)[first:stop]
+  return np.asarray(rows[first:stop])
 
 
 def check_finite(rows_NJ: jax.Array, what: str, remedy: str) -> None:

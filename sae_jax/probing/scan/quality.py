@@ -98,11 +98,19 @@ def update(
     .add(of_token_XE)
   )
   rounding_E = jnp.where(counts_E, metrics.rounding(computed_from_ED), 0)
+  # One sum of all columns: each is what it is alone, and fewer programs.
+  of_token_EJ = [shifted_ED, shifted_ED**2, rounding_E[:, None]]
+  total_J = sums_lib.total(jnp.concatenate(of_token_EJ, 1))
+  d_model = x_ED.shape[1]
+
+  def columns(first, stop):
+    return jax.tree.map(lambda a: a[first:stop], total_J)
+
   new = Sums(
     *map(double.of, by_position_XT),
-    sums_lib.total(shifted_ED),
-    sums_lib.total(shifted_ED**2),
-    sums_lib.total(rounding_E),
+    columns(0, d_model),
+    columns(d_model, 2 * d_model),
+    jax.tree.map(lambda a: a[-1], total_J),
   )
   return sums_lib.add(sums, new)
 
