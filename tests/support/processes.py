@@ -18,7 +18,9 @@ def free_port():
 
 def environment(devices=_DEVICES):
   """The environment of a child with so many devices."""
-  return os.environ | {'TF_CPP_MIN_LOG_LEVEL': '3', 'XLA_FLAGS': devices}
+  # Of a flag that is given twice the last is taken.
+  flags = f'{os.environ.get("XLA_FLAGS", "")} {devices}'
+  return os.environ | {'TF_CPP_MIN_LOG_LEVEL': '3', 'XLA_FLAGS': flags}
 
 
 def run_two(code, arguments, timeout=240):
