@@ -55,6 +55,11 @@ class SweepConfig(config_lib.Config):
   tokens: int = config_lib.option(
     2_070_000, 'number of tokens of a whole run', least=1
   )
+  runs_at_a_time: int = config_lib.option(
+    8,
+    'most runs that share a reading of the store, and are kept together',
+    least=1,
+  )
   cells: str = config_lib.option(
     f'{_HERE}/cells.jsonl', 'file of finished runs, a line each'
   )
@@ -124,7 +129,9 @@ def measure(config: SweepConfig, store: str, workdir: str) -> dict:
   missing = [cell for cell in wanted if cell.name not in kept]
   left = 0
   if missing:
-    options = work.WorkConfig(keep_runs=False)
+    options = work.WorkConfig(
+      keep_runs=False, runs_at_a_time=config.runs_at_a_time
+    )
     left = work.work(options, missing, workdir)
     kept = keep(config.cells, workdir)
   table.write(sweep_runs.of_records(kept.values()), config.table)

@@ -16,14 +16,18 @@ from sae_jax.training.config import TrainConfig
 
 LOSS = 'validation_fvu'
 _LOG = 'metrics.jsonl'
-# Looks at a run: the first is after a 32nd of the most steps.
+# Looks at a run: the first is after a 32nd of the most steps or more.
 _LOOKS = 11
 
 
-def looks(most_steps: int) -> list[int]:
-  """The steps after which a run is looked at, the last of which is the most."""
-  steps = {math.ceil(most_steps / 2 ** (nth / 2)) for nth in range(_LOOKS)}
-  return sorted(steps)
+def looks(config: TrainConfig) -> list[int]:
+  """The steps after which a run is looked at, the last of which is the most.
+
+  None is within its warm-up, which is a rate that converges to nothing.
+  """
+  most, warmup = config.steps, config.optimizer.warmup_steps
+  steps = {math.ceil(most / 2 ** (nth / 2)) for nth in range(_LOOKS)}
+  return sorted(step for step in steps if step >= warmup)
 
 
 def check(config: TrainConfig) -> None:
@@ -51,7 +55,7 @@ def part(config: TrainConfig, share: float, nth: int) -> TrainConfig:
   """
   if not share:
     return config
-  return dataclasses.replace(config, steps=looks(config.steps)[nth])
+  return dataclasses.replace(config, steps=looks(config)[nth])
 
 
 def ends(config: TrainConfig, share: float, workdir: str, nth: int) -> bool:
@@ -68,7 +72,7 @@ def ends(config: TrainConfig, share: float, workdir: str, nth: int) -> bool:
   """
   if not share:
     return True
-  steps = looks(config.steps)[: nth + 1]
+  steps = looks(config)[: nth + 1]
   if steps[-1] == config.steps:
     return True
   if len(steps) < 2:

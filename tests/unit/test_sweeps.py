@@ -260,7 +260,7 @@ def converged(store, tmp_path_factory):
 def test_a_run_ends_where_its_loss_falls_no_more(converged, store, tmp_path):
   workdir, cell = converged
   (stopped,) = read_cells(workdir)
-  looks = convergence.looks(400)
+  looks = convergence.looks(cell.config)
   assert looks[-3:] == [200, 283, 400] and stopped['steps'] in looks[1:-1]
   losses = {
     row['step']: row[convergence.LOSS]
@@ -281,7 +281,7 @@ def test_a_run_ends_where_its_loss_falls_no_more(converged, store, tmp_path):
 
 def test_convergence_is_told_from_two_looks_at_the_log(tmp_path):
   config = base(steps=400)
-  looks = convergence.looks(400)
+  looks = convergence.looks(config)
   losses = [1.0, 0.94, 0.89, 0.85]
   lines = [
     {'step': step, convergence.LOSS: loss} for step, loss in zip(looks, losses)
@@ -305,12 +305,25 @@ def test_a_run_that_converges_is_gone_on_with(converged, store, tmp_path):
   workdir, cell = converged
   steps = read_cells(workdir)[0]['steps']
   url = cells_lib.run_url(tmp_path, cell)
-  for look in convergence.looks(400):
+  for look in convergence.looks(cell.config):
     if look < steps:
       train.train(dataclasses.replace(cell.config, steps=look), store, url)
   runs.break_off(steps - 3, {url: cell.config}, store)
   assert work(WorkConfig(), [cell], str(tmp_path)) == 0
   assert scores(tmp_path) == scores(workdir)
+
+
+def test_a_run_is_not_looked_at_while_its_rate_warms_up(store):
+  # Left to it, the rate of a run warms up beyond a 32nd of its steps.
+  (cell,) = grid(base(steps=400, warmup_steps=-1), [store], {}, 0.01)
+  assert cell.config.optimizer.warmup_steps == 20
+  looks = convergence.looks(cell.config)
+  assert looks == [25, 36, 50, 71, 100, 142, 200, 283, 400]
+  for nth in range(len(looks)):
+    convergence.part(cell.config, 0.01, nth)
+  # A control: a run of fewer steps than it warms up for is refused.
+  with pytest.raises(errors.UserError, match='exceed the 18 steps'):
+    dataclasses.replace(cell.config, steps=18)
 
 
 def test_a_rate_that_falls_and_convergence_do_not_fit(store):
