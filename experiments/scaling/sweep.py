@@ -29,9 +29,10 @@ from sae_jax.sweeps.grid import Cell
 from sae_jax.training.config import TrainConfig
 
 _HERE = 'experiments/scaling'
-WIDTHS, KS = (256, 512, 1024, 2048, 4096, 8192), (8, 16, 32, 64)
+KS = (8, 16, 32, 64)
 # All parts but the grid are of one k, and seeds are repeated at these sizes.
 K, SEEDED = 32, (256, 1024, 4096)
+_WIDEST_CONVERGED = 4096
 # A run to convergence ends where its loss falls by less; see `convergence`.
 _CONVERGE = 0.002
 # What a line has not of a run's record: where things lay, and the whole config,
@@ -51,6 +52,10 @@ class SweepConfig(config_lib.Config):
   sites: tuple[str, ...] = config_lib.option(
     ('blocks.14.resid_post', 'blocks.7.resid_post'),
     'sites of the store; all parts but the grid are of the first',
+  )
+  widths: tuple[int, ...] = config_lib.option(
+    (256, 512, 1024, 2048, 4096, 8192),
+    'numbers of latents; the widest takes as long as all others together',
   )
   tokens: int = config_lib.option(
     2_070_000, 'number of tokens of a whole run', least=1
@@ -74,30 +79,31 @@ def cells(config: SweepConfig, store: str) -> list[Cell]:
   Raises:
     UserError: if there is no such part, or the store has no such site.
   """
-  first, tokens = config.sites[0], config.tokens
+  first, tokens, widths = config.sites[0], config.tokens, config.widths
+  seeded = tuple(n for n in widths if n in SEEDED)
   grids = {
     'grid': {
       'site': config.sites,
-      'n_latents': WIDTHS,
+      'n_latents': widths,
       'k': KS,
       'tokens': (tokens,),
     },
     'tokens': {
       'site': (first,),
-      'n_latents': WIDTHS,
+      'n_latents': widths,
       'k': (K,),
       'tokens': (tokens // 8, tokens // 4, tokens // 2),
     },
     'seeds': {
       'site': (first,),
-      'n_latents': SEEDED,
+      'n_latents': seeded,
       'k': (K,),
       'tokens': (tokens,),
       'seed': (1,),
     },
     'converged': {
       'site': (first,),
-      'n_latents': WIDTHS[:-1],
+      'n_latents': tuple(n for n in widths if n <= _WIDEST_CONVERGED),
       'k': (K,),
       'tokens': (tokens,),
     },
@@ -114,7 +120,9 @@ def cells(config: SweepConfig, store: str) -> list[Cell]:
       # Its rate cannot fall at an end that it does not know.
       optimizer = dataclasses.replace(run.optimizer, decay_steps=0)
       run, converge = dataclasses.replace(run, optimizer=optimizer), _CONVERGE
-    result += grid.grid(run, [store], grids[name], converge)
+    # Not every part has a run of every width.
+    if grids[name]['n_latents']:
+      result += grid.grid(run, [store], grids[name], converge)
   return result
 
 

@@ -16,12 +16,12 @@ from sae_jax.training.config import TrainConfig
 
 @pytest.fixture
 def config(store, tmp_path, monkeypatch):
-  monkeypatch.setattr(sweep, 'WIDTHS', (16, 32))
   monkeypatch.setattr(sweep, 'KS', (4,))
   monkeypatch.setattr(sweep, 'K', 4)
   monkeypatch.setattr(sweep, 'SEEDED', (16,))
   return sweep.SweepConfig(
     parts=('grid', 'seeds'),
+    widths=(16, 32),
     sites=(store_lib.open_store(store).site,),
     tokens=TrainConfig().batch_size,
     cells=str(tmp_path / 'cells.jsonl'),
@@ -57,7 +57,9 @@ def test_parts_have_the_runs_that_laws_need(config, store):
     return sweep.cells(dataclasses.replace(config, parts=parts), store)
 
   assert {cell.config.steps for cell in cells('grid')} == {1}
-  (converged,) = cells('converged')
-  assert converged.converge and not converged.config.optimizer.decay_steps
+  for converged in cells('converged'):
+    assert converged.converge and not converged.config.optimizer.decay_steps
+  few = dataclasses.replace(config, widths=(32,))
+  assert [cell.config.sae.n_latents for cell in sweep.cells(few, store)] == [32]
   with pytest.raises(errors.UserError, match='no part is called grids: use'):
     cells('grids')
