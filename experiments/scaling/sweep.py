@@ -53,8 +53,8 @@ class SweepConfig(config_lib.Config):
     ('blocks.14.resid_post', 'blocks.7.resid_post'),
     'sites of the store; all parts but the grid are of the first',
   )
-  widths: tuple[int, ...] = config_lib.option(
-    (256, 512, 1024, 2048, 4096, 8192),
+  widths: tuple[str, ...] = config_lib.option(
+    ('256', '512', '1024', '2048', '4096', '8192'),
     'numbers of latents; the widest takes as long as all others together',
   )
   tokens: int = config_lib.option(
@@ -73,13 +73,25 @@ class SweepConfig(config_lib.Config):
   )
 
 
+def _numbers(widths: Sequence[str]) -> tuple[int, ...]:
+  try:
+    return tuple(map(int, widths))
+  except ValueError:
+    raise errors.UserError(
+      f'widths {",".join(widths)} are no numbers of latents: write '
+      '--widths=256,512'
+    ) from None
+
+
 def cells(config: SweepConfig, store: str) -> list[Cell]:
   """All runs of the parts.
 
   Raises:
-    UserError: if there is no such part, or the store has no such site.
+    UserError: if there is no such part, a width is no number, or the store has
+      no such site.
   """
-  first, tokens, widths = config.sites[0], config.tokens, config.widths
+  first, tokens = config.sites[0], config.tokens
+  widths = _numbers(config.widths)
   seeded = tuple(n for n in widths if n in SEEDED)
   grids = {
     'grid': {

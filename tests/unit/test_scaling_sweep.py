@@ -21,7 +21,7 @@ def config(store, tmp_path, monkeypatch):
   monkeypatch.setattr(sweep, 'SEEDED', (16,))
   return sweep.SweepConfig(
     parts=('grid', 'seeds'),
-    widths=(16, 32),
+    widths=('16', '32'),
     sites=(store_lib.open_store(store).site,),
     tokens=TrainConfig().batch_size,
     cells=str(tmp_path / 'cells.jsonl'),
@@ -59,7 +59,9 @@ def test_parts_have_the_runs_that_laws_need(config, store):
   assert {cell.config.steps for cell in cells('grid')} == {1}
   for converged in cells('converged'):
     assert converged.converge and not converged.config.optimizer.decay_steps
-  few = dataclasses.replace(config, widths=(32,))
+  few = dataclasses.replace(config, widths=('32',))
   assert [cell.config.sae.n_latents for cell in sweep.cells(few, store)] == [32]
+  with pytest.raises(errors.UserError, match='widths 32,x are no numbers'):
+    sweep.cells(dataclasses.replace(config, widths=('32', 'x')), store)
   with pytest.raises(errors.UserError, match='no part is called grids: use'):
     cells('grids')
