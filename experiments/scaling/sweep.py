@@ -61,9 +61,7 @@ class SweepConfig(config_lib.Config):
     2_070_000, 'number of tokens of a whole run', least=1
   )
   runs_at_a_time: int = config_lib.option(
-    8,
-    'most runs that share a reading of the store, and are kept together',
-    least=1,
+    8, 'most runs that share a reading of the store', least=1
   )
   cells: str = config_lib.option(
     f'{_HERE}/cells.jsonl', 'file of finished runs, a line each'
