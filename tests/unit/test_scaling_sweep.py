@@ -19,6 +19,7 @@ def config(store, tmp_path, monkeypatch):
   monkeypatch.setattr(sweep, 'KS', (4,))
   monkeypatch.setattr(sweep, 'K', 4)
   monkeypatch.setattr(sweep, 'SEEDED', (16,))
+  monkeypatch.setattr(sweep, '_WIDEST_CONVERGED', 16)
   return sweep.SweepConfig(
     parts=('grid', 'seeds'),
     widths=('16', '32'),
@@ -57,8 +58,8 @@ def test_parts_have_the_runs_that_laws_need(config, store):
     return sweep.cells(dataclasses.replace(config, parts=parts), store)
 
   assert {cell.config.steps for cell in cells('grid')} == {1}
-  for converged in cells('converged'):
-    assert converged.converge and not converged.config.optimizer.decay_steps
+  (converged,) = cells('converged')
+  assert converged.converge and not converged.config.optimizer.decay_steps
   few = dataclasses.replace(config, widths=('32',))
   assert [cell.config.sae.n_latents for cell in sweep.cells(few, store)] == [32]
   with pytest.raises(errors.UserError, match='widths 32,x are no numbers'):
