@@ -25,8 +25,7 @@ train.main()
 
 def train(store, workdir, url):
   """A run whose latents, and so its checkpoints, are over two devices."""
-  devices = '--xla_force_host_platform_device_count=2'
-  environment = processes.environment(devices) | {
+  environment = processes.environment(devices=2) | {
     'TENSORSTORE_GCS_HTTP_URL': url,
     'STORAGE_EMULATOR_HOST': url,
     'GOOGLE_AUTH_TOKEN_FOR_TESTING': 'fake',

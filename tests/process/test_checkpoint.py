@@ -20,12 +20,12 @@ def imported(code, *args):
   """Which of UNUSED a process has imported after it ran code."""
   ended = subprocess.run(
     [sys.executable, '-c', 'import sys; ' + code + REPORT, *args],
-    env=processes.environment(devices=''),
+    env=processes.environment(devices=1),
     capture_output=True,
     text=True,
-    check=True,
     timeout=300,
   )
+  assert ended.returncode == 0, ended.stderr
   return ended.stdout.split()
 
 

@@ -60,7 +60,7 @@ def start(stage, flags, at_interrupt=signal.SIG_DFL):
   """A process that begins with this for Ctrl-C, whatever this one has."""
   return subprocess.Popen(
     [sys.executable, '-m', f'sae_jax.cli.{stage}', *flags],
-    env=processes.environment(''),
+    env=processes.environment(devices=1),
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,

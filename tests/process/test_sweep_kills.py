@@ -45,7 +45,7 @@ def start(store, workdir):
       *(f'--{name}={value}' for name, value in values.items()),
       *(f'--grid={axis}' for axis in grid),
     ],
-    env=processes.environment('--xla_force_host_platform_device_count=1'),
+    env=processes.environment(devices=1),
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,

@@ -6,8 +6,6 @@ import socket
 import subprocess
 import sys
 
-_DEVICES = '--xla_force_host_platform_device_count=4'
-
 
 def free_port():
   """A port of this machine that nobody listens on."""
@@ -16,11 +14,17 @@ def free_port():
     return free.getsockname()[1]
 
 
-def environment(devices=_DEVICES):
+def environment(devices=4):
   """The environment of a child with so many devices."""
   # Of a flag that is given twice the last is taken.
-  flags = f'{os.environ.get("XLA_FLAGS", "")} {devices}'
-  return os.environ | {'TF_CPP_MIN_LOG_LEVEL': '3', 'XLA_FLAGS': flags}
+  flags = [
+    os.environ.get('XLA_FLAGS', ''),
+    f'--xla_force_host_platform_device_count={devices}',
+  ]
+  return os.environ | {
+    'TF_CPP_MIN_LOG_LEVEL': '3',
+    'XLA_FLAGS': ' '.join(flags).strip(),
+  }
 
 
 def run_two(code, arguments, timeout=240):

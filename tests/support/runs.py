@@ -166,9 +166,7 @@ def start(command, devices=1):
   """Starts a command with so many devices; its output is kept."""
   return subprocess.Popen(
     command,
-    env=processes.environment(
-      f'--xla_force_host_platform_device_count={devices}'
-    ),
+    env=processes.environment(devices),
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
     text=True,
