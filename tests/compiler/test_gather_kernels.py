@@ -18,6 +18,7 @@ from tests.support.row_sums import (
   SLOTS,
   Slots,
   spread,
+  traced_anew,
 )
 
 
@@ -25,6 +26,8 @@ from tests.support.row_sums import (
 def small_blocks(request, monkeypatch):
   if 'real_sizes' not in request.fixturenames:
     make_small(monkeypatch)
+  with traced_anew():
+    yield
 
 
 @pytest.fixture

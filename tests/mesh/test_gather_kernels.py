@@ -10,12 +10,14 @@ import pytest
 from sae_jax import mesh as mesh_lib
 from sae_jax.ops.decode import kernel as decode_kernel
 from sae_jax.ops.weight_grad import kernel as grad_kernel
-from tests.support.row_sums import close, make_small, Slots
+from tests.support.row_sums import close, make_small, Slots, traced_anew
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
   make_small(monkeypatch)
+  with traced_anew():
+    yield
 
 
 def test_shards_of_latents_add_up():

@@ -1,10 +1,14 @@
 """Two processes of four devices each, as two hosts of a pod are."""
 
+from concurrent import futures
 import os
 import pathlib
 import socket
 import subprocess
 import sys
+import types
+
+from jax._src import compiler, distributed
 
 
 def free_port():
@@ -39,8 +43,9 @@ def run_two(code, arguments, timeout=240):
   children = []
   for number, argument in enumerate(arguments):
     join = (
-      'from sae_jax import mesh; '
+      'from sae_jax import mesh; from tests.support import processes; '
       f'mesh.start_processes({coordinator!r}, 2, {number}); '
+      'processes.keep_compilations(); '
     )
     children.append(
       subprocess.Popen(
@@ -51,12 +56,36 @@ def run_two(code, arguments, timeout=240):
         text=True,
       )
     )
-  printed = []
-  for child in children:
-    out, said = child.communicate(timeout=timeout)
+  try:
+    # Read together: one whose pipe is full would wait, and the other for it.
+    with futures.ThreadPoolExecutor(len(children)) as pool:
+      ended = list(
+        pool.map(lambda child: child.communicate(timeout=timeout), children)
+      )
+  finally:
+    for child in children:
+      child.kill()
+  for child, (_, said) in zip(children, ended):
     assert child.returncode == 0, said
-    printed.append(out)
-  return printed
+  return [out for out, _ in ended]
+
+
+class _Writer:
+  """What JAX's compiler knows of a process, which takes it for the first."""
+
+  process_id = 0
+
+  def __getattr__(self, name):
+    return getattr(distributed.global_state, name)
+
+
+def keep_compilations():
+  """Makes this process, if it is not the first, write its compilations too.
+
+  JAX lets the first alone write them, for buckets' sake. A second process of
+  CPUs never has the first's: it would compile all anew at every run.
+  """
+  compiler.distributed = types.SimpleNamespace(global_state=_Writer())
 
 
 def children():

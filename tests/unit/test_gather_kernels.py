@@ -23,6 +23,7 @@ from tests.support.row_sums import (
   segment_sums,
   SLOTS,
   Slots,
+  traced_anew,
   two_cores,
 )
 
@@ -30,6 +31,8 @@ from tests.support.row_sums import (
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
   make_small(monkeypatch)
+  with traced_anew():
+    yield
 
 
 @functools.partial(

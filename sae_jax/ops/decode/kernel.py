@@ -167,6 +167,11 @@ def _cost(layout, n_blocks, d_model, expected):
   )
 
 
+# Traced once for all calls of one shape, which took half of a step's tracing.
+@functools.partial(
+  jax.jit,
+  static_argnames=('reduce_part', 'layout', 'dtype', 'expected', 'interpret'),
+)
 def _run(
   reduce_part,
   layout,

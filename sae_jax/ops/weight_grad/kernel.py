@@ -207,6 +207,11 @@ def _cost(layout, expected, n_latents, d_model, results, copied, n_pairs):
   )
 
 
+# Traced once for all calls of one shape; see `decode.kernel`.
+@functools.partial(
+  jax.jit,
+  static_argnames=('layout', 'dtype', 'expected', 'interpret', 'n_latents'),
+)
 def _run(
   layout,
   dtype,
