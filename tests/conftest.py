@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import pathlib
+import shutil
 import tempfile
 
 import pytest
@@ -14,10 +15,20 @@ os.environ.setdefault(
   'JAX_COMPILATION_CACHE_DIR',
   str(pathlib.Path(tempfile.gettempdir()) / 'sae_jax_test_compilation_cache'),
 )
-os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.5')
+os.environ.setdefault('JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS', '0.1')
 os.environ.setdefault('JAX_PERSISTENT_CACHE_ENABLE_XLA_CACHES', 'none')
 # Else every call of gcsfs asks a service that is not there; read on import.
 os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')
+
+# Files are synced before they are named: in memory that takes no time. A run of
+# all tests leaves half a GiB there, with programs that tests start.
+_MEMORY = pathlib.Path('/dev/shm')
+if (
+  _MEMORY.is_dir()
+  and shutil.disk_usage(_MEMORY).free >= 2**33
+  and not os.statvfs(_MEMORY).f_flag & os.ST_NOEXEC
+):
+  os.environ.setdefault('PYTEST_DEBUG_TEMPROOT', str(_MEMORY))
 
 pytest.register_assert_rewrite('tests.support')
 
