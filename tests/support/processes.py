@@ -56,18 +56,21 @@ def run_two(code, arguments, timeout=240):
         text=True,
       )
     )
-  try:
-    # Read together: one whose pipe is full would wait, and the other for it.
-    with futures.ThreadPoolExecutor(len(children)) as pool:
-      ended = list(
-        pool.map(lambda child: child.communicate(timeout=timeout), children)
-      )
-  finally:
-    for child in children:
-      child.kill()
-  for child, (_, said) in zip(children, ended):
-    assert child.returncode == 0, said
-  return [out for out, _ in ended]
+
+  def ended(child):
+    try:
+      return child.communicate(timeout=timeout)
+    finally:
+      # The other would wait for one that failed.
+      if child.returncode != 0:
+        for each in children:
+          each.kill()
+
+  # Read together: one whose pipe is full would wait, and the other for it.
+  with futures.ThreadPoolExecutor(len(children)) as pool:
+    printed, said = zip(*pool.map(ended, children))
+  assert not any(child.returncode for child in children), '\n'.join(said)
+  return list(printed)
 
 
 class _Writer:

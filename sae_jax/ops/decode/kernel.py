@@ -167,7 +167,7 @@ def _cost(layout, n_blocks, d_model, expected):
   )
 
 
-# Traced once for all calls of one shape, which took half of a step's tracing.
+# Traced once for all calls of one shape, not anew at each: a step has many.
 @functools.partial(
   jax.jit,
   static_argnames=('reduce_part', 'layout', 'dtype', 'expected', 'interpret'),
