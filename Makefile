@@ -2,6 +2,8 @@
 # make test         what a change can break in process, on one machine
 # make test FILES=  these files or folders of tests/
 # make test-all     that and the rest
+# make coverage     which lines unit and mesh run, 90 % at least; they take half
+#                   as long again, so .ci/run does without
 # make test-chips   every kernel at every shape, compiled for every chip
 # make test-newest  what new releases can break, on Python 3.12 or later and the
 #                   newest jax
@@ -33,13 +35,11 @@ CORE_OF_MESH := $(addprefix tests/mesh/test_,freeze.py mesh.py sparse.py \
   step.py train.py)
 PYTEST := $(BIN)/python -m pytest -n 2 --dist=loadfile \
   --no-loadscope-reorder --durations=20
-# .ci/run measures coverage of unit, mesh and compiler: in process it is cheap.
-COVERAGE ?=
 
 # uv compiles no package, and each process would do it again where this is set.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: demo test test-all test-rest test-chips test-newest \
+.PHONY: demo test test-all test-rest coverage test-chips test-newest \
   test-colab test-peers peers lint clean
 
 $(VENV)/.package: setup.cfg pyproject.toml
@@ -70,8 +70,8 @@ test: $(VENV)/.test
 	$(PYTEST) $(FILES)
 else
 test: $(VENV)/.test
-	$(PYTEST) $(COVERAGE) tests/unit
-	$(PYTEST) $(COVERAGE) $(CORE_OF_MESH)
+	$(PYTEST) tests/unit
+	$(PYTEST) $(CORE_OF_MESH)
 	@echo 'make test-all adds: kernels compiled for TPUs, more meshes, processes' \
 	  'that are killed, buckets, the page in Chromium, tpu_scripts, the demo'
 endif
@@ -80,8 +80,13 @@ test-all: test test-rest
 
 test-rest: $(VENV)/.test $(VENV)/.chromium
 	$(PYTEST) tests/demo tests/process tests/bucket tests/cloud tests/browser
-	$(PYTEST) $(COVERAGE) tests/mesh $(addprefix --ignore=,$(CORE_OF_MESH))
-	$(PYTEST) $(COVERAGE) tests/compiler
+	$(PYTEST) tests/mesh $(addprefix --ignore=,$(CORE_OF_MESH))
+	$(PYTEST) tests/compiler
+
+coverage: $(VENV)/.test
+	$(PYTEST) --cov=sae_jax --cov-report= tests/unit
+	$(PYTEST) --cov=sae_jax --cov-report= --cov-append tests/mesh
+	$(BIN)/coverage report --fail-under=90
 
 test-chips: $(VENV)/.test
 	$(PYTEST) -m chips tests/compiler
