@@ -27,10 +27,11 @@ _PAPER_LATENTS = 2**14
 _SHORT_FACTOR = 10.0
 _SHORT_BATCH = 1024
 _SHORT_BATCHES = (512, 2048)
-# With fewer latents the best rate no longer grew: with 256 it was 0.011 at
-# batches of 2,048 (0.2 million tokens), half of 2e-3 sqrt(2^14 / n) and what
-# that is with these. Twice the best rate cost a fifth of the FVU.
-_SHORT_LEAST_LATENTS = 1024
+# With fewer latents the best rate no longer grew, and one that was too high by
+# 1.4 left most latents silent for good. With 256 and 1,024 latents and 2 million
+# tokens that of 2,048 was the best of those that did not; with 1,024 and 0.2
+# million it cost 0.7 % of the FVU. See docs/results.md.
+_SHORT_LEAST_LATENTS = 2048
 # Where that was measured: latents, active latents, tokens of the run.
 _MEASURED = {
   'n_latents': (2048, 8192),
