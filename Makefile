@@ -12,7 +12,8 @@
 #                   their own, on the rows of the demo or of STORE
 # make test-peers   autoencoders that we write, loaded by the libraries of their
 #                   formats; OPENAI_MODEL=model.py of openai/sparse_autoencoder;
-#                   and SAELens's metrics beside those of sae-probe
+#                   SAELens's metrics beside those of sae-probe; and one of
+#                   sparsify's, imported and trained on
 # make lint         linter and formatter check
 
 PYTHON ?= python3
@@ -124,6 +125,9 @@ test-peers: $(VENV)/.package $(VENV)-peers/.formats
 	  $(if $(OPENAI_MODEL),--openai_model=$(OPENAI_MODEL)) $(FLAGS)
 	$(BIN)/python -m experiments.interchange.evaluated \
 	  --workdir=$(WORKDIR)-evaluated --torch_python=$(VENV)-peers/bin/python
+	$(BIN)/python -m experiments.interchange.finetuned \
+	  --store=$(WORKDIR)-evaluated/store --workdir=$(WORKDIR)-finetuned \
+	  --torch_python=$(VENV)-peers/bin/python
 
 clean:
 	rm -rf $(VENV) $(VENV)-newest $(VENV)-colab $(VENV)-peers build *.egg-info
