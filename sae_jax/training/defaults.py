@@ -27,10 +27,10 @@ _PAPER_LATENTS = 2**14
 _SHORT_FACTOR = 10.0
 _SHORT_BATCH = 1024
 _SHORT_BATCHES = (512, 2048)
-# With fewer latents the best rate no longer grew, and one that was too high by
-# 1.4 left most latents silent for good. With 256 and 1,024 latents and 2 million
-# tokens that of 2,048 was the best of those that did not; with 1,024 and 0.2
-# million it cost 0.7 % of the FVU. See docs/results.md.
+# With fewer latents the best rate no longer grew, and 1.4 times it left most
+# silent for good. With 256 and 1,024 latents and 2 million tokens that of 2,048
+# was the best of those that did not; with 0.2 million it cost under 1 % of the
+# FVU. See docs/results.md.
 _SHORT_LEAST_LATENTS = 2048
 # Where that was measured: latents, active latents, tokens of the run.
 _MEASURED = {
