@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+import pytest
 
 from sae_jax.probing.suite import patterns
 from sae_jax.probing.suite.patterns import Pattern, WILDCARD
@@ -95,6 +96,31 @@ def test_a_long_text_is_cut():
   tokens = [5, *range(10, 30)]
   got = made(tokens, fires, longest=4)
   assert got.tokens[-1] == 29 and len(got.tokens) <= 4
+
+
+@pytest.mark.parametrize('longest', [3, 4, 10, 16, 20])
+def test_the_shortest_end_is_that_of_all_ends(longest):
+  """However few are tried at a time; a latent may lose and gain with length."""
+  rng, lengths = np.random.default_rng(longest), set()
+  for n_tokens in range(1, 25):
+    tokens = rng.integers(0, 9, n_tokens).tolist()
+    keeps = rng.random(25) < 0.1
+    asked = []
+
+    def activations(texts, keeps=keeps, asked=asked):
+      asked.extend(map(len, texts))
+      return np.array([float(keeps[len(text)]) for text in texts])
+
+    got = patterns.of_example(tokens, 1.0, activations, PAD, longest)
+    most = min(n_tokens, longest)
+    kept = [n for n in range(1, most + 1) if keeps[n]]
+    want = kept[0] if kept else most
+    assert len(got.tokens) == want
+    lengths.add(want)
+    # And those far beyond it are not read.
+    tried = next((n for n in patterns.TRIED if n >= want), longest)
+    assert max(asked) <= tried + 1
+  assert len(lengths) > min(longest, 5) - 1
 
 
 def test_patterns_are_shown_as_text():

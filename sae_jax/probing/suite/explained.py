@@ -36,10 +36,10 @@ class Size:
 SIZES = {'quick': Size(3, 16_384, 8), 'all': Size(40, 200_000, 16)}
 # A latent that fires on fewer tokens of the training text is not explained.
 _LEAST_FIRINGS = 5
-_LONGEST = 16
-# Texts that the subject reads at a time: an example's ends, or those with a
-# token replaced.
-_TEXTS = _LONGEST + 1
+_LONGEST = patterns_lib.TRIED[-1]
+# Texts that the subject reads at a time, and their tokens: ends of an example,
+# or it with a token replaced and with one before. The least that holds them.
+_TEXTS = tuple(n + 1 for n in patterns_lib.TRIED)
 # Tokens that end texts, by the names that families give them.
 _PADS = ('<|endoftext|>', '</s>', '<eos>', '<|end_of_text|>', '<pad>')
 
@@ -209,9 +209,10 @@ class _Latents:
 
   def _last(self, latent: int, texts: list[list[int]]) -> np.ndarray:
     """The latent's activation on the last token of each text."""
-    width = len(self._start) + _LONGEST + 1
-    tokens = np.zeros((_TEXTS, width), np.int32)
-    last = np.zeros(_TEXTS, np.int32)
+    most = max(len(texts), *map(len, texts))
+    n_texts = next(n for n in _TEXTS if n >= most)
+    tokens = np.zeros((n_texts, len(self._start) + n_texts), np.int32)
+    last = np.zeros(n_texts, np.int32)
     for row, text in enumerate(texts):
       whole = self._start + text
       tokens[row, : len(whole)] = whole
@@ -223,8 +224,8 @@ class _Latents:
       self._scored.shape,
       self._context.params,
       self._scored.sae,
-      arrays.on_data(tokens, _TEXTS, mesh),
-      arrays.on_data(last, _TEXTS, mesh),
+      arrays.on_data(tokens, n_texts, mesh),
+      arrays.on_data(last, n_texts, mesh),
       latent,
     )
     return arrays.to_host(out, len(texts))

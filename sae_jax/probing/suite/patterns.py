@@ -14,6 +14,9 @@ import numpy as np
 WILDCARD = -1
 # Share of the activation that a shorter or changed text must keep.
 KEPT = 0.5
+# Ends up to these lengths are tried together, and longer ones if none of them
+# keeps it: most patterns are of few tokens.
+TRIED = (4, 8, 16)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,12 +50,8 @@ def of_example(
     pad: the token that others are replaced by.
     longest: tokens of a pattern, at most.
   """
-  most = min(len(tokens), longest)
-  ends = [list(tokens[-n:]) for n in range(1, most + 1)]
-  kept = activations(ends) >= KEPT * value
-  # Where even the longest loses it, that is the best that can be said.
-  n = int(kept.argmax()) + 1 if kept.any() else most
-  end = ends[n - 1]
+  end = _shortest(tokens, KEPT * value, activations, longest)
+  n = len(end)
   changed = [[*end[:i], pad, *end[i + 1 :]] for i in range(n - 1)]
   own, moved, *others = activations([end, [pad, *end], *changed])
   if own <= 0:
@@ -64,6 +63,21 @@ def of_example(
     at_start=bool(moved < KEPT * own),
     value=float(value),
   )
+
+
+def _shortest(tokens, least, activations, longest) -> list[int]:
+  """The shortest end of a text that keeps an activation.
+
+  Where none does, the longest: that is the best that can be said.
+  """
+  most, shorter = min(len(tokens), longest), 0
+  for up_to in sorted({min(n, most) for n in (*TRIED, most)}):
+    ends = [list(tokens[-n:]) for n in range(shorter + 1, up_to + 1)]
+    kept = activations(ends) >= least
+    if kept.any():
+      return ends[int(kept.argmax())]
+    shorter = up_to
+  return ends[-1]
 
 
 def trimmed(pattern: Pattern) -> Pattern:
