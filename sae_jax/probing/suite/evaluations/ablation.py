@@ -35,7 +35,7 @@ class Size:
   batch_contexts: int = 4
 
 
-SIZES = {'quick': Size(16), 'all': Size(400)}
+SIZES = {'quick': Size(10), 'all': Size(400)}
 
 STATISTICS = {
   'sparsity': Statistic(

@@ -37,7 +37,7 @@ class Size:
   batch_contexts: int = 4
 
 
-SIZES = {'quick': Size(32), 'all': Size(800)}
+SIZES = {'quick': Size(16), 'all': Size(800)}
 
 
 def _correlation(name):

@@ -49,7 +49,7 @@ class Size:
   batch_latents: int = 2
 
 
-SIZES = {'quick': Size(16, 2), 'all': Size(2000, 4)}
+SIZES = {'quick': Size(8, 2), 'all': Size(2000, 4)}
 
 STATISTICS = {
   'kl': Statistic(

@@ -52,7 +52,7 @@ class Size:
   new_tokens: int = 16
 
 
-SIZES = {'quick': Size(2, 4), 'all': Size(40, 16)}
+SIZES = {'quick': Size(2, 3, new_tokens=8), 'all': Size(40, 16)}
 
 
 def _mean(title, definition, term, unit='', better=''):
