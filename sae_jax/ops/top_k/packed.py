@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from sae_jax.ops import varying
-from sae_jax.ops.top_k import reference
+from sae_jax.ops.top_k import ordered, reference
 
 # Entries of a run of neighbours. On two x86 cores, of 4,096 rows of 4,096
 # entries `lax.top_k` took 4.5 times as long at K 32 and 4.8 times at K 64; of
@@ -49,7 +49,8 @@ def top_k(x_BN: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
   n_slots += -n_slots % _AT_ONCE
   short = -x_BN.shape[1] % _WORD
   padded_BN = jnp.pad(x_BN, ((0, 0), (0, short)), constant_values=-jnp.inf)
-  bound_B = _bound(padded_BN.reshape(len(x_BN), -1, run).max(-1), k)
+  most_BG = padded_BN.reshape(len(x_BN), -1, run).max(-1)
+  bound_B = ordered.kth_largest(most_BG, k, _BITS)
   bits_BG = _words(padded_BN >= bound_B[:, None])
   # Of one reading of the whole row there are two results.
   bits_BG = jax.lax.optimization_barrier(bits_BG)
@@ -115,7 +116,7 @@ def _order(x_BS: jax.Array) -> jax.Array:
   """
   batch, n_slots = x_BS.shape
   top = jnp.uint32(1 << 31)
-  key_BS = jax.lax.bitcast_convert_type(_keys(x_BS) ^ top, jnp.int32)
+  key_BS = jax.lax.bitcast_convert_type(ordered.keys(x_BS) ^ top, jnp.int32)
   slot_S = jnp.arange(n_slots, dtype=jnp.int32)
 
   def compare(nth, place_BS):
@@ -134,29 +135,6 @@ def _order(x_BS: jax.Array) -> jax.Array:
     slot_BS.reshape(-1), mode='promise_in_bounds', unique_indices=True
   )
   return order_P.reshape(x_BS.shape)
-
-
-def _keys(x: jax.Array) -> jax.Array:
-  """Unsigned integers in the order of floats."""
-  bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
-  top = jnp.uint32(1 << 31)
-  return jnp.where(bits < top, bits | top, ~bits)
-
-
-def _bound(x_BG: jax.Array, k: int) -> jax.Array:
-  """The k-th largest entry of each row, or a little less."""
-  key_BG = _keys(x_BG)
-  top = jnp.uint32(1 << 31)
-
-  def set_bit(nth, bound_B):
-    higher_B = bound_B | (top >> nth.astype(jnp.uint32))
-    reached_B = (key_BG >= higher_B[:, None]).sum(1, dtype=jnp.int32)
-    return jnp.where(reached_B >= k, higher_B, bound_B)
-
-  start_B = varying.zeros((len(x_BG),), jnp.uint32, x_BG)
-  key_B = jax.lax.fori_loop(0, _BITS, set_bit, start_B)
-  bits_B = jnp.where(key_B < top, ~key_B, key_B ^ top)
-  return jax.lax.bitcast_convert_type(bits_B, x_BG.dtype)
 
 
 def _place_of_bit(

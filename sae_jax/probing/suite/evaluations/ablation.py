@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sae_jax.ops.top_k import ordered
 from sae_jax.probing.suite import ablating, arrays
 from sae_jax.probing.suite.context import Context
 from sae_jax.probing.suite.figures import ratio, SHARE, Statistic
@@ -116,7 +117,7 @@ def affected(change_BSV: jax.Array) -> jax.Array:
   The median of each prediction is subtracted first: what is added to all
   logits changes nothing. 0 where nothing changes.
   """
-  median_BS1 = jnp.median(change_BSV, axis=-1, keepdims=True)
+  median_BS1 = ordered.median(change_BSV)[..., None]
   change_BX = (change_BSV - median_BS1).reshape(len(change_BSV), -1)
   square_B = (change_BX**2).sum(-1)
   total_B = jnp.abs(change_BX).sum(-1)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sae_jax import progress
+from sae_jax.ops.top_k import ordered
 from sae_jax.probing import lens
 from sae_jax.probing.suite import ablating, arrays
 from sae_jax.probing.suite.context import CannotMeasure, Context
@@ -220,7 +221,7 @@ def _terms(mesh, shape, tokens_BT, at_B, length_B, there_B, logits, without):
     return total_UV / jnp.maximum(there_UM.sum(1), 1)[:, None]
 
   fall_BV = (logits - without)[:, 0]
-  fall_UV = over_examples(fall_BV - jnp.median(fall_BV, 1, keepdims=True))
+  fall_UV = over_examples(fall_BV - ordered.median(fall_BV)[:, None])
   change_UV = over_examples(jnp.exp(log_p[:, 0]) - jnp.exp(new_log_p[:, 0]))
   n_votes = min(VOTES, fall_UV.shape[1])
   _, raised = jax.lax.top_k(fall_UV, n_votes)
