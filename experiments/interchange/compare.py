@@ -23,6 +23,7 @@ import os
 import pathlib
 import shutil
 import subprocess
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,7 @@ import numpy as np
 
 from sae_jax import autoencoder, checkpoint, errors
 from sae_jax import config as config_lib
+from sae_jax import store as store_lib
 from sae_jax.cli import flags
 from sae_jax.interchange import folding, formats, imported, ours, registry
 from sae_jax.storage import tensors
@@ -222,6 +224,39 @@ def _run_libraries(config: CompareConfig, workdir: str) -> None:
     'experiments.interchange.loaded',
     [workdir, config.openai_model],
   )
+
+
+def ask(
+  python: str,
+  module: str,
+  place: pathlib.Path,
+  store: store_lib.Store,
+  asked: dict[str, Any],
+  answer: str,
+) -> dict[str, Any]:
+  """What a module says of a store's rows, which it gets as a file.
+
+  Args:
+    python: Python that has its library.
+    module: given `place`; it reads asked.json, and rows.npz with the finite
+      rows `train` and `test` [R, D].
+    place: folder, local.
+    store: the activations.
+    asked: content of asked.json.
+    answer: name of the JSON file that the module writes.
+
+  Raises:
+    UserError: see `run_module`.
+  """
+  test = store.test_rows
+  np.savez(
+    place / 'rows.npz',
+    train=store.finite_rows(0, store.n_train),
+    test=store.finite_rows(test.start, test.stop),
+  )
+  (place / 'asked.json').write_text(config_lib.to_json(asked))
+  run_module(python, module, [str(place)])
+  return json.loads((place / answer).read_text())
 
 
 def run_module(python: str, module: str, arguments: list[str]) -> None:

@@ -23,8 +23,6 @@ import os
 import pathlib
 import shutil
 
-import numpy as np
-
 from experiments.interchange import compare
 import sae_jax
 from sae_jax import config as config_lib
@@ -233,28 +231,15 @@ def evaluate(config: EvaluatedConfig, workdir: str) -> list[dict]:
 
 def _saelens(config, place, store) -> dict[str, dict[str, float]]:
   """SAELens's metrics by autoencoder, or autoencoder and control."""
-  test = store.test_rows
-  np.savez(
-    place / 'rows.npz',
-    train=store.finite_rows(0, store.n_train),
-    test=store.finite_rows(test.start, test.stop),
-  )
-  asked = {
-    'folders': list(OURS),
-    'own': OWN,
-    'site': SITE,
-    'n': config.n,
-    'k': config.k,
-    'batch': config.batch,
-    'steps': config.steps,
-  }
-  (place / 'asked.json').write_text(config_lib.to_json(asked))
-  compare.run_module(
+  shape = {name: getattr(config, name) for name in ('n', 'k', 'batch', 'steps')}
+  return compare.ask(
     config.torch_python,
     'experiments.interchange.saelens_metrics',
-    [str(place)],
+    place,
+    store,
+    {'folders': list(OURS), 'own': OWN, 'site': SITE} | shape,
+    'metrics.json',
   )
-  return json.loads((place / 'metrics.json').read_text())
 
 
 def main() -> None:

@@ -19,8 +19,6 @@ import os
 import pathlib
 import shutil
 
-import numpy as np
-
 from experiments import runs
 from experiments.interchange import compare
 import sae_jax
@@ -114,25 +112,15 @@ def _fvu(trained: Trained, data: store_lib.Store) -> float:
 
 def _sparsify(config, place, data) -> float:
   """Has it train one, which it saves in FOLDER; its FVU on test rows."""
-  test = data.test_rows
-  np.savez(
-    place / 'rows.npz',
-    train=data.finite_rows(0, data.n_train),
-    test=data.finite_rows(test.start, test.stop),
-  )
-  asked = {
-    'folder': FOLDER,
-    'n': config.n,
-    'k': config.k,
-    'batch': config.batch,
-    'steps': config.steps,
-  }
-  (place / 'asked.json').write_text(config_lib.to_json(asked))
-  compare.run_module(
-    config.torch_python, 'experiments.interchange.sparsify_trained',
-    [str(place)],
-  )  # fmt: skip
-  return json.loads((place / 'fvu.json').read_text())['fvu']
+  shape = {name: getattr(config, name) for name in ('n', 'k', 'batch', 'steps')}
+  return compare.ask(
+    config.torch_python,
+    'experiments.interchange.sparsify_trained',
+    place,
+    data,
+    {'folder': FOLDER} | shape,
+    'fvu.json',
+  )['fvu']
 
 
 def main() -> None:

@@ -7,8 +7,6 @@ asked.json and rows.npz; SAELens trains one more autoencoder, and writes it and
 metrics.json.
 """
 
-from collections.abc import Iterator
-import itertools
 import json
 import pathlib
 import sys
@@ -72,21 +70,13 @@ def metrics(
 
 def train(folder: pathlib.Path, rows_RD: torch.Tensor, asked: dict) -> None:
   """An autoencoder by SAELens's trainer, saved as it saves one to use."""
-  batch = asked['batch']
-
-  def batches() -> Iterator[torch.Tensor]:
-    for _ in itertools.count():
-      for at in torch.randperm(len(rows_RD)).split(batch):
-        if len(at) == batch:
-          yield rows_RD[at]
-
   torch.manual_seed(0)
   trainer = torch_libraries.saelens(
-    batches(),
+    torch_libraries.shuffled(rows_RD, asked['batch']),
     d=rows_RD.shape[1],
     n=asked['n'],
     k=asked['k'],
-    batch=batch,
+    batch=asked['batch'],
     steps=asked['steps'],
     options={
       'metadata': sae_lens.saes.sae.SAEMetadata(hook_name=asked['site'])

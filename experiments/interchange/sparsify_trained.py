@@ -6,8 +6,6 @@ It runs where sparsify is and sae_jax is not; `finetuned` calls it. WORKDIR has
 asked.json and rows.npz; the autoencoder and fvu.json are written.
 """
 
-from collections.abc import Iterator
-import itertools
 import json
 import pathlib
 import sys
@@ -23,21 +21,13 @@ def main() -> None:
   asked = json.loads((workdir / 'asked.json').read_text())
   rows = np.load(workdir / 'rows.npz')
   train_RD, test_RD = (torch.from_numpy(rows[n]) for n in ('train', 'test'))
-  batch = asked['batch']
-
-  def batches() -> Iterator[torch.Tensor]:
-    for _ in itertools.count():
-      for at in torch.randperm(len(train_RD)).split(batch):
-        if len(at) == batch:
-          yield train_RD[at]
-
   torch.manual_seed(0)
   trainer = torch_libraries.sparsify(
-    batches(),
+    torch_libraries.shuffled(train_RD, asked['batch']),
     d=train_RD.shape[1],
     n=asked['n'],
     k=asked['k'],
-    batch=batch,
+    batch=asked['batch'],
     steps=asked['steps'],
   )
   sae = trainer.saes['site']

@@ -9,6 +9,21 @@ import itertools
 from typing import Any
 
 
+def shuffled(rows_RD: Any, batch: int) -> Iterator:
+  """Whole batches [B, D] of rows, without end; torch orders each epoch anew.
+
+  Args:
+    rows_RD: at least `batch` rows.
+    batch: B.
+  """
+  import torch
+
+  for _ in itertools.count():
+    for at in torch.randperm(len(rows_RD)).split(batch):
+      if len(at) == batch:
+        yield rows_RD[at]
+
+
 def sparsify(
   batches: Iterator,
   *,
